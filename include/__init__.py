@@ -1,0 +1,1 @@
+"""Code that knows Payroc and the refund ledger, and nothing of Airflow."""

@@ -1,0 +1,63 @@
+"""What can go wrong between us and Payroc, as exceptions that carry facts and never a body."""
+
+from __future__ import annotations
+
+
+class PayrocError(Exception):
+    """
+    A call to Payroc that did not return a usable object.
+
+    The message names the operation, the HTTP status and the problem type. It never holds a request or response body,
+    a token or an API key, so it may be logged, stored and shown.
+
+    :param operation: Payroc's operation in words, for example ``create refund``.
+    :param detail: one short phrase of our own about what happened.
+    :param http_status: HTTP status of the answer, ``None`` when no answer came.
+    :param problem_type: fragment of the problem document's ``type``, for example ``bad-request``.
+    :param instance: ``instance`` of the problem document.
+    :param resource: ``resource`` of the problem document (sent with 403 and 404).
+    :param parameters: names of the request fields that the problem's ``errors[]`` complain of.
+    :param retry_after: seconds that Payroc asked us to wait (``Retry-After``), ``None`` when it did not.
+    """
+
+    def __init__(
+        self,
+        operation: str,
+        detail: str,
+        *,
+        http_status: int | None = None,
+        problem_type: str | None = None,
+        instance: str | None = None,
+        resource: str | None = None,
+        parameters: tuple[str, ...] = (),
+        retry_after: float | None = None,
+    ) -> None:
+        self.operation = operation
+        self.detail = detail
+        self.http_status = http_status
+        self.problem_type = problem_type
+        self.instance = instance
+        self.resource = resource
+        self.parameters = parameters
+        self.retry_after = retry_after
+        super().__init__(operation, detail)
+
+    def __str__(self) -> str:
+        status = f" (HTTP {self.http_status})" if self.http_status is not None else ""
+        return f"Payroc, {self.operation}: {self.detail}{status}"
+
+
+class PayrocProblem(PayrocError):
+    """Payroc answered with a problem document (``application/problem+json``, API reference section 5)."""
+
+
+class PayrocUnexpectedAnswer(PayrocError):
+    """An answer came that is not in Payroc's format: a redirect, HTML, an empty 201, a wrong or too large body."""
+
+
+class PayrocNoAnswer(PayrocError):
+    """No answer came: refused, reset or timed out. Payroc may or may not have acted on the request."""
+
+
+class PayrocConfigurationError(Exception):
+    """The connection or the settings can't be used; the message names the connection, the field and the remedy."""

@@ -1,0 +1,1 @@
+"""The refund ledger and the protocol that sends a refund once. No Airflow."""

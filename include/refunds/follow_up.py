@@ -1,0 +1,84 @@
+"""Follow-up: ask Payroc what became of refunds in doubt and of accepted ones. It only reads Payroc, it never POSTs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from datetime import timedelta
+from itertools import groupby
+
+from include.payroc.errors import PayrocError
+from include.refunds.classify import Verdict, judge_look_up, judge_object
+from include.refunds.gateway import Gateway
+from include.refunds.ledger import Ledger
+from include.refunds.refund import Refund
+
+# An ACH return for an account that is closed or unknown has to be sent within two banking days; ten calendar days cover
+# that, holidays and a weekend. Payroc does not document how long a refund may come back.
+SETTLED_FOLLOWED_FOR = timedelta(days=10)
+
+# Payroc's clock and the ledger's may differ, and whether dateFrom is inclusive is not documented.
+_DATE_MARGIN = timedelta(days=1)
+
+
+async def follow_up(ledger: Ledger, gateway: Gateway) -> Counter[str]:
+    """
+    Look up the refunds in doubt, and follow the accepted and the recently settled ones.
+
+    :returns: how many refunds each of ``looked up``, ``found``, ``followed``, ``changed`` and ``returned to approved`` counts.
+    :raises PayrocError: when Payroc gives no token. A terminal that can't be listed is counted as ``failed`` and left for the next time.
+    """
+    counts: Counter[str] = Counter()
+    counts["returned to approved"] = await ledger.return_stale_releases()
+    in_doubt = await ledger.in_doubt()
+    followed = await ledger.followed(SETTLED_FOLLOWED_FOR)
+    if not in_doubt and not followed:
+        return counts
+    await ledger.bind_environment(gateway.environment)
+    for refund in in_doubt:
+        counts["looked up"] += 1
+        try:
+            counts["found"] += await _look_up(refund, ledger, gateway)
+        except PayrocError:
+            counts["failed"] += 1
+    for terminal, refunds in groupby(sorted(followed, key=_terminal), key=_terminal):
+        try:
+            counts += await _follow(terminal, refunds, ledger, gateway)
+        except PayrocError:
+            counts["failed"] += 1
+    return counts
+
+
+async def _look_up(refund: Refund, ledger: Ledger, gateway: Gateway) -> bool:
+    token = await gateway.token()
+    listed = gateway.list_refunds(token, processing_terminal_id=refund.processing_terminal_id, order_id=refund.order_id)
+    verdict = judge_look_up([item async for item in listed], refund)
+    if verdict is None:
+        return False
+    await ledger.record(refund.id, verdict)
+    return verdict.sighting is not None
+
+
+async def _follow(terminal: str, refunds: Iterable[Refund], ledger: Ledger, gateway: Gateway) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    wanted = {refund.payroc_refund_id: refund for refund in refunds}
+    oldest = min(refund.first_sent_at or refund.created_at for refund in wanted.values())
+    token = await gateway.token()
+    async for item in gateway.list_refunds(token, processing_terminal_id=terminal, date_from=oldest - _DATE_MARGIN):
+        refund = wanted.pop(item.refund_id, None)
+        if refund is not None:
+            counts["followed"] += 1
+            counts["changed"] += await _record_if_news(judge_object(item, refund), refund, ledger)
+        if not wanted:
+            break
+    counts["not listed"] += len(wanted)
+    return counts
+
+
+async def _record_if_news(verdict: Verdict, refund: Refund, ledger: Ledger) -> bool:
+    recorded = await ledger.record(refund.id, verdict)
+    return recorded.status is not refund.status
+
+
+def _terminal(refund: Refund) -> str:
+    return refund.processing_terminal_id

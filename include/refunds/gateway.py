@@ -1,0 +1,54 @@
+"""The one way from the protocol to Payroc, as an interface: Airflow's hook in production, a simulation in tests."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from datetime import datetime
+from typing import Protocol
+
+from include.payroc.models import AccessToken, Refund
+
+
+class Gateway(Protocol):
+    """
+    Payroc, as the protocol sees it.
+
+    Every method raises :class:`~include.payroc.errors.PayrocError` when Payroc gives no usable answer, and
+    :class:`~include.payroc.errors.PayrocConfigurationError` when our side is not set up to ask.
+    """
+
+    @property
+    def environment(self) -> str:
+        """The API base URL: which Payroc this is. A ledger belongs to one of them."""
+
+    @property
+    def sent_with(self) -> str:
+        """Hash of API base URL and API key: a key's replay is only known to hold for the same two."""
+
+    async def token(self, *, younger_than: float | None = None) -> AccessToken:
+        """
+        Return a bearer token with enough life left for one attempt.
+
+        :param younger_than: seconds; a token received longer ago than this must be replaced by a new one.
+        """
+
+    async def evict(self, token: AccessToken) -> None:
+        """Forget exactly this token, which Payroc refused; a newer one stays."""
+
+    async def create_refund(self, token: AccessToken, idempotency_key: str, body: bytes) -> Refund:
+        """POST the frozen body once, with no retry inside."""
+
+    def list_refunds(
+        self,
+        token: AccessToken,
+        *,
+        processing_terminal_id: str,
+        order_id: str | None = None,
+        date_from: datetime | None = None,
+        limit: int | None = None,
+    ) -> AsyncIterator[Refund]:
+        """
+        Yield the unreferenced refunds of a terminal, all pages.
+
+        :param limit: stop after so many refunds; ``None`` reads to the end.
+        """

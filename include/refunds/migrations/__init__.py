@@ -1,0 +1,52 @@
+"""The ledger's schema, as Alembic migrations. The DAGs never migrate: a person or an init job does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import URL, Connection, create_engine, text
+
+VERSION_TABLE = "schema_version"
+_FOLDER = Path(__file__).parent
+
+
+def migrate(url: URL) -> str:
+    """
+    Bring the ledger's schema to the newest revision, in one transaction.
+
+    Two migrations at a time wait for one another.
+
+    :param url: URL of the ledger's database, as its owner.
+    :returns: the revision that the ledger is at now.
+    """
+    engine = create_engine(url)
+    try:
+        with engine.begin() as connection:
+            connection.execute(text("SELECT pg_advisory_xact_lock(hashtext('refund_ledger.migrate'))"))
+            config = _config()
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+            return current_revision(connection) or ""
+    finally:
+        engine.dispose()
+
+
+def current_revision(connection: Connection) -> str | None:
+    """Return the revision that the ledger is at, or ``None`` when it was never migrated."""
+    context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE, "version_table_schema": "refund_ledger"})
+    return context.get_current_revision()
+
+
+def newest_revision() -> str:
+    """Return the revision that this version of the project needs."""
+    return ScriptDirectory.from_config(_config()).get_current_head() or ""
+
+
+def _config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(_FOLDER))
+    return config

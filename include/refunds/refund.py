@@ -1,0 +1,52 @@
+"""A refund as the ledger holds it, and what is known of its earlier attempts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from uuid import UUID
+
+from include.refunds.states import Status
+
+
+@dataclass(frozen=True, slots=True)
+class Refund:
+    """One row of ``refund_ledger.refunds``, without the columns that sending does not need."""
+
+    id: int
+    source_ref: str
+    processing_terminal_id: str
+    order_id: str
+    amount: int
+    currency: str
+    payee_last4: str | None
+    idempotency_key: UUID
+    request: bytes | None
+    request_sha256: str
+    sent_with: str | None
+    status: Status
+    reason: str | None
+    released_at: datetime | None
+    attempts: int
+    first_sent_at: datetime | None
+    lease_until: datetime | None
+    next_attempt_at: datetime | None
+    payroc_refund_id: str | None
+    payroc_status: str | None
+    created_at: datetime
+    updated_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """
+    What earlier attempts of a refund left behind.
+
+    :param unresolved: an earlier attempt has no outcome, or ``unknown``: it may have reached Payroc.
+    :param key_in_use: an earlier attempt was told that the key is in use.
+    :param unauthorized_at: when Payroc last answered 401 to an attempt.
+    """
+
+    unresolved: bool = False
+    key_in_use: bool = False
+    unauthorized_at: datetime | None = None

@@ -1,0 +1,254 @@
+"""Reports: what a run did and what needs people, read from the ledger and from nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+# Accepted is normal for this many business days, pending and not looked at for that many; then people are told.
+_ACCEPTED_DAYS = 5
+_PENDING_DAYS = 2
+_UNSEEN_DAYS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One refund, as people see it."""
+
+    id: int
+    order_id: str
+    amount: int
+    currency: str
+    payee_last4: str | None
+    status: str
+    payroc_refund_id: str | None
+    attempts: int
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Total:
+    """Count and sum of the refunds of one status and currency, in minor units."""
+
+    status: str
+    currency: str
+    count: int
+    amount: int
+
+
+@dataclass(slots=True)
+class Report:
+    """
+    What people need to know.
+
+    :param refunds: the run's refunds, and every other one that needs people.
+    :param invalid: errors of source rows, by source_ref and column.
+    :param notes: sentences about anything else that asks for attention.
+    :param unfinished: sentences for which a run counts as failed.
+    """
+
+    title: str
+    refunds: list[Line] = field(default_factory=list)
+    totals: list[Total] = field(default_factory=list)
+    invalid: dict[str, dict[str, str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    unfinished: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the totals and sentences as JSON: counts and sums, no refund and no bank data."""
+        return {
+            "totals": [{"status": t.status, "currency": t.currency, "count": t.count, "amount": t.amount} for t in self.totals],
+            "invalid_rows": len(self.invalid),
+            "notes": self.notes,
+            "unfinished": self.unfinished,
+        }
+
+    def __str__(self) -> str:
+        parts = [self.title, ""]
+        if self.refunds:
+            parts += [*_table(self.refunds), ""]
+        if self.invalid:
+            parts += ["Invalid source rows:"]
+            parts += [f"  {ref}: " + "; ".join(f"{name} {what}" for name, what in errors.items()) for ref, errors in self.invalid.items()]
+            parts += [""]
+        parts += ["Totals:", *(f"  {t.status:<10} {t.count:>6}  {money(t.amount, t.currency):>18}" for t in self.totals)]
+        if not self.totals:
+            parts[-1] = "No refunds: nothing was approved, so nothing was sent."
+        parts += [f"Note: {note}" for note in self.notes]
+        parts += [f"Unfinished: {what}" for what in self.unfinished]
+        return "\n".join(parts)
+
+
+def money(amount: int, currency: str) -> str:
+    """Return an amount in minor units as people write it; currencies without minor units are shown as they are."""
+    decimals = _DECIMALS.get(currency, 2)
+    return f"{amount / 10**decimals:,.{decimals}f} {currency}"
+
+
+# ISO 4217: currencies whose minor unit is not a hundredth.
+_DECIMALS = dict.fromkeys(
+    ("BIF", "CLP", "DJF", "GNF", "ISK", "JPY", "KMF", "KRW", "PYG", "RWF", "UGX", "UYI", "VND", "VUV", "XAF", "XOF", "XPF"), 0
+) | dict.fromkeys(("BHD", "IQD", "JOD", "KWD", "LYD", "OMR", "TND"), 3)
+
+
+async def run_report(engine: AsyncEngine, source: str, run_id: str) -> Report:
+    """
+    Report a run of ``payroc_refunds``.
+
+    :param source: the source's fixed name.
+    :param run_id: Airflow's run id.
+    """
+    async with engine.connect() as connection:
+        run = (await connection.execute(text("SELECT * FROM refund_ledger.refund_runs WHERE run_id = :id"), {"id": run_id})).mappings()
+        row = run.one_or_none()
+        report = Report(f"Refund run {run_id}")
+        since = row["started_at"] if row else None
+        of_run = "released_run = :run_id OR id IN (SELECT refund_id FROM refund_ledger.refund_attempts WHERE run_id = :run_id)"
+        values = {"source": source, "run_id": run_id}
+        report.refunds = await _lines(connection, f"{of_run} OR status IN ('sending', 'unknown', 'review', 'held')", values)
+        report.totals = _totals(report.refunds)
+        report.invalid = await _invalid(connection, source, since)
+        if row is None:
+            report.unfinished.append("The run stored no candidates: pull_approved did not finish.")
+        else:
+            _note_findings(report, row["findings"])
+        await _note_state(connection, source, report)
+        return report
+
+
+async def status_report(engine: AsyncEngine, source: str) -> Report:
+    """
+    Report the whole ledger: totals of all refunds, and the refunds that need people or are on their way.
+
+    :param source: the source's fixed name.
+    """
+    async with engine.connect() as connection:
+        now = (await connection.execute(text("SELECT clock_timestamp()"))).scalar_one()
+        report = Report(f"Refund ledger at {now:%Y-%m-%d %H:%M %Z}")
+        report.refunds = await _lines(
+            connection, "status IN ('approved', 'held', 'released', 'sending', 'unknown', 'review')", {"source": source}
+        )
+        query = text("""
+            SELECT status, currency, count(*) AS count, sum(amount)::bigint AS amount FROM refund_ledger.refunds
+            WHERE source = :source GROUP BY status, currency ORDER BY status, currency""")
+        report.totals = [Total(**row) for row in (await connection.execute(query, {"source": source})).mappings()]
+        report.invalid = await _invalid(connection, source, now - timedelta(days=7))
+        await _note_state(connection, source, report)
+        return report
+
+
+async def details(engine: AsyncEngine, source: str, which: str) -> dict[str, Any] | None:
+    """
+    Return a refund with its attempts and events, without its request.
+
+    :param which: the ledger's id, the order id, the source_ref or Payroc's refund id.
+    """
+    async with engine.connect() as connection:
+        query = text("""
+            SELECT to_jsonb(r) - 'request' - 'request_sha256' - 'payee_fingerprint' - 'sent_with' FROM refund_ledger.refunds AS r
+            WHERE source = :source AND :which IN (id::text, order_id, source_ref, payroc_refund_id) ORDER BY id LIMIT 1""")
+        found = (await connection.execute(query, {"source": source, "which": which})).scalar_one_or_none()
+        if found is None:
+            return None
+        for name, order in (("refund_attempts", "attempt"), ("refund_events", "id")):
+            rows = text(f"SELECT to_jsonb(t) - 'refund_id' FROM refund_ledger.{name} AS t WHERE refund_id = :id ORDER BY {order}")
+            found[name.removeprefix("refund_")] = list((await connection.execute(rows, {"id": found["id"]})).scalars())
+        return dict(found)
+
+
+async def _lines(connection: AsyncConnection, condition: str, values: dict[str, Any]) -> list[Line]:
+    columns = ", ".join(Line.__slots__)
+    query = text(f"SELECT {columns} FROM refund_ledger.refunds WHERE source = :source AND ({condition}) ORDER BY approved_at, id")
+    return [Line(**row) for row in (await connection.execute(query, values)).mappings()]
+
+
+async def _invalid(connection: AsyncConnection, source: str, since: datetime | None) -> dict[str, dict[str, str]]:
+    query = text("""
+        SELECT source_ref, errors FROM refund_ledger.invalid_rows
+        WHERE source = :source AND (CAST(:since AS timestamptz) IS NULL OR last_seen_at >= :since) ORDER BY source_ref""")
+    result = await connection.execute(query, {"source": source, "since": since})
+    return {row.source_ref: row.errors for row in result}
+
+
+def _totals(lines: Iterable[Line]) -> list[Total]:
+    sums: dict[tuple[str, str], list[int]] = {}
+    for line in lines:
+        entry = sums.setdefault((line.status, line.currency), [0, 0])
+        entry[0] += 1
+        entry[1] += line.amount
+    return [Total(status, currency, count, amount) for (status, currency), (count, amount) in sorted(sums.items())]
+
+
+def _note_findings(report: Report, findings: dict[str, Any]) -> None:
+    for source_ref, names in findings.get("changed", {}).items():
+        report.notes.append(f"Source row {source_ref} changed after it was pulled ({', '.join(names)}); give it a new source_ref.")
+    for refund_id, what in findings.get("withdrawn", {}).items():
+        report.notes.append(f"Refund {refund_id} was not released. {what}")
+
+
+async def _note_state(connection: AsyncConnection, source: str, report: Report) -> None:
+    pauses = text("SELECT scope, pause_reason, paused_by FROM refund_ledger.refund_control WHERE paused_at IS NOT NULL ORDER BY scope")
+    for row in await connection.execute(pauses):
+        what = "The sending" if row.scope == "*" else f"The sending for terminal {row.scope}"
+        report.unfinished.append(f"{what} is paused by {row.paused_by}: {row.pause_reason}")
+    counts = text(
+        "SELECT status, count(*) AS count FROM refund_ledger.refunds WHERE source = :source "
+        "AND status IN ('sending', 'unknown', 'review', 'held') GROUP BY status"
+    )
+    found = {row.status: row.count for row in await connection.execute(counts, {"source": source})}
+    report.unfinished += [f"{found[status]} {sentence}" for status, sentence in _UNFINISHED.items() if status in found]
+    if "held" in found:
+        report.notes.append(f"{found['held']} held: a person has to release or cancel them.")
+    late = text("""
+        SELECT id, order_id, payroc_status, first_sent_at, payroc_seen_at, clock_timestamp() AS now FROM refund_ledger.refunds
+        WHERE source = :source AND status = 'accepted' ORDER BY id""")
+    for row in await connection.execute(late, {"source": source}):
+        if sentence := _late(row):
+            report.notes.append(f"Refund {row.id} (order {row.order_id}) {sentence}.")
+    due = text("SELECT count(*) FROM refund_ledger.refunds WHERE source = :source AND written_back_at IS DISTINCT FROM updated_at")
+    if missing := (await connection.execute(due, {"source": source})).scalar_one():
+        report.notes.append(f"{missing} refunds are not written back to the source: see the log of write_back.")
+
+
+_UNFINISHED = {
+    "sending": "sending: a worker may still be at it or died; the next run takes them up when their lease has ended.",
+    "unknown": "unknown: Payroc has not told what became of them; the next run and the follow-up ask again.",
+    "review": "in review: people have to look at them, `python -m include.refunds show ID` tells why.",
+}
+
+
+def _late(row: Any) -> str | None:
+    if _business_days(row.first_sent_at, row.now) > _ACCEPTED_DAYS:
+        return f"has been accepted for more than {_ACCEPTED_DAYS} business days"
+    if row.payroc_status == "pending" and _business_days(row.first_sent_at, row.now) > _PENDING_DAYS:
+        return f"has been pending at Payroc for more than {_PENDING_DAYS} business days: it is held back from settlement there"
+    if row.payroc_seen_at is None or _business_days(row.payroc_seen_at, row.now) > _UNSEEN_DAYS:
+        return f"has not been looked at for more than {_UNSEEN_DAYS} business days: is payroc_refunds_followup running?"
+    return None
+
+
+def _business_days(start: datetime, end: datetime) -> int:
+    days = (end.date() - start.date()).days
+    return sum((start.date() + timedelta(days=offset)).weekday() < 5 for offset in range(1, days + 1))
+
+
+def _table(lines: Sequence[Line]) -> list[str]:
+    rows = [("order id", "amount", "last4", "status", "refund id", "attempts", "reason")] + [
+        (
+            line.order_id,
+            money(line.amount, line.currency),
+            line.payee_last4 or "token",
+            line.status,
+            line.payroc_refund_id or "",
+            str(line.attempts),
+            line.reason or "",
+        )
+        for line in lines
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    return ["  ".join([*(cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=True)), row[-1]]).rstrip() for row in rows]

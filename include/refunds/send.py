@@ -1,0 +1,214 @@
+"""
+Sending one refund, from top to bottom: token, claim, look-up, last checks, one POST, verdict, record.
+
+Whatever dies in between leaves the refund where another worker can go on, under the same key and with the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
+
+from include.payroc import models
+from include.payroc.errors import PayrocError
+from include.refunds.cipher import Cipher, UnreadableRequest
+from include.refunds.classify import EVERYTHING, Outcome, Verdict, judge_error, judge_look_up, judge_object
+from include.refunds.gateway import Gateway
+from include.refunds.ledger import RELEASE_VALID, Claim, Ledger, NoSuchRefund, Task
+from include.refunds.refund import Refund
+from include.refunds.settings import Settings
+from include.refunds.states import IN_DOUBT, PAID, Status
+
+# A first attempt of a refund older than this looks Payroc up as well: the ledger may be a restored copy.
+LOOK_UP_FROM_AGE = timedelta(days=1)
+
+
+class Sent(StrEnum):
+    """How the sending of one refund ended, in the order in which a list of them is judged."""
+
+    CONFIGURATION = "configuration"
+    UNKNOWN = "unknown"
+    BUSY = "busy"
+    REJECTED = "rejected"
+    REVIEW = "review"
+    NOT_RELEASED = "not released"
+    ACCEPTED = "accepted"
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """
+    Result of sending one refund.
+
+    :param reason: one sentence for people.
+    :param retry_after: seconds after which a next attempt makes sense, for ``unknown`` and ``busy``.
+    """
+
+    refund_id: int
+    order_id: str
+    sent: Sent
+    reason: str
+    retry_after: float = 0.0
+
+
+async def send_refund(refund_id: int, task: Task, *, ledger: Ledger, gateway: Gateway, cipher: Cipher, settings: Settings) -> Result:
+    """
+    Send one released refund to Payroc, at most one POST, and record what became of it.
+
+    :param refund_id: id in the ledger.
+    :param task: who sends.
+    :returns: how it ended. A refund that has ended already, or is held by another worker, is not sent.
+    """
+    try:
+        refund, history, now = await ledger.read(refund_id)
+    except NoSuchRefund as error:
+        return Result(refund_id, "", Sent.NOT_RELEASED, str(error))
+    if refund.status is not Status.RELEASED and refund.status not in IN_DOUBT:
+        return _result(refund, now)
+
+    try:
+        # After a 401 only a token that was received later proves anything.
+        age_of_401 = (now - history.unauthorized_at).total_seconds() if history.unauthorized_at else None
+        token = await gateway.token(younger_than=age_of_401)
+    except PayrocError as error:
+        return _no_token(refund, error, settings)
+    # Read after the token arrived, so that its real end can only be earlier than this.
+    token_expires_at = await ledger.now() + timedelta(seconds=token.expires_in)
+    try:
+        body = cipher.open(refund.request or b"", refund.request_sha256, refund.id)
+    except UnreadableRequest as error:
+        return Result(refund_id, refund.order_id, Sent.CONFIGURATION, str(error))
+
+    claim = await ledger.claim(
+        refund_id, task, environment=gateway.environment, sent_with=gateway.sent_with, token_expires_at=token_expires_at
+    )
+    if claim is None:
+        return await _not_claimed(refund_id, token, ledger, gateway, settings)
+
+    verdict = None
+    if claim.attempt > 1 or now - refund.created_at > LOOK_UP_FROM_AGE:
+        verdict = await _look_up(token, claim.refund, gateway)
+    if verdict is None:
+        if await ledger.may_post(claim, seconds=2 * settings.http_timeout_seconds):
+            verdict = await _post(token, claim, body, gateway)
+        else:
+            verdict = Verdict(Outcome.NOT_SENT, "Not sent: the sending was paused, or this worker was too slow for its lease.")
+
+    recorded = await ledger.record(refund_id, verdict, claim.attempt)
+    if verdict.outcome is Outcome.CONFIGURATION:
+        return Result(refund_id, refund.order_id, Sent.CONFIGURATION, verdict.reason)
+    return _result(recorded, await ledger.now())
+
+
+async def send_refunds(
+    refund_ids: Sequence[int], task: Task, *, ledger: Ledger, gateway: Gateway, cipher: Cipher, settings: Settings
+) -> list[Result]:
+    """Send several refunds, each with its own claim, POST and record; those that have ended already are skipped."""
+    return [
+        await send_refund(refund_id, task, ledger=ledger, gateway=gateway, cipher=cipher, settings=settings) for refund_id in refund_ids
+    ]
+
+
+async def _post(token: models.AccessToken, claim: Claim, body: bytes, gateway: Gateway) -> Verdict:
+    refund = claim.refund
+    try:
+        found = await gateway.create_refund(token, str(refund.idempotency_key), body)
+        return judge_object(found, refund, http_status=201)
+    except PayrocError as error:
+        if error.http_status == 401:
+            await gateway.evict(token)
+        verdict = judge_error(error, refund, claim.history)
+    if not verdict.look_up_first:
+        return verdict
+    try:
+        found_verdict = judge_look_up(await _listed(token, refund, gateway), refund)
+    except PayrocError as error:
+        return Verdict(Outcome.UNKNOWN, f"{verdict.reason} The look-up failed: {error}.", verdict.http_status, verdict.problem_type)
+    return found_verdict or verdict
+
+
+async def _look_up(token: models.AccessToken, refund: Refund, gateway: Gateway) -> Verdict | None:
+    """Look for the refund at Payroc; a miss or an error proves nothing and is ``None``."""
+    try:
+        return judge_look_up(await _listed(token, refund, gateway), refund)
+    except PayrocError:
+        return None
+
+
+async def _listed(token: models.AccessToken, refund: Refund, gateway: Gateway) -> list[models.Refund]:
+    found = gateway.list_refunds(token, processing_terminal_id=refund.processing_terminal_id, order_id=refund.order_id)
+    return [item async for item in found]
+
+
+async def _not_claimed(refund_id: int, token: models.AccessToken, ledger: Ledger, gateway: Gateway, settings: Settings) -> Result:
+    """Find out why a claim was refused, and for a refund in doubt what Payroc holds: a GET is always allowed."""
+    refund, _, now = await ledger.read(refund_id)
+    if refund.status in IN_DOUBT:
+        try:
+            verdict = judge_look_up(await _listed(token, refund, gateway), refund)
+        except PayrocError as error:
+            wait = max(_seconds_until(refund, now), float(settings.retry_delay_seconds))
+            return Result(refund_id, refund.order_id, Sent.BUSY, f"Not known, and the look-up failed: {error}.", wait)
+        if verdict is None and past_window(refund, gateway, settings, now):
+            verdict = Verdict(Outcome.REVIEW, "Its key may no longer be sent again, and Payroc lists no refund with it.")
+        if verdict is not None:
+            refund = await ledger.record(refund_id, verdict)
+    if refund.status in IN_DOUBT and _seconds_until(refund, now) > 0:
+        return _result(refund, now)
+    if refund.status in (Status.RELEASED, *IN_DOUBT):
+        return await _stopped(refund, now, ledger, gateway)
+    return _result(refund, now)
+
+
+def past_window(refund: Refund, gateway: Gateway, settings: Settings, now: datetime) -> bool:
+    """
+    Tell whether a refund's key may no longer be sent.
+
+    Payroc keeps a key for 7 days (https://docs.payroc.com/api/idempotency); later, or with another API host or key, the
+    same key may be taken for a new one.
+    """
+    if refund.first_sent_at is None:
+        return False
+    return now - refund.first_sent_at >= timedelta(days=settings.key_window_days) or refund.sent_with != gateway.sent_with
+
+
+async def _stopped(refund: Refund, now: datetime, ledger: Ledger, gateway: Gateway) -> Result:
+    """Say why a refund that could be sent is not: a pause, another Payroc, or a release that has run out."""
+    pauses = await ledger.pauses()
+    for scope in (EVERYTHING, refund.processing_terminal_id):
+        if scope in pauses:
+            what = "The sending" if scope == EVERYTHING else f"The sending for terminal {scope}"
+            return Result(refund.id, refund.order_id, Sent.CONFIGURATION, f"{what} is paused: {pauses[scope]}")
+    await ledger.bind_environment(gateway.environment)
+    if refund.status is Status.RELEASED and refund.released_at is not None and now - refund.released_at >= RELEASE_VALID:
+        return Result(refund.id, refund.order_id, Sent.NOT_RELEASED, "Its release was not used within 24 hours.")
+    return Result(refund.id, refund.order_id, Sent.BUSY, "It became free again just now.", 1.0)
+
+
+def _no_token(refund: Refund, error: PayrocError, settings: Settings) -> Result:
+    if error.http_status in (401, 403):
+        reason = f"{error}; check the API key and the environment of the connection."
+        return Result(refund.id, refund.order_id, Sent.CONFIGURATION, reason)
+    wait = error.retry_after or float(settings.retry_delay_seconds)
+    return Result(refund.id, refund.order_id, Sent.BUSY, f"{error}; nothing was sent.", wait)
+
+
+def _result(refund: Refund, now: datetime) -> Result:
+    reason = refund.reason or f"It is {refund.status}."
+    if refund.status in PAID:
+        return Result(refund.id, refund.order_id, Sent.ACCEPTED, reason)
+    if refund.status is Status.UNKNOWN:
+        return Result(refund.id, refund.order_id, Sent.UNKNOWN, reason, _seconds_until(refund, now))
+    if refund.status is Status.SENDING:
+        reason = f"Another attempt may still be under way until {refund.lease_until:%H:%M:%S %Z}."
+        return Result(refund.id, refund.order_id, Sent.BUSY, reason, _seconds_until(refund, now))
+    if refund.status in (Status.REJECTED, Status.REVIEW):
+        return Result(refund.id, refund.order_id, Sent(refund.status.value), reason)
+    return Result(refund.id, refund.order_id, Sent.NOT_RELEASED, f"It is {refund.status}, not released.")
+
+
+def _seconds_until(refund: Refund, now: datetime) -> float:
+    ends = [instant for instant in (refund.lease_until, refund.next_attempt_at) if instant is not None]
+    return max(0.0, (max(ends) - now).total_seconds()) if ends else 0.0

@@ -1,0 +1,92 @@
+"""The settings: environment variables ``PAYROC_REFUNDS_…``, read once, checked with one clear sentence each."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any
+from zoneinfo import available_timezones
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+ENV_PREFIX = "PAYROC_REFUNDS_"
+
+
+class SettingsError(Exception):
+    """A setting is missing or unusable; the message names the environment variable and what to do."""
+
+
+class Settings(BaseSettings):
+    """Settings of the project; each field's description gives its unit and reason."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="ignore", env_ignore_empty=True, frozen=True)
+
+    source: str = Field(
+        "refund_requests",
+        min_length=1,
+        max_length=100,
+        description="Fixed name of the source. Idempotency keys are derived from it: never change it once refunds were sent.",
+    )
+    schedule: str = Field("0 7 * * 1-5", description="Cron of the refund run, in TIMEZONE. Empty means manual runs only.")
+    followup_schedule: str = Field(
+        "0 */2 * * 1-5", description="Cron of the follow-up. ACH moves in days, two hours are soon enough. Empty means manual runs only."
+    )
+    timezone: str = Field("America/New_York", description="IANA time zone of both schedules; the ACH calendar runs on Eastern time.")
+    retries: int = Field(5, ge=0, le=50, description="Airflow retries of a send task. What they do not finish, the next run does.")
+    retry_delay_seconds: int = Field(60, ge=1, description="Seconds between tries when no outcome asks for another delay.")
+    unknown_wait_seconds: int = Field(
+        90, ge=1, description="Seconds before an unknown refund is sent again under its key, so that a POST in flight has ended at Payroc."
+    )
+    key_window_days: float = Field(
+        6,
+        gt=0,
+        le=6,
+        description="Days after the first POST in which a key may be sent again. Payroc keeps keys for 7; this can only be lowered.",
+    )
+    lease_margin_seconds: int = Field(
+        600, ge=5, description="Seconds by which a lease outlives its token, so that a POST sent on the token's last second has ended."
+    )
+    http_timeout_seconds: float = Field(30, gt=0, le=120, description="Seconds to connect, and seconds to wait for an answer from Payroc.")
+    pool_slots: int = Field(4, ge=1, description="Slots that `make` gives to the pool payroc_api: send tasks at work at a time.")
+    aba_checksum: bool = Field(True, description="Refuse routing numbers that fail the ABA checksum. Payroc's own samples fail it.")
+    token_cache: bool = Field(True, description="Share tokens between the tasks of one host through an encrypted file.")
+    token_cache_dir: Path | None = Field(
+        None, description="Folder of that file. Unset: a folder with owner-only rights in the temporary directory."
+    )
+    encryption_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        (), description="Fernet keys, comma-separated; the first encrypts, all decrypt."
+    )
+    fingerprint_key: SecretStr | None = Field(
+        None,
+        description="Key of payee fingerprints and request hashes, at least 32 characters. Never rotated: old ones must stay comparable.",
+    )
+
+    @field_validator("encryption_keys", mode="before")
+    @classmethod
+    def _split_keys(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("timezone")
+    @classmethod
+    def _known_timezone(cls, value: str) -> str:
+        if value not in available_timezones():
+            raise ValueError("is not an IANA time zone such as America/New_York")
+        return value
+
+
+@lru_cache(maxsize=1)
+def get_settings() -> Settings:
+    """
+    Return the settings of this process.
+
+    :raises SettingsError: when a variable has an unusable value.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        variable = ENV_PREFIX + "_".join(str(part) for part in first["loc"][:1]).upper()
+        raise SettingsError(f"Environment variable {variable} is not usable: {first['msg']}.") from None

@@ -1,0 +1,129 @@
+"""The merchant's database: approved refunds come from it, and what became of them goes back, by two SQL files."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Mapping, Sequence
+from datetime import UTC
+from pathlib import Path
+from typing import Any, Protocol
+
+from sqlalchemy import DateTime, Engine, bindparam, text
+from sqlalchemy.exc import DBAPIError
+
+from include.refunds.ledger import WriteBack
+
+SQL_FOLDER = Path(__file__).parent.parent / "sql"
+
+COLUMNS = (
+    "source_ref",
+    "processing_terminal_id",
+    "order_id",
+    "description",
+    "amount",
+    "currency",
+    "name_on_account",
+    "account_type",
+    "sec_code",
+    "routing_number",
+    "account_number",
+    "secure_token",
+    "email",
+    "requested_by",
+    "approved_by",
+    "approved_at",
+)
+
+SourceRow = Mapping[str, Any]
+
+
+class SourceError(Exception):
+    """The source can't be read or written; the message names the file or connection and what to do."""
+
+
+class Source(Protocol):
+    """The source, as pull, release and write-back see it."""
+
+    async def select_approved(self) -> Sequence[SourceRow]:
+        """Return the approved refunds, one row each, with the columns of :data:`COLUMNS`."""
+
+    async def write_back(self, rows: Sequence[WriteBack]) -> list[str]:
+        """Write what became of refunds; return the source_refs that touched no row."""
+
+
+class SqlSource:
+    """
+    A source behind SQLAlchemy: any database that Airflow has a SQL hook for.
+
+    :param engine: a synchronous engine.
+    :param select_approved: path of the query; ``include/sql/select_approved.sql`` unless told otherwise.
+    :param write_back: path of the update; ``include/sql/write_back.sql`` unless told otherwise.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        select_approved: Path = SQL_FOLDER / "select_approved.sql",
+        write_back: Path = SQL_FOLDER / "write_back.sql",
+    ) -> None:
+        self._engine = engine
+        self._select = select_approved
+        self._update = write_back
+
+    async def select_approved(self) -> Sequence[SourceRow]:
+        """
+        Run the query.
+
+        :raises SourceError: when it fails or lacks a column.
+        """
+        return await asyncio.to_thread(self._run_select)
+
+    async def write_back(self, rows: Sequence[WriteBack]) -> list[str]:
+        """
+        Run the update for each row, in one transaction.
+
+        :raises SourceError: when it fails; then nothing of it was written.
+        """
+        return await asyncio.to_thread(self._run_update, rows)
+
+    def _run_select(self) -> list[SourceRow]:
+        try:
+            with self._engine.connect() as connection:
+                result = connection.execute(text(_read(self._select)))
+                returned = set(result.keys())
+                missing = [name for name in COLUMNS if name not in returned]
+                if missing:
+                    raise SourceError(f"{self._select.name} does not return {', '.join(missing)}: add the column, or NULL AS {missing[0]}.")
+                return [dict(row) for row in result.mappings()]
+        except DBAPIError as error:
+            raise SourceError(_failed(self._select, error)) from None
+
+    def _run_update(self, rows: Sequence[WriteBack]) -> list[str]:
+        # Typed, so that each dialect gets the instant in its own form: SQLite has none.
+        statement = text(_read(self._update)).bindparams(bindparam("updated_at", type_=DateTime(timezone=True)))
+        untouched = []
+        try:
+            with self._engine.begin() as connection:
+                for row in rows:
+                    values = {name: getattr(row, name) for name in WriteBack.__slots__}
+                    result = connection.execute(statement, {**values, "updated_at": row.updated_at.astimezone(UTC)})
+                    if result.rowcount == 0:
+                        untouched.append(row.source_ref)
+        except DBAPIError as error:
+            raise SourceError(_failed(self._update, error)) from None
+        return untouched
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SourceError(f"{path} can't be read ({error.strerror}).") from None
+
+
+def _failed(path: Path, error: DBAPIError) -> str:
+    # A driver's message may quote a value of the row, above all in its DETAIL line: only the first line, without digits.
+    lines = str(error.orig).strip().splitlines() or [type(error.orig).__name__]
+    return f"{path.name} failed on the connection refunds_source: {re.sub(r'[0-9]{4,}', '…', lines[0])}"

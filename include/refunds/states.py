@@ -1,0 +1,65 @@
+"""The life of a refund: its states and the only ways between them. The database enforces the same graph."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Status(StrEnum):
+    """Status of a refund in the ledger."""
+
+    APPROVED = "approved"
+    HELD = "held"
+    RELEASED = "released"
+    SENDING = "sending"
+    UNKNOWN = "unknown"
+    ACCEPTED = "accepted"
+    SETTLED = "settled"
+    RETURNED = "returned"
+    REVERSED = "reversed"
+    REJECTED = "rejected"
+    REVIEW = "review"
+    CANCELLED = "cancelled"
+
+
+_NEXT: dict[Status, tuple[Status, ...]] = {
+    Status.APPROVED: (Status.HELD, Status.RELEASED, Status.CANCELLED, Status.REVIEW),
+    Status.HELD: (Status.APPROVED, Status.CANCELLED),
+    Status.RELEASED: (Status.SENDING, Status.APPROVED, Status.HELD),
+    Status.SENDING: (
+        Status.ACCEPTED,
+        Status.SETTLED,
+        Status.REJECTED,
+        Status.UNKNOWN,
+        Status.REVIEW,
+        Status.SENDING,
+        Status.RELEASED,
+    ),
+    Status.UNKNOWN: (
+        Status.SENDING,
+        Status.ACCEPTED,
+        Status.SETTLED,
+        Status.RETURNED,
+        Status.REVERSED,
+        Status.REJECTED,
+        Status.REVIEW,
+    ),
+    Status.ACCEPTED: (Status.SETTLED, Status.RETURNED, Status.REVERSED, Status.REJECTED, Status.REVIEW),
+    Status.SETTLED: (Status.RETURNED, Status.REVIEW),
+    Status.REVIEW: (Status.ACCEPTED, Status.REJECTED, Status.SETTLED, Status.RETURNED, Status.REVERSED),
+    Status.REVERSED: (Status.REVIEW,),
+    Status.RETURNED: (Status.REVIEW,),
+    Status.REJECTED: (Status.REVIEW,),
+    Status.CANCELLED: (Status.REVIEW,),
+}
+
+EDGES = frozenset((source, target) for source, targets in _NEXT.items() for target in targets)
+
+# In these states the refund has ended for us: its frozen request may be emptied and it needs no further task.
+FINAL = frozenset({Status.SETTLED, Status.RETURNED, Status.REVERSED, Status.REJECTED, Status.CANCELLED})
+
+# A Payroc object proved that the money was accepted at some time.
+PAID = frozenset({Status.ACCEPTED, Status.SETTLED, Status.RETURNED, Status.REVERSED})
+
+# Sent, and no proof yet of what became of it.
+IN_DOUBT = frozenset({Status.SENDING, Status.UNKNOWN})

@@ -1,0 +1,101 @@
+"""What a verdict does to a refund. Pure: the ledger reads the row under a lock, asks here, and writes the answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from include.refunds.classify import EVERYTHING, Outcome, Sighting, Verdict
+from include.refunds.refund import History, Refund
+from include.refunds.states import EDGES, PAID, Status
+
+# A Retry-After is honoured up to this; a longer one must not take a refund out of sight.
+LONGEST_WAIT = timedelta(days=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """
+    What to write into the refund's row.
+
+    :param steps: the statuses to go through, the last one is where it stays; empty leaves the status as it is.
+    :param reason: the row's new reason, ``None`` leaves it.
+    :param sighting: Payroc's object whose id and word the row takes over.
+    :param wait_until: end of the wait before the next attempt, for ``unknown``.
+    :param never_sent: take back ``first_sent_at`` and ``sent_with``: no attempt reached Payroc's processing.
+    :param contradiction: what contradicts the ledger; it is stored as an event.
+    :param pause: scope to pause the sending for.
+    """
+
+    steps: tuple[Status, ...] = ()
+    reason: str | None = None
+    sighting: Sighting | None = None
+    wait_until: datetime | None = None
+    never_sent: bool = False
+    contradiction: str | None = None
+    pause: str | None = None
+
+
+def decide(
+    refund: Refund, verdict: Verdict, history: History, *, current: bool, foreign_id: bool, now: datetime, unknown_wait: timedelta
+) -> Change | None:
+    """
+    Return what a verdict changes, or ``None`` when it changes nothing.
+
+    :param refund: the row, read under its lock.
+    :param verdict: what an attempt, a look-up or the follow-up found.
+    :param history: what the attempts before this one left behind.
+    :param current: the verdict comes from the attempt that holds the refund now. A worker that woke up late may
+        only add proof of a payment, never anything weaker.
+    :param foreign_id: the object's refund id already stands at another refund of the ledger.
+    :param now: the ledger's time.
+    :param unknown_wait: shortest wait before an unknown refund is sent again.
+    """
+    if verdict.sighting is not None:
+        return _decide_sighting(refund, verdict, verdict.sighting, foreign_id)
+    if verdict.contradiction:
+        return _contradiction(refund, verdict.reason, None)
+    if not current:
+        return None
+    match verdict.outcome:
+        case Outcome.UNKNOWN:
+            wait = min(max(unknown_wait, timedelta(seconds=verdict.retry_after)), LONGEST_WAIT)
+            return Change((Status.UNKNOWN,), verdict.reason, wait_until=now + wait)
+        case Outcome.CONFIGURATION | Outcome.NOT_SENT if verdict.proves_no_processing and not history.unresolved:
+            return Change((Status.RELEASED,), verdict.reason, never_sent=True, pause=verdict.pause)
+        case Outcome.CONFIGURATION | Outcome.NOT_SENT:
+            return Change((Status.UNKNOWN,), verdict.reason, wait_until=now + unknown_wait, pause=verdict.pause)
+        case Outcome.REJECTED:
+            return Change((Status.REJECTED,), verdict.reason)
+        case _:
+            return Change((Status.REVIEW,), verdict.reason)
+
+
+def _decide_sighting(refund: Refund, verdict: Verdict, sighting: Sighting, foreign_id: bool) -> Change | None:
+    if foreign_id or refund.payroc_refund_id not in (None, sighting.payroc_refund_id):
+        return _contradiction(refund, f"Payroc's refund {sighting.payroc_refund_id} does not belong to this row.", None)
+    if refund.status is sighting.status:
+        return Change(sighting=sighting)
+    if refund.status is Status.REVIEW:
+        # People decide what leaves review; what Payroc says is kept for them to see.
+        return Change(sighting=sighting)
+    steps = _way(refund.status, sighting.status)
+    if steps:
+        return Change(steps, verdict.reason, sighting=sighting)
+    if refund.status in PAID and sighting.status in PAID and refund.payroc_refund_id == sighting.payroc_refund_id:
+        # A list may lag behind what an earlier answer already told; an older word is no news.
+        return None
+    return _contradiction(refund, f"Payroc says {sighting.status} of a refund that is {refund.status} here.", sighting)
+
+
+def _way(start: Status, end: Status) -> tuple[Status, ...]:
+    if (start, end) in EDGES:
+        return (end,)
+    if (start, Status.ACCEPTED) in EDGES and (Status.ACCEPTED, end) in EDGES:
+        return (Status.ACCEPTED, end)
+    return ()
+
+
+def _contradiction(refund: Refund, what: str, sighting: Sighting | None) -> Change:
+    steps = (Status.REVIEW,) if (refund.status, Status.REVIEW) in EDGES else ()
+    return Change(steps, what, sighting=sighting, contradiction=what, pause=EVERYTHING)
