@@ -39,6 +39,10 @@ class LedgerError(Exception):
     """The ledger can't be used; the message says what is wrong and what to run."""
 
 
+class LedgerUnavailable(LedgerError):
+    """The ledger's database does not answer; it may a little later."""
+
+
 class NoSuchRefund(LedgerError):
     """The ledger holds no refund with this id."""
 
@@ -135,8 +139,11 @@ class Candidate:
     id: int
     source_ref: str
     processing_terminal_id: str
+    order_id: str
     amount: int
     currency: str
+    payee_last4: str | None
+    attempts: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +184,7 @@ class Ledger:
     """
 
     def __init__(self, engine: AsyncEngine, settings: Settings, *, actor: str, clock: Callable[[], datetime] | None = None) -> None:
-        self._engine = engine
+        self.engine = engine
         self._settings = settings
         self._actor = actor
         self._clock = clock
@@ -192,7 +199,7 @@ class Ledger:
             async with self._rehearsal.begin_nested():
                 yield self._rehearsal, await self._begin(self._rehearsal)
         else:
-            async with self._engine.begin() as connection:
+            async with self.engine.begin() as connection:
                 yield connection, await self._begin(connection)
 
     async def _begin(self, connection: AsyncConnection) -> datetime:
@@ -203,8 +210,8 @@ class Ledger:
     @asynccontextmanager
     async def rehearsal(self) -> AsyncIterator[Ledger]:
         """Yield a ledger whose every change is rolled back at the end."""
-        async with self._engine.connect() as connection, connection.begin() as transaction:
-            ledger = Ledger(self._engine, self._settings, actor=self._actor, clock=self._clock)
+        async with self.engine.connect() as connection, connection.begin() as transaction:
+            ledger = Ledger(self.engine, self._settings, actor=self._actor, clock=self._clock)
             ledger._rehearsal = connection
             try:
                 yield ledger
@@ -220,18 +227,19 @@ class Ledger:
         """
         Make sure that the ledger can be reached and has this version's schema.
 
-        :raises LedgerError: when it can't be reached, was never migrated, or is at another revision.
+        :raises LedgerUnavailable: when it can't be reached.
+        :raises LedgerError: when it was never migrated, or is at another revision.
         """
         query = text(f"SELECT version_num FROM refund_ledger.{VERSION_TABLE}")
         try:
-            async with self._engine.connect() as connection:
+            async with self.engine.connect() as connection:
                 found = (await connection.execute(query)).scalar_one_or_none()
         except ProgrammingError:
             found = None
         except (DBAPIError, OSError) as error:
             cause = type(getattr(error, "orig", None) or error).__name__
-            raise LedgerError(
-                f"The ledger database at {self._engine.url.host}:{self._engine.url.port} can't be used ({cause}): "
+            raise LedgerUnavailable(
+                f"The ledger database at {self.engine.url.host}:{self.engine.url.port} can't be used ({cause}): "
                 "check the connection refunds_ledger."
             ) from None
         if found != newest_revision():
@@ -296,17 +304,23 @@ class Ledger:
             values = {"source": self._settings.source, "now": now, "oldest": now - RELEASE_VALID}
             return (await connection.execute(update, values)).rowcount
 
-    async def candidates(self, selection: Selection) -> list[Candidate]:
-        """Return the refunds that are approved, or released and not yet sent, oldest approval first."""
-        query = text("""
-            SELECT id, source_ref, processing_terminal_id, amount, currency FROM refund_ledger.refunds
+    async def candidates(self, selection: Selection, ids: Sequence[int] | None = None) -> list[Candidate]:
+        """
+        Return the refunds that are approved, or released and not yet sent, oldest approval first.
+
+        :param ids: only those of these ids.
+        """
+        query = text(f"""
+            SELECT {", ".join(Candidate.__slots__)} FROM refund_ledger.refunds
             WHERE source = :source AND status IN ('approved', 'released')
+              AND (CAST(:ids AS bigint[]) IS NULL OR id = ANY(CAST(:ids AS bigint[])))
               AND (CAST(:refs AS text[]) IS NULL OR source_ref = ANY(CAST(:refs AS text[])))
               AND (CAST(:terminal AS text) IS NULL OR processing_terminal_id = :terminal)
               AND (CAST(:before AS timestamptz) IS NULL OR approved_at < :before)
             ORDER BY approved_at, id LIMIT :limit""")
         values = {
             "source": self._settings.source,
+            "ids": None if ids is None else list(ids),
             "refs": list(selection.source_refs) or None,
             "terminal": selection.processing_terminal_id,
             "before": selection.approved_before,
@@ -424,6 +438,18 @@ class Ledger:
                 },
             )
             return [row.id for row in released]
+
+    async def terminals(self, refund_ids: Sequence[int]) -> set[str]:
+        """Return the processing terminals of refunds."""
+        query = text("SELECT DISTINCT processing_terminal_id FROM refund_ledger.refunds WHERE id = ANY(:ids)")
+        async with self._transaction() as (connection, _):
+            return set((await connection.execute(query, {"ids": list(refund_ids)})).scalars())
+
+    async def note(self, run_id: str, findings: dict[str, Any]) -> None:
+        """Add to what a run's report has to name; nothing happens when there is no such run."""
+        update = text("UPDATE refund_ledger.refund_runs SET findings = findings || CAST(:findings AS jsonb) WHERE run_id = :run_id")
+        async with self._transaction() as (connection, _):
+            await connection.execute(update, {"run_id": run_id, "findings": json.dumps(findings)})
 
     async def finish_run(self, run_id: str) -> None:
         """Note that a run has been reported."""
@@ -690,7 +716,7 @@ class Ledger:
     @asynccontextmanager
     async def write_back_lock(self) -> AsyncIterator[None]:
         """Hold the lock that lets write-backs run one at a time, so that an older one never overtakes a newer one."""
-        async with self._engine.connect() as connection:
+        async with self.engine.connect() as connection:
             await connection.execute(text("SELECT pg_advisory_lock(hashtext('refund_ledger.write_back'))"))
             await connection.commit()
             try:
@@ -735,7 +761,7 @@ class Ledger:
 
 def create_ledger_engine(url: URL, **options: Any) -> AsyncEngine:
     """Return an async engine for the ledger, with a connect timeout so that a dead host is an error and not a wait."""
-    return create_async_engine(url, connect_args={"connect_timeout": 10}, pool_pre_ping=True, **options)
+    return create_async_engine(url, connect_args={"connect_timeout": 10}, pool_pre_ping=True, hide_parameters=True, **options)
 
 
 def _no_run(run_id: str) -> LedgerError:

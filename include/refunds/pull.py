@@ -53,6 +53,9 @@ class Pulled:
     invalid: dict[str, dict[str, str]] = field(default_factory=dict)
     changed: dict[str, list[str]] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        return f"{self.rows} rows in the source: {self.new} new, {len(self.invalid)} invalid, {len(self.changed)} changed."
+
 
 async def pull(source: Source, ledger: Ledger, cipher: Cipher, settings: Settings) -> Pulled:
     """

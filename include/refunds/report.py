@@ -117,6 +117,8 @@ async def run_report(engine: AsyncEngine, source: str, run_id: str) -> Report:
             report.unfinished.append("The run stored no candidates: pull_approved did not finish.")
         else:
             _note_findings(report, row["findings"])
+            if row["released"] is None:
+                report.unfinished.append("Nothing was released: approve_run or release did not finish, its log says why.")
         await _note_state(connection, source, report)
         return report
 
@@ -189,6 +191,8 @@ def _note_findings(report: Report, findings: dict[str, Any]) -> None:
         report.notes.append(f"Source row {source_ref} changed after it was pulled ({', '.join(names)}); give it a new source_ref.")
     for refund_id, what in findings.get("withdrawn", {}).items():
         report.notes.append(f"Refund {refund_id} was not released. {what}")
+    for source_ref in findings.get("untouched", []):
+        report.notes.append(f"Source row {source_ref} was not written back: the UPDATE of write_back.sql touched no row.")
 
 
 async def _note_state(connection: AsyncConnection, source: str, report: Report) -> None:
@@ -212,7 +216,7 @@ async def _note_state(connection: AsyncConnection, source: str, report: Report) 
             report.notes.append(f"Refund {row.id} (order {row.order_id}) {sentence}.")
     due = text("SELECT count(*) FROM refund_ledger.refunds WHERE source = :source AND written_back_at IS DISTINCT FROM updated_at")
     if missing := (await connection.execute(due, {"source": source})).scalar_one():
-        report.notes.append(f"{missing} refunds are not written back to the source: see the log of write_back.")
+        report.notes.append(f"{missing} refunds have news that the source does not have yet; the next write_back tries again.")
 
 
 _UNFINISHED = {

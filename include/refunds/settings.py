@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 from zoneinfo import available_timezones
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 ENV_PREFIX = "PAYROC_REFUNDS_"
@@ -20,7 +20,7 @@ class SettingsError(Exception):
 class Settings(BaseSettings):
     """Settings of the project; each field's description gives its unit and reason."""
 
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="ignore", env_ignore_empty=True, frozen=True)
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="ignore", frozen=True)
 
     source: str = Field(
         "refund_requests",
@@ -61,6 +61,14 @@ class Settings(BaseSettings):
         None,
         description="Key of payee fingerprints and request hashes, at least 32 characters. Never rotated: old ones must stay comparable.",
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _empty_is_unset(cls, value: Any, info: ValidationInfo) -> Any:
+        # An empty schedule says something: manual runs only.
+        if value == "" and info.field_name is not None and not info.field_name.endswith("schedule"):
+            return cls.model_fields[info.field_name].get_default()
+        return value
 
     @field_validator("encryption_keys", mode="before")
     @classmethod

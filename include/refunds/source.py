@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sqlalchemy import DateTime, Engine, bindparam, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
 from include.refunds.ledger import WriteBack
 
@@ -40,6 +40,10 @@ SourceRow = Mapping[str, Any]
 
 class SourceError(Exception):
     """The source can't be read or written; the message names the file or connection and what to do."""
+
+
+class SourceUnavailable(SourceError):
+    """The source's database does not answer; it may a little later."""
 
 
 class Source(Protocol):
@@ -98,7 +102,7 @@ class SqlSource:
                     raise SourceError(f"{self._select.name} does not return {', '.join(missing)}: add the column, or NULL AS {missing[0]}.")
                 return [dict(row) for row in result.mappings()]
         except DBAPIError as error:
-            raise SourceError(_failed(self._select, error)) from None
+            raise _failed(self._select, error) from None
 
     def _run_update(self, rows: Sequence[WriteBack]) -> list[str]:
         # Typed, so that each dialect gets the instant in its own form: SQLite has none.
@@ -112,7 +116,7 @@ class SqlSource:
                     if result.rowcount == 0:
                         untouched.append(row.source_ref)
         except DBAPIError as error:
-            raise SourceError(_failed(self._update, error)) from None
+            raise _failed(self._update, error) from None
         return untouched
 
 
@@ -123,7 +127,17 @@ def _read(path: Path) -> str:
         raise SourceError(f"{path} can't be read ({error.strerror}).") from None
 
 
-def _failed(path: Path, error: DBAPIError) -> str:
+def _failed(path: Path, error: DBAPIError) -> SourceError:
     # A driver's message may quote a value of the row, above all in its DETAIL line: only the first line, without digits.
     lines = str(error.orig).strip().splitlines() or [type(error.orig).__name__]
-    return f"{path.name} failed on the connection refunds_source: {re.sub(r'[0-9]{4,}', '…', lines[0])}"
+    kind = (
+        SourceUnavailable
+        if error.connection_invalidated or (isinstance(error, OperationalError) and not _is_sqlite(error))
+        else SourceError
+    )
+    return kind(f"{path.name} failed on the connection refunds_source: {re.sub(r'[0-9]{4,}', '…', lines[0])}")
+
+
+def _is_sqlite(error: DBAPIError) -> bool:
+    # SQLite reports a missing column as an operational error; others keep the word for a server that does not answer.
+    return type(error.orig).__module__ == "sqlite3"

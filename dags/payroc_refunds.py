@@ -1,0 +1,200 @@
+"""
+### Pays approved refunds through Payroc
+
+`pull_approved` reads the approved refunds from the connection **refunds_source** into the ledger, `approve_run` makes sure
+that they may go, `release` lets them through the one door, `send_refund` sends each to Payroc under its own idempotency key,
+`write_back` tells the source what became of them, and `report` shows it all and fails when something needs people.
+
+Nothing that Airflow does sends a refund twice: retries, clears and overlapping runs are harmless, because the ledger
+(connection **refunds_ledger**) decides. A refund that a run did not finish is taken up by the next one.
+
+A manual run takes the params below. Start with **dry_run** to see what would be sent.
+"""
+
+from __future__ import annotations
+
+import logging
+from datetime import datetime, timedelta
+from typing import Any
+from zoneinfo import ZoneInfo
+
+from airflow.sdk import DAG, Context, CronTriggerTimetable, Param, TriggerRule, conf, get_current_context, result, task
+from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
+from payroc_airflow.databases import open_ledger, source_of
+from payroc_airflow.gateway import HookGateway
+from payroc_airflow.hooks.payroc import PayrocHook
+from payroc_airflow.operators.refund import PayrocRefundOperator
+from payroc_airflow.pools import POOL, pool_exists
+from payroc_airflow.retry_policy import PayrocRetryPolicy
+
+from include.refunds.cipher import Cipher
+from include.refunds.params import RunParams, in_lists
+from include.refunds.pull import pull
+from include.refunds.rehearse import rehearse
+from include.refunds.release import release as release_refunds
+from include.refunds.report import run_report
+from include.refunds.settings import get_settings
+from include.refunds.write_back import write_back as write_back_refunds
+
+log = logging.getLogger(__name__)
+settings = get_settings()
+
+PARAMS = {
+    "dry_run": Param(
+        False,
+        type="boolean",
+        title="Dry run",
+        description="Show in the report what would be sent. Nothing is stored, sent or written back.",
+    ),
+    "limit": Param(
+        100_000,
+        type="integer",
+        minimum=1,
+        maximum=100_000,
+        title="Limit",
+        description="Release at most so many refunds, oldest approval first.",
+    ),
+    "source_refs": Param(
+        [],
+        type="array",
+        items={"type": "string"},
+        title="Only these source_refs",
+        description="One per line, as they stand in the source. Empty means all.",
+    ),
+    "processing_terminal_id": Param(
+        None,
+        type=["string", "null"],
+        minLength=4,
+        maxLength=50,
+        title="Only this processing terminal",
+        description="Payroc's terminal id. Empty means all.",
+    ),
+    "approved_before": Param(
+        None,
+        type=["string", "null"],
+        format="date-time",
+        title="Approved before",
+        description="Only refunds that were approved before this instant, with its time zone.",
+    ),
+    "batch_size": Param(
+        None,
+        type=["integer", "null"],
+        minimum=1,
+        title="Refunds per task",
+        description="Empty means one refund per task, so that each has its own row in the grid. Set 100 or more for large runs.",
+    ),
+}
+
+
+def run_params(context: Context) -> RunParams:
+    """Return this run's params, checked."""
+    return RunParams.check(dict(context["params"]), context["dag_run"].conf)
+
+
+with DAG(
+    "payroc_refunds",
+    description="Pays approved refunds through Payroc, each once",
+    doc_md=__doc__,
+    schedule=CronTriggerTimetable(settings.schedule, timezone=settings.timezone) if settings.schedule else None,
+    start_date=datetime(2026, 1, 1, tzinfo=ZoneInfo(settings.timezone)),
+    catchup=False,
+    max_active_runs=1,
+    # A backfill would run for days that have passed; refunds know no such day, they are approved or not.
+    allowed_run_types=["scheduled", "manual"],
+    params=PARAMS,
+    default_args={
+        "retries": settings.retries,
+        "retry_delay": timedelta(seconds=settings.retry_delay_seconds),
+        "retry_policy": PayrocRetryPolicy(),
+    },
+    tags=["payroc", "refunds"],
+) as dag:
+
+    @task
+    async def pull_approved() -> dict[str, list[int]]:
+        """Store new refunds from the source, and hand on the ids of what this run is about."""
+        context = get_current_context()
+        params = run_params(context)
+        if pool_exists(POOL) is False:
+            raise AirflowFailException(
+                f'The pool {POOL} does not exist, so send_refund would wait for ever: run `airflow pools set {POOL} 4 "Payroc"`.'
+            )
+        if params.dry_run:
+            return {"candidates": [], "due": []}
+        source, cipher = source_of(), Cipher(settings)
+        async with open_ledger(context, settings) as ledger:
+            await ledger.return_stale_releases()
+            pulled = await pull(source, ledger, cipher, settings)
+            candidates = await ledger.candidates(params.selection())
+            await ledger.begin_run(context["run_id"], params.model_dump(mode="json"), candidates, {"changed": pulled.changed})
+            log.info("%s %d refunds may be released.", pulled, len(candidates))
+            return {"candidates": [item.id for item in candidates], "due": await ledger.due()}
+
+    @task
+    async def approve_run() -> None:
+        """Note in the ledger that exactly these refunds may be released."""
+        context = get_current_context()
+        if run_params(context).dry_run:
+            return
+        async with open_ledger(context, settings) as ledger:
+            await ledger.record_no_approval_needed(context["run_id"])
+
+    @task
+    async def release(pulled: dict[str, list[int]]) -> list[list[int]]:
+        """Let the refunds through the one door, and hand on their ids in the lists that the send tasks take."""
+        context = get_current_context()
+        params = run_params(context)
+        if params.dry_run:
+            return []
+        source, gateway, cipher = source_of(), HookGateway(PayrocHook()), Cipher(settings)
+        async with open_ledger(context, settings) as ledger:
+            ids = await release_refunds(
+                context["run_id"],
+                pulled["candidates"],
+                pulled["due"],
+                source=source,
+                ledger=ledger,
+                gateway=gateway,
+                cipher=cipher,
+                settings=settings,
+            )
+        return in_lists(ids, params.batch_size, conf.getint("core", "max_map_length"))
+
+    @task(trigger_rule=TriggerRule.ALL_DONE)
+    async def write_back() -> None:
+        """Tell the source what became of its refunds."""
+        context = get_current_context()
+        if run_params(context).dry_run:
+            raise AirflowSkipException("A dry run writes nothing back.")
+        source = source_of()
+        async with open_ledger(context, settings) as ledger:
+            written, untouched = await write_back_refunds(source, ledger)
+            await ledger.note(context["run_id"], {"untouched": untouched})
+        log.info("%d rows written back, %d touched no row.", written, len(untouched))
+
+    @result
+    @task(trigger_rule=TriggerRule.ALL_DONE)
+    async def report() -> dict[str, Any]:
+        """Show what the run did; fail when something needs people. The totals are the result of the run."""
+        context = get_current_context()
+        params = run_params(context)
+        async with open_ledger(context, settings) as ledger:
+            if params.dry_run:
+                found = await rehearse(params, source_of(), ledger, Cipher(settings), settings)
+            else:
+                await ledger.finish_run(context["run_id"])
+                found = await run_report(ledger.engine, settings.source, context["run_id"])
+        log.info("%s", found)
+        if found.unfinished:
+            raise AirflowFailException(" ".join(found.unfinished))
+        return found.as_dict()
+
+    pulled = pull_approved()
+    lists = release(pulled)
+    send_refund = PayrocRefundOperator.partial(
+        task_id="send_refund",
+        pool=POOL,
+        map_index_template="{{ refund_label }}",
+    ).expand(refund_ids=lists)
+    pulled >> approve_run() >> lists
+    send_refund >> write_back() >> report()

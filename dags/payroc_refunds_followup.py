@@ -1,0 +1,72 @@
+"""
+### Follows refunds to their end
+
+Asks Payroc what became of refunds whose outcome is unknown, and follows accepted ones to settled or returned, then writes the
+news back to the source. It only reads Payroc, it never sends a refund.
+"""
+
+from __future__ import annotations
+
+import logging
+from datetime import datetime, timedelta
+from typing import Any
+from zoneinfo import ZoneInfo
+
+from airflow.sdk import DAG, CronTriggerTimetable, TriggerRule, get_current_context, result, task
+from payroc_airflow.databases import open_ledger, source_of
+from payroc_airflow.gateway import HookGateway
+from payroc_airflow.hooks.payroc import PayrocHook
+from payroc_airflow.retry_policy import PayrocRetryPolicy
+
+from include.refunds.follow_up import follow_up as follow_up_refunds
+from include.refunds.report import status_report
+from include.refunds.settings import get_settings
+from include.refunds.write_back import write_back as write_back_refunds
+
+log = logging.getLogger(__name__)
+settings = get_settings()
+
+with DAG(
+    "payroc_refunds_followup",
+    description="Asks Payroc what became of refunds; never sends one",
+    doc_md=__doc__,
+    schedule=CronTriggerTimetable(settings.followup_schedule, timezone=settings.timezone) if settings.followup_schedule else None,
+    start_date=datetime(2026, 1, 1, tzinfo=ZoneInfo(settings.timezone)),
+    catchup=False,
+    max_active_runs=1,
+    allowed_run_types=["scheduled", "manual"],
+    default_args={
+        "retries": settings.retries,
+        "retry_delay": timedelta(seconds=settings.retry_delay_seconds),
+        "retry_policy": PayrocRetryPolicy(),
+    },
+    tags=["payroc", "refunds"],
+) as dag:
+
+    @task
+    async def follow_up() -> dict[str, int]:
+        """Look up the refunds in doubt, and follow the accepted and recently settled ones."""
+        gateway = HookGateway(PayrocHook())
+        async with open_ledger(get_current_context(), settings) as ledger:
+            counts = await follow_up_refunds(ledger, gateway)
+        log.info("%s", ", ".join(f"{count} {what}" for what, count in counts.items()))
+        return dict(counts)
+
+    @task(trigger_rule=TriggerRule.ALL_DONE)
+    async def write_back() -> None:
+        """Tell the source what became of its refunds."""
+        source = source_of()
+        async with open_ledger(get_current_context(), settings) as ledger:
+            written, untouched = await write_back_refunds(source, ledger)
+        log.info("%d rows written back, %d touched no row.", written, len(untouched))
+
+    @result
+    @task
+    async def report() -> dict[str, Any]:
+        """Show the whole ledger."""
+        async with open_ledger(get_current_context(), settings) as ledger:
+            found = await status_report(ledger.engine, settings.source)
+        log.info("%s", found)
+        return found.as_dict()
+
+    follow_up() >> write_back() >> report()

@@ -1,0 +1,82 @@
+"""The two databases, by their Airflow connections: ``refunds_ledger`` and ``refunds_source``."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from airflow.sdk import BaseHook
+from airflow.sdk.exceptions import AirflowException, AirflowNotFoundException
+from sqlalchemy import URL
+
+from include.refunds.ledger import Ledger, create_ledger_engine
+from include.refunds.ledger_url import UrlError, as_ledger_url, url_of_connection
+from include.refunds.settings import Settings
+from include.refunds.source import SourceError, SqlSource
+
+if TYPE_CHECKING:
+    from airflow.sdk import Connection, Context
+
+LEDGER_CONN_ID = "refunds_ledger"
+SOURCE_CONN_ID = "refunds_source"
+
+
+def ledger_url_of(conn_id: str = LEDGER_CONN_ID) -> URL:
+    """
+    Return the ledger's URL from an Airflow connection.
+
+    :raises UrlError: when the connection is missing or is not a Postgres one.
+    """
+    connection = _connection(conn_id, "a Postgres connection to the database that holds the refund ledger")
+    fields = {name: getattr(connection, name) for name in ("conn_type", "host", "port", "login", "password", "schema", "extra")}
+    try:
+        return as_ledger_url(url_of_connection(fields))
+    except UrlError as error:
+        raise UrlError(f"Airflow connection {conn_id!r}: {error}") from None
+
+
+@asynccontextmanager
+async def open_ledger(context: Context, settings: Settings, conn_id: str = LEDGER_CONN_ID) -> AsyncIterator[Ledger]:
+    """
+    Yield the ledger, once it is known to be reachable and migrated. What is changed is the doing of the DAG run.
+
+    :param context: the task's context.
+    :param conn_id: Airflow connection of type ``postgres``.
+    :raises UrlError: when the connection is missing or is not a Postgres one.
+    :raises LedgerError: when the ledger can't be used.
+    """
+    engine = create_ledger_engine(ledger_url_of(conn_id))
+    try:
+        ledger = Ledger(engine, settings, actor=f"{context['ti'].dag_id} {context['run_id']}")
+        await ledger.check()
+        yield ledger
+    finally:
+        await engine.dispose()
+
+
+def source_of(conn_id: str = SOURCE_CONN_ID) -> SqlSource:
+    """
+    Return the source behind an Airflow connection of any type that has a SQL hook.
+
+    :raises SourceError: when the connection is missing, or its type has no SQLAlchemy engine.
+    """
+    try:
+        connection = _connection(conn_id, "a connection to the database in which refunds are approved")
+        hook: Any = connection.get_hook()  # type: ignore[no-untyped-call]  # Airflow does not type it
+        return SqlSource(hook.get_sqlalchemy_engine())
+    except UrlError as error:
+        raise SourceError(str(error)) from None
+    except (AirflowException, AttributeError, NotImplementedError) as error:
+        raise SourceError(
+            f"Airflow connection {conn_id!r} has no SQL hook ({type(error).__name__}): give it the type of a SQL database "
+            "whose provider is installed."
+        ) from None
+
+
+def _connection(conn_id: str, what: str) -> Connection:
+    try:
+        return BaseHook.get_connection(conn_id)
+    except (AirflowNotFoundException, ValueError):
+        # Airflow's text may quote the URI, and with it a password.
+        raise UrlError(f"Airflow connection {conn_id!r} is not defined or can't be read; create it: {what}.") from None

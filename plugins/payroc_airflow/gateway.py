@@ -1,0 +1,50 @@
+"""The protocol's gateway to Payroc, over :class:`~payroc_airflow.hooks.payroc.PayrocHook`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import datetime
+
+from include.payroc.models import AccessToken, Refund
+from payroc_airflow.hooks.payroc import PayrocHook
+
+
+class HookGateway:
+    """
+    Calls the hook from the protocol's event loop.
+
+    :param hook: the hook; its connection is read here, before the event loop starts.
+    :raises PayrocConfigurationError: when the connection can't be used.
+    """
+
+    def __init__(self, hook: PayrocHook) -> None:
+        self._hook = hook
+        self.environment = hook.api_url
+        self.sent_with = hook.sent_with
+
+    async def token(self, *, younger_than: float | None = None) -> AccessToken:
+        """Return a token from the hook's cache, or a new one."""
+        return await asyncio.to_thread(self._hook.get_token, younger_than=younger_than)
+
+    async def evict(self, token: AccessToken) -> None:
+        """Forget exactly this token."""
+        await asyncio.to_thread(self._hook.evict_token, token)
+
+    async def create_refund(self, token: AccessToken, idempotency_key: str, body: bytes) -> Refund:
+        """POST once."""
+        return await asyncio.to_thread(self._hook.create_refund, body, idempotency_key=idempotency_key, token=token)
+
+    async def list_refunds(
+        self,
+        token: AccessToken,
+        *,
+        processing_terminal_id: str,
+        order_id: str | None = None,
+        date_from: datetime | None = None,
+        limit: int | None = None,
+    ) -> AsyncIterator[Refund]:
+        """Yield refunds, each page fetched when it is needed."""
+        refunds = self._hook.list_refunds(processing_terminal_id, order_id=order_id, date_from=date_from, limit=limit, token=token)
+        while (refund := await asyncio.to_thread(next, refunds, None)) is not None:
+            yield refund

@@ -1,0 +1,87 @@
+"""The operator that sends released refunds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from airflow.sdk import BaseOperator
+
+from include.refunds.cipher import Cipher
+from include.refunds.ledger import Task
+from include.refunds.send import Result, Sent, send_refunds
+from include.refunds.settings import Settings, get_settings
+from payroc_airflow.databases import LEDGER_CONN_ID, open_ledger
+from payroc_airflow.exceptions import RefundsInDoubt, RefundsNotPaid, RefundsStopped
+from payroc_airflow.gateway import HookGateway
+from payroc_airflow.hooks.payroc import PayrocHook
+from payroc_airflow.retry_policy import PayrocRetryPolicy
+
+if TYPE_CHECKING:
+    from airflow.sdk import Context
+
+
+class PayrocRefundOperator(BaseOperator):
+    """
+    Send refunds that the ledger has released, each at most once, and record what became of them.
+
+    Whatever Airflow does with the task (retry, clear, two copies at a time), the ledger decides whether money moves: a refund
+    that has ended is skipped, one that is not released is refused.
+
+    For ``map_index_template="{{ refund_label }}"`` the operator puts the order ids of its refunds into the context.
+
+    :param refund_ids: ids of refunds in the ledger. Only ids cross from task to task, never bank data.
+    :param payroc_conn_id: Airflow connection of type ``payroc``.
+    :param ledger_conn_id: Airflow connection of the ledger, a Postgres database.
+    :raises RefundsStopped: a configuration error; the sending is paused where it has to be. Not retried.
+    :raises RefundsInDoubt: an outcome is not known yet, or another worker holds a refund. Retried when the wait has ended.
+    :raises RefundsNotPaid: a refund was rejected, is in review, or was not released. Not retried.
+    """
+
+    template_fields: Sequence[str] = ("refund_ids",)
+
+    def __init__(
+        self, *, refund_ids: Sequence[int], payroc_conn_id: str = "payroc_default", ledger_conn_id: str = LEDGER_CONN_ID, **kwargs: Any
+    ) -> None:
+        kwargs.setdefault("retry_policy", PayrocRetryPolicy())
+        super().__init__(**kwargs)
+        self.refund_ids = refund_ids
+        self.payroc_conn_id = payroc_conn_id
+        self.ledger_conn_id = ledger_conn_id
+
+    def execute(self, context: Context) -> None:
+        """Send the refunds; see the class for what is raised."""
+        gateway = HookGateway(PayrocHook(payroc_conn_id=self.payroc_conn_id))
+        results = asyncio.run(self._send(context, gateway, get_settings()))
+        for result in results:
+            self.log.info("Order %s: %s. %s", result.order_id, result.sent, result.reason)
+        _raise_for(results)
+
+    async def _send(self, context: Context, gateway: HookGateway, settings: Settings) -> list[Result]:
+        ti = context["ti"]
+        task = Task(run_id=context["run_id"], map_index=ti.map_index, try_number=ti.try_number)
+        async with open_ledger(context, settings, self.ledger_conn_id) as ledger:
+            context["refund_label"] = _label(await ledger.labels(self.refund_ids))  # type: ignore[typeddict-unknown-key]
+            return await send_refunds(self.refund_ids, task, ledger=ledger, gateway=gateway, cipher=Cipher(settings), settings=settings)
+
+
+def _label(order_ids: Sequence[str]) -> str:
+    if len(order_ids) <= 3:
+        return ", ".join(order_ids)
+    return f"{order_ids[0]} to {order_ids[-1]} ({len(order_ids)})"
+
+
+def _raise_for(results: Sequence[Result]) -> None:
+    """Raise for the most serious result: what stops all, then what a retry mends, then what only people mend."""
+    order = list(Sent)
+    worst = min(results, key=lambda result: order.index(result.sent), default=None)
+    if worst is None or worst.sent is Sent.ACCEPTED:
+        return
+    same = [result for result in results if result.sent is worst.sent]
+    message = f"Order {worst.order_id}: {worst.reason}" + (f" ({len(same) - 1} more like it)" if len(same) > 1 else "")
+    if worst.sent is Sent.CONFIGURATION:
+        raise RefundsStopped(message)
+    if worst.sent in (Sent.UNKNOWN, Sent.BUSY):
+        raise RefundsInDoubt(message, min(result.retry_after for result in results if result.sent in (Sent.UNKNOWN, Sent.BUSY)))
+    raise RefundsNotPaid(message)
