@@ -1,0 +1,225 @@
+"""A merchant's world for the tests of the ledger: a real source, a real ledger, and the local Payroc behind the real hook."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+from collections.abc import Callable, Coroutine, Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypeVar
+
+import pytest
+from payroc_airflow.gateway import HookGateway
+from payroc_airflow.hooks.payroc import PayrocHook
+from sqlalchemy import URL, create_engine, text
+from sqlalchemy.pool import NullPool
+
+from include.refunds.cipher import Cipher
+from include.refunds.follow_up import follow_up
+from include.refunds.gateway import Gateway
+from include.refunds.ledger import Ledger, Selection, Task, create_ledger_engine
+from include.refunds.pull import Pulled, pull
+from include.refunds.release import release
+from include.refunds.send import Result, send_refund
+from include.refunds.settings import get_settings
+from include.refunds.source import COLUMNS, SqlSource
+from include.refunds.write_back import write_back
+from tests.conftest import Sandbox
+
+T = TypeVar("T")
+_numbers = itertools.count(1)
+
+
+class World:
+    """
+    One merchant with a source, a ledger and a connection to the local Payroc.
+
+    :param hours_ahead: how far the ledger's clock runs ahead of the real one; tests move it.
+    """
+
+    def __init__(self, ledger_url: URL, source_url: URL, sandbox: Sandbox) -> None:
+        self.settings = get_settings()
+        self.cipher = Cipher(self.settings)
+        self.sandbox = sandbox
+        self.hours_ahead = 0.0
+        self.ledger_engine = create_engine(ledger_url)
+        self.source_engine = create_engine(source_url)
+        self.ledger = Ledger(
+            create_ledger_engine(ledger_url, poolclass=NullPool),
+            self.settings,
+            actor="test",
+            clock=lambda: datetime.now(UTC) + timedelta(hours=self.hours_ahead),
+        )
+        self.source = SqlSource(self.source_engine)
+        self.gateway: Gateway = HookGateway(PayrocHook())
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run(work)
+
+    # -- what people do ------------------------------------------------------------------------------------------
+
+    def approve(self, ending: str = "4321", **columns: Any) -> str:
+        """Put an approved refund into the source and return its source_ref; the ending of its account triggers the sandbox."""
+        number = next(_numbers)
+        row = dict.fromkeys(COLUMNS) | {
+            "source_ref": f"ref-{number}",
+            "processing_terminal_id": "7701001",
+            "order_id": f"T{number}-{id(self) % 100_000}",
+            "amount": 4999,
+            "currency": "USD",
+            "name_on_account": "Sarah Hopper",
+            "account_type": "checking",
+            "sec_code": "ppd",
+            "routing_number": "053200983",
+            "account_number": f"55667{number:06d}{ending}",
+            "requested_by": "ann@example.com",
+            "approved_by": "bob@example.com",
+            "approved_at": datetime(2026, 11, 20, 9, 0, tzinfo=UTC) + timedelta(seconds=number),
+        }
+        row |= columns
+        values = ", ".join(f":{name}" for name in COLUMNS)
+        with self.source_engine.begin() as connection:
+            connection.execute(text(f"INSERT INTO refund_requests ({', '.join(COLUMNS)}) VALUES ({values})"), row)
+        return str(row["source_ref"])
+
+    def change_source(self, source_ref: str, assignment: str) -> None:
+        with self.source_engine.begin() as connection:
+            connection.execute(text(f"UPDATE refund_requests SET {assignment} WHERE source_ref = :ref"), {"ref": source_ref})
+
+    def fault(self, refund_id: int | None, kind: str, operation: str = "create", **more: Any) -> None:
+        """Queue a failure at the local Payroc, for this refund's order or for the next request of all."""
+        about = {"orderId": self.row(refund_id)["order_id"]} if refund_id is not None else {}
+        self.sandbox.post("/_sandbox/faults", {"operation": operation, "kind": kind, **about, **more})
+
+    # -- what a run does -----------------------------------------------------------------------------------------
+
+    def pull(self) -> Pulled:
+        return self.run(pull(self.source, self.ledger, self.cipher, self.settings))
+
+    def release(self, run_id: str = "run-1", selection: Selection | None = None) -> list[int]:
+        async def work() -> list[int]:
+            candidates = await self.ledger.candidates(selection or Selection())
+            await self.ledger.begin_run(run_id, {}, candidates, {})
+            await self.ledger.record_no_approval_needed(run_id)
+            return await self.release_only(run_id, [item.id for item in candidates])
+
+        return self.run(work())
+
+    async def release_only(self, run_id: str, candidate_ids: list[int]) -> list[int]:
+        return await release(
+            run_id,
+            candidate_ids,
+            [],
+            source=self.source,
+            ledger=self.ledger,
+            gateway=self.gateway,
+            cipher=self.cipher,
+            settings=self.settings,
+        )
+
+    def send(self, refund_id: int, gateway: Gateway | None = None) -> Result:
+        return self.run(self.sending(refund_id, gateway))
+
+    def sending(self, refund_id: int, gateway: Gateway | None = None) -> Coroutine[Any, Any, Result]:
+        return send_refund(
+            refund_id,
+            Task("run-1", 0, 1),
+            ledger=self.ledger,
+            gateway=gateway or self.gateway,
+            cipher=self.cipher,
+            settings=self.settings,
+        )
+
+    def released(self, ending: str = "4321", **columns: Any) -> int:
+        """Approve, pull and release one refund, and return its id."""
+        source_ref = self.approve(ending, **columns)
+        self.pull()
+        self.release(selection=Selection(source_refs=(source_ref,)))
+        return int(self.row(source_ref)["id"])
+
+    def follow_up(self) -> dict[str, int]:
+        return dict(self.run(follow_up(self.ledger, self.gateway)))
+
+    def write_back(self) -> tuple[int, list[str]]:
+        return self.run(write_back(self.source, self.ledger))
+
+    # -- what can be seen ----------------------------------------------------------------------------------------
+
+    def rows(self, query: str, **values: Any) -> list[dict[str, Any]]:
+        with self.ledger_engine.connect() as connection:
+            return [dict(row) for row in connection.execute(text(query), values).mappings()]
+
+    def row(self, which: str | int) -> dict[str, Any]:
+        """Return a refund's row, by source_ref or id."""
+        column = "id" if isinstance(which, int) else "source_ref"
+        return self.rows(f"SELECT * FROM refund_ledger.refunds WHERE {column} = :which", which=which)[0]
+
+    def source_row(self, source_ref: str) -> dict[str, Any]:
+        with self.source_engine.connect() as connection:
+            query = text("SELECT * FROM refund_requests WHERE source_ref = :ref")
+            return dict(connection.execute(query, {"ref": source_ref}).mappings().one())
+
+    def attempts(self, refund_id: int) -> list[str | None]:
+        rows = self.rows("SELECT outcome FROM refund_ledger.refund_attempts WHERE refund_id = :id ORDER BY attempt", id=refund_id)
+        return [row["outcome"] for row in rows]
+
+    def paused(self) -> dict[str, str]:
+        return self.run(self.ledger.pauses())
+
+    def paid(self, refund_id: int) -> int:
+        """Return how many refunds Payroc holds for this order."""
+        order_id = self.row(refund_id)["order_id"]
+        return int(self.sandbox.get("/_sandbox/refunds")["refundsPerOrder"].get(order_id, 0))
+
+
+@pytest.fixture
+def world(ledger_url: URL, source_url: URL, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    connection = {"conn_type": "payroc", "password": "sandbox-key", "host": sandbox.api_url, "extra": {"identity_url": sandbox.url}}
+    monkeypatch.setenv("AIRFLOW_CONN_PAYROC_DEFAULT", json.dumps(connection))
+    monkeypatch.setenv("PAYROC_REFUNDS_HTTP_TIMEOUT_SECONDS", "1")
+    get_settings.cache_clear()
+    world = World(ledger_url, source_url, sandbox)
+    yield world
+    world.ledger_engine.dispose()
+    world.source_engine.dispose()
+
+
+class Intercepted:
+    """
+    The gateway with something in the way of the POST.
+
+    :param before: called before the POST leaves.
+    :param after: called when Payroc has answered, before the answer is handed on.
+    """
+
+    def __init__(self, gateway: Gateway, *, before: Callable[[], Any] | None = None, after: Callable[[], Any] | None = None) -> None:
+        self._gateway = gateway
+        self._before = before
+        self._after = after
+        self.environment = gateway.environment
+        self.sent_with = gateway.sent_with
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._gateway, name)
+
+    async def create_refund(self, token: Any, idempotency_key: str, body: bytes) -> Any:
+        if self._before is not None:
+            await _maybe_await(self._before())
+        answer = await self._gateway.create_refund(token, idempotency_key, body)
+        if self._after is not None:
+            await _maybe_await(self._after())
+        return answer
+
+
+async def _maybe_await(value: Any) -> None:
+    if asyncio.iscoroutine(value):
+        await value
+
+
+class Death(BaseException):
+    """The worker dies here."""
+
+
+def die() -> None:
+    raise Death
