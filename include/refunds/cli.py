@@ -25,7 +25,6 @@ from include.refunds import demo_source
 from include.refunds.classify import EVERYTHING
 from include.refunds.ledger import Ledger, LedgerError, create_ledger_engine
 from include.refunds.ledger_url import UrlError, ledger_url, source_url
-from include.refunds.migrations import migrate as migrate_ledger
 from include.refunds.report import details, money, status_report
 from include.refunds.settings import SettingsError, get_settings
 
@@ -59,6 +58,8 @@ def migrate(
     source: SourceUrl = None,
 ) -> None:
     """Create the ledger's schema, or bring it to this version. Harmless to run again."""
+    from include.refunds.migrations import migrate as migrate_ledger  # Alembic takes half a second that only this command needs
+
     revision = migrate_ledger(ledger_url(url))
     console.print(f"The ledger is at revision {revision}.")
     if demo:
@@ -197,5 +198,5 @@ def _print_table(title: str, rows: list[dict[str, Any]]) -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    Console(stderr=True).print(message, style="red", highlight=False)
+    Console(stderr=True, soft_wrap=True).print(message, style="red", highlight=False)
     raise SystemExit(EXIT_UNUSABLE)

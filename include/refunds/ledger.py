@@ -20,8 +20,8 @@ from sqlalchemy.exc import DBAPIError, ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from include.refunds.classify import EVERYTHING, Outcome, Verdict
-from include.refunds.migrations import VERSION_TABLE, newest_revision
 from include.refunds.refund import History, Refund
+from include.refunds.revision import REVISION, VERSION_TABLE
 from include.refunds.settings import Settings
 from include.refunds.states import IN_DOUBT, Status
 from include.refunds.transitions import Change, decide
@@ -242,10 +242,9 @@ class Ledger:
                 f"The ledger database at {self.engine.url.host}:{self.engine.url.port} can't be used ({cause}): "
                 "check the connection refunds_ledger."
             ) from None
-        if found != newest_revision():
+        if found != REVISION:
             raise LedgerError(
-                f"The ledger is at revision {found or 'none'}, this version needs {newest_revision()}: "
-                "run `python -m include.refunds migrate`."
+                f"The ledger is at revision {found or 'none'}, this version needs {REVISION}: run `python -m include.refunds migrate`."
             )
 
     # -- the queue: pull, runs, release -------------------------------------------------------------------------

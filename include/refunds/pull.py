@@ -21,9 +21,6 @@ from include.refunds.source import Source, SourceRow
 _BATCH = 1000
 _ACCOUNT_COLUMNS = ("name_on_account", "account_type", "sec_code", "routing_number", "account_number")
 
-# Where a field of Payroc's request comes from, when the column has another name.
-_COLUMN_OF_FIELD = {"token": "secure_token", "value": "email"}
-
 
 class InvalidRow(Exception):
     """
@@ -132,9 +129,10 @@ def build(row: SourceRow, cipher: Cipher, settings: Settings) -> tuple[NewRefund
         )
     except ValidationError as error:
         for path, message in explain(error).items():
-            name = path.rpartition(".")[2]
-            errors.setdefault(_COLUMN_OF_FIELD.get(name, name), message)
-        errors.pop("refund_method", None) if len(errors) > 1 else None
+            errors.setdefault(_column_of(path), message)
+        # The method could not even be built when its columns contradict one another, which is said already.
+        if len(errors) > 1:
+            errors.pop("refund_method", None)
         raise InvalidRow(errors) from None
     if errors or amount is None or approved_at is None:
         raise InvalidRow(errors)
@@ -171,6 +169,14 @@ async def _store(valid: list[tuple[NewRefund, bytes]], ledger: Ledger, cipher: C
     for refund, _ in new:
         if refund.source_ref not in inserted:
             pulled.invalid[refund.source_ref] = {"order_id": "is used by another refund of this terminal; order ids are unique"}
+
+
+def _column_of(path: str) -> str:
+    """Return the source column behind a field of Payroc's request."""
+    if path.startswith("customer"):
+        return "email"
+    name = path.rpartition(".")[2]
+    return "secure_token" if name == "token" else name
 
 
 def _method(row: SourceRow, errors: dict[str, str]) -> dict[str, Any] | None:

@@ -7,10 +7,10 @@ from pathlib import Path
 from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy import URL, Connection, create_engine, text
 
-VERSION_TABLE = "schema_version"
+from include.refunds.revision import VERSION_TABLE
+
 _FOLDER = Path(__file__).parent
 
 
@@ -39,11 +39,6 @@ def current_revision(connection: Connection) -> str | None:
     """Return the revision that the ledger is at, or ``None`` when it was never migrated."""
     context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE, "version_table_schema": "refund_ledger"})
     return context.get_current_revision()
-
-
-def newest_revision() -> str:
-    """Return the revision that this version of the project needs."""
-    return ScriptDirectory.from_config(_config()).get_current_head() or ""
 
 
 def _config() -> Config:

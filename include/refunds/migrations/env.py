@@ -5,7 +5,7 @@ from __future__ import annotations
 from alembic import context
 from sqlalchemy import text
 
-from include.refunds.migrations import VERSION_TABLE
+from include.refunds.revision import VERSION_TABLE
 
 connection = context.config.attributes["connection"]
 # The version table lives in the ledger's own schema, so the schema has to be there before the first revision.

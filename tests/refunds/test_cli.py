@@ -1,0 +1,149 @@
+"""The commands of ``python -m include.refunds``, run as people run them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sqlalchemy import URL
+from typer.testing import CliRunner
+
+from include.refunds.cipher import Cipher
+from include.refunds.cli import app
+from include.refunds.settings import Settings
+from tests.conftest import ROOT, NewDatabase
+from tests.refunds.conftest import World
+
+
+def cli(*arguments: str, ledger: URL | None = None, source: URL | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = dict(os.environ) | environment
+    if ledger is not None:
+        env["PAYROC_REFUNDS_LEDGER_URL"] = ledger.render_as_string(hide_password=False)
+    if source is not None:
+        env["PAYROC_REFUNDS_SOURCE_URL"] = source.render_as_string(hide_password=False)
+    return subprocess.run(
+        [sys.executable, "-m", "include.refunds", *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_migrate_makes_a_ledger_and_may_be_run_again(postgres, new_source: NewDatabase) -> None:
+    postgres.create_database("fresh_ledger")
+    ledger, source = postgres.url("fresh_ledger"), new_source()
+    before = cli("status", ledger=ledger)
+    assert before.returncode == 2
+    assert "run `python -m include.refunds migrate`" in before.stderr
+    for _ in range(2):
+        done = cli("migrate", "--demo-source", ledger=ledger, source=source)
+        assert done.returncode == 0, done.stderr
+        assert "The ledger is at revision" in done.stdout
+    assert cli("status", ledger=ledger).returncode == 0
+
+
+@pytest.mark.parametrize("form", ["json", "uri"])
+def test_the_ledger_is_found_by_airflows_connection_variable(ledger_url: URL, form: str) -> None:
+    url = ledger_url
+    fields = {"conn_type": "postgres", "host": url.host, "port": url.port, "login": url.username, "password": url.password}
+    uri = f"postgres://{url.username}:{url.password}@{url.host}:{url.port}/{url.database}"
+    value = json.dumps(fields | {"schema": url.database}) if form == "json" else uri
+    found = cli("status", AIRFLOW_CONN_REFUNDS_LEDGER=value)
+    assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        ({}, "No ledger database: give --ledger-url, or set PAYROC_REFUNDS_LEDGER_URL or AIRFLOW_CONN_REFUNDS_LEDGER."),
+        ({"PAYROC_REFUNDS_LEDGER_URL": "sqlite:///x.db"}, "The ledger must be a Postgres database"),
+        ({"PAYROC_REFUNDS_LEDGER_URL": "no url"}, "PAYROC_REFUNDS_LEDGER_URL is not a database URL"),
+        ({"PAYROC_REFUNDS_LEDGER_URL": "postgresql://u:hunter2@127.0.0.1:1/x"}, "127.0.0.1:1 can't be used"),
+        (
+            {"PAYROC_REFUNDS_LEDGER_URL": "postgresql://127.0.0.1/x", "PAYROC_REFUNDS_RETRIES": "many"},
+            "PAYROC_REFUNDS_RETRIES is not usable",
+        ),
+    ],
+)
+def test_what_is_wrong_is_told_in_one_sentence_without_a_password(environment: dict[str, str], sentence: str) -> None:
+    failed = cli("status", **environment)
+    assert failed.returncode == 2
+    assert sentence in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert "hunter2" not in failed.stderr
+
+
+def test_import_names_bad_lines_and_may_be_repeated(source_url: URL, tmp_path: Path) -> None:
+    sample = (ROOT / "demo" / "sample_refunds.csv").read_text().splitlines()
+    broken = sample[2].split(",")
+    broken[0], broken[sample[0].split(",").index("amount")] = "BROKEN", "12.50"
+    file = tmp_path / "refunds.csv"
+    file.write_text("\n".join([*sample[:4], ",".join(broken)]) + "\n")
+    first = cli("import", str(file), source=source_url)
+    assert first.returncode == 1
+    assert "Line 5: amount must be a whole number in minor units" in first.stdout
+    assert "3 imported, 0 there already, 1 with errors." in first.stdout
+    assert "0 imported, 3 there already, 1 with errors." in cli("import", str(file), source=source_url).stdout
+
+
+def test_import_refuses_a_file_with_other_columns(source_url: URL, tmp_path: Path) -> None:
+    file = tmp_path / "refunds.csv"
+    file.write_text("source_ref,total\nA,1\n")
+    refused = cli("import", str(file), source=source_url)
+    assert refused.returncode == 2
+    assert "unknown total" in refused.stderr
+
+
+def test_status_and_show_tell_what_became_of_a_refund_and_no_bank_data(world: World, ledger_url: URL) -> None:
+    refund_id = world.released(account_number="556677889911", routing_number="053200983", name_on_account="Zebulon Quartermain")
+    world.send(refund_id)
+    status, shown = cli("status", ledger=ledger_url), cli("show", str(refund_id), ledger=ledger_url)
+    assert status.returncode == shown.returncode == 0, status.stderr + shown.stderr
+    assert "accepted" in status.stdout
+    assert world.row(refund_id)["payroc_refund_id"] in shown.stdout
+    as_json = cli("show", str(refund_id), "--json", ledger=ledger_url)
+    found = json.loads(as_json.stdout)
+    assert [attempt["outcome"] for attempt in found["attempts"]] == ["accepted"]
+    assert [event["to_status"] for event in found["events"]] == ["approved", "released", "sending", "accepted"]
+    for output in (status, shown, as_json):
+        for secret in ("556677889911", "053200983", "Zebulon"):
+            assert secret not in output.stdout + output.stderr
+
+
+def test_status_exits_with_1_when_something_needs_people(world: World, ledger_url: URL) -> None:
+    world.send(world.released("9013"))
+    status = cli("status", "--json", ledger=ledger_url)
+    assert status.returncode == 1
+    assert "1 in review" in json.loads(status.stdout)["unfinished"][0]
+
+
+def test_show_of_an_unknown_refund_says_so(ledger_url: URL) -> None:
+    missing = cli("show", "no-such", ledger=ledger_url)
+    assert missing.returncode == 2
+    assert "The ledger holds no refund 'no-such'" in missing.stderr
+
+
+def test_pause_and_resume_stop_the_sending_and_let_it_go_on(world: World, ledger_url: URL) -> None:
+    assert cli("pause", "--reason", "the bank called", "--by", "erin", ledger=ledger_url).returncode == 0
+    assert "paused by erin: the bank called" in cli("status", ledger=ledger_url).stdout
+    assert cli("resume", "--reason", "all clear", "--by", "erin", ledger=ledger_url).returncode == 0
+    assert cli("resume", "--reason", "again", "--by", "erin", ledger=ledger_url).returncode == 2
+    events = world.rows("SELECT event, actor, reason FROM refund_ledger.refund_events ORDER BY id")
+    assert [tuple(event.values()) for event in events] == [("pause", "erin", "the bank called"), ("resume", "erin", "all clear")]
+
+
+def test_generated_keys_are_usable() -> None:
+    printed = cli("generate-keys").stdout
+    keys = dict(line.split("=", 1) for line in printed.splitlines())
+    cipher = Cipher(
+        Settings(encryption_keys=keys["PAYROC_REFUNDS_ENCRYPTION_KEYS"], fingerprint_key=keys["PAYROC_REFUNDS_FINGERPRINT_KEY"])
+    )
+    assert cipher.open(cipher.seal(b"body"), cipher.sha256(b"body"), 1) == b"body"
+
+
+@pytest.mark.parametrize("command", [[], ["migrate"], ["import"], ["status"], ["show"], ["pause"], ["resume"], ["generate-keys"]])
+def test_help_of_every_command_can_be_read(command: list[str]) -> None:
+    shown = CliRunner().invoke(app, [*command, "--help"])
+    assert shown.exit_code == 0
+    assert "Usage:" in shown.stdout

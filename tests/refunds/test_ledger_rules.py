@@ -1,0 +1,150 @@
+"""What the database itself refuses, whoever asks."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+
+from include.refunds.revision import REVISION, VERSION_TABLE
+from include.refunds.states import EDGES, Status
+from tests.refunds.conftest import World
+
+
+def force(world: World, refund_id: int, assignments: str) -> None:
+    """Change a row past the triggers, to bring it where a test starts."""
+    with world.ledger_engine.begin() as connection:
+        connection.exec_driver_sql("SET LOCAL session_replication_role = replica")
+        connection.exec_driver_sql(f"UPDATE refund_ledger.refunds SET {assignments} WHERE id = {refund_id}")
+
+
+def change(world: World, refund_id: int, assignments: str) -> None:
+    with world.ledger_engine.begin() as connection:
+        connection.exec_driver_sql(f"UPDATE refund_ledger.refunds SET {assignments} WHERE id = {refund_id}")
+
+
+ANY_STATE = (
+    "attempts = 1, first_sent_at = now(), sent_with = 'x', lease_until = now(), next_attempt_at = now(), "
+    "payroc_refund_id = 'ABCDEFGHIJ', released_by = 'x', released_at = now()"
+)
+
+
+def test_the_database_allows_exactly_the_edges_of_the_state_graph(world: World) -> None:
+    refund_id = world.released()
+    allowed = set()
+    for start, end in product(Status, Status):
+        if start is end:
+            continue
+        force(world, refund_id, f"{ANY_STATE}, status = '{start.value}'")
+        try:
+            change(world, refund_id, f"status = '{end.value}'")
+            allowed.add((start, end))
+        except DBAPIError as error:
+            assert "can't go from" in str(error.orig)
+    # Sending to sending is a takeover: the same status with one more attempt.
+    assert allowed == EDGES - {(Status.SENDING, Status.SENDING)}
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        "amount = amount + 1",
+        "currency = 'CAD'",
+        "order_id = 'other'",
+        "source_ref = 'other'",
+        "processing_terminal_id = 'other'",
+        "payee_last4 = '0000'",
+        "payee_fingerprint = repeat('0', 64)",
+        "request_sha256 = repeat('0', 64)",
+        "requested_by = 'x@example.com'",
+        "approved_by = 'x@example.com'",
+        "approved_at = now()",
+        "idempotency_key = gen_random_uuid()",
+        "created_at = now()",
+        "request = NULL",
+        "attempts = attempts + 2",
+        "status = 'accepted'",
+    ],
+)
+def test_what_identifies_a_payment_never_changes(world: World, assignment: str) -> None:
+    refund_id = world.released()
+    with pytest.raises(DBAPIError):
+        change(world, refund_id, assignment)
+
+
+@pytest.mark.parametrize("assignment", ["payroc_refund_id = 'ZZZZZZZZZZ'", "first_sent_at = now()", "sent_with = 'other'", "attempts = 0"])
+def test_what_the_first_attempt_and_payroc_fixed_never_changes(world: World, assignment: str) -> None:
+    refund_id = world.released()
+    world.send(refund_id)
+    with pytest.raises(DBAPIError):
+        change(world, refund_id, assignment)
+
+
+def test_a_refund_is_never_deleted(world: World) -> None:
+    refund_id = world.released()
+    with pytest.raises(DBAPIError, match="never deleted"), world.ledger_engine.begin() as connection:
+        connection.execute(text("DELETE FROM refund_ledger.refunds WHERE id = :id"), {"id": refund_id})
+
+
+@pytest.mark.parametrize("statement", ["UPDATE refund_ledger.refund_events SET reason = 'x'", "DELETE FROM refund_ledger.refund_events"])
+def test_events_are_append_only(world: World, statement: str) -> None:
+    world.released()
+    with pytest.raises(DBAPIError, match="append-only"), world.ledger_engine.begin() as connection:
+        connection.exec_driver_sql(statement)
+
+
+def test_every_change_of_status_has_its_event_with_actor_and_reason(world: World) -> None:
+    refund_id = world.released()
+    world.send(refund_id)
+    events = world.rows(
+        "SELECT from_status, to_status, actor, reason FROM refund_ledger.refund_events WHERE refund_id = :id ORDER BY id", id=refund_id
+    )
+    assert [(event["from_status"], event["to_status"]) for event in events] == [
+        (None, "approved"),
+        ("approved", "released"),
+        ("released", "sending"),
+        ("sending", "accepted"),
+    ]
+    assert {event["actor"] for event in events} == {"test"}
+    assert events[-1]["reason"] == "Accepted by Payroc."
+
+
+def test_a_change_by_hand_has_its_event_too(world: World) -> None:
+    refund_id = world.released()
+    change(world, refund_id, "status = 'approved', reason = 'by hand'")
+    event = world.rows("SELECT * FROM refund_ledger.refund_events ORDER BY id DESC LIMIT 1")[0]
+    assert (event["to_status"], event["reason"], event["actor"]) == ("approved", "by hand", "postgres")
+
+
+def test_a_new_refund_can_only_be_approved_and_unsent(world: World) -> None:
+    refund_id = world.released()
+    columns = "source, processing_terminal_id, description, amount, currency, payee_fingerprint, request, request_sha256, requested_by, approved_by, approved_at, created_at, updated_at"
+    with pytest.raises(DBAPIError, match="a new refund is approved"), world.ledger_engine.begin() as connection:
+        connection.exec_driver_sql(
+            f"INSERT INTO refund_ledger.refunds ({columns}, source_ref, order_id, idempotency_key, status) "
+            f"SELECT {columns}, 'other', 'other', gen_random_uuid(), 'accepted' FROM refund_ledger.refunds WHERE id = {refund_id}"
+        )
+
+
+def test_the_ledger_holds_no_readable_account_number(world: World) -> None:
+    account, routing = "556677889911", "053200983"
+    world.released(account_number=account, routing_number=routing)
+    everything = ""
+    for table in ("refunds", "refund_events", "refund_runs", "refund_attempts"):
+        everything += str(
+            world.rows(
+                f"SELECT to_jsonb(t)::text AS row, encode(convert_to(t::text, 'UTF8'), 'escape') AS raw FROM refund_ledger.{table} AS t"
+            )
+        )
+    requests = world.rows("SELECT request FROM refund_ledger.refunds")
+    assert account not in everything
+    assert routing not in everything
+    assert account.encode() not in bytes(requests[0]["request"])
+    assert "9911" in everything
+
+
+def test_the_revision_that_this_version_needs_is_the_newest_migration(world: World) -> None:
+    found = world.rows(f"SELECT version_num FROM refund_ledger.{VERSION_TABLE}")
+    assert [row["version_num"] for row in found] == [REVISION]

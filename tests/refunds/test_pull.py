@@ -1,0 +1,215 @@
+"""Source rows become refunds, or are reported with what is wrong."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from sqlalchemy import create_engine, text
+
+from include.refunds.cipher import Cipher
+from include.refunds.keys import default_order_id, idempotency_key
+from include.refunds.pull import InvalidRow, build
+from include.refunds.settings import Settings, get_settings
+from include.refunds.source import COLUMNS, SourceError, SqlSource
+from tests.refunds.conftest import World
+
+GOOD: dict[str, Any] = dict.fromkeys(COLUMNS) | {
+    "source_ref": "ref-a",
+    "processing_terminal_id": "7701001",
+    "order_id": "ORDER-A",
+    "amount": 4999,
+    "currency": "USD",
+    "name_on_account": "Sarah Hopper",
+    "account_type": "checking",
+    "sec_code": "ppd",
+    "routing_number": "053200983",
+    "account_number": "556677889911",
+    "requested_by": "ann@example.com",
+    "approved_by": "bob@example.com",
+    "approved_at": "2026-11-20T09:00:00-05:00",
+}
+
+
+def built(**changes: Any) -> Any:
+    settings = get_settings()
+    return build(GOOD | changes, Cipher(settings), settings)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("amount", 0, "greater than 0"),
+        ("amount", -5, "greater than 0"),
+        ("amount", None, "whole number in minor units"),
+        ("amount", 49.99, "whole number in minor units"),
+        ("amount", "4999", "whole number in minor units"),
+        ("amount", True, "whole number in minor units"),
+        ("amount", Decimal("49.99"), "whole number in minor units"),
+        ("currency", "usd", "ISO 4217"),
+        ("currency", None, "ISO 4217|valid string"),
+        ("routing_number", "123456789", "ABA"),
+        ("routing_number", "12345678", "9 digits"),
+        ("routing_number", 53200983, "string"),
+        ("account_number", "12-34567", "digits"),
+        ("sec_code", "xyz", "'web', 'tel', 'ccd' or 'ppd'"),
+        ("sec_code", None, "'web', 'tel', 'ccd' or 'ppd'"),
+        ("account_type", "loan", "'checking' or 'savings'"),
+        ("name_on_account", "x" * 51, "1 to 50"),
+        ("order_id", "x" * 25, "at most 24"),
+        ("description", "x" * 257, "at most 256"),
+        ("processing_terminal_id", "12", "at least 4"),
+        ("email", "x" * 51, "at most 50"),
+        ("requested_by", None, "is missing"),
+        ("approved_by", " ", "is missing"),
+        ("approved_by", " ANN@example.com ", "same person"),
+        ("approved_at", None, "instant"),
+        ("approved_at", "yesterday", "instant"),
+        ("secure_token", "296753123456", "together with a bank account"),
+    ],
+)
+def test_a_bad_field_is_named_with_what_is_wrong_and_without_its_value(column: str, value: Any, message: str) -> None:
+    with pytest.raises(InvalidRow, match=message) as caught:
+        built(**{column: value})
+    assert column in caught.value.errors
+    if isinstance(value, str) and len(value) > 8:
+        assert value not in str(caught.value)
+
+
+def test_all_errors_of_a_row_are_named_at_once() -> None:
+    with pytest.raises(InvalidRow) as caught:
+        built(amount=None, currency="???", approved_by="ann@example.com")
+    assert set(caught.value.errors) == {"amount", "currency", "approved_by"}
+
+
+def test_neither_token_nor_account_is_an_error() -> None:
+    with pytest.raises(InvalidRow, match="secure_token; give one of the two"):
+        built(routing_number=None, account_number=None)
+
+
+def test_a_whole_decimal_is_an_amount() -> None:
+    assert built(amount=Decimal("4999"))[0].amount == 4999
+
+
+def test_the_aba_check_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAYROC_REFUNDS_ABA_CHECKSUM", "false")
+    settings = Settings()
+    assert build(GOOD | {"routing_number": "123456789"}, Cipher(settings), settings)
+
+
+def test_the_key_is_derived_from_source_and_source_ref_alone() -> None:
+    key = idempotency_key("refund_requests", "ref-a")
+    assert built()[0].idempotency_key == str(key)
+    assert built(amount=1, order_id="OTHER")[0].idempotency_key == str(key)
+    assert key == UUID("df81ed10-8bc3-4eab-92e6-59fd05c56b4f")
+    assert key.version == 4
+    assert len({idempotency_key("a", "bc"), idempotency_key("ab", "c"), idempotency_key("ab", "d")}) == 3
+
+
+def test_without_an_order_id_one_is_made_from_the_key() -> None:
+    refund, body = built(order_id=None)
+    assert refund.order_id == default_order_id(UUID(refund.idempotency_key))
+    assert len(refund.order_id) == 22
+    assert refund.description == f"Refund {refund.order_id}"
+    assert refund.order_id.encode() in body
+
+
+def test_our_key_travels_in_the_body() -> None:
+    refund, body = built()
+    assert f'"customFields":[{{"name":"refundKey","value":"{refund.idempotency_key}"}}]'.encode() in body
+
+
+def test_a_bad_row_is_recorded_and_blocks_no_other(world: World) -> None:
+    bad, good = world.approve(routing_number="123456789"), world.approve()
+    pulled = world.pull()
+    assert (pulled.rows, pulled.new, list(pulled.invalid)) == (2, 1, [bad])
+    assert world.row(good)["status"] == "approved"
+    recorded = world.rows("SELECT source_ref, errors FROM refund_ledger.invalid_rows")
+    assert [row["source_ref"] for row in recorded] == [bad]
+    assert "ABA" in recorded[0]["errors"]["routing_number"]
+
+
+def test_a_bad_row_becomes_a_refund_when_the_source_row_is_mended(world: World) -> None:
+    ref = world.approve(routing_number="123456789")
+    world.pull()
+    world.change_source(ref, "routing_number = '053200983'")
+    assert world.pull().new == 1
+    assert world.rows("SELECT * FROM refund_ledger.invalid_rows") == []
+
+
+def test_pulling_again_changes_nothing(world: World) -> None:
+    ref = world.approve()
+    world.pull()
+    before = world.row(ref)
+    assert world.pull().new == 0
+    assert world.row(ref) == before
+
+
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [
+        ("amount = 5000", ["amount"]),
+        ("account_number = '111122223333'", ["payee's account"]),
+        ("name_on_account = 'Somebody Else'", ["payee's details"]),
+        ("approved_by = 'carl@example.com'", ["approved_by"]),
+    ],
+)
+def test_a_source_row_that_changed_is_named_and_the_refund_stays_as_it_was(world: World, assignment: str, words: list[str]) -> None:
+    ref = world.approve()
+    world.pull()
+    before = world.row(ref)
+    world.change_source(ref, assignment)
+    assert world.pull().changed == {ref: words}
+    assert world.row(ref) == before
+
+
+def test_an_order_id_that_another_refund_has_is_an_error_of_the_row(world: World) -> None:
+    first = world.approve(order_id="SAME-ORDER")
+    world.pull()
+    second = world.approve(order_id="SAME-ORDER")
+    pulled = world.pull()
+    assert "order ids are unique" in pulled.invalid[second]["order_id"]
+    assert world.row(first)["status"] == "approved"
+
+
+def test_any_database_with_a_sqlalchemy_engine_is_a_source_and_a_source_ref_that_comes_twice_is_an_error(
+    world: World, tmp_path: Path
+) -> None:
+    engine = create_engine(f"sqlite:///{tmp_path}/shop.db")
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            f"CREATE TABLE refund_requests ({', '.join(COLUMNS)}, withdrawn_at, status, payroc_refund_id, payroc_status, reason, updated_at)"
+        )
+        insert = text(f"INSERT INTO refund_requests ({', '.join(COLUMNS)}) VALUES ({', '.join(':' + name for name in COLUMNS)})")
+        for number, ref in enumerate(("once", "twice", "twice")):
+            connection.execute(insert, GOOD | {"source_ref": ref, "order_id": f"LITE-{number}"})
+    world.source = SqlSource(engine)
+    pulled = world.pull()
+    assert (pulled.new, set(pulled.invalid)) == (1, {"twice"})
+    assert "comes 2 times" in pulled.invalid["twice"]["source_ref"]
+    world.write_back()
+    with engine.connect() as connection:
+        found = connection.exec_driver_sql("SELECT source_ref, status, updated_at FROM refund_requests ORDER BY rowid").all()
+    assert [row[:2] for row in found] == [("once", "approved"), ("twice", "invalid"), ("twice", "invalid")]
+    assert found[0][2]
+
+
+def test_a_query_that_lacks_a_column_is_named_with_the_column(world: World, tmp_path: Path) -> None:
+    query = tmp_path / "select_approved.sql"
+    query.write_text("SELECT source_ref, amount FROM refund_requests")
+    world.source = SqlSource(world.source_engine, select_approved=query)
+    with pytest.raises(SourceError, match=r"select_approved.sql does not return processing_terminal_id, order_id"):
+        world.pull()
+
+
+def test_a_driver_error_is_told_without_the_values_that_it_quotes(world: World, tmp_path: Path) -> None:
+    world.approve(account_number="99998888777766")
+    query = tmp_path / "select_approved.sql"
+    query.write_text("SELECT account_number::int FROM refund_requests")
+    world.source = SqlSource(world.source_engine, select_approved=query)
+    with pytest.raises(SourceError, match=r"select_approved.sql failed") as caught:
+        world.pull()
+    assert "99998888777766" not in str(caught.value)

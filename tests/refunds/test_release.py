@@ -1,0 +1,249 @@
+"""The one door between an approved refund and a POST."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from include.refunds.ledger import LedgerError, Selection
+from include.refunds.release import PreflightFailed, PreflightRefused
+from include.refunds.write_back import write_back
+from tests.refunds.conftest import Intercepted, World
+
+
+def test_releases_the_candidates_oldest_approval_first(world: World) -> None:
+    late = world.approve(approved_at="2026-11-21T09:00:00Z")
+    early = world.approve(approved_at="2026-11-19T09:00:00Z")
+    world.pull()
+    ids = world.release()
+    assert ids == [world.row(early)["id"], world.row(late)["id"]]
+    assert {world.row(ref)["status"] for ref in (early, late)} == {"released"}
+
+
+@pytest.mark.parametrize(
+    ("selection", "expected"),
+    [
+        (Selection(limit=1), ["a"]),
+        (Selection(source_refs=("b",)), ["b"]),
+        (Selection(processing_terminal_id="7701002"), ["c"]),
+        (Selection(), ["a", "b", "c"]),
+    ],
+)
+def test_a_run_is_about_what_its_params_select(world: World, selection: Selection, expected: list[str]) -> None:
+    world.approve(source_ref="a")
+    world.approve(source_ref="b")
+    world.approve(source_ref="c", processing_terminal_id="7701002")
+    world.pull()
+    ids = world.release(selection=selection)
+    assert [world.row(refund_id)["source_ref"] for refund_id in ids] == expected
+
+
+def test_a_row_withdrawn_after_the_pull_is_not_released(world: World) -> None:
+    kept, withdrawn = world.approve(), world.approve()
+    world.pull()
+    world.change_source(withdrawn, "withdrawn_at = now()")
+    assert world.release() == [world.row(kept)["id"]]
+    assert world.row(withdrawn)["status"] == "approved"
+    findings = world.rows("SELECT findings FROM refund_ledger.refund_runs")[0]["findings"]
+    assert findings["withdrawn"] == {str(world.row(withdrawn)["id"]): "Its source row is no longer approved."}
+
+
+def test_a_row_changed_after_the_pull_is_not_released(world: World) -> None:
+    ref = world.approve()
+    world.pull()
+    world.change_source(ref, "amount = 1")
+    assert world.release() == []
+    assert world.row(ref)["status"] == "approved"
+
+
+def test_a_release_that_a_dead_run_left_over_is_taken_back_when_the_row_was_withdrawn(world: World) -> None:
+    ref = world.approve()
+    world.pull()
+    world.release()
+    world.change_source(ref, "withdrawn_at = now()")
+    assert world.release("run-2") == []
+    assert world.row(ref)["status"] == "approved"
+
+
+def test_a_release_that_a_dead_run_left_over_is_taken_up_by_the_next_run(world: World) -> None:
+    ref = world.approve()
+    world.pull()
+    assert world.release() == world.release("run-2") == [world.row(ref)["id"]]
+
+
+def test_without_an_approval_of_exactly_these_candidates_nothing_is_released(world: World) -> None:
+    one, other = world.approve(), world.approve()
+    world.pull()
+    ids = [world.row(ref)["id"] for ref in (one, other)]
+
+    async def edited() -> None:
+        candidates = await world.ledger.candidates(Selection(source_refs=(one,)))
+        await world.ledger.begin_run("run-1", {}, candidates, {})
+        await world.ledger.record_no_approval_needed("run-1")
+        await world.release_only("run-1", ids)
+
+    with pytest.raises(LedgerError, match="holds no approval of exactly these 2 refunds"):
+        world.run(edited())
+    assert {world.row(ref)["status"] for ref in (one, other)} == {"approved"}
+
+
+def test_an_approval_that_was_skipped_releases_nothing(world: World) -> None:
+    world.approve()
+    world.pull()
+
+    async def marked_success() -> None:
+        candidates = await world.ledger.candidates(Selection())
+        await world.ledger.begin_run("run-1", {}, candidates, {})
+        await world.release_only("run-1", [item.id for item in candidates])
+
+    with pytest.raises(LedgerError, match="holds no approval"):
+        world.run(marked_success())
+
+
+def test_a_paused_terminal_is_left_out_and_the_others_go_on(world: World) -> None:
+    paused, open_ = world.approve(processing_terminal_id="7701002"), world.approve()
+    world.pull()
+    world.run(world.ledger.pause("7701002", "the bank called"))
+    assert world.release() == [world.row(open_)["id"]]
+    assert world.row(paused)["status"] == "approved"
+
+
+def test_paused_everything_releases_nothing(world: World) -> None:
+    world.approve()
+    world.pull()
+    world.run(world.ledger.pause("*", "the bank called"))
+    assert world.release() == []
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        {"problem": "forbidden", "resource": "processingTerminal"},
+        {"problem": "capabilities-missing", "parameter": "processingTerminalId"},
+        {"problem": "bad-request", "parameter": "processingTerminalId"},
+    ],
+)
+def test_a_terminal_that_payroc_refuses_is_paused_before_any_post_and_the_others_go_on(world: World, problem: dict[str, str]) -> None:
+    refused, fine = world.approve(processing_terminal_id="7701001"), world.approve(processing_terminal_id="7701002")
+    world.pull()
+    # Terminals are asked in their order, so the fault meets the first.
+    world.fault(None, "problem", "list", **problem)
+    assert world.release() == [world.row(fine)["id"]]
+    assert list(world.paused()) == ["7701001"]
+    assert {world.row(ref)["attempts"] for ref in (refused, fine)} == {0}
+
+
+def test_a_refusal_that_is_about_no_terminal_pauses_everything(world: World) -> None:
+    world.approve()
+    world.pull()
+    world.fault(None, "problem", "list", problem="forbidden")
+    with pytest.raises(PreflightRefused, match="the sending is paused and nothing was released"):
+        world.release()
+    assert list(world.paused()) == ["*"]
+
+
+def test_when_payroc_does_not_answer_nothing_is_released_and_nothing_is_paused(world: World) -> None:
+    ref = world.approve()
+    world.pull()
+    world.fault(None, "status", "list", status=503)
+    with pytest.raises(PreflightFailed, match="nothing was released, try again later"):
+        world.release()
+    assert world.row(ref)["status"] == "approved"
+    assert world.paused() == {}
+
+
+def test_a_ledger_belongs_to_one_payroc(world: World) -> None:
+    world.approve()
+    world.pull()
+    world.release()
+    other = Intercepted(world.gateway)
+    other.environment = "https://api.payroc.com/v1"
+    world.gateway = other
+    with pytest.raises(LedgerError, match=r"belongs to Payroc at http://127.*points to https://api.payroc.com/v1"):
+        world.release("run-2")
+
+
+def test_two_releases_at_a_time_release_each_refund_once(world: World) -> None:
+    for _ in range(5):
+        world.approve()
+    world.pull()
+
+    async def both() -> None:
+        for run_id in ("run-1", "run-2"):
+            candidates = await world.ledger.candidates(Selection())
+            await world.ledger.begin_run(run_id, {}, candidates, {})
+            await world.ledger.record_no_approval_needed(run_id)
+        ids = [item.id for item in candidates]
+        await asyncio.gather(world.release_only("run-1", ids), world.release_only("run-2", ids))
+
+    world.run(both())
+    events = world.rows("SELECT refund_id FROM refund_ledger.refund_events WHERE to_status = 'released'")
+    assert len(events) == 5
+
+
+def test_what_became_of_a_refund_is_written_back_once(world: World) -> None:
+    ref = world.approve()
+    world.pull()
+    world.send(world.release()[0])
+    assert world.write_back() == (1, [])
+    row = world.source_row(ref)
+    assert (row["status"], row["payroc_status"], row["reason"]) == ("accepted", "ready", "Accepted by Payroc.")
+    assert row["payroc_refund_id"] == world.row(ref)["payroc_refund_id"]
+    assert world.write_back() == (0, [])
+
+
+def test_the_errors_of_an_invalid_row_are_written_back(world: World) -> None:
+    ref = world.approve(routing_number="123456789")
+    world.pull()
+    world.write_back()
+    row = world.source_row(ref)
+    assert row["status"] == "invalid"
+    assert row["reason"].startswith("routing_number: is not a valid ABA routing number")
+
+
+def test_a_write_back_that_touches_no_row_is_reported_and_stays_due(world: World) -> None:
+    ref = world.approve()
+    world.pull()
+    with world.source_engine.begin() as connection:
+        connection.exec_driver_sql("DELETE FROM refund_requests")
+    assert world.write_back() == (0, [ref])
+    assert world.write_back() == (0, [ref])
+
+
+def test_a_change_that_comes_while_the_source_is_written_stays_due(world: World) -> None:
+    ref = world.approve()
+    world.pull()
+    refund_id = world.release()[0]
+    source = world.source
+
+    class Slow:
+        async def write_back(self, rows):
+            await world.sending(refund_id)
+            return await source.write_back(rows)
+
+    world.run(write_back(Slow(), world.ledger))
+    assert world.source_row(ref)["status"] == "released"
+    world.write_back()
+    assert world.source_row(ref)["status"] == "accepted"
+
+
+def test_write_backs_run_one_at_a_time(world: World) -> None:
+    world.approve()
+    world.pull()
+    at_work = 0
+    source = world.source
+
+    class Counting:
+        async def write_back(self, rows):
+            nonlocal at_work
+            at_work += 1
+            assert at_work == 1
+            await asyncio.sleep(0.05)
+            at_work -= 1
+            return await source.write_back(rows)
+
+    async def three() -> None:
+        await asyncio.gather(*(write_back(Counting(), world.ledger) for _ in range(3)))
+
+    world.run(three())
