@@ -1,0 +1,218 @@
+"""
+Bearer tokens, shared by the processes of one host.
+
+Each task of a run is a process of its own; without sharing, 1,000 refunds would ask Payroc for 1,000 tokens.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import fcntl
+import hashlib
+import hmac
+import json
+import logging
+import os
+import stat
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from cryptography.fernet import Fernet, InvalidToken
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from include.payroc.errors import PayrocConfigurationError
+from include.payroc.models import AccessToken
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from payroc_airflow.connection import PayrocConnection
+
+log = logging.getLogger(__name__)
+
+RENEW_BEFORE_END_SECONDS = 120
+"""A token is renewed so long before its end, or a fifth of its life before it if that is less."""
+
+LOCK_POLL_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class CachedToken:
+    """
+    A token and when it came.
+
+    :param received_at: seconds since 1970, read *before* Payroc was asked: the token is at most so old, and it was surely issued later.
+    """
+
+    token: AccessToken
+    received_at: float
+
+    def usable(self, now: float, younger_than: float | None) -> bool:
+        """Tell whether the token may be given out; one from the future (the clock was set back) may not."""
+        age = now - self.received_at
+        margin = min(RENEW_BEFORE_END_SECONDS, self.token.expires_in / 5)
+        return 0 <= age < self.token.expires_in - margin and (younger_than is None or age < younger_than)
+
+
+class TokenCache(Protocol):
+    """Keeps one token for one Payroc and one API key."""
+
+    def get(self, fetch: Callable[[], AccessToken], *, younger_than: float | None = None) -> AccessToken:
+        """
+        Return the kept token, or fetch one and keep it.
+
+        :param fetch: asks Payroc.
+        :param younger_than: seconds; a token that was received at least so long ago is not returned.
+        """
+
+    def evict(self, token: AccessToken) -> None:
+        """Forget exactly this token; another one stays."""
+
+
+class MemoryTokenCache:
+    """A cache for one hook."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._entry: CachedToken | None = None
+
+    def get(self, fetch: Callable[[], AccessToken], *, younger_than: float | None = None) -> AccessToken:
+        """See :class:`TokenCache`."""
+        with self._lock:
+            if self._entry is None or not self._entry.usable(time.time(), younger_than):
+                asked_at = time.time()
+                self._entry = CachedToken(fetch(), asked_at)
+            return self._entry.token
+
+    def evict(self, token: AccessToken) -> None:
+        """See :class:`TokenCache`."""
+        with self._lock:
+            if self._entry is not None and _same(self._entry.token, token):
+                self._entry = None
+
+
+class FileTokenCache:
+    """
+    A cache for all processes of one user on one host.
+
+    One file per Payroc and API key, encrypted with a key made from the API key: who has that can get a token anyway. A lock
+    is held while a token is fetched, so that processes which start together ask Payroc once. A file that can't be read,
+    decrypted or understood counts as no file.
+
+    :param folder: created with owner-only rights if missing.
+    :param connection: gives the entry's name and key.
+    :param lock_seconds: how long to wait for another process that fetches a token; then this one fetches its own and keeps it to itself.
+    :raises PayrocConfigurationError: the folder is a link, belongs to another user or is open to others.
+    """
+
+    def __init__(self, folder: Path, connection: PayrocConnection, *, lock_seconds: float) -> None:
+        name = hashlib.sha256(f"{connection.identity_url}\0{connection.api_url}\0{connection.api_key}".encode()).hexdigest()
+        # The name goes into the key, so that an entry copied to another name does not open.
+        info = f"payroc-refunds token cache {name}".encode()
+        derived = HKDF(SHA256(), length=32, salt=None, info=info).derive(connection.api_key.encode())
+        self._fernet = Fernet(base64.urlsafe_b64encode(derived))
+        self._lock_seconds = lock_seconds
+        self._entry_path = folder / f"{name}.token"
+        self._lock_path = folder / f"{name}.lock"
+        _own_folder(folder)
+
+    def get(self, fetch: Callable[[], AccessToken], *, younger_than: float | None = None) -> AccessToken:
+        """See :class:`TokenCache`."""
+        entry = self._read()
+        if entry is not None and entry.usable(time.time(), younger_than):
+            return entry.token
+        with self._locked() as locked:
+            if not locked:
+                return fetch()
+            entry = self._read()
+            if entry is None or not entry.usable(time.time(), younger_than):
+                asked_at = time.time()
+                entry = CachedToken(fetch(), asked_at)
+                self._write(entry)
+            return entry.token
+
+    def evict(self, token: AccessToken) -> None:
+        """See :class:`TokenCache`."""
+        with self._locked() as locked:
+            entry = self._read()
+            # Without the lock a newer token might be written between reading and removing.
+            if locked and entry is not None and _same(entry.token, token):
+                self._entry_path.unlink(missing_ok=True)
+
+    def _read(self) -> CachedToken | None:
+        try:
+            content = json.loads(self._fernet.decrypt(self._entry_path.read_bytes()))
+            return CachedToken(AccessToken.model_validate(content["token"]), float(content["received_at"]))
+        except (OSError, InvalidToken, ValueError, KeyError, TypeError):
+            return None
+
+    def _write(self, entry: CachedToken) -> None:
+        token = entry.token.model_dump() | {"access_token": entry.token.access_token.get_secret_value()}
+        content = {"token": token, "received_at": entry.received_at}
+        sealed = self._fernet.encrypt(json.dumps(content).encode())
+        try:
+            # mkstemp makes files that only the owner can open.
+            handle, name = tempfile.mkstemp(dir=self._entry_path.parent, prefix=".new-")
+            with os.fdopen(handle, "wb") as file:
+                file.write(sealed)
+            Path(name).replace(self._entry_path)
+        except OSError as error:
+            log.warning("The token could not be kept for other tasks (%s in %s).", error.strerror, self._entry_path.parent)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[bool]:
+        """Hold the entry's lock and yield True, or yield False when it can't be had in time."""
+        try:
+            handle = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            log.warning("Tokens are not shared: the lock can't be opened (%s in %s).", error.strerror, self._lock_path.parent)
+            yield False
+            return
+        try:
+            yield _lock_within(handle, self._lock_seconds)
+        finally:
+            os.close(handle)
+
+
+def _lock_within(handle: int, seconds: float) -> bool:
+    ends = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= ends:
+                log.warning("Tokens are not shared this time: another process held the lock for %g s.", seconds)
+                return False
+            time.sleep(LOCK_POLL_SECONDS)
+        else:
+            return True
+
+
+def _own_folder(folder: Path) -> None:
+    remedy = "set PAYROC_REFUNDS_TOKEN_CACHE_DIR to a folder of this user's with rights 0700, or PAYROC_REFUNDS_TOKEN_CACHE to false."
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.lstat()
+    except OSError as error:
+        raise PayrocConfigurationError(f"The token cache folder {folder} can't be used ({error.strerror}); {remedy}") from None
+    if stat.S_ISLNK(found.st_mode):
+        raise PayrocConfigurationError(f"The token cache folder {folder} is a symbolic link; {remedy}")
+    if found.st_uid != os.geteuid():
+        raise PayrocConfigurationError(f"The token cache folder {folder} belongs to another user; {remedy}")
+    if stat.S_IMODE(found.st_mode) & 0o077:
+        raise PayrocConfigurationError(f"The token cache folder {folder} is open to other users; {remedy}")
+
+
+def default_folder() -> Path:
+    """Return the folder of this user's in the temporary directory."""
+    return Path(tempfile.gettempdir()) / f"payroc-refunds-{os.geteuid()}"
+
+
+def _same(one: AccessToken, other: AccessToken) -> bool:
+    return hmac.compare_digest(one.access_token.get_secret_value(), other.access_token.get_secret_value())

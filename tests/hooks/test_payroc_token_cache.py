@@ -1,0 +1,313 @@
+"""Tokens are shared, renewed in time, and never given out when they should not be."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import stat
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from include.payroc.errors import PayrocConfigurationError, PayrocError
+from include.payroc.models import AccessToken
+from include.refunds.settings import get_settings
+from payroc_airflow.connection import PayrocConnection
+from payroc_airflow.hooks.payroc import PayrocHook
+from payroc_airflow.token_cache import FileTokenCache, MemoryTokenCache, default_folder
+
+CONNECTION = PayrocConnection("https://api.example/v1", "https://identity.example", "canary-api-key-of-the-cache")
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Fetcher:
+    def __init__(self, expires_in: int = 3600) -> None:
+        self.expires_in = expires_in
+        self.count = 0
+
+    def __call__(self) -> AccessToken:
+        self.count += 1
+        return AccessToken.model_validate({"access_token": f"canary-token-{self.count}", "expires_in": self.expires_in, "scope": "a b"})
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("payroc_airflow.token_cache.time.time", clock)
+    return clock
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return tmp_path / "tokens"
+
+
+@pytest.fixture(params=["file", "memory"])
+def cache(request, folder):
+    return FileTokenCache(folder, CONNECTION, lock_seconds=1) if request.param == "file" else MemoryTokenCache()
+
+
+def value(token: AccessToken) -> str:
+    return token.access_token.get_secret_value()
+
+
+def test_a_token_is_kept(cache) -> None:
+    fetch = Fetcher()
+    first, second = cache.get(fetch), cache.get(fetch)
+    assert first == second
+    assert (value(second), second.expires_in, second.scope) == ("canary-token-1", 3600, "a b")
+    assert fetch.count == 1
+
+
+@pytest.mark.parametrize(("expires_in", "margin"), [(3600, 120), (600, 120), (599, 119.8), (100, 20), (1, 0.2)])
+def test_a_token_is_renewed_two_minutes_or_a_fifth_of_its_life_before_its_end(cache, clock, expires_in, margin) -> None:
+    fetch = Fetcher(expires_in)
+    cache.get(fetch)
+    clock.now += expires_in - margin - 0.01
+    assert value(cache.get(fetch)) == "canary-token-1"
+    clock.now += 0.02
+    assert value(cache.get(fetch)) == "canary-token-2"
+
+
+def test_a_token_received_that_many_seconds_ago_or_more_is_replaced(cache, clock) -> None:
+    fetch = Fetcher()
+    cache.get(fetch)
+    clock.now += 10
+    assert value(cache.get(fetch, younger_than=10.5)) == "canary-token-1"
+    assert value(cache.get(fetch, younger_than=10)) == "canary-token-2"
+    assert value(cache.get(fetch)) == "canary-token-2"
+    assert value(cache.get(fetch, younger_than=0)) == "canary-token-3"
+
+
+def test_a_token_counts_from_the_moment_it_was_asked_for(cache, clock) -> None:
+    fetch = Fetcher()
+
+    def slow() -> AccessToken:
+        clock.now += 30
+        return fetch()
+
+    cache.get(slow)
+    assert value(cache.get(fetch, younger_than=30)) == "canary-token-2"
+
+
+def test_a_token_from_the_future_is_not_trusted(cache, clock) -> None:
+    fetch = Fetcher()
+    cache.get(fetch)
+    clock.now -= 1
+    assert value(cache.get(fetch)) == "canary-token-2"
+
+
+def test_only_the_very_token_that_was_refused_is_evicted(cache) -> None:
+    fetch = Fetcher()
+    refused = cache.get(fetch)
+    newer = cache.get(fetch, younger_than=0)
+    cache.evict(refused)
+    assert cache.get(fetch) == newer
+    cache.evict(newer)
+    assert value(cache.get(fetch)) == "canary-token-3"
+    cache.evict(newer)
+    assert value(cache.get(fetch)) == "canary-token-3"
+
+
+def test_a_failed_fetch_leaves_nothing_behind_and_lets_the_next_one_try(cache) -> None:
+    def fail() -> AccessToken:
+        raise PayrocError("authorize", "no")
+
+    with pytest.raises(PayrocError):
+        cache.get(fail)
+    assert value(cache.get(Fetcher())) == "canary-token-1"
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_file_is_encrypted_and_only_the_owner_can_open_it(folder) -> None:
+    FileTokenCache(folder, CONNECTION, lock_seconds=1).get(Fetcher())
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    files = sorted(path.suffix for path in folder.iterdir())
+    assert files == [".lock", ".token"]
+    for path in folder.iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert b"canary" not in path.read_bytes()
+        assert "canary" not in path.name
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        PayrocConnection(CONNECTION.api_url, CONNECTION.identity_url, "another-api-key"),
+        PayrocConnection(CONNECTION.api_url, "https://other.example", CONNECTION.api_key),
+        PayrocConnection("https://other.example/v1", CONNECTION.identity_url, CONNECTION.api_key),
+    ],
+    ids=["key", "identity", "api"],
+)
+def test_another_key_or_another_payroc_has_another_token_even_if_files_are_copied(folder, other) -> None:
+    fetch = Fetcher()
+    FileTokenCache(folder, CONNECTION, lock_seconds=1).get(fetch)
+    (written,) = folder.glob("*.token")
+    assert value(FileTokenCache(folder, other, lock_seconds=1).get(fetch)) == "canary-token-2"
+    (copied,) = set(folder.glob("*.token")) - {written}
+    copied.write_bytes(written.read_bytes())
+    assert value(FileTokenCache(folder, other, lock_seconds=1).get(fetch)) == "canary-token-3"
+
+
+@pytest.mark.parametrize("damage", [b"", b"garbage", b"\xff" * 100])
+def test_a_damaged_file_is_a_miss(folder, damage) -> None:
+    fetch = Fetcher()
+    cache = FileTokenCache(folder, CONNECTION, lock_seconds=1)
+    cache.get(fetch)
+    (path,) = folder.glob("*.token")
+    path.write_bytes(damage)
+    assert value(cache.get(fetch)) == "canary-token-2"
+    assert value(cache.get(fetch)) == "canary-token-2"
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{}", b'{"token": {"access_token": 5, "expires_in": 1}, "received_at": 1}', b"null"])
+def test_a_file_with_odd_content_is_a_miss(folder, content) -> None:
+    fetch = Fetcher()
+    cache = FileTokenCache(folder, CONNECTION, lock_seconds=1)
+    cache.get(fetch)
+    (path,) = folder.glob("*.token")
+    path.write_bytes(cache._fernet.encrypt(content))
+    assert value(cache.get(fetch)) == "canary-token-2"
+
+
+def test_a_folder_that_others_can_open_is_refused(tmp_path) -> None:
+    folder = tmp_path / "open"
+    folder.mkdir()
+    folder.chmod(0o750)
+    with pytest.raises(PayrocConfigurationError, match="open to other users; set PAYROC_REFUNDS_TOKEN_CACHE_DIR"):
+        FileTokenCache(folder, CONNECTION, lock_seconds=1)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o750
+
+
+def test_a_symbolic_link_instead_of_a_folder_is_refused(tmp_path) -> None:
+    (tmp_path / "real").mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(PayrocConfigurationError, match="symbolic link"):
+        FileTokenCache(tmp_path / "link", CONNECTION, lock_seconds=1)
+
+
+def test_a_folder_of_another_user_is_refused(folder, monkeypatch) -> None:
+    folder.mkdir(mode=0o700)
+    monkeypatch.setattr("payroc_airflow.token_cache.os.geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(PayrocConfigurationError, match="belongs to another user"):
+        FileTokenCache(folder, CONNECTION, lock_seconds=1)
+
+
+def test_a_file_instead_of_a_folder_is_refused(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PayrocConfigurationError, match="can't be used"):
+        FileTokenCache(tmp_path / "file", CONNECTION, lock_seconds=1)
+
+
+def test_a_link_in_place_of_the_lock_is_not_followed(folder, tmp_path) -> None:
+    cache = FileTokenCache(folder, CONNECTION, lock_seconds=1)
+    cache._lock_path.symlink_to(tmp_path / "elsewhere")
+    assert value(cache.get(Fetcher())) == "canary-token-1"
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_token_that_can_not_be_written_is_still_given_out(folder, monkeypatch, caplog) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    cache = FileTokenCache(folder, CONNECTION, lock_seconds=1)
+    monkeypatch.setattr("payroc_airflow.token_cache.tempfile.mkstemp", full)
+    assert value(cache.get(Fetcher())) == "canary-token-1"
+    assert "No space left on device" in caplog.text
+
+
+def test_a_process_that_holds_the_lock_for_too_long_is_not_waited_for(folder) -> None:
+    holder = FileTokenCache(folder, CONNECTION, lock_seconds=1)
+    waiting = FileTokenCache(folder, CONNECTION, lock_seconds=0.2)
+    with holder._locked() as locked:
+        assert locked
+        started = time.monotonic()
+        assert value(waiting.get(Fetcher())) == "canary-token-1"
+        waiting.evict(AccessToken.model_validate({"access_token": "x", "expires_in": 1}))
+        assert time.monotonic() - started < 1.5
+    assert list(folder.glob("*.token")) == []
+
+
+def test_the_default_folder_is_this_users_in_the_temporary_directory() -> None:
+    assert default_folder() == Path(tempfile.gettempdir()) / f"payroc-refunds-{os.geteuid()}"
+
+
+# --- through the hook ---------------------------------------------------------------------------------------------------------
+
+
+def ask_for_a_token(start, results, timeout_seconds: float) -> None:
+    start.wait()
+    try:
+        results.put(value(PayrocHook(timeout_seconds=timeout_seconds).get_token()))
+    except Exception as error:  # noqa: BLE001 - the parent must hear of it
+        results.put(repr(error))
+
+
+def test_forty_processes_that_start_together_ask_payroc_once(hook, payroc, reply) -> None:
+    body = b'{"access_token": "canary-token-shared", "expires_in": 3600}'
+
+    def slow(handler) -> None:
+        time.sleep(0.3)
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+
+    payroc.on("POST", "/authorize", reply(raw=slow))
+    context = multiprocessing.get_context("fork")
+    start, results = context.Event(), context.Queue()
+    processes = [context.Process(target=ask_for_a_token, args=(start, results, 10.0)) for _ in range(40)]
+    for process in processes:
+        process.start()
+    start.set()
+    got = [results.get(timeout=30) for _ in processes]
+    for process in processes:
+        process.join()
+    assert set(got) == {"canary-token-shared"}
+    assert len(payroc.of("/authorize")) == 1
+
+
+def test_threads_of_one_process_ask_payroc_once(hook, payroc) -> None:
+    threads = [threading.Thread(target=hook.get_token) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(payroc.of("/authorize")) == 1
+
+
+def test_hooks_share_a_token_and_a_refused_one_is_replaced_for_all(hook, payroc) -> None:
+    refused = hook.get_token()
+    other = PayrocHook(timeout_seconds=0.5)
+    assert other.get_token() == refused
+    hook.evict_token(refused)
+    assert value(other.get_token()) == "canary-token-2"
+    hook.evict_token(refused)
+    assert value(hook.get_token()) == "canary-token-2"
+    assert value(hook.get_token(younger_than=0)) == "canary-token-3"
+
+
+def test_with_the_cache_switched_off_each_hook_keeps_its_own_token_in_memory(hook, payroc, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("PAYROC_REFUNDS_TOKEN_CACHE", "false")
+    get_settings.cache_clear()
+    other = PayrocHook(timeout_seconds=0.5)
+    assert [value(each.get_token()) for each in (hook, hook, other, other)] == ["canary-token-1"] * 2 + ["canary-token-2"] * 2
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_a_token_of_the_cache_is_masked_too(hook) -> None:
+    from airflow.sdk._shared.secrets_masker import redact, reset_secrets_masker
+
+    hook.get_token()
+    reset_secrets_masker()
+    PayrocHook().get_token()
+    assert redact("a canary-token-1 b") == "a *** b"
