@@ -20,12 +20,6 @@ from zoneinfo import ZoneInfo
 
 from airflow.sdk import DAG, Context, CronTriggerTimetable, Param, TriggerRule, conf, get_current_context, result, task
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
-from payroc_airflow.databases import open_ledger, source_of
-from payroc_airflow.gateway import HookGateway
-from payroc_airflow.hooks.payroc import PayrocHook
-from payroc_airflow.operators.refund import PayrocRefundOperator
-from payroc_airflow.pools import POOL, pool_exists
-from payroc_airflow.retry_policy import PayrocRetryPolicy
 
 from include.refunds.cipher import Cipher
 from include.refunds.params import RunParams, in_lists
@@ -35,9 +29,18 @@ from include.refunds.release import release as release_refunds
 from include.refunds.report import run_report
 from include.refunds.settings import get_settings
 from include.refunds.write_back import write_back as write_back_refunds
+from payroc_airflow.databases import open_ledger, source_of
+from payroc_airflow.gateway import HookGateway
+from payroc_airflow.hooks.payroc import PayrocHook
+from payroc_airflow.operators.refund import PayrocRefundOperator
+from payroc_airflow.pools import POOL, pool_exists
+from payroc_airflow.retry_policy import PayrocRetryPolicy
 
 log = logging.getLogger(__name__)
 settings = get_settings()
+
+# Not backfills: they would run for days that have passed, and refunds know no such days. Airflow converts the words.
+RUN_TYPES: Any = ["scheduled", "manual"]
 
 PARAMS = {
     "dry_run": Param(
@@ -99,8 +102,7 @@ with DAG(
     start_date=datetime(2026, 1, 1, tzinfo=ZoneInfo(settings.timezone)),
     catchup=False,
     max_active_runs=1,
-    # A backfill would run for days that have passed; refunds know no such day, they are approved or not.
-    allowed_run_types=["scheduled", "manual"],
+    allowed_run_types=RUN_TYPES,
     params=PARAMS,
     default_args={
         "retries": settings.retries,
@@ -126,7 +128,8 @@ with DAG(
             await ledger.return_stale_releases()
             pulled = await pull(source, ledger, cipher, settings)
             candidates = await ledger.candidates(params.selection())
-            await ledger.begin_run(context["run_id"], params.model_dump(mode="json"), candidates, {"changed": pulled.changed})
+            findings = {"changed": pulled.changed}
+            await ledger.begin_run(context["run_id"], params.model_dump(mode="json"), candidates, findings, pulled.at)
             log.info("%s %d refunds may be released.", pulled, len(candidates))
             return {"candidates": [item.id for item in candidates], "due": await ledger.due()}
 
@@ -190,7 +193,7 @@ with DAG(
         return found.as_dict()
 
     pulled = pull_approved()
-    lists = release(pulled)
+    lists = release(pulled)  # type: ignore[arg-type]  # a task takes the promise of another's result
     send_refund = PayrocRefundOperator.partial(
         task_id="send_refund",
         pool=POOL,

@@ -13,18 +13,21 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 from airflow.sdk import DAG, CronTriggerTimetable, TriggerRule, get_current_context, result, task
-from payroc_airflow.databases import open_ledger, source_of
-from payroc_airflow.gateway import HookGateway
-from payroc_airflow.hooks.payroc import PayrocHook
-from payroc_airflow.retry_policy import PayrocRetryPolicy
 
 from include.refunds.follow_up import follow_up as follow_up_refunds
 from include.refunds.report import status_report
 from include.refunds.settings import get_settings
 from include.refunds.write_back import write_back as write_back_refunds
+from payroc_airflow.databases import open_ledger, source_of
+from payroc_airflow.gateway import HookGateway
+from payroc_airflow.hooks.payroc import PayrocHook
+from payroc_airflow.retry_policy import PayrocRetryPolicy
 
 log = logging.getLogger(__name__)
 settings = get_settings()
+
+# Not backfills: they would run for days that have passed, and refunds know no such days. Airflow converts the words.
+RUN_TYPES: Any = ["scheduled", "manual"]
 
 with DAG(
     "payroc_refunds_followup",
@@ -34,7 +37,7 @@ with DAG(
     start_date=datetime(2026, 1, 1, tzinfo=ZoneInfo(settings.timezone)),
     catchup=False,
     max_active_runs=1,
-    allowed_run_types=["scheduled", "manual"],
+    allowed_run_types=RUN_TYPES,
     default_args={
         "retries": settings.retries,
         "retry_delay": timedelta(seconds=settings.retry_delay_seconds),

@@ -120,7 +120,7 @@ def judge_error(error: PayrocError, refund: Refund, history: History) -> Verdict
         return _verdict(Outcome.UNKNOWN, str(error), error)
     if status == 401 or error.problem_type == "not-authorized":
         return _judge_unauthorized(error, history)
-    if not isinstance(error, PayrocProblem):
+    if not isinstance(error, PayrocProblem) or error.problem_type is None:
         return _verdict(Outcome.CONFIGURATION, f"{error}; something between us and Payroc answered.", error, pause=EVERYTHING)
     match error.problem_type:
         case "idempotency-key-in-use":

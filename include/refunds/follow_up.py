@@ -34,7 +34,7 @@ async def follow_up(ledger: Ledger, gateway: Gateway) -> Counter[str]:
     followed = await ledger.followed(SETTLED_FOLLOWED_FOR)
     if not in_doubt and not followed:
         return counts
-    await ledger.bind_environment(gateway.environment)
+    await ledger.check_environment(gateway.environment)
     for refund in in_doubt:
         counts["looked up"] += 1
         try:

@@ -39,13 +39,15 @@ class Pulled:
     """
     What a pull found.
 
+    :param at: when it began, in the ledger's time.
     :param rows: rows that the source returned.
     :param new: refunds stored for the first time.
     :param invalid: errors by source_ref and column.
     :param changed: source_refs whose row differs from the refund it once became, each with what differs.
     """
 
-    rows: int = 0
+    at: datetime
+    rows: int
     new: int = 0
     invalid: dict[str, dict[str, str]] = field(default_factory=dict)
     changed: dict[str, list[str]] = field(default_factory=dict)
@@ -63,8 +65,9 @@ async def pull(source: Source, ledger: Ledger, cipher: Cipher, settings: Setting
     :returns: what was found; nothing in it holds bank data.
     :raises SourceError: when the source can't be read.
     """
+    began = await ledger.now()
     rows = await source.select_approved()
-    pulled = Pulled(rows=len(rows))
+    pulled = Pulled(at=began, rows=len(rows))
     valid = validate(rows, cipher, settings, pulled.invalid)
     for start in range(0, len(valid), _BATCH):
         await _store(valid[start : start + _BATCH], ledger, cipher, pulled)
@@ -182,7 +185,7 @@ def _column_of(path: str) -> str:
 def _method(row: SourceRow, errors: dict[str, str]) -> dict[str, Any] | None:
     has_token = _given(row["secure_token"])
     if has_token and any(_given(row[name]) for name in ("routing_number", "account_number")):
-        errors["secure_token"] = "is given together with a bank account; give one of the two"
+        errors["secure_token"] = "is given together with a bank account; give one of the two"  # noqa: S105 - a message
         return None
     if has_token:
         names = {"secure_token": "token", "account_type": "account_type", "sec_code": "sec_code"}

@@ -48,8 +48,9 @@ async def release(
     candidates = await ledger.candidates(Selection(), candidate_ids)
     terminals = {item.processing_terminal_id for item in candidates} | await ledger.terminals(due_ids)
     if terminals:
-        await ledger.bind_environment(gateway.environment)
+        await ledger.check_environment(gateway.environment)
         await preflight(terminals, ledger, gateway)
+        await ledger.check_environment(gateway.environment, bind=True)
     findings: dict[str, str] = {}
     ids = {item.source_ref: item.id for item in candidates}
     if candidates:

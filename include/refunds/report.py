@@ -78,7 +78,7 @@ class Report:
             parts += [""]
         parts += ["Totals:", *(f"  {t.status:<10} {t.count:>6}  {money(t.amount, t.currency):>18}" for t in self.totals)]
         if not self.totals:
-            parts[-1] = "No refunds: nothing was approved, so nothing was sent."
+            parts[-1] = "No refunds: nothing was approved, so nothing was sent." if not self.unfinished else "No refunds."
         parts += [f"Note: {note}" for note in self.notes]
         parts += [f"Unfinished: {what}" for what in self.unfinished]
         return "\n".join(parts)

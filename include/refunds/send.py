@@ -181,7 +181,7 @@ async def _stopped(refund: Refund, now: datetime, ledger: Ledger, gateway: Gatew
         if scope in pauses:
             what = "The sending" if scope == EVERYTHING else f"The sending for terminal {scope}"
             return Result(refund.id, refund.order_id, Sent.CONFIGURATION, f"{what} is paused: {pauses[scope]}")
-    await ledger.bind_environment(gateway.environment)
+    await ledger.check_environment(gateway.environment)
     if refund.status is Status.RELEASED and refund.released_at is not None and now - refund.released_at >= RELEASE_VALID:
         return Result(refund.id, refund.order_id, Sent.NOT_RELEASED, "Its release was not used within 24 hours.")
     return Result(refund.id, refund.order_id, Sent.BUSY, "It became free again just now.", 1.0)

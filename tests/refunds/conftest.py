@@ -10,8 +10,6 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 import pytest
-from payroc_airflow.gateway import HookGateway
-from payroc_airflow.hooks.payroc import PayrocHook
 from sqlalchemy import URL, create_engine, text
 from sqlalchemy.pool import NullPool
 
@@ -25,6 +23,8 @@ from include.refunds.send import Result, send_refund
 from include.refunds.settings import get_settings
 from include.refunds.source import COLUMNS, SqlSource
 from include.refunds.write_back import write_back
+from payroc_airflow.gateway import HookGateway
+from payroc_airflow.hooks.payroc import PayrocHook
 from tests.conftest import Sandbox
 
 T = TypeVar("T")
@@ -100,7 +100,7 @@ class World:
     def release(self, run_id: str = "run-1", selection: Selection | None = None) -> list[int]:
         async def work() -> list[int]:
             candidates = await self.ledger.candidates(selection or Selection())
-            await self.ledger.begin_run(run_id, {}, candidates, {})
+            await self.ledger.begin_run(run_id, {}, candidates, {}, datetime.now(UTC))
             await self.ledger.record_no_approval_needed(run_id)
             return await self.release_only(run_id, [item.id for item in candidates])
 

@@ -180,9 +180,8 @@ def test_any_database_with_a_sqlalchemy_engine_is_a_source_and_a_source_ref_that
 ) -> None:
     engine = create_engine(f"sqlite:///{tmp_path}/shop.db")
     with engine.begin() as connection:
-        connection.exec_driver_sql(
-            f"CREATE TABLE refund_requests ({', '.join(COLUMNS)}, withdrawn_at, status, payroc_refund_id, payroc_status, reason, updated_at)"
-        )
+        written = "withdrawn_at, status, payroc_refund_id, payroc_status, reason, updated_at"
+        connection.exec_driver_sql(f"CREATE TABLE refund_requests ({', '.join(COLUMNS)}, {written})")
         insert = text(f"INSERT INTO refund_requests ({', '.join(COLUMNS)}) VALUES ({', '.join(':' + name for name in COLUMNS)})")
         for number, ref in enumerate(("once", "twice", "twice")):
             connection.execute(insert, GOOD | {"source_ref": ref, "order_id": f"LITE-{number}"})

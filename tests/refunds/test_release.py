@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime
 
 import pytest
 
@@ -79,7 +80,7 @@ def test_without_an_approval_of_exactly_these_candidates_nothing_is_released(wor
 
     async def edited() -> None:
         candidates = await world.ledger.candidates(Selection(source_refs=(one,)))
-        await world.ledger.begin_run("run-1", {}, candidates, {})
+        await world.ledger.begin_run("run-1", {}, candidates, {}, datetime.now(UTC))
         await world.ledger.record_no_approval_needed("run-1")
         await world.release_only("run-1", ids)
 
@@ -94,7 +95,7 @@ def test_an_approval_that_was_skipped_releases_nothing(world: World) -> None:
 
     async def marked_success() -> None:
         candidates = await world.ledger.candidates(Selection())
-        await world.ledger.begin_run("run-1", {}, candidates, {})
+        await world.ledger.begin_run("run-1", {}, candidates, {}, datetime.now(UTC))
         await world.release_only("run-1", [item.id for item in candidates])
 
     with pytest.raises(LedgerError, match="holds no approval"):
@@ -172,7 +173,7 @@ def test_two_releases_at_a_time_release_each_refund_once(world: World) -> None:
     async def both() -> None:
         for run_id in ("run-1", "run-2"):
             candidates = await world.ledger.candidates(Selection())
-            await world.ledger.begin_run(run_id, {}, candidates, {})
+            await world.ledger.begin_run(run_id, {}, candidates, {}, datetime.now(UTC))
             await world.ledger.record_no_approval_needed(run_id)
         ids = [item.id for item in candidates]
         await asyncio.gather(world.release_only("run-1", ids), world.release_only("run-2", ids))

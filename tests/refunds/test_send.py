@@ -6,10 +6,10 @@ import asyncio
 from uuid import uuid4
 
 import pytest
-from payroc_airflow.hooks.payroc import PayrocHook
 
 from include.payroc.models import RefundRequest
 from include.refunds.send import Sent
+from payroc_airflow.hooks.payroc import PayrocHook
 from tests.refunds.conftest import Death, Intercepted, World, die
 
 
@@ -280,9 +280,8 @@ def test_a_release_is_good_for_a_day_only(world: World) -> None:
 def test_a_request_that_was_changed_in_the_ledger_is_not_sent(world: World) -> None:
     refund_id, other_id = world.released(), world.released()
     with world.ledger_engine.begin() as connection:
-        connection.exec_driver_sql(
-            f"UPDATE refund_ledger.refunds SET request = (SELECT request FROM refund_ledger.refunds WHERE id = {other_id}) WHERE id = {refund_id}"
-        )
+        other = f"SELECT request FROM refund_ledger.refunds WHERE id = {other_id}"
+        connection.exec_driver_sql(f"UPDATE refund_ledger.refunds SET request = ({other}) WHERE id = {refund_id}")
     result = world.send(refund_id)
     assert result.sent is Sent.CONFIGURATION
     assert "does not have the hash" in result.reason

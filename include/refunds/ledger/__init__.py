@@ -1,0 +1,40 @@
+"""
+The ledger in Postgres. Each method is one transaction; together they are the only code that writes to it.
+
+The database's clock is the clock: every transaction reads it once and uses that instant throughout. A simulation may
+give a clock of its own.
+"""
+
+from include.refunds.ledger.base import LedgerError, LedgerUnavailable, NoSuchRefund, create_ledger_engine
+from include.refunds.ledger.intake import Intake, NewRefund, differences
+from include.refunds.ledger.runs import RELEASE_VALID, Candidate, Runs, Selection, totals
+from include.refunds.ledger.sending import Claim, Sending, Task
+from include.refunds.ledger.write_backs import WriteBack, WriteBacks
+
+__all__ = [
+    "RELEASE_VALID",
+    "Candidate",
+    "Claim",
+    "Ledger",
+    "LedgerError",
+    "LedgerUnavailable",
+    "NewRefund",
+    "NoSuchRefund",
+    "Selection",
+    "Task",
+    "WriteBack",
+    "create_ledger_engine",
+    "differences",
+    "totals",
+]
+
+
+class Ledger(Intake, Runs, Sending, WriteBacks):
+    """
+    The refund ledger.
+
+    :param engine: an async engine on the ledger's database, see :func:`create_ledger_engine`.
+    :param settings: source, waits, key window.
+    :param actor: who changes something, as the events name it.
+    :param clock: the time to use instead of the database's, for simulations.
+    """

@@ -1,0 +1,98 @@
+"""The frame of the ledger: a connection, a transaction, an instant that counts as now, and who acts."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import datetime
+from typing import Any, Self
+
+from sqlalchemy import URL, text
+from sqlalchemy.exc import DBAPIError, ProgrammingError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from include.refunds.revision import REVISION, VERSION_TABLE
+from include.refunds.settings import Settings
+
+
+class LedgerError(Exception):
+    """The ledger can't be used; the message says what is wrong and what to run."""
+
+
+class LedgerUnavailable(LedgerError):
+    """The ledger's database does not answer; it may a little later."""
+
+
+class NoSuchRefund(LedgerError):
+    """The ledger holds no refund with this id."""
+
+
+class LedgerBase:
+    """What all parts of :class:`~include.refunds.ledger.Ledger` stand on; its parameters are described there."""
+
+    def __init__(self, engine: AsyncEngine, settings: Settings, *, actor: str, clock: Callable[[], datetime] | None = None) -> None:
+        self.engine = engine
+        self._settings = settings
+        self._actor = actor
+        self._clock = clock
+        self._rehearsal: AsyncConnection | None = None
+
+    @asynccontextmanager
+    async def _transaction(self) -> AsyncIterator[tuple[AsyncConnection, datetime]]:
+        """Yield a connection in a transaction, and the instant that counts as now in it."""
+        if self._rehearsal is not None:
+            async with self._rehearsal.begin_nested():
+                yield self._rehearsal, await self._begin(self._rehearsal)
+        else:
+            async with self.engine.begin() as connection:
+                yield connection, await self._begin(connection)
+
+    async def _begin(self, connection: AsyncConnection) -> datetime:
+        statement = text("SELECT set_config('refund_ledger.actor', :actor, true), clock_timestamp()")
+        row = (await connection.execute(statement, {"actor": self._actor})).one()
+        return self._clock() if self._clock is not None else row[1]
+
+    @asynccontextmanager
+    async def rehearsal(self) -> AsyncIterator[Self]:
+        """Yield a ledger whose every change is rolled back at the end."""
+        async with self.engine.connect() as connection, connection.begin() as transaction:
+            ledger = type(self)(self.engine, self._settings, actor=self._actor, clock=self._clock)
+            ledger._rehearsal = connection
+            try:
+                yield ledger
+            finally:
+                await transaction.rollback()
+
+    async def now(self) -> datetime:
+        """Return the ledger's time."""
+        async with self._transaction() as (_, now):
+            return now
+
+    async def check(self) -> None:
+        """
+        Make sure that the ledger can be reached and has this version's schema.
+
+        :raises LedgerUnavailable: when it can't be reached.
+        :raises LedgerError: when it was never migrated, or is at another revision.
+        """
+        query = text(f"SELECT version_num FROM refund_ledger.{VERSION_TABLE}")
+        try:
+            async with self.engine.connect() as connection:
+                found = (await connection.execute(query)).scalar_one_or_none()
+        except ProgrammingError:
+            found = None
+        except (DBAPIError, OSError) as error:
+            cause = type(getattr(error, "orig", None) or error).__name__
+            raise LedgerUnavailable(
+                f"The ledger database at {self.engine.url.host}:{self.engine.url.port} can't be used ({cause}): "
+                "check the connection refunds_ledger."
+            ) from None
+        if found != REVISION:
+            raise LedgerError(
+                f"The ledger is at revision {found or 'none'}, this version needs {REVISION}: run `python -m include.refunds migrate`."
+            )
+
+
+def create_ledger_engine(url: URL, **options: Any) -> AsyncEngine:
+    """Return an async engine for the ledger, with a connect timeout so that a dead host is an error and not a wait."""
+    return create_async_engine(url, connect_args={"connect_timeout": 10}, pool_pre_ping=True, hide_parameters=True, **options)

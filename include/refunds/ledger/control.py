@@ -1,0 +1,90 @@
+"""Stopping and resuming the sending, the ledger's environment, and events that belong to no change of status."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from include.refunds.ledger.base import LedgerBase, LedgerError
+
+
+class Control(LedgerBase):
+    """The rows of ``refund_control``."""
+
+    async def check_environment(self, environment: str, *, bind: bool = False) -> None:
+        """
+        Make sure that the ledger belongs to this Payroc, or to none yet.
+
+        :param environment: Payroc's API base URL.
+        :param bind: a ledger that belongs to none yet now belongs to this one. Only done when this one has answered, so that a
+            typing error binds nothing.
+        :raises LedgerError: when the ledger belongs to another one.
+        """
+        query = text("SELECT environment FROM refund_ledger.refund_control WHERE scope = '*'" + (" FOR UPDATE" if bind else ""))
+        update = text("UPDATE refund_ledger.refund_control SET environment = :environment WHERE scope = '*'")
+        async with self._transaction() as (connection, now):
+            found = (await connection.execute(query)).scalar_one()
+            if found not in (None, environment):
+                raise LedgerError(
+                    f"This ledger belongs to Payroc at {found}, the connection points to {environment}: "
+                    "use the connection it belongs to, or a ledger of its own."
+                )
+            if found is None and bind:
+                await connection.execute(update, {"environment": environment})
+                await self._event(connection, now, "environment", reason=environment)
+
+    async def pause(self, scope: str, reason: str) -> None:
+        """
+        Pause the sending. What is paused already keeps its first reason.
+
+        :param scope: a processing terminal id, or ``*`` for everything.
+        """
+        async with self._transaction() as (connection, now):
+            await self._pause(connection, scope, reason, now)
+
+    async def resume(self, scope: str, reason: str) -> bool:
+        """Let the sending go on; ``False`` when it was not paused for this scope."""
+        update = text("""
+            UPDATE refund_ledger.refund_control SET paused_at = NULL, paused_by = NULL, pause_reason = NULL
+            WHERE scope = :scope AND paused_at IS NOT NULL""")
+        async with self._transaction() as (connection, now):
+            if (await connection.execute(update, {"scope": scope})).rowcount == 0:
+                return False
+            await self._event(connection, now, "resume", reason=reason, detail={"scope": scope})
+            return True
+
+    async def pauses(self) -> dict[str, str]:
+        """Return the reason of each pause, by scope."""
+        query = text("SELECT scope, pause_reason FROM refund_ledger.refund_control WHERE paused_at IS NOT NULL ORDER BY scope")
+        async with self._transaction() as (connection, _):
+            return {row.scope: row.pause_reason for row in await connection.execute(query)}
+
+    async def _pause(self, connection: AsyncConnection, scope: str, reason: str, now: datetime) -> None:
+        upsert = text("""
+            INSERT INTO refund_ledger.refund_control AS control (scope, paused_at, paused_by, pause_reason)
+            VALUES (:scope, :now, :actor, :reason)
+            ON CONFLICT (scope) DO UPDATE SET paused_at = :now, paused_by = :actor, pause_reason = :reason
+            WHERE control.paused_at IS NULL""")
+        values = {"scope": scope, "now": now, "actor": self._actor, "reason": reason}
+        if (await connection.execute(upsert, values)).rowcount:
+            await self._event(connection, now, "pause", reason=reason, detail={"scope": scope})
+
+    async def _event(
+        self,
+        connection: AsyncConnection,
+        now: datetime,
+        event: str,
+        *,
+        reason: str,
+        refund_id: int | None = None,
+        detail: dict[str, Any] | None = None,
+    ) -> None:
+        insert = text("""
+            INSERT INTO refund_ledger.refund_events (at, event, refund_id, actor, reason, detail)
+            VALUES (:now, :event, :refund_id, :actor, :reason, CAST(:detail AS jsonb))""")
+        values = {"now": now, "event": event, "refund_id": refund_id, "actor": self._actor, "reason": reason}
+        await connection.execute(insert, {**values, "detail": json.dumps(detail) if detail else None})

@@ -1,0 +1,114 @@
+"""Source rows on their way into the ledger."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy import RowMapping, text
+
+from include.refunds.ledger.base import LedgerBase
+
+
+@dataclass(frozen=True, slots=True)
+class NewRefund:
+    """A validated source row, ready to be stored: the columns of ``refund_ledger.refunds`` that never change."""
+
+    source_ref: str
+    processing_terminal_id: str
+    order_id: str
+    description: str
+    amount: int
+    currency: str
+    payee_last4: str | None
+    payee_fingerprint: str
+    request_sha256: str
+    requested_by: str
+    approved_by: str
+    approved_at: datetime
+    idempotency_key: str
+
+
+# The columns of NewRefund that a changed source row may differ in, with the words that people know them by.
+_COMPARED = {
+    "processing_terminal_id": "processing_terminal_id",
+    "order_id": "order_id",
+    "description": "description",
+    "amount": "amount",
+    "currency": "currency",
+    "payee_fingerprint": "payee's account",
+    "requested_by": "requested_by",
+    "approved_by": "approved_by",
+}
+
+
+def differences(row: NewRefund, stored: RowMapping) -> list[str]:
+    """Return the names of what differs between a source row and the refund it once became."""
+    found = [word for column, word in _COMPARED.items() if getattr(row, column) != stored[column]]
+    if not found and row.request_sha256 != stored["request_sha256"]:
+        found = ["payee's details"]
+    return found
+
+
+class Intake(LedgerBase):
+    """What a pull reads and writes."""
+
+    async def stored(self, source_refs: Sequence[str]) -> dict[str, RowMapping]:
+        """Return what the ledger already holds of these source rows, by source_ref."""
+        query = text(
+            "SELECT source_ref, id, status, request_sha256, "
+            + ", ".join(_COMPARED)
+            + " FROM refund_ledger.refunds WHERE source = :source AND source_ref = ANY(:refs)"
+        )
+        async with self._transaction() as (connection, _):
+            result = await connection.execute(query, {"source": self._settings.source, "refs": list(source_refs)})
+            return {row["source_ref"]: row for row in result.mappings()}
+
+    async def store(self, rows: Sequence[tuple[NewRefund, bytes]], invalid: dict[str, dict[str, str]], valid: Sequence[str]) -> set[str]:
+        """
+        Store new refunds and the errors of invalid source rows. A row that exists already is left as it is.
+
+        :param rows: validated rows, each with its encrypted request.
+        :param invalid: errors by source_ref and field.
+        :param valid: source_refs of all rows that validate now; their old errors are forgotten.
+        :returns: the source_refs of ``rows`` that were stored; one that is missing collides with another refund.
+        """
+        insert = text("""
+            INSERT INTO refund_ledger.refunds (source, source_ref, processing_terminal_id, order_id, description, amount, currency,
+                payee_last4, payee_fingerprint, request, request_sha256, requested_by, approved_by, approved_at,
+                idempotency_key, created_at, updated_at)
+            SELECT :source, source_ref, processing_terminal_id, order_id, description, amount, currency,
+                payee_last4, payee_fingerprint, convert_to(request, 'UTF8'), request_sha256, requested_by, approved_by, approved_at,
+                idempotency_key, :now, :now
+            FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS row (source_ref text, processing_terminal_id text, order_id text,
+                description text, amount bigint, currency text, payee_last4 text, payee_fingerprint text, request text,
+                request_sha256 text, requested_by text, approved_by text, approved_at timestamptz, idempotency_key uuid)
+            ON CONFLICT DO NOTHING
+            RETURNING source_ref""")
+        note = text("""
+            INSERT INTO refund_ledger.invalid_rows AS known (source, source_ref, errors, first_seen_at, last_seen_at, updated_at)
+            SELECT :source, key, value, :now, :now, :now FROM jsonb_each(CAST(:invalid AS jsonb))
+            ON CONFLICT (source, source_ref) DO UPDATE SET last_seen_at = :now, errors = EXCLUDED.errors,
+                updated_at = CASE WHEN known.errors = EXCLUDED.errors THEN known.updated_at ELSE :now END""")
+        mended = text("DELETE FROM refund_ledger.invalid_rows WHERE source = :source AND source_ref = ANY(:refs)")
+        async with self._transaction() as (connection, now):
+            common = {"source": self._settings.source, "now": now}
+            found = set((await connection.execute(insert, {**common, "rows": _as_json(rows)})).scalars())
+            await connection.execute(note, {**common, "invalid": json.dumps(invalid)})
+            await connection.execute(mended, {**common, "refs": list(valid)})
+            return found
+
+
+def _as_json(rows: Sequence[tuple[NewRefund, bytes]]) -> str:
+    return json.dumps(
+        [
+            {
+                **{name: getattr(row, name) for name in NewRefund.__slots__},
+                "approved_at": row.approved_at.isoformat(),
+                "request": request.decode("ascii"),
+            }
+            for row, request in rows
+        ]
+    )

@@ -1,0 +1,270 @@
+"""Sending one refund: claim, last checks, record; and what the follow-up reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import RowMapping, text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from include.refunds.classify import Outcome, Verdict
+from include.refunds.ledger.base import NoSuchRefund
+from include.refunds.ledger.control import Control
+from include.refunds.ledger.runs import RELEASE_VALID
+from include.refunds.refund import History, Refund
+from include.refunds.states import IN_DOUBT, Status
+from include.refunds.transitions import Change, decide
+
+_COLUMNS = ", ".join(f"r.{name}" for name in Refund.__slots__)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """
+    Who sends: the Airflow task instance behind an attempt, for the attempt's row.
+
+    :param run_id: Airflow's run id.
+    :param map_index: index of the mapped task instance, ``None`` when it is not mapped.
+    :param try_number: Airflow's try number, from 1.
+    """
+
+    run_id: str
+    map_index: int | None = None
+    try_number: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A refund that this attempt, and no other, may send now."""
+
+    refund: Refund
+    history: History
+
+    @property
+    def attempt(self) -> int:
+        """Number of the attempt, from 1."""
+        return self.refund.attempts
+
+
+class Sending(Control):
+    """What a send task and the follow-up read and write."""
+
+    async def labels(self, refund_ids: Sequence[int]) -> list[str]:
+        """Return the order ids of refunds, in the order given."""
+        query = text("SELECT id, order_id FROM refund_ledger.refunds WHERE id = ANY(:ids)")
+        async with self._transaction() as (connection, _):
+            found = {row.id: row.order_id for row in await connection.execute(query, {"ids": list(refund_ids)})}
+        return [found.get(refund_id, f"no refund {refund_id}") for refund_id in refund_ids]
+
+    async def read(self, refund_id: int) -> tuple[Refund, History, datetime]:
+        """
+        Return a refund, what its attempts left behind, and the ledger's time.
+
+        :raises NoSuchRefund: when there is none.
+        """
+        async with self._transaction() as (connection, now):
+            refund = await _select(connection, refund_id)
+            return refund, await _history(connection, refund_id, before=refund.attempts + 1), now
+
+    async def claim(self, refund_id: int, task: Task, *, environment: str, sent_with: str, token_expires_at: datetime) -> Claim | None:
+        """
+        Claim a refund for one POST: the intent, committed before anything is sent.
+
+        The lease outlives the token, so when another worker may claim, Payroc refuses whatever this one still sends.
+
+        :param environment: Payroc's API base URL, which has to be the ledger's.
+        :param sent_with: hash of API URL and key, which has to be that of the first attempt.
+        :param token_expires_at: end of the token's life, in the ledger's time.
+        :returns: ``None`` when the refund may not be sent now.
+        """
+        update = text(f"""
+            UPDATE refund_ledger.refunds AS r
+            SET status = 'sending', attempts = attempts + 1, reason = NULL, lease_until = :lease_until, next_attempt_at = :lease_until,
+                first_sent_at = COALESCE(first_sent_at, :now), sent_with = COALESCE(sent_with, :sent_with), updated_at = :now
+            WHERE id = :id AND source = :source AND request IS NOT NULL AND payroc_refund_id IS NULL
+              AND EXISTS (SELECT FROM refund_ledger.refund_control WHERE scope = '*' AND environment = :environment)
+              AND NOT EXISTS (SELECT FROM refund_ledger.refund_control
+                              WHERE paused_at IS NOT NULL AND scope IN ('*', r.processing_terminal_id))
+              AND (first_sent_at IS NULL OR (first_sent_at > :window_start AND sent_with = :sent_with))
+              AND (status = 'released' AND released_at > :oldest_release
+                   OR status IN ('unknown', 'sending') AND lease_until <= :now AND next_attempt_at <= :now)
+            RETURNING {_COLUMNS}""")
+        attempt = text("""
+            INSERT INTO refund_ledger.refund_attempts (refund_id, attempt, run_id, map_index, try_number, started_at)
+            VALUES (:id, :attempt, :run_id, :map_index, :try_number, :now)""")
+        async with self._transaction() as (connection, now):
+            values = {
+                "id": refund_id,
+                "source": self._settings.source,
+                "environment": environment,
+                "sent_with": sent_with,
+                "now": now,
+                "lease_until": token_expires_at + timedelta(seconds=self._settings.lease_margin_seconds),
+                "window_start": now - timedelta(days=self._settings.key_window_days),
+                "oldest_release": now - RELEASE_VALID,
+            }
+            row = (await connection.execute(update, values)).mappings().one_or_none()
+            if row is None:
+                return None
+            refund = _refund(row)
+            await connection.execute(
+                attempt,
+                {
+                    "id": refund_id,
+                    "attempt": refund.attempts,
+                    "run_id": task.run_id,
+                    "map_index": task.map_index,
+                    "try_number": task.try_number,
+                    "now": now,
+                },
+            )
+            return Claim(refund, await _history(connection, refund_id, before=refund.attempts))
+
+    async def may_post(self, claim: Claim, seconds: float) -> bool:
+        """
+        Tell, right before the POST, whether it may still go.
+
+        :param seconds: how long the POST may take; the lease has to last that long.
+        """
+        query = text("""
+            SELECT attempts = :attempt AND status = 'sending' AND lease_until > :until
+               AND NOT EXISTS (SELECT FROM refund_ledger.refund_control
+                               WHERE paused_at IS NOT NULL AND scope IN ('*', processing_terminal_id))
+            FROM refund_ledger.refunds WHERE id = :id""")
+        async with self._transaction() as (connection, now):
+            values = {"id": claim.refund.id, "attempt": claim.attempt, "until": now + timedelta(seconds=seconds)}
+            return bool((await connection.execute(query, values)).scalar_one())
+
+    async def record(self, refund_id: int, verdict: Verdict, attempt: int | None = None) -> Refund:
+        """
+        Record what an attempt, a look-up or the follow-up found.
+
+        :param attempt: the attempt it comes from. ``None``: from no attempt; then anything but a Payroc object counts
+            only while nobody holds the refund.
+        :returns: the refund as it is afterwards.
+        """
+        async with self._transaction() as (connection, now):
+            refund = await _select(connection, refund_id, for_update=True)
+            if attempt is not None:
+                await _finish_attempt(connection, refund_id, attempt, verdict, now)
+                current = refund.status is Status.SENDING and refund.attempts == attempt
+            else:
+                current = refund.status in IN_DOUBT and refund.lease_until is not None and refund.lease_until <= now
+            change = decide(
+                refund,
+                verdict,
+                await _history(connection, refund_id, before=attempt or refund.attempts + 1),
+                current=current,
+                foreign_id=await _is_foreign(connection, refund_id, verdict),
+                now=now,
+                unknown_wait=timedelta(seconds=self._settings.unknown_wait_seconds),
+            )
+            if change is not None:
+                await self._apply(connection, refund, change, now)
+            return await _select(connection, refund_id)
+
+    async def _apply(self, connection: AsyncConnection, refund: Refund, change: Change, now: datetime) -> None:
+        update = text("""
+            UPDATE refund_ledger.refunds SET
+                status = :status, reason = COALESCE(CAST(:reason AS text), reason), updated_at = :now,
+                lease_until = CAST(:wait_until AS timestamptz), next_attempt_at = CAST(:wait_until AS timestamptz),
+                first_sent_at = CASE WHEN :never_sent THEN NULL ELSE first_sent_at END,
+                sent_with = CASE WHEN :never_sent THEN NULL ELSE sent_with END,
+                payroc_refund_id = COALESCE(payroc_refund_id, CAST(:payroc_refund_id AS text)),
+                payroc_status = COALESCE(CAST(:payroc_status AS text), payroc_status),
+                payroc_seen_at = CASE WHEN CAST(:payroc_status AS text) IS NULL THEN payroc_seen_at ELSE :now END
+            WHERE id = :id""")
+        seen = text("""
+            UPDATE refund_ledger.refunds SET
+                payroc_refund_id = COALESCE(payroc_refund_id, :payroc_refund_id), payroc_status = :payroc_status, payroc_seen_at = :now,
+                updated_at = CASE WHEN payroc_refund_id = :payroc_refund_id AND payroc_status = :payroc_status THEN updated_at ELSE :now END
+            WHERE id = :id""")
+        sighting = change.sighting
+        values = {
+            "id": refund.id,
+            "now": now,
+            "payroc_refund_id": sighting.payroc_refund_id if sighting else None,
+            "payroc_status": sighting.payroc_status if sighting else None,
+        }
+        for status in change.steps:
+            await connection.execute(
+                update,
+                {
+                    **values,
+                    "status": status.value,
+                    "reason": change.reason,
+                    "wait_until": change.wait_until,
+                    "never_sent": change.never_sent,
+                },
+            )
+        if sighting and not change.steps:
+            await connection.execute(seen, values)
+        if change.contradiction:
+            await self._event(connection, now, "contradiction", refund_id=refund.id, reason=change.contradiction)
+        if change.pause:
+            await self._pause(connection, change.pause, change.reason or "", now)
+
+    async def in_doubt(self) -> list[Refund]:
+        """Return all refunds that are sending or unknown."""
+        return await self._refunds("r.status IN ('sending', 'unknown')", {})
+
+    async def followed(self, settled_since: timedelta) -> list[Refund]:
+        """
+        Return the refunds whose further way Payroc still has to tell: accepted, or settled not long ago.
+
+        :param settled_since: how long a settled refund is followed, since a bank may return it after it settled.
+        """
+        now = await self.now()
+        return await self._refunds(
+            "r.status = 'accepted' OR (r.status = 'settled' AND r.updated_at > :since)", {"since": now - settled_since}
+        )
+
+    async def _refunds(self, condition: str, values: dict[str, Any]) -> list[Refund]:
+        query = text(f"SELECT {_COLUMNS} FROM refund_ledger.refunds AS r WHERE source = :source AND ({condition}) ORDER BY id")
+        async with self._transaction() as (connection, _):
+            result = await connection.execute(query, {**values, "source": self._settings.source})
+            return [_refund(row) for row in result.mappings()]
+
+
+def _refund(row: RowMapping) -> Refund:
+    return Refund(**{**row, "status": Status(row["status"])})
+
+
+async def _select(connection: AsyncConnection, refund_id: int, *, for_update: bool = False) -> Refund:
+    query = text(f"SELECT {_COLUMNS} FROM refund_ledger.refunds AS r WHERE id = :id" + (" FOR UPDATE" if for_update else ""))
+    row = (await connection.execute(query, {"id": refund_id})).mappings().one_or_none()
+    if row is None:
+        raise NoSuchRefund(f"The ledger holds no refund {refund_id}.")
+    return _refund(row)
+
+
+async def _history(connection: AsyncConnection, refund_id: int, *, before: int) -> History:
+    query = text("""
+        SELECT COALESCE(bool_or(outcome IS NULL OR outcome = 'unknown'), false) AS unresolved,
+               COALESCE(bool_or(problem_type = 'idempotency-key-in-use'), false) AS key_in_use,
+               max(finished_at) FILTER (WHERE http_status = 401) AS unauthorized_at
+        FROM refund_ledger.refund_attempts WHERE refund_id = :id AND attempt < :before""")
+    return History(**(await connection.execute(query, {"id": refund_id, "before": before})).mappings().one())
+
+
+async def _is_foreign(connection: AsyncConnection, refund_id: int, verdict: Verdict) -> bool:
+    if verdict.sighting is None:
+        return False
+    query = text("SELECT EXISTS (SELECT FROM refund_ledger.refunds WHERE payroc_refund_id = :payroc_refund_id AND id <> :id)")
+    values = {"payroc_refund_id": verdict.sighting.payroc_refund_id, "id": refund_id}
+    return bool((await connection.execute(query, values)).scalar_one())
+
+
+async def _finish_attempt(connection: AsyncConnection, refund_id: int, attempt: int, verdict: Verdict, now: datetime) -> None:
+    update = text("""
+        UPDATE refund_ledger.refund_attempts
+        SET finished_at = :now, http_status = :http_status, problem_type = :problem_type, outcome = :outcome
+        WHERE refund_id = :id AND attempt = :attempt""")
+    # Not proven to be without effect is unresolved for the attempts that follow, whatever else it is.
+    unproven = verdict.outcome is Outcome.CONFIGURATION and not verdict.not_processed
+    outcome = Outcome.UNKNOWN if unproven else verdict.outcome
+    values = {"id": refund_id, "attempt": attempt, "now": now, "outcome": outcome.value}
+    await connection.execute(update, {**values, "http_status": verdict.http_status, "problem_type": verdict.problem_type})

@@ -1,0 +1,75 @@
+"""What both DAGs promise before they run."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT
+
+DAG_IDS = ("payroc_refunds", "payroc_refunds_followup")
+
+
+@pytest.fixture(scope="module")
+def dags() -> dict[str, Any]:
+    from airflow.dag_processing.dagbag import DagBag
+
+    bag = DagBag(dag_folder=str(ROOT / "dags"))
+    assert bag.import_errors == {}
+    return bag.dags
+
+
+def test_there_are_two_dags_with_their_tasks_in_order(dags: dict[str, Any]) -> None:
+    assert set(dags) == set(DAG_IDS)
+    order = [task.task_id for task in dags["payroc_refunds"].topological_sort()]
+    assert order == ["pull_approved", "approve_run", "release", "send_refund", "write_back", "report"]
+
+
+@pytest.mark.parametrize("dag_id", DAG_IDS)
+def test_a_dag_runs_one_at_a_time_and_never_for_days_that_have_passed(dags: dict[str, Any], dag_id: str) -> None:
+    dag = dags[dag_id]
+    assert (dag.catchup, dag.max_active_runs) == (False, 1)
+    assert {kind.value for kind in dag.allowed_run_types} == {"scheduled", "manual"}
+    assert dag.doc_md
+
+
+@pytest.mark.parametrize("dag_id", DAG_IDS)
+def test_a_dag_serializes_the_same_way_twice(dags: dict[str, Any], dag_id: str) -> None:
+    from airflow.serialization.serialized_objects import DagSerialization
+
+    assert DagSerialization.to_dict(dags[dag_id]) == DagSerialization.to_dict(dags[dag_id])
+
+
+def test_the_refund_run_is_scheduled_on_weekday_mornings_in_its_time_zone(dags: dict[str, Any]) -> None:
+    timetable = dags["payroc_refunds"].timetable
+    assert timetable.expression == "0 7 * * 1-5"
+    assert str(getattr(timetable.timezone, "name", timetable.timezone)) == "America/New_York"
+
+
+def test_each_param_explains_itself(dags: dict[str, Any]) -> None:
+    params = dags["payroc_refunds"].params
+    assert set(params) == {"dry_run", "limit", "source_refs", "processing_terminal_id", "approved_before", "batch_size"}
+    for name in params:
+        assert params.get_param(name).description
+        assert params.get_param(name).schema["title"]
+
+
+def test_send_tasks_have_their_pool_their_names_and_their_retries(dags: dict[str, Any]) -> None:
+    task = dags["payroc_refunds"].get_task("send_refund")
+    arguments = task.partial_kwargs
+    assert (arguments["pool"], arguments["map_index_template"]) == ("payroc_api", "{{ refund_label }}")
+    assert (task.retries, task.retry_delay) == (5, timedelta(seconds=60))
+    assert type(task.retry_policy).__name__ == "PayrocRetryPolicy"
+
+
+def test_an_empty_schedule_means_manual_runs_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    from airflow.dag_processing.dagbag import DagBag
+
+    from include.refunds.settings import get_settings
+
+    monkeypatch.setenv("PAYROC_REFUNDS_SCHEDULE", "")
+    get_settings.cache_clear()
+    dag = DagBag(dag_folder=str(ROOT / "dags" / "payroc_refunds.py")).dags["payroc_refunds"]
+    assert dag.timetable.can_be_scheduled is False

@@ -1,0 +1,247 @@
+"""``payroc_refunds`` through Airflow's own runner, from the source to the local Payroc and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from airflow.sdk.exceptions import ParamValidationError
+
+from tests.dags.conftest import Runner, everything_that_airflow_kept
+from tests.refunds.conftest import World
+
+
+def posted(world: World) -> int:
+    return sum(entry["operation"] == "create" for entry in world.sandbox.get("/_sandbox/requests?operation=create")["requests"])
+
+
+def test_every_kind_of_refund_ends_in_one_run_paid_at_most_once_and_is_written_back(world: World, run_dag: Runner) -> None:
+    expected = {
+        "4321": ("accepted", 1),
+        "9001": ("rejected", 1),
+        "9002": ("rejected", 0),
+        "9003": ("accepted", 1),
+        "9005": ("accepted", 1),
+        "9009": ("accepted", 1),
+        "9020": ("accepted", 1),
+    }
+    refs = {ending: world.approve(ending) for ending in expected}
+    token = world.approve(routing_number=None, account_number=None, secure_token="296753128804", name_on_account=None)
+    invalid = world.approve(routing_number="123456789")
+    run = run_dag()
+    assert run.state == "success"
+    for ending, (status, paid) in expected.items():
+        row = world.row(refs[ending])
+        assert (row["status"], world.paid(row["id"])) == (status, paid), ending
+        assert world.source_row(refs[ending])["status"] == status
+        assert run.tasks[f"send_refund {row['order_id']}"] == ("success" if status == "accepted" else "failed")
+    assert world.row(token)["status"] == "accepted"
+    assert world.source_row(invalid)["status"] == "invalid"
+    assert {(total["status"], total["count"]) for total in run.result["totals"]} == {("accepted", 6), ("rejected", 2)}
+    assert run.result["invalid_rows"] == 1
+
+    before = posted(world)
+    again = run_dag()
+    assert again.state == "success"
+    assert posted(world) == before
+    assert "nothing was sent" in again.log
+
+
+def test_a_run_without_approved_refunds_is_green_and_says_so(run_dag: Runner) -> None:
+    run = run_dag()
+    assert run.state == "success"
+    assert run.tasks["send_refund"] == "skipped"
+    assert "No refunds: nothing was approved, so nothing was sent." in run.log
+
+
+def test_a_dry_run_shows_what_would_be_sent_and_changes_nothing(world: World, run_dag: Runner) -> None:
+    ref = world.approve()
+    order_id = world.source_row(ref)["order_id"]
+    before = posted(world)
+    run = run_dag(dry_run=True)
+    assert run.state == "success"
+    assert "Dry run: this is what would be sent." in run.log
+    assert order_id in run.log
+    assert run.result["totals"] == [{"status": "would send", "currency": "USD", "count": 1, "amount": 4999}]
+    for table in ("refunds", "refund_events", "refund_runs", "invalid_rows"):
+        assert world.rows(f"SELECT * FROM refund_ledger.{table}") == []
+    assert posted(world) == before
+    assert world.source_row(ref)["status"] is None
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ({"limit": 1}, "a"),
+        ({"source_refs": ["b-REF", "c-REF"]}, "bc"),
+        ({"processing_terminal_id": "7701002"}, "c"),
+        ({"approved_before": "2026-11-20T09:00:01Z"}, "a"),
+        ({"batch_size": 2}, "abc"),
+    ],
+)
+def test_params_say_what_a_manual_run_is_about(world: World, run_dag: Runner, params: dict[str, Any], expected: str) -> None:
+    # Keys are derived from source_refs, so another test's "a" would be the same refund to Payroc.
+    mark = next(iter(params))
+    refs = {letter: f"{letter}-{mark}" for letter in "abc"}
+    for number, (letter, ref) in enumerate(refs.items()):
+        terminal = "7701002" if letter == "c" else "7701001"
+        world.approve(source_ref=ref, approved_at=f"2026-11-20T09:00:0{number}Z", processing_terminal_id=terminal)
+    if "source_refs" in params:
+        params = {"source_refs": [ref.replace("REF", mark) for ref in params["source_refs"]]}
+    run = run_dag(**params)
+    assert run.state == "success"
+    assert "".join(letter for letter, ref in refs.items() if world.row(ref)["status"] == "accepted") == expected
+    mapped = [name for name in run.tasks if name.startswith("send_refund ")]
+    assert len(mapped) == (2 if "batch_size" in params else len(expected))
+
+
+def test_an_unknown_param_fails_before_anything_is_written(world: World, run_dag: Runner) -> None:
+    world.approve()
+    run = run_dag(dryrun=True)
+    assert (run.state, run.tasks["pull_approved"]) == ("failed", "failed")
+    assert "unknown params (dryrun); known are dry_run, limit" in run.log
+    assert world.rows("SELECT * FROM refund_ledger.refunds") == []
+
+
+@pytest.mark.parametrize("params", [{"approved_before": "2026-11-20T09:00:00"}, {"approved_before": "yesterday"}, {"limit": 0}])
+def test_airflow_itself_refuses_a_bad_value_of_a_param(world: World, run_dag: Runner, params: dict[str, Any]) -> None:
+    world.approve()
+    with pytest.raises(ParamValidationError):
+        run_dag(**params)
+    assert world.rows("SELECT * FROM refund_ledger.refunds") == []
+
+
+def test_a_refund_in_review_fails_the_run_and_blocks_no_other(world: World, run_dag: Runner) -> None:
+    odd, fine = world.approve("9013"), world.approve()
+    run = run_dag()
+    assert (run.state, run.tasks["report"], run.tasks["write_back"]) == ("failed", "failed", "success")
+    assert "1 in review: people have to look at them" in run.log
+    assert [world.row(ref)["status"] for ref in (odd, fine)] == ["review", "accepted"]
+
+
+def test_a_refund_that_stays_unknown_fails_the_run_and_the_next_run_takes_it_up(world: World, run_dag: Runner) -> None:
+    ref = world.approve()
+    world.pull()
+    world.fault(world.row(ref)["id"], "status", status=503, times=3)
+    run = run_dag()
+    assert (run.state, world.row(ref)["status"], world.row(ref)["attempts"]) == ("failed", "unknown", 3)
+    assert "1 unknown" in run.log
+    assert run_dag().state == "success"
+    assert (world.row(ref)["status"], world.paid(world.row(ref)["id"])) == ("accepted", 1)
+
+
+def test_a_refund_whose_source_row_changed_is_named_and_not_sent(world: World, run_dag: Runner) -> None:
+    ref = world.approve()
+    world.pull()
+    world.change_source(ref, "amount = 1")
+    run = run_dag()
+    assert f"Source row {ref} changed after it was pulled (amount); give it a new source_ref." in run.log
+    assert world.row(ref)["status"] == "approved"
+
+
+TROUBLE = {
+    "no connection to Payroc": ({"AIRFLOW_CONN_PAYROC_DEFAULT": None}, "release", "Airflow connection 'payroc_default'"),
+    "no API key": (
+        {"AIRFLOW_CONN_PAYROC_DEFAULT": '{"conn_type": "payroc", "extra": {"environment": "uat"}}'},
+        "release",
+        "password",
+    ),
+    "a wrong API key": (
+        {"AIRFLOW_CONN_PAYROC_DEFAULT": '{"conn_type":"payroc","password":"wrong-key","host":"URL/v1","extra":{"identity_url":"URL"}}'},
+        "release",
+        "check the API key and the environment of the connection",
+    ),
+    "Payroc unreachable": (
+        {
+            "AIRFLOW_CONN_PAYROC_DEFAULT": '{"conn_type":"payroc","password":"k","host":"http://127.0.0.1:9/v1",'
+            '"extra":{"identity_url":"http://127.0.0.1:9"}}'
+        },
+        "release",
+        "connection refused",
+    ),
+    "no ledger": ({"AIRFLOW_CONN_REFUNDS_LEDGER": None}, "pull_approved", "Airflow connection 'refunds_ledger' is not defined"),
+    "no source": ({"AIRFLOW_CONN_REFUNDS_SOURCE": None}, "pull_approved", "Airflow connection 'refunds_source' is not defined"),
+    "a source without SQL": ({"AIRFLOW_CONN_REFUNDS_SOURCE": "http://example.com"}, "pull_approved", "has no SQL hook"),
+    "no encryption key": ({"PAYROC_REFUNDS_ENCRYPTION_KEYS": None}, "pull_approved", "set PAYROC_REFUNDS_ENCRYPTION_KEYS"),
+}
+
+
+@pytest.mark.parametrize("case", TROUBLE)
+def test_trouble_is_told_in_one_sentence_and_loses_nothing(
+    world: World, run_dag: Runner, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    environment, task_id, sentence = TROUBLE[case]
+    ref = world.approve()
+    with monkeypatch.context() as patched:
+        for name, value in environment.items():
+            if value is None:
+                patched.delenv(name)
+            else:
+                patched.setenv(name, value.replace("URL", world.sandbox.url))
+        run = run_dag()
+    assert (run.state, run.tasks[task_id]) == ("failed", "failed")
+    assert sentence in run.log
+    assert run_dag().state == "success"
+    assert (world.row(ref)["status"], world.paid(world.row(ref)["id"])) == ("accepted", 1)
+
+
+def test_a_ledger_that_is_not_migrated_says_what_to_run(
+    world: World, run_dag: Runner, postgres: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.dags.conftest import airflow_connection
+
+    postgres.create_database("empty_ledger")
+    monkeypatch.setenv("AIRFLOW_CONN_REFUNDS_LEDGER", airflow_connection(postgres.url("empty_ledger")))
+    run = run_dag()
+    assert run.tasks["pull_approved"] == "failed"
+    assert "run `python -m include.refunds migrate`" in run.log
+
+
+def test_a_missing_pool_fails_pull_approved_before_anything_is_written(
+    world: World, run_dag: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.approve()
+    monkeypatch.setattr("payroc_airflow.pools.pool_exists", lambda name: False)
+    run = run_dag()
+    assert run.tasks["pull_approved"] == "failed"
+    assert "run `airflow pools set payroc_api" in run.log
+    assert world.rows("SELECT * FROM refund_ledger.refunds") == []
+
+
+def test_a_configuration_error_at_the_first_post_stops_the_run_before_the_second_and_the_next_run_sends_after_resume(
+    world: World, run_dag: Runner
+) -> None:
+    refs = [world.approve(processing_terminal_id="7701009") for _ in range(4)]
+    world.pull()
+    world.fault(None, "problem", problem="forbidden")
+    before = posted(world)
+    run = run_dag()
+    assert run.state == "failed"
+    assert posted(world) == before + 1
+    assert "The sending is paused" in run.log
+    assert {world.row(ref)["status"] for ref in refs} == {"released"}
+    world.run(world.ledger.resume("*", "mended"))
+    assert run_dag().state == "success"
+    assert {world.row(ref)["status"] for ref in refs} == {"accepted"}
+
+
+def test_no_bank_data_reaches_airflow(world: World, run_dag: Runner) -> None:
+    secrets = ["77665544332211", "021000021", "Ottoline Featherstone"]
+    for ending in ("4321", "9002", "9006", "9009", "9021"):
+        world.approve(account_number=secrets[0] + ending[-3:], routing_number=secrets[1], name_on_account=secrets[2])
+    world.approve(account_number=secrets[0], routing_number="021000022", name_on_account=secrets[2])
+    run = run_dag()
+    kept = everything_that_airflow_kept()
+    assert run.run_id.encode() in kept
+    for secret in (*secrets, "021000022"):
+        assert secret not in run.log
+        assert secret.encode() not in kept
+
+
+def test_the_follow_up_brings_accepted_refunds_to_settled_and_writes_it_back(world: World, run_dag: Runner) -> None:
+    ref = world.approve()
+    run_dag()
+    world.sandbox.patch(f"/_sandbox/refunds/{world.row(ref)['payroc_refund_id']}", {"status": "complete"})
+    run = run_dag("payroc_refunds_followup")
+    assert run.state == "success"
+    assert (world.row(ref)["status"], world.source_row(ref)["status"]) == ("settled", "settled")
