@@ -1,0 +1,96 @@
+# Everything that a person does with this project. It needs make and Python 3.11, 3.12 or 3.13; `make` alone lists what there is.
+
+PYTHON := .venv/bin/python
+# Written when everything is installed; holds the place of the checkout.
+READY := .venv/.ready
+
+.PHONY: help
+help: ## List the commands
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+.PHONY: demo
+demo: $(READY) ## Pay 36 sample refunds through Airflow and a local Payroc, and show what became of each
+	@$(PYTHON) -m demo run
+
+.PHONY: up
+up: $(READY) ## The same in Airflow's web interface, until Ctrl-C
+	@$(PYTHON) -m demo up
+
+.PHONY: down
+down: ## Stop what `make up` or `make demo` started in another terminal, or left over
+	@$(find_python); "$$python" -m demo down
+
+.PHONY: clean
+clean: ## Remove the demo's data, .venv and all caches
+	@$(find_python); "$$python" -m demo clean
+	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build plugins/*.egg-info
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	@echo "Removed .venv and the caches of Python, pytest, mypy, ruff and Hypothesis."
+
+.PHONY: test
+test: $(READY) ## Run all tests
+	@$(PYTHON) -m pytest
+
+.PHONY: lint
+lint: $(READY) ## Check style and layout with ruff
+	@$(PYTHON) -m ruff check
+	@$(PYTHON) -m ruff format --check
+
+.PHONY: types
+types: $(READY) ## Check types with mypy
+	@$(PYTHON) -m mypy
+
+.PHONY: format
+format: $(READY) ## Put the code into ruff's format
+	@$(PYTHON) -m ruff check --fix
+	@$(PYTHON) -m ruff format
+
+.PHONY: lock
+lock: $(READY) ## Renew constraints.txt after a change of requirements*.txt
+	@sed '/^[^#]/,$$d' constraints.txt > .venv/constraints.head
+	@$(PYTHON) -m uv pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header --no-emit-index-url \
+	    --constraint constraints.txt requirements.txt requirements-dev.txt --output-file .venv/constraints.body
+	@cat .venv/constraints.head .venv/constraints.body > constraints.txt
+
+# --- .venv --------------------------------------------------------------------------------------------------------------
+
+# The first of these that is Python 3.11 to 3.13 and can make virtual environments. A name alone says little: it may be a
+# placeholder of a version manager, and Debian keeps the module that installs pip in a package of its own.
+CANDIDATES := python3 python3.13 python3.12 python3.11 python /usr/bin/python3
+
+ifeq ($(CURDIR),$(shell cat $(READY) 2>/dev/null))
+CANDIDATES := $(PYTHON) $(CANDIDATES)
+else
+# There is none, its installation was cut off, or the checkout was moved and the programs in it point to the old place: make it anew.
+.PHONY: $(READY)
+endif
+
+define find_python
+python=; for candidate in $(CANDIDATES); do \
+  if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; \
+  then python=$$candidate; break; fi; done; \
+if [ -z "$$python" ]; then \
+  if python3 -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then \
+    echo "Python is here, but it cannot make virtual environments. On Debian and Ubuntu: sudo apt install python3-venv" >&2; \
+  else \
+    echo "This project needs Python 3.11, 3.12 or 3.13, and none was found. Install one so that python3 or python3.12 starts it." >&2; \
+  fi; exit 1; fi
+endef
+
+.PHONY: .venv
+.venv: $(READY)
+
+# uv does in seconds what takes pip a minute; where it cannot be had, or finds no way to the packages, pip does it.
+PIP := $(PYTHON) -m pip --quiet --disable-pip-version-check
+REQUIREMENTS := -r requirements.txt -r requirements-dev.txt -c constraints.txt
+$(READY): requirements.txt requirements-dev.txt constraints.txt pyproject.toml
+	@$(find_python); if [ "$$python" != $(PYTHON) ]; then \
+	  echo "Creating .venv with $$("$$python" --version) …"; "$$python" -m venv --clear .venv; fi
+	@rm -f $(READY)
+	@echo "Installing Airflow, Postgres and what else is needed into .venv: about 160 packages, half a minute to three minutes …"
+	@$(PIP) install --constraint constraints.txt uv || true
+	@$(PYTHON) -m uv pip install --quiet --compile-bytecode --python $(PYTHON) $(REQUIREMENTS) 2>.venv/uv.log \
+	  || { echo "uv could not do it (.venv/uv.log says why). Now pip does, which takes longer …"; $(PIP) install $(REQUIREMENTS); }
+	@$(PIP) install --no-deps --editable .
+	@printf '%s' '$(CURDIR)' > $(READY)
+	@echo "The packages are installed."

@@ -1,0 +1,185 @@
+"""
+What all tests share: an Airflow home of their own, a real Postgres, ledgers made from a migrated template, and the local Payroc.
+
+The tests start nothing that they do not need: each fixture below costs its time at its first use only.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy.engine import URL
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A developer's shell may point to a real Airflow, a real ledger or a real Payroc: none of it may reach a test. Airflow reads
+# its environment when it is imported, so this happens before anything else is.
+for _name in [name for name in os.environ if name.startswith(("AIRFLOW", "_AIRFLOW", "PAYROC", "PG"))]:
+    del os.environ[_name]
+
+# Below /var/tmp as the demo: root's Postgres runs as another account, which has to pass through this folder.
+SCRATCH = Path(tempfile.mkdtemp(prefix="payroc-refunds-tests-", dir="/var/tmp"))
+SCRATCH.chmod(0o711)
+atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)
+
+os.environ |= {
+    "AIRFLOW_HOME": str(SCRATCH / "airflow"),
+    "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{SCRATCH}/airflow.db",
+    "AIRFLOW__CORE__DAGS_FOLDER": str(ROOT / "dags"),
+    "AIRFLOW__CORE__PLUGINS_FOLDER": str(ROOT / "plugins"),
+    "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+    "AIRFLOW__CORE__FERNET_KEY": "YWlyZmxvdy1mZXJuZXQta2V5LW9mLXRoZS10ZXN0cyE=",
+    "AIRFLOW__API_AUTH__JWT_SECRET": "of the tests: 0123456789012345678901234567890123456789",
+    "AIRFLOW__USAGE_DATA_COLLECTION__ENABLED": "False",
+    "PAYROC_REFUNDS_ENCRYPTION_KEYS": "bGVkZ2VyLWZlcm5ldC1rZXktb2YtdGhlLXRlc3RzISE=",
+    "PAYROC_REFUNDS_FINGERPRINT_KEY": "fingerprint key of the tests, never rotated",
+    # A token of one test must not be another test's.
+    "PAYROC_REFUNDS_TOKEN_CACHE_DIR": str(SCRATCH / "tokens"),
+    # For processes that tests start; the tests' own path is pytest's setting `pythonpath`.
+    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "plugins")]),
+    "NO_PROXY": "127.0.0.1,localhost",
+    "no_proxy": "127.0.0.1,localhost",
+}
+
+from demo import processes  # noqa: E402
+from demo.postgres import PostgresServer  # noqa: E402
+from include.refunds.demo_source import create_table  # noqa: E402
+from include.refunds.migrations import migrate  # noqa: E402
+from include.refunds.settings import get_settings  # noqa: E402
+
+_WITHOUT_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+@pytest.fixture(autouse=True)
+def fresh_settings() -> Iterator[None]:
+    """Settings are read once per process; a test that changes the environment must not leave them to the next."""
+    get_settings.cache_clear()
+    yield
+    get_settings.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A Postgres server for the whole session, fast because it would not survive a crash of the machine."""
+    with PostgresServer(SCRATCH / "postgres", fast=True) as server:
+        yield server
+
+
+NewDatabase = Callable[[], URL]
+
+
+@pytest.fixture(scope="session")
+def new_ledger(postgres: PostgresServer) -> NewDatabase:
+    """A function that makes one more migrated, empty ledger; copying a template is ten times faster than migrating."""
+    postgres.create_database("ledger_template")
+    migrate(postgres.url("ledger_template"))
+    return _copier(postgres, "ledger")
+
+
+@pytest.fixture(scope="session")
+def new_source(postgres: PostgresServer) -> NewDatabase:
+    """A function that makes one more database with an empty table public.refund_requests."""
+    postgres.create_database("source_template")
+    create_table(postgres.url("source_template"))
+    return _copier(postgres, "source")
+
+
+@pytest.fixture
+def ledger_url(new_ledger: NewDatabase, postgres: PostgresServer) -> Iterator[URL]:
+    """A ledger of this test's own."""
+    url = new_ledger()
+    yield url
+    postgres.drop_database(str(url.database))
+
+
+@pytest.fixture
+def source_url(new_source: NewDatabase, postgres: PostgresServer) -> Iterator[URL]:
+    """A source of this test's own, with an empty table public.refund_requests."""
+    url = new_source()
+    yield url
+    postgres.drop_database(str(url.database))
+
+
+@pytest.fixture(scope="session")
+def airflow_database() -> None:
+    """Airflow's own database, for tests that run a DAG."""
+    from airflow.utils.db import initdb
+
+    initdb()
+
+
+@dataclass(frozen=True)
+class Sandbox:
+    """
+    A running local Payroc.
+
+    :param url: base URL without a path; ``identity_url`` of the connection.
+    """
+
+    url: str
+
+    @property
+    def api_url(self) -> str:
+        """Base URL of the API; ``host`` of the connection."""
+        return f"{self.url}/v1"
+
+    def get(self, path: str) -> Any:
+        """Return the JSON of an admin endpoint such as ``/_sandbox/refunds``."""
+        return self._call(urllib.request.Request(self.url + path))
+
+    def post(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        """Post JSON to an admin endpoint and return what it answers."""
+        headers = {"Content-Type": "application/json"}
+        return self._call(urllib.request.Request(self.url + path, data=json.dumps(body or {}).encode(), headers=headers, method="POST"))
+
+    def patch(self, path: str, body: dict[str, Any]) -> Any:
+        """Change something by an admin endpoint and return what it answers."""
+        headers = {"Content-Type": "application/json"}
+        return self._call(urllib.request.Request(self.url + path, data=json.dumps(body).encode(), headers=headers, method="PATCH"))
+
+    def _call(self, request: urllib.request.Request) -> Any:
+        with _WITHOUT_PROXY.open(request, timeout=10) as answer:
+            text = answer.read()
+        return json.loads(text) if text else None
+
+
+@pytest.fixture(scope="session")
+def sandbox() -> Iterator[Sandbox]:
+    """A local Payroc in a process of its own, for the whole session. Tests tell their refunds apart by order id."""
+    log = SCRATCH / "sandbox.log"
+    process = processes.start([sys.executable, "-m", "include.sandbox", "--port", "0"], env=os.environ, log=log, cwd=ROOT)
+    try:
+        found: list[str] = []
+
+        def said_its_address() -> bool:
+            found[:] = re.findall(r"http://127\.0\.0\.1:\d+", log.read_text())
+            return bool(found) or process.poll() is not None
+
+        processes.wait_until(said_its_address, seconds=30)
+        assert found, f"the sandbox did not say its address: {log.read_text()}"
+        yield Sandbox(found[0])
+    finally:
+        processes.stop(process)
+
+
+def _copier(postgres: PostgresServer, kind: str) -> NewDatabase:
+    numbers = iter(range(1, sys.maxsize))
+
+    def make() -> URL:
+        name = f"{kind}_{next(numbers)}"
+        postgres.create_database(name, template=f"{kind}_template")
+        return postgres.url(name)
+
+    return make
