@@ -29,7 +29,7 @@ clean: ## Remove the demo's data, .venv and all caches
 
 .PHONY: test
 test: $(READY) ## Run all tests
-	@$(PYTHON) -m pytest
+	@$(PYTHON) -m pytest --numprocesses auto --dist loadfile
 
 .PHONY: lint
 lint: $(READY) ## Check style and layout with ruff
@@ -45,11 +45,14 @@ format: $(READY) ## Put the code into ruff's format
 	@$(PYTHON) -m ruff check --fix
 	@$(PYTHON) -m ruff format
 
+# It does not wait for $(READY): with a new version in requirements.txt the old constraints.txt cannot be installed any more.
 .PHONY: lock
-lock: $(READY) ## Renew constraints.txt after a change of requirements*.txt
+lock: ## Renew constraints.txt after a change of requirements*.txt
+	@[ -x $(PYTHON) ] || { echo "Run make .venv first: what renews constraints.txt is installed there." >&2; exit 1; }
 	@sed '/^[^#]/,$$d' constraints.txt > .venv/constraints.head
+	@sed '/^#/d' constraints.txt > .venv/constraints.body
 	@$(PYTHON) -m uv pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header --no-emit-index-url \
-	    --constraint constraints.txt requirements.txt requirements-dev.txt --output-file .venv/constraints.body
+	    --output-file .venv/constraints.body requirements.txt requirements-dev.txt
 	@cat .venv/constraints.head .venv/constraints.body > constraints.txt
 
 # --- .venv --------------------------------------------------------------------------------------------------------------

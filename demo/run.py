@@ -10,7 +10,7 @@ from demo import processes
 from demo.console import console, say, step
 from demo.errors import DemoError
 from demo.result import UNFINISHED, compare_with_payroc, count_by_status, read_rows, table_of, totals_of
-from demo.stack import Stack, last_lines
+from demo.stack import Stack, telling_lines
 from demo.state import State
 
 DAG = "payroc_refunds"
@@ -113,7 +113,7 @@ def _show_result(stack: Stack, *, succeeded: bool, received_before: int) -> int:
         rows = read_rows(ledger)
     if not rows:
         log = stack.log("run-1")
-        raise DemoError(f"The run stored no refund. The end of its log ({log}):\n{last_lines(log)}")
+        raise DemoError(f"The run stored no refund. From its log ({log}):\n{telling_lines(log)}")
     theirs = stack.sandbox_get("/_sandbox/refunds")["refunds"]
     received = _requests_at_payroc(stack) - received_before
     complaints = compare_with_payroc(rows, theirs)
@@ -135,8 +135,9 @@ def _show_result(stack: Stack, *, succeeded: bool, received_before: int) -> int:
     if open_refunds:
         say(f"[bold yellow]•[/] {len(open_refunds)} refunds have not ended: {', '.join(row.order_id for row in open_refunds)}.")
     if not succeeded:
-        say(f"[bold yellow]•[/] Airflow marked the last run as failed. The end of its log ({stack.state.logs}):")
-        console.print(last_lines(max(stack.state.logs.glob("run-*.log"), key=lambda log: log.stat().st_mtime)), markup=False)
+        log = max(stack.state.logs.glob("run-*.log"), key=lambda log: log.stat().st_mtime)
+        say(f"[bold yellow]•[/] Airflow marked the last run as failed. From its log ({log}):")
+        console.print(telling_lines(log), markup=False)
     say()
     _show_next_steps(stack)
     return 0 if succeeded and not complaints and not open_refunds else 1

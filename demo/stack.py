@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -175,7 +176,7 @@ class Stack:
         finally:
             processes.stop(process)
         if code != 0:
-            raise DemoError(f"This step failed. The end of its log ({self.log(name)}):\n{last_lines(self.log(name))}")
+            raise DemoError(f"This step failed. From its log ({self.log(name)}):\n{telling_lines(self.log(name))}")
 
     def _choose_sandbox_port(self) -> int:
         # A ledger belongs to one Payroc, known by its address, so the port of the first run stays.
@@ -199,9 +200,7 @@ class Stack:
         self._sandbox = sandbox = self.start("sandbox", "include.sandbox", *arguments, *times, death_signal=signal.SIGTERM)
         processes.wait_until(lambda: sandbox.poll() is not None or self._sandbox_answers(), seconds=_SANDBOX_SECONDS)
         if sandbox.poll() is not None or not self._sandbox_answers():
-            raise DemoError(
-                f"The local Payroc did not start. The end of its log ({self.log('sandbox')}):\n{last_lines(self.log('sandbox'))}"
-            )
+            raise DemoError(f"The local Payroc did not start. From its log ({self.log('sandbox')}):\n{telling_lines(self.log('sandbox'))}")
 
     def _sandbox_answers(self) -> bool:
         with suppress(urllib.error.URLError, OSError, ValueError):
@@ -226,11 +225,12 @@ class Stack:
             connection.execute("UPDATE dag_run SET state = 'failed', end_date = now() WHERE state IN ('queued', 'running')")
 
 
-def last_lines(log: Path, count: int = 15) -> str:
-    """Return the end of a log, as it is."""
+def telling_lines(log: Path) -> str:
+    """Return what a log says went wrong: the last errors that it reports as such, else its end."""
     with suppress(FileNotFoundError):
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        return "\n".join(lines[-count:])
+        errors = [line for line in lines if re.search(r"\[(error|critical) *\]", line)]
+        return "\n".join(errors[-4:] or lines[-15:])
     return "(it is empty)"
 
 

@@ -15,7 +15,7 @@ from demo.console import say, step
 from demo.errors import DemoError
 from demo.files import write_private
 from demo.postgres import HOST, free_port, port_is_free
-from demo.stack import AIRFLOW_DATABASE, WITHOUT_PROXY, Stack, last_lines
+from demo.stack import AIRFLOW_DATABASE, WITHOUT_PROXY, Stack, telling_lines
 from demo.state import State
 
 DAGS = ("payroc_refunds", "payroc_refunds_followup")
@@ -125,7 +125,7 @@ def _check_alive(stack: Stack, components: dict[str, subprocess.Popen[bytes]]) -
     for name, process in components.items():
         if process.poll() is not None:
             log = stack.log(f"airflow-{name}")
-            raise DemoError(f"Airflow's {name} has ended by itself. The end of its log ({log}):\n{last_lines(log)}")
+            raise DemoError(f"Airflow's {name} has ended by itself. From its log ({log}):\n{telling_lines(log)}")
 
 
 def _watch(stack: Stack, components: dict[str, subprocess.Popen[bytes]]) -> None:

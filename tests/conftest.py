@@ -149,6 +149,10 @@ class Sandbox:
         headers = {"Content-Type": "application/json"}
         return self._call(urllib.request.Request(self.url + path, data=json.dumps(body).encode(), headers=headers, method="PATCH"))
 
+    def delete(self, path: str) -> None:
+        """Delete something by an admin endpoint."""
+        self._call(urllib.request.Request(self.url + path, method="DELETE"))
+
     def _call(self, request: urllib.request.Request) -> Any:
         with _WITHOUT_PROXY.open(request, timeout=10) as answer:
             text = answer.read()

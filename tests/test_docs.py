@@ -73,16 +73,14 @@ def test_the_worked_example_of_the_readme_pulls_from_and_writes_back_to_a_table_
         connection.execute(text(table))
         connection.execute(
             text(
-                "INSERT INTO returns (return_no, store_terminal, refund_total, payee, payee_kind, aba, account, clerk, manager, approved_on) "
-                "VALUES (:number, :store, :total, :holder, 'person', :aba, :account, 'ann', 'bob', :at)"
+                "INSERT INTO returns (return_no, store_terminal, refund_total, payee, payee_kind, aba, account, "
+                "clerk, manager, approved_on) VALUES (:number, :store, :total, :holder, 'person', :aba, :account, 'ann', 'bob', :at)"
             ),
             row,
         )
     for name, sql in (("select_approved.sql", select), ("write_back.sql", update)):
         (tmp_path / name).write_text(sql)
-    world.source = SqlSource(
-        world.source_engine, select_approved=tmp_path / "select_approved.sql", write_back=tmp_path / "write_back.sql"
-    )
+    world.source = SqlSource(world.source_engine, select_approved=tmp_path / "select_approved.sql", write_back=tmp_path / "write_back.sql")
     pulled = world.pull()
     assert (pulled.new, pulled.invalid) == (1, {})
     world.send(world.release()[0])

@@ -75,6 +75,9 @@ def _utf8(value: str) -> str:
         value.encode()
     except UnicodeEncodeError:
         raise PydanticCustomError("utf8", "must be text that UTF-8 can carry") from None
+    if "\x00" in value:
+        # Neither Postgres nor most banks' systems can hold it.
+        raise PydanticCustomError("nul", "must not contain a NUL character")
     return value
 
 
@@ -356,7 +359,7 @@ class Refund(_Answer):
     :param refund_id: exactly 10 characters.
     """
 
-    refund_id: Annotated[str, Field(min_length=10, max_length=10)]
+    refund_id: Annotated[str, Field(pattern=r"^[!-~]{10}$")]
     processing_terminal_id: str
     order: AnsweredOrder
     transaction_result: TransactionResult

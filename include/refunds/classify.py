@@ -93,14 +93,14 @@ def judge_object(found: models.Refund, refund: Refund, http_status: int | None =
             Outcome.REVIEW,
             f"Payroc's refund {found.refund_id} differs from the request in {', '.join(differing)}.",
             http_status,
-            sighting=Sighting(found.refund_id, word, Status.REVIEW),
+            sighting=Sighting(found.refund_id, _word(word), Status.REVIEW),
         )
     status = Status.REJECTED if found.transaction_result.response_code == "D" else _STATUS_OF_WORD.get(word, Status.REVIEW)
-    sighting = Sighting(found.refund_id, word, status)
+    sighting = Sighting(found.refund_id, _word(word), status)
     if status is Status.REJECTED:
         return Verdict(Outcome.REJECTED, "Declined by the bank.", http_status, sighting=sighting)
     if status is Status.REVIEW:
-        return Verdict(Outcome.REVIEW, f"Payroc's status is {_word(word)}, which people must look at.", http_status, sighting=sighting)
+        return Verdict(Outcome.REVIEW, f"Payroc's status is '{_word(word)}', which people must look at.", http_status, sighting=sighting)
     return Verdict(Outcome.ACCEPTED, _REASON_OF_STATUS[status], http_status, sighting=sighting)
 
 
@@ -175,7 +175,8 @@ def _judge_unauthorized(error: PayrocError, history: History) -> Verdict:
 
 
 def _configuration(error: PayrocError, scope: str) -> Verdict:
-    return _verdict(Outcome.CONFIGURATION, f"{error}: {_about(error)}.", error, pause=scope, not_processed=True)
+    about = ", ".join(error.parameters)
+    return _verdict(Outcome.CONFIGURATION, f"{error}{f', about {about}' if about else ''}.", error, pause=scope, not_processed=True)
 
 
 def _verdict(
@@ -219,14 +220,14 @@ def _differences(found: models.Refund, refund: Refund) -> list[str]:
     ]
     if refund.payee_last4 is not None and found.last4 is not None:
         pairs.append(("last four digits", found.last4, refund.payee_last4))
-    if result.authorized_amount is not None and result.response_code == "A":
+    if result.authorized_amount is not None and result.response_code != "D":
         pairs.append(("authorized amount", result.authorized_amount, -refund.amount))
     return [name for name, theirs, ours in pairs if theirs != ours]
 
 
 def _word(word: str) -> str:
-    """Quote a word of Payroc's only when it can't be anything but a word."""
-    return repr(word) if word.isascii() and word.isalpha() and len(word) <= 30 else "a word that is not known"
+    """Take over a word of Payroc's only when it can't be anything but a word."""
+    return word if word.isascii() and word.isalpha() and len(word) <= 30 else "?"
 
 
 _REASON_OF_STATUS = {

@@ -8,7 +8,7 @@ from datetime import timedelta
 from itertools import groupby
 
 from include.payroc.errors import PayrocError
-from include.refunds.classify import Verdict, judge_look_up, judge_object
+from include.refunds.classify import Sighting, judge_look_up, judge_object
 from include.refunds.gateway import Gateway
 from include.refunds.ledger import Ledger
 from include.refunds.refund import Refund
@@ -64,20 +64,21 @@ async def _follow(terminal: str, refunds: Iterable[Refund], ledger: Ledger, gate
     wanted = {refund.payroc_refund_id: refund for refund in refunds}
     oldest = min(refund.first_sent_at or refund.created_at for refund in wanted.values())
     token = await gateway.token()
+    seen = []
     async for item in gateway.list_refunds(token, processing_terminal_id=terminal, date_from=oldest - _DATE_MARGIN):
         refund = wanted.pop(item.refund_id, None)
         if refund is not None:
             counts["followed"] += 1
-            counts["changed"] += await _record_if_news(judge_object(item, refund), refund, ledger)
+            verdict = judge_object(item, refund)
+            if verdict.sighting == Sighting(item.refund_id, refund.payroc_status or "", refund.status):
+                seen.append(refund.id)
+            else:
+                counts["changed"] += (await ledger.record(refund.id, verdict)).status is not refund.status
         if not wanted:
             break
+    await ledger.mark_seen(seen)
     counts["not listed"] += len(wanted)
     return counts
-
-
-async def _record_if_news(verdict: Verdict, refund: Refund, ledger: Ledger) -> bool:
-    recorded = await ledger.record(refund.id, verdict)
-    return recorded.status is not refund.status
 
 
 def _terminal(refund: Refund) -> str:

@@ -13,6 +13,8 @@ class Gateway(Protocol):
     """
     Payroc, as the protocol sees it.
 
+    A token that Payroc answers with 401 is forgotten, that very token and no newer one.
+
     Every method raises :class:`~include.payroc.errors.PayrocError` when Payroc gives no usable answer, and
     :class:`~include.payroc.errors.PayrocConfigurationError` when our side is not set up to ask.
     """
@@ -31,9 +33,6 @@ class Gateway(Protocol):
 
         :param younger_than: seconds; a token received longer ago than this must be replaced by a new one.
         """
-
-    async def evict(self, token: AccessToken) -> None:
-        """Forget exactly this token, which Payroc refused; a newer one stays."""
 
     async def create_refund(self, token: AccessToken, idempotency_key: str, body: bytes) -> Refund:
         """POST the frozen body once, with no retry inside."""

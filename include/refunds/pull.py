@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from include.payroc.models import REFUND_KEY_FIELD, RefundRequest, explain
 from include.refunds.cipher import Cipher
 from include.refunds.keys import default_order_id, idempotency_key
-from include.refunds.ledger import Ledger, NewRefund, differences
+from include.refunds.ledger import NAMELESS, Ledger, NewRefund, differences
 from include.refunds.settings import Settings
 from include.refunds.source import Source, SourceRow
 
@@ -44,6 +44,8 @@ class Pulled:
     :param new: refunds stored for the first time.
     :param invalid: errors by source_ref and column.
     :param changed: source_refs whose row differs from the refund it once became, each with what differs.
+    :param standing: source_refs of the rows that are valid and not changed: the source stands by these refunds.
+    :param withdrawn: ids of refunds that wait and that the source no longer returns, each with a sentence.
     """
 
     at: datetime
@@ -51,6 +53,8 @@ class Pulled:
     new: int = 0
     invalid: dict[str, dict[str, str]] = field(default_factory=dict)
     changed: dict[str, list[str]] = field(default_factory=dict)
+    standing: list[str] = field(default_factory=list)
+    withdrawn: dict[int, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.rows} rows in the source: {self.new} new, {len(self.invalid)} invalid, {len(self.changed)} changed."
@@ -64,14 +68,19 @@ async def pull(source: Source, ledger: Ledger, cipher: Cipher, settings: Setting
 
     :returns: what was found; nothing in it holds bank data.
     :raises SourceError: when the source can't be read.
+    :raises LedgerError: when the ledger belongs to another source.
     """
+    await ledger.check_source()
     began = await ledger.now()
     rows = await source.select_approved()
     pulled = Pulled(at=began, rows=len(rows))
     valid = validate(rows, cipher, settings, pulled.invalid)
     for start in range(0, len(valid), _BATCH):
         await _store(valid[start : start + _BATCH], ledger, cipher, pulled)
-    await ledger.store([], pulled.invalid, [])
+    await ledger.note_invalid(pulled.invalid, [refund.source_ref for refund, _ in valid if refund.source_ref not in pulled.invalid])
+    aside = await ledger.set_aside(pulled.standing)
+    named = {*pulled.changed, *pulled.invalid}
+    pulled.withdrawn = {key: "Its source row is no longer approved." for key, ref in aside.items() if ref not in named}
     return pulled
 
 
@@ -88,13 +97,13 @@ def validate(
     for number, row in enumerate(rows, start=1):
         source_ref = row["source_ref"]
         try:
-            if not isinstance(source_ref, str) or not 1 <= len(source_ref) <= 200:
+            if not _is_text(source_ref, 200):
                 raise InvalidRow({"source_ref": "must be text of 1 to 200 characters"})
             if seen[source_ref] > 1:
                 raise InvalidRow({"source_ref": f"comes {seen[source_ref]} times; each refund needs its own"})
             valid.append(build(row, cipher, settings))
         except InvalidRow as error:
-            name = source_ref if isinstance(source_ref, str) and 1 <= len(source_ref) <= 200 else f"(row {number})"
+            name = source_ref if _is_text(source_ref, 200) else f"{NAMELESS}{number})"
             invalid[name] = error.errors
     return valid
 
@@ -160,18 +169,20 @@ def build(row: SourceRow, cipher: Cipher, settings: Settings) -> tuple[NewRefund
 
 
 async def _store(valid: list[tuple[NewRefund, bytes]], ledger: Ledger, cipher: Cipher, pulled: Pulled) -> None:
-    stored = await ledger.stored([refund.source_ref for refund, _ in valid])
-    for refund, _ in valid:
-        if refund.source_ref in stored:
-            differing = differences(refund, stored[refund.source_ref])
-            if differing:
-                pulled.changed[refund.source_ref] = differing
-    new = [(refund, cipher.seal(body)) for refund, body in valid if refund.source_ref not in stored]
-    inserted = await ledger.store(new, {}, [refund.source_ref for refund, _ in valid])
+    refs = [refund.source_ref for refund, _ in valid]
+    known = await ledger.stored(refs)
+    inserted = await ledger.store([(refund, cipher.seal(body)) for refund, body in valid if refund.source_ref not in known])
     pulled.new += len(inserted)
-    for refund, _ in new:
-        if refund.source_ref not in inserted:
+    if len(inserted) + len(known) < len(valid):
+        # Another pull may have stored them a moment ago.
+        known = await ledger.stored(refs)
+    for refund, _ in valid:
+        if refund.source_ref not in inserted and refund.source_ref not in known:
             pulled.invalid[refund.source_ref] = {"order_id": "is used by another refund of this terminal; order ids are unique"}
+        elif refund.source_ref in known and (differing := differences(refund, known[refund.source_ref])):
+            pulled.changed[refund.source_ref] = differing
+        else:
+            pulled.standing.append(refund.source_ref)
 
 
 def _column_of(path: str) -> str:
@@ -199,8 +210,8 @@ def _method(row: SourceRow, errors: dict[str, str]) -> dict[str, Any] | None:
 def _people_errors(row: SourceRow) -> dict[str, str]:
     errors = {}
     for column in ("requested_by", "approved_by"):
-        if not isinstance(row[column], str) or not row[column].strip():
-            errors[column] = "is missing"
+        if not _is_text(row[column], 200) or not row[column].strip():
+            errors[column] = "is missing, or not text of at most 200 characters"
     if not errors and row["requested_by"].strip().lower() == row["approved_by"].strip().lower():
         errors["approved_by"] = "is the same person as requested_by; a refund needs two"
     return errors
@@ -221,6 +232,10 @@ def _whole(value: object) -> int | None:
     if isinstance(value, Decimal) and value.is_finite() and value == value.to_integral_value():
         return int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _is_text(value: object, longest: int) -> bool:
+    return isinstance(value, str) and 1 <= len(value) <= longest and "\x00" not in value
 
 
 def _given(value: object) -> bool:

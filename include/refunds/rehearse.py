@@ -19,7 +19,7 @@ async def rehearse(params: RunParams, source: Source, ledger: Ledger, cipher: Ci
     """
     async with ledger.rehearsal() as rehearsal:
         pulled = await pull(source, rehearsal, cipher, settings)
-        candidates = await rehearsal.candidates(params.selection())
+        candidates = await rehearsal.candidates(params.selection(), standing=pulled.standing)
         pauses = await rehearsal.pauses()
     report = Report("Dry run: this is what would be sent. Nothing was stored, sent or written back.")
     report.refunds = [

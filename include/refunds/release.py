@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from include.payroc.errors import PayrocError
+from include.payroc.models import AccessToken
 from include.refunds.cipher import Cipher
 from include.refunds.classify import EVERYTHING
 from include.refunds.gateway import Gateway
@@ -45,7 +46,7 @@ async def release(
         go on; one that concerns all pauses everything.
     :raises LedgerError: when the run holds no approval of these candidates, or the ledger belongs to another Payroc.
     """
-    candidates = await ledger.candidates(Selection(), candidate_ids)
+    candidates = await ledger.candidates(Selection(), ids=candidate_ids)
     terminals = {item.processing_terminal_id for item in candidates} | await ledger.terminals(due_ids)
     if terminals:
         await ledger.check_environment(gateway.environment)
@@ -64,33 +65,54 @@ async def preflight(terminals: set[str], ledger: Ledger, gateway: Gateway) -> No
     """
     Ask Payroc for one refund of each terminal, so that a bad configuration shows before the first POST.
 
-    :raises PreflightRefused: when Payroc refuses more than one terminal.
+    A terminal that Payroc refuses is paused, and the others go on.
+
+    :raises PreflightRefused: when Payroc refuses the API key, or in a way that concerns more than one terminal; that pauses everything.
     :raises PreflightFailed: when no usable answer came.
     """
-    try:
-        token = await gateway.token()
-    except PayrocError as error:
-        if error.http_status in (401, 403):
-            raise PreflightRefused(
-                f"{error}; nothing was released: check the API key and the environment of the connection to Payroc."
-            ) from None
-        raise PreflightFailed(f"{error}; nothing was released, try again later.") from None
+    token = await _token(gateway)
     for terminal in sorted(terminals):
         try:
-            async for _ in gateway.list_refunds(token, processing_terminal_id=terminal, limit=1):
-                break
+            try:
+                await _list_one(terminal, token, gateway)
+            except PayrocError as error:
+                if error.http_status != 401:
+                    raise
+                # The token may have been taken back; one that is surely newer tells whether it was that.
+                token = await _token(gateway, younger_than=0)
+                await _list_one(terminal, token, gateway)
         except PayrocError as error:
-            scope = _refused_scope(error, terminal)
-            if scope is None:
-                raise PreflightFailed(f"{error}; nothing was released, try again later.") from None
-            await ledger.pause(scope, f"{error}, for terminal {terminal}, before anything was sent.")
-            if scope == EVERYTHING:
-                raise PreflightRefused(f"{error}; the sending is paused and nothing was released.") from None
+            await _judge_preflight(error, terminal, ledger)
 
 
-def _refused_scope(error: PayrocError, terminal: str) -> str | None:
-    """Return the scope that a refusal concerns, or ``None`` when the answer says nothing about our configuration."""
+async def _token(gateway: Gateway, *, younger_than: float | None = None) -> AccessToken:
+    try:
+        return await gateway.token(younger_than=younger_than)
+    except PayrocError as error:
+        if error.http_status in (401, 403):
+            raise PreflightRefused(f"{error}; nothing was released: {_CHECK_THE_KEY}.") from None
+        raise PreflightFailed(f"{error}; nothing was released, try again later.") from None
+
+
+async def _list_one(terminal: str, token: AccessToken, gateway: Gateway) -> None:
+    async for _ in gateway.list_refunds(token, processing_terminal_id=terminal, limit=1):
+        return
+
+
+async def _judge_preflight(error: PayrocError, terminal: str, ledger: Ledger) -> None:
     status = error.http_status
-    if status is None or status < 300 or status >= 500 or status in (401, 408, 429):
-        return None
-    return terminal if error.problem_type and (status in (400, 404) or error.resource is not None) else EVERYTHING
+    if status is not None and 200 <= status < 300:
+        # Payroc let us read. That an object of somebody else's can't be understood says nothing about our configuration.
+        return
+    if status == 401:
+        raise PreflightRefused(f"{error}, with a new token too; nothing was released: {_CHECK_THE_KEY}.") from None
+    if status is None or status >= 500 or status in (408, 429):
+        raise PreflightFailed(f"{error}; nothing was released, try again later.") from None
+    if error.problem_type and (status in (400, 404) or error.resource is not None):
+        await ledger.pause(terminal, f"{error}, before anything was sent.")
+        return
+    await ledger.pause(EVERYTHING, f"{error}, for terminal {terminal}, before anything was sent.")
+    raise PreflightRefused(f"{error}; the sending is paused and nothing was released.") from None
+
+
+_CHECK_THE_KEY = "check the API key and the environment of the connection to Payroc"

@@ -10,6 +10,11 @@ from typing import Any
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+# A report stays readable: of more refunds than this, only those that did not go as expected are listed.
+_MOST_LINES = 500
+_EXPECTED = ("accepted", "settled")
+_MOST_NOTES = 50
+
 # Accepted is normal for this many business days, pending and not looked at for that many; then people are told.
 _ACCEPTED_DAYS = 5
 _PENDING_DAYS = 2
@@ -70,8 +75,12 @@ class Report:
 
     def __str__(self) -> str:
         parts = [self.title, ""]
-        if self.refunds:
-            parts += [*_table(self.refunds), ""]
+        shown = self.refunds if len(self.refunds) <= _MOST_LINES else [line for line in self.refunds if line.status not in _EXPECTED]
+        shown = shown[:_MOST_LINES]
+        if shown:
+            parts += [*_table(shown), ""]
+        if len(shown) < len(self.refunds):
+            parts += [f"{len(self.refunds) - len(shown)} more are not listed: `python -m include.refunds show ID` shows each.", ""]
         if self.invalid:
             parts += ["Invalid source rows:"]
             parts += [f"  {ref}: " + "; ".join(f"{name} {what}" for name, what in errors.items()) for ref, errors in self.invalid.items()]
@@ -96,6 +105,13 @@ _DECIMALS = dict.fromkeys(
 ) | dict.fromkeys(("BHD", "IQD", "JOD", "KWD", "LYD", "OMR", "TND"), 3)
 
 
+# One branch per index: a single OR over them would read the whole ledger.
+_OF_RUN = """id IN (
+    SELECT id FROM refund_ledger.refunds WHERE released_run = :run_id
+    UNION SELECT refund_id FROM refund_ledger.refund_attempts WHERE run_id = :run_id
+    UNION SELECT id FROM refund_ledger.refunds WHERE status IN ('held', 'sending', 'unknown', 'review'))"""
+
+
 async def run_report(engine: AsyncEngine, source: str, run_id: str) -> Report:
     """
     Report a run of ``payroc_refunds``.
@@ -108,9 +124,7 @@ async def run_report(engine: AsyncEngine, source: str, run_id: str) -> Report:
         row = run.one_or_none()
         report = Report(f"Refund run {run_id}")
         since = row["started_at"] if row else None
-        of_run = "released_run = :run_id OR id IN (SELECT refund_id FROM refund_ledger.refund_attempts WHERE run_id = :run_id)"
-        values = {"source": source, "run_id": run_id}
-        report.refunds = await _lines(connection, f"{of_run} OR status IN ('sending', 'unknown', 'review', 'held')", values)
+        report.refunds = await _lines(connection, _OF_RUN, {"source": source, "run_id": run_id})
         report.totals = _totals(report.refunds)
         report.invalid = await _invalid(connection, source, since)
         if row is None:
@@ -119,6 +133,8 @@ async def run_report(engine: AsyncEngine, source: str, run_id: str) -> Report:
             _note_findings(report, row["findings"])
             if row["released"] is None:
                 report.unfinished.append("Nothing was released: approve_run or release did not finish, its log says why.")
+            if unsent := sum(line.status == "released" for line in report.refunds):
+                report.unfinished.append(f"{unsent} released and not sent: the log of send_refund says why; the next run takes them up.")
         await _note_state(connection, source, report)
         return report
 
@@ -211,9 +227,14 @@ async def _note_state(connection: AsyncConnection, source: str, report: Report) 
     late = text("""
         SELECT id, order_id, payroc_status, first_sent_at, payroc_seen_at, clock_timestamp() AS now FROM refund_ledger.refunds
         WHERE source = :source AND status = 'accepted' ORDER BY id""")
-    for row in await connection.execute(late, {"source": source}):
-        if sentence := _late(row):
-            report.notes.append(f"Refund {row.id} (order {row.order_id}) {sentence}.")
+    found_late = [
+        f"Refund {row.id} (order {row.order_id}) {sentence}."
+        for row in await connection.execute(late, {"source": source})
+        if (sentence := _late(row))
+    ]
+    report.notes += found_late[:_MOST_NOTES]
+    if len(found_late) > _MOST_NOTES:
+        report.notes.append(f"{len(found_late) - _MOST_NOTES} more refunds are late like these.")
     due = text("SELECT count(*) FROM refund_ledger.refunds WHERE source = :source AND written_back_at IS DISTINCT FROM updated_at")
     if missing := (await connection.execute(due, {"source": source})).scalar_one():
         report.notes.append(f"{missing} refunds have news that the source does not have yet; the next write_back tries again.")

@@ -12,11 +12,11 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 
 from include.payroc import models
-from include.payroc.errors import PayrocError
+from include.payroc.errors import PayrocConfigurationError, PayrocError
 from include.refunds.cipher import Cipher, UnreadableRequest
 from include.refunds.classify import EVERYTHING, Outcome, Verdict, judge_error, judge_look_up, judge_object
 from include.refunds.gateway import Gateway
-from include.refunds.ledger import RELEASE_VALID, Claim, Ledger, NoSuchRefund, Task
+from include.refunds.ledger import RELEASE_VALID, Claim, Ledger, LedgerError, NoSuchRefund, Task
 from include.refunds.refund import Refund
 from include.refunds.settings import Settings
 from include.refunds.states import IN_DOUBT, PAID, Status
@@ -44,6 +44,7 @@ class Result:
 
     :param reason: one sentence for people.
     :param retry_after: seconds after which a next attempt makes sense, for ``unknown`` and ``busy``.
+    :param stops_all: no other refund can be sent either until people have mended something.
     """
 
     refund_id: int
@@ -51,6 +52,7 @@ class Result:
     sent: Sent
     reason: str
     retry_after: float = 0.0
+    stops_all: bool = False
 
 
 async def send_refund(refund_id: int, task: Task, *, ledger: Ledger, gateway: Gateway, cipher: Cipher, settings: Settings) -> Result:
@@ -98,17 +100,38 @@ async def send_refund(refund_id: int, task: Task, *, ledger: Ledger, gateway: Ga
 
     recorded = await ledger.record(refund_id, verdict, claim.attempt)
     if verdict.outcome is Outcome.CONFIGURATION:
-        return Result(refund_id, refund.order_id, Sent.CONFIGURATION, verdict.reason)
+        return Result(refund_id, refund.order_id, Sent.CONFIGURATION, verdict.reason, stops_all=verdict.pause == EVERYTHING)
+    if verdict.outcome is Outcome.NOT_SENT:
+        return await _stopped(recorded, await ledger.now(), ledger)
     return _result(recorded, await ledger.now())
 
 
 async def send_refunds(
     refund_ids: Sequence[int], task: Task, *, ledger: Ledger, gateway: Gateway, cipher: Cipher, settings: Settings
 ) -> list[Result]:
-    """Send several refunds, each with its own claim, POST and record; those that have ended already are skipped."""
-    return [
-        await send_refund(refund_id, task, ledger=ledger, gateway=gateway, cipher=cipher, settings=settings) for refund_id in refund_ids
-    ]
+    """
+    Send several refunds, each with its own claim, POST and record; those that have ended already are skipped.
+
+    What stops all sending ends the list; what concerns one refund never keeps the others from being sent.
+
+    :raises Exception: what was not foreseen of a refund, after the others of the list have been sent.
+    """
+    results: list[Result] = []
+    unforeseen: list[Exception] = []
+    for refund_id in refund_ids:
+        try:
+            result = await send_refund(refund_id, task, ledger=ledger, gateway=gateway, cipher=cipher, settings=settings)
+        except (LedgerError, PayrocConfigurationError):
+            raise
+        except Exception as error:  # noqa: BLE001 - raised below
+            unforeseen.append(error)
+            continue
+        results.append(result)
+        if result.stops_all:
+            break
+    if unforeseen:
+        raise unforeseen[0]
+    return results
 
 
 async def _post(token: models.AccessToken, claim: Claim, body: bytes, gateway: Gateway) -> Verdict:
@@ -117,8 +140,6 @@ async def _post(token: models.AccessToken, claim: Claim, body: bytes, gateway: G
         found = await gateway.create_refund(token, str(refund.idempotency_key), body)
         return judge_object(found, refund, http_status=201)
     except PayrocError as error:
-        if error.http_status == 401:
-            await gateway.evict(token)
         verdict = judge_error(error, refund, claim.history)
     if not verdict.look_up_first:
         return verdict
@@ -144,6 +165,8 @@ async def _listed(token: models.AccessToken, refund: Refund, gateway: Gateway) -
 
 async def _not_claimed(refund_id: int, token: models.AccessToken, ledger: Ledger, gateway: Gateway, settings: Settings) -> Result:
     """Find out why a claim was refused, and for a refund in doubt what Payroc holds: a GET is always allowed."""
+    # Before any look-up: another Payroc's refunds say nothing about ours, even under the same key.
+    await ledger.check_environment(gateway.environment)
     refund, _, now = await ledger.read(refund_id)
     if refund.status in IN_DOUBT:
         try:
@@ -158,7 +181,7 @@ async def _not_claimed(refund_id: int, token: models.AccessToken, ledger: Ledger
     if refund.status in IN_DOUBT and _seconds_until(refund, now) > 0:
         return _result(refund, now)
     if refund.status in (Status.RELEASED, *IN_DOUBT):
-        return await _stopped(refund, now, ledger, gateway)
+        return await _stopped(refund, now, ledger)
     return _result(refund, now)
 
 
@@ -174,23 +197,23 @@ def past_window(refund: Refund, gateway: Gateway, settings: Settings, now: datet
     return now - refund.first_sent_at >= timedelta(days=settings.key_window_days) or refund.sent_with != gateway.sent_with
 
 
-async def _stopped(refund: Refund, now: datetime, ledger: Ledger, gateway: Gateway) -> Result:
-    """Say why a refund that could be sent is not: a pause, another Payroc, or a release that has run out."""
+async def _stopped(refund: Refund, now: datetime, ledger: Ledger) -> Result:
+    """Say why a refund that could be sent is not: a pause, or a release that has run out."""
     pauses = await ledger.pauses()
     for scope in (EVERYTHING, refund.processing_terminal_id):
         if scope in pauses:
             what = "The sending" if scope == EVERYTHING else f"The sending for terminal {scope}"
-            return Result(refund.id, refund.order_id, Sent.CONFIGURATION, f"{what} is paused: {pauses[scope]}")
-    await ledger.check_environment(gateway.environment)
+            reason = f"{what} is paused: {pauses[scope]}"
+            return Result(refund.id, refund.order_id, Sent.CONFIGURATION, reason, stops_all=scope == EVERYTHING)
     if refund.status is Status.RELEASED and refund.released_at is not None and now - refund.released_at >= RELEASE_VALID:
         return Result(refund.id, refund.order_id, Sent.NOT_RELEASED, "Its release was not used within 24 hours.")
-    return Result(refund.id, refund.order_id, Sent.BUSY, "It became free again just now.", 1.0)
+    return Result(refund.id, refund.order_id, Sent.BUSY, "It was not sent, and may be now.", 1.0)
 
 
 def _no_token(refund: Refund, error: PayrocError, settings: Settings) -> Result:
     if error.http_status in (401, 403):
         reason = f"{error}; check the API key and the environment of the connection."
-        return Result(refund.id, refund.order_id, Sent.CONFIGURATION, reason)
+        return Result(refund.id, refund.order_id, Sent.CONFIGURATION, reason, stops_all=True)
     wait = error.retry_after or float(settings.retry_delay_seconds)
     return Result(refund.id, refund.order_id, Sent.BUSY, f"{error}; nothing was sent.", wait)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 from zoneinfo import available_timezones
 
-from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 ENV_PREFIX = "PAYROC_REFUNDS_"
@@ -77,6 +77,13 @@ class Settings(BaseSettings):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
 
+    @model_validator(mode="after")
+    def _lease_outlives_an_exchange(self) -> Self:
+        # Connecting may take one time-out and the whole answer two; a POST of the token's last second must have ended by then.
+        if self.lease_margin_seconds < 3 * self.http_timeout_seconds:
+            raise ValueError("LEASE_MARGIN_SECONDS must be at least three times HTTP_TIMEOUT_SECONDS")
+        return self
+
     @field_validator("timezone")
     @classmethod
     def _known_timezone(cls, value: str) -> str:
@@ -96,5 +103,5 @@ def get_settings() -> Settings:
         return Settings()
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
-        variable = ENV_PREFIX + "_".join(str(part) for part in first["loc"][:1]).upper()
-        raise SettingsError(f"Environment variable {variable} is not usable: {first['msg']}.") from None
+        variable = f"{ENV_PREFIX}{first['loc'][0]}".upper() if first["loc"] else f"{ENV_PREFIX}…"
+        raise SettingsError(f"Environment variable {variable} is not usable: {first['msg'].removeprefix('Value error, ')}.") from None

@@ -82,7 +82,8 @@ def _decide_sighting(refund: Refund, verdict: Verdict, sighting: Sighting, forei
     steps = _way(refund.status, sighting.status)
     if steps:
         return Change(steps, verdict.reason, sighting=sighting)
-    if refund.status in PAID and sighting.status in PAID and refund.payroc_refund_id == sighting.payroc_refund_id:
+    older = refund.status in PAID and sighting.status in PAID and (sighting.status, refund.status) in EDGES
+    if older and refund.payroc_refund_id == sighting.payroc_refund_id:
         # A list may lag behind what an earlier answer already told; an older word is no news.
         return None
     return _contradiction(refund, f"Payroc says {sighting.status} of a refund that is {refund.status} here.", sighting)
@@ -97,5 +98,9 @@ def _way(start: Status, end: Status) -> tuple[Status, ...]:
 
 
 def _contradiction(refund: Refund, what: str, sighting: Sighting | None) -> Change:
-    steps = (Status.REVIEW,) if (refund.status, Status.REVIEW) in EDGES else ()
+    steps: tuple[Status, ...] = ()
+    if (refund.status, Status.REVIEW) in EDGES:
+        steps = (Status.REVIEW,)
+    elif (refund.status, Status.APPROVED) in EDGES:
+        steps = (Status.APPROVED, Status.REVIEW)
     return Change(steps, what, sighting=sighting, contradiction=what, pause=EVERYTHING)

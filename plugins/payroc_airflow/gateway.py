@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 
+from include.payroc.errors import PayrocError
 from include.payroc.models import AccessToken, Refund
+from include.payroc.problems import NOT_AUTHORIZED
 from payroc_airflow.hooks.payroc import PayrocHook
 
 
@@ -14,7 +17,7 @@ class HookGateway:
     """
     Calls the hook from the protocol's event loop.
 
-    :param hook: the hook; its connection is read here, before the event loop starts.
+    :param hook: the hook; its connection is read here.
     :raises PayrocConfigurationError: when the connection can't be used.
     """
 
@@ -27,13 +30,10 @@ class HookGateway:
         """Return a token from the hook's cache, or a new one."""
         return await asyncio.to_thread(self._hook.get_token, younger_than=younger_than)
 
-    async def evict(self, token: AccessToken) -> None:
-        """Forget exactly this token."""
-        await asyncio.to_thread(self._hook.evict_token, token)
-
     async def create_refund(self, token: AccessToken, idempotency_key: str, body: bytes) -> Refund:
         """POST once."""
-        return await asyncio.to_thread(self._hook.create_refund, body, idempotency_key=idempotency_key, token=token)
+        with self._evicting(token):
+            return await asyncio.to_thread(self._hook.create_refund, body, idempotency_key=idempotency_key, token=token)
 
     async def list_refunds(
         self,
@@ -46,5 +46,16 @@ class HookGateway:
     ) -> AsyncIterator[Refund]:
         """Yield refunds, each page fetched when it is needed."""
         refunds = self._hook.list_refunds(processing_terminal_id, order_id=order_id, date_from=date_from, limit=limit, token=token)
-        while (refund := await asyncio.to_thread(next, refunds, None)) is not None:
-            yield refund
+        with self._evicting(token):
+            while (refund := await asyncio.to_thread(next, refunds, None)) is not None:
+                yield refund
+
+    @contextmanager
+    def _evicting(self, token: AccessToken) -> Iterator[None]:
+        """Forget exactly this token when Payroc refuses it, so that nobody takes it again."""
+        try:
+            yield
+        except PayrocError as error:
+            if error.http_status == 401 or error.problem_type == NOT_AUTHORIZED:
+                self._hook.evict_token(token)
+            raise

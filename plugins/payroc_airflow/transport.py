@@ -164,7 +164,7 @@ def _retry_after(value: str) -> float | None:
         return float(min(int(value[:9]), MAX_RETRY_AFTER_SECONDS))
     try:
         when = parsedate_to_datetime(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     if when.tzinfo is None:
         return None

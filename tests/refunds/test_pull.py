@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from sqlalchemy import create_engine, text
 
 from include.refunds.cipher import Cipher
 from include.refunds.keys import default_order_id, idempotency_key
-from include.refunds.pull import InvalidRow, build
+from include.refunds.ledger import Selection
+from include.refunds.pull import InvalidRow, build, pull
 from include.refunds.settings import Settings, get_settings
-from include.refunds.source import COLUMNS, SourceError, SqlSource
+from include.refunds.source import COLUMNS, SQL_FOLDER, SourceError, SqlSource
 from tests.refunds.conftest import World
 
 GOOD: dict[str, Any] = dict.fromkeys(COLUMNS) | {
@@ -212,3 +214,65 @@ def test_a_driver_error_is_told_without_the_values_that_it_quotes(world: World, 
     with pytest.raises(SourceError, match=r"select_approved.sql failed") as caught:
         world.pull()
     assert "99998888777766" not in str(caught.value)
+
+
+def test_pulls_side_by_side_mark_no_good_refund_invalid(world: World) -> None:
+    for _ in range(30):
+        world.approve()
+
+    async def four() -> None:
+        await asyncio.gather(*(pull(world.source, world.ledger, world.cipher, world.settings) for _ in range(4)))
+
+    world.run(four())
+    assert world.rows("SELECT * FROM refund_ledger.invalid_rows") == []
+    assert len(world.rows("SELECT * FROM refund_ledger.refunds")) == 30
+
+
+@pytest.mark.parametrize("column", ["description", "order_id", "requested_by", "approved_by"])
+def test_a_character_that_postgres_can_not_hold_is_an_error_of_its_row_alone(column: str) -> None:
+    with pytest.raises(InvalidRow) as caught:
+        built(**{column: "a\x00b"})
+    assert column in caught.value.errors
+
+
+def test_an_order_id_collision_is_noted_once_and_written_back_once(world: World) -> None:
+    world.approve(order_id="SAME-ORDER-2")
+    world.pull()
+    world.approve(order_id="SAME-ORDER-2")
+    world.pull()
+    world.write_back()
+    before = world.rows("SELECT first_seen_at, written_back_at FROM refund_ledger.invalid_rows")
+    world.pull()
+    assert world.rows("SELECT first_seen_at, written_back_at FROM refund_ledger.invalid_rows") == before
+    assert world.write_back() == (0, [])
+
+
+def test_a_row_without_a_source_ref_is_reported_while_it_is_there_and_never_written_back(world: World, tmp_path: Path) -> None:
+    query = tmp_path / "select_approved.sql"
+    everything = (SQL_FOLDER / "select_approved.sql").read_text()
+    query.write_text(everything.replace("source_ref             AS", "NULLIF(source_ref, 'none') AS"))
+    world.approve(source_ref="none")
+    source, world.source = world.source, SqlSource(world.source_engine, select_approved=query)
+    assert list(world.pull().invalid) == ["(row 1)"]
+    assert world.write_back() == (0, [])
+    world.source = source
+    world.pull()
+    assert world.rows("SELECT source_ref FROM refund_ledger.invalid_rows") == []
+
+
+def test_a_withdrawn_refund_takes_no_place_of_those_that_can_go(world: World) -> None:
+    withdrawn, next_one = world.approve(), world.approve()
+    world.pull()
+    world.change_source(withdrawn, "withdrawn_at = now()")
+    pulled = world.pull()
+    candidates = world.run(world.ledger.candidates(Selection(limit=1), standing=pulled.standing))
+    assert [item.source_ref for item in candidates] == [next_one]
+    assert list(pulled.withdrawn) == [world.row(withdrawn)["id"]]
+
+
+def test_a_paused_terminal_takes_no_place_of_those_that_can_go(world: World) -> None:
+    world.approve(processing_terminal_id="7701002")
+    next_one = world.approve()
+    world.pull()
+    world.run(world.ledger.pause("7701002", "the bank called"))
+    assert [item.source_ref for item in world.run(world.ledger.candidates(Selection(limit=1)))] == [next_one]

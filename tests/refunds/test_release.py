@@ -248,3 +248,27 @@ def test_write_backs_run_one_at_a_time(world: World) -> None:
         await asyncio.gather(*(write_back(Counting(), world.ledger) for _ in range(3)))
 
     world.run(three())
+
+
+def test_a_token_that_payroc_took_back_does_not_stop_a_release(world: World) -> None:
+    world.approve()
+    world.pull()
+    world.run(world.gateway.token())
+    world.sandbox.post("/_sandbox/tokens/revoke")
+    assert len(world.release()) == 1
+
+
+def test_an_api_key_that_may_not_read_is_a_refusal_and_pauses_nothing(world: World) -> None:
+    world.approve()
+    world.pull()
+    world.fault(None, "problem", "list", problem="not-authorized", times=2)
+    with pytest.raises(PreflightRefused, match="with a new token too; nothing was released: check the API key"):
+        world.release()
+    assert world.paused() == {}
+
+
+def test_an_object_of_somebody_elses_that_can_not_be_read_does_not_stop_a_release(world: World) -> None:
+    world.approve()
+    world.pull()
+    world.fault(None, "garbage", "list")
+    assert len(world.release()) == 1

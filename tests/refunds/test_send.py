@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 from uuid import uuid4
 
 import pytest
 
 from include.payroc.models import RefundRequest
-from include.refunds.send import Sent
+from include.refunds.ledger import LedgerError, Task
+from include.refunds.send import Sent, send_refunds
 from payroc_airflow.hooks.payroc import PayrocHook
 from tests.refunds.conftest import Death, Intercepted, World, die
 
@@ -311,3 +313,82 @@ def test_the_same_bytes_are_sent_in_every_attempt(world: World) -> None:
     world.send(refund_id, Listening(world.gateway))
     assert len(bodies) == 2
     assert bodies[0] == bodies[1]
+
+
+def test_a_refund_in_doubt_is_not_looked_up_at_another_payroc(world: World) -> None:
+    refund_id = world.released("9005")
+    world.send(refund_id)
+
+    class AnotherPayroc(Intercepted):
+        async def list_refunds(self, *args: Any, **kwargs: Any) -> Any:
+            raise AssertionError("asked another Payroc")
+            yield
+
+    other = AnotherPayroc(world.gateway)
+    other.environment = "https://api.payroc.com/v1"
+    world.hours_ahead += 0.1
+    with pytest.raises(LedgerError, match="This ledger belongs to Payroc at"):
+        world.send(refund_id, other)
+    assert world.row(refund_id)["status"] == "unknown"
+
+
+def test_a_refused_token_is_forgotten_so_that_the_next_look_up_takes_a_new_one(world: World) -> None:
+    refund_id = world.released("9006")
+    world.send(refund_id)
+    world.sandbox.post("/_sandbox/tokens/revoke")
+    assert world.send(refund_id).sent is Sent.BUSY
+    assert world.send(refund_id).sent is Sent.ACCEPTED
+
+
+def test_a_word_of_payrocs_that_the_ledger_can_not_hold_does_not_keep_the_payment_from_being_recorded(world: World) -> None:
+    refund_id = world.released()
+
+    class Odd(Intercepted):
+        async def create_refund(self, token: Any, idempotency_key: str, body: bytes) -> Any:
+            answer = await self._gateway.create_refund(token, idempotency_key, body)
+            result = answer.transaction_result.model_copy(update={"status": "rea\x00dy"})
+            return answer.model_copy(update={"transaction_result": result})
+
+    assert world.send(refund_id, Odd(world.gateway)).sent is Sent.REVIEW
+    assert (world.row(refund_id)["payroc_status"], len(world.row(refund_id)["payroc_refund_id"])) == ("?", 10)
+
+
+def test_in_a_list_what_was_not_foreseen_of_one_refund_keeps_no_other_from_being_sent(world: World) -> None:
+    first, second = world.released(), world.released()
+    order_id = world.row(first)["order_id"]
+
+    class Fails(Intercepted):
+        async def create_refund(self, token: Any, idempotency_key: str, body: bytes) -> Any:
+            if order_id.encode() in body:
+                raise ZeroDivisionError
+            return await self._gateway.create_refund(token, idempotency_key, body)
+
+    with pytest.raises(ZeroDivisionError):
+        world.run(
+            send_refunds(
+                [first, second],
+                Task("run-1"),
+                ledger=world.ledger,
+                gateway=Fails(world.gateway),
+                cipher=world.cipher,
+                settings=world.settings,
+            )
+        )
+    assert [world.row(item)["status"] for item in (first, second)] == ["sending", "accepted"]
+
+
+def test_a_pause_that_stopped_a_post_is_told_with_its_reason(world: World) -> None:
+    refund_id = world.released()
+
+    ledger = world.ledger
+    claim = ledger.claim
+
+    async def claim_then_pause(*args: Any, **kwargs: Any) -> Any:
+        claimed = await claim(*args, **kwargs)
+        await ledger.pause("*", "the bank called")
+        return claimed
+
+    ledger.claim = claim_then_pause  # type: ignore[method-assign]
+    result = world.send(refund_id)
+    assert (result.sent, result.reason) == (Sent.CONFIGURATION, "The sending is paused: the bank called")
+    assert (world.row(refund_id)["status"], world.attempts(refund_id), world.paid(refund_id)) == ("released", ["not_sent"], 0)

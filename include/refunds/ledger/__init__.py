@@ -6,12 +6,13 @@ give a clock of its own.
 """
 
 from include.refunds.ledger.base import LedgerError, LedgerUnavailable, NoSuchRefund, create_ledger_engine
-from include.refunds.ledger.intake import Intake, NewRefund, differences
+from include.refunds.ledger.intake import NAMELESS, Intake, NewRefund, differences
 from include.refunds.ledger.runs import RELEASE_VALID, Candidate, Runs, Selection, totals
 from include.refunds.ledger.sending import Claim, Sending, Task
 from include.refunds.ledger.write_backs import WriteBack, WriteBacks
 
 __all__ = [
+    "NAMELESS",
     "RELEASE_VALID",
     "Candidate",
     "Claim",

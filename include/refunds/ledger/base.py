@@ -8,11 +8,14 @@ from datetime import datetime
 from typing import Any, Self
 
 from sqlalchemy import URL, text
-from sqlalchemy.exc import DBAPIError, ProgrammingError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from include.refunds.revision import REVISION, VERSION_TABLE
 from include.refunds.settings import Settings
+
+# SQLSTATE of a missing table and of a missing schema.
+_NO_SUCH_TABLE = ("42P01", "3F000")
 
 
 class LedgerError(Exception):
@@ -40,17 +43,36 @@ class LedgerBase:
     @asynccontextmanager
     async def _transaction(self) -> AsyncIterator[tuple[AsyncConnection, datetime]]:
         """Yield a connection in a transaction, and the instant that counts as now in it."""
-        if self._rehearsal is not None:
-            async with self._rehearsal.begin_nested():
-                yield self._rehearsal, await self._begin(self._rehearsal)
-        else:
-            async with self.engine.begin() as connection:
-                yield connection, await self._begin(connection)
+        try:
+            if self._rehearsal is not None:
+                async with self._rehearsal.begin_nested():
+                    yield self._rehearsal, await self._begin(self._rehearsal)
+            else:
+                async with self.engine.begin() as connection:
+                    yield connection, await self._begin(connection)
+        except (DBAPIError, OSError) as error:
+            raise self._explained(error) from None
 
     async def _begin(self, connection: AsyncConnection) -> datetime:
-        statement = text("SELECT set_config('refund_ledger.actor', :actor, true), clock_timestamp()")
+        # Local to the transaction, so that a connection pooler in front of the ledger does no harm.
+        statement = text("""
+            SELECT set_config('refund_ledger.actor', :actor, true), set_config('lock_timeout', '60s', true),
+                   set_config('statement_timeout', '300s', true), clock_timestamp() AS now""")
         row = (await connection.execute(statement, {"actor": self._actor})).one()
-        return self._clock() if self._clock is not None else row[1]
+        return self._clock() if self._clock is not None else row.now
+
+    def _explained(self, error: DBAPIError | OSError) -> LedgerError:
+        """Return the ledger's own error: a driver's message may quote a whole row in its DETAIL."""
+        original = getattr(error, "orig", None) or error
+        state = getattr(original, "sqlstate", None)
+        if state in _NO_SUCH_TABLE:
+            return _not_migrated(None)
+        place = f"The ledger database at {self.engine.url.host}:{self.engine.url.port}"
+        if isinstance(error, DBAPIError) and state is not None and not isinstance(error, OperationalError):
+            constraint = getattr(getattr(original, "diag", None), "constraint_name", None)
+            about = f"SQLSTATE {state}" + (f", constraint {constraint}" if constraint else "")
+            return LedgerError(f"{place} refused a statement ({type(original).__name__}, {about}); its log has the statement.")
+        return LedgerUnavailable(f"{place} can't be used ({type(original).__name__}): check the connection refunds_ledger.")
 
     @asynccontextmanager
     async def rehearsal(self) -> AsyncIterator[Self]:
@@ -76,21 +98,16 @@ class LedgerBase:
         :raises LedgerError: when it was never migrated, or is at another revision.
         """
         query = text(f"SELECT version_num FROM refund_ledger.{VERSION_TABLE}")
-        try:
-            async with self.engine.connect() as connection:
-                found = (await connection.execute(query)).scalar_one_or_none()
-        except ProgrammingError:
-            found = None
-        except (DBAPIError, OSError) as error:
-            cause = type(getattr(error, "orig", None) or error).__name__
-            raise LedgerUnavailable(
-                f"The ledger database at {self.engine.url.host}:{self.engine.url.port} can't be used ({cause}): "
-                "check the connection refunds_ledger."
-            ) from None
+        async with self._transaction() as (connection, _):
+            found = (await connection.execute(query)).scalar_one_or_none()
         if found != REVISION:
-            raise LedgerError(
-                f"The ledger is at revision {found or 'none'}, this version needs {REVISION}: run `python -m include.refunds migrate`."
-            )
+            raise _not_migrated(found)
+
+
+def _not_migrated(found: str | None) -> LedgerError:
+    return LedgerError(
+        f"The ledger is at revision {found or 'none'}, this version needs {REVISION}: run `python -m include.refunds migrate`."
+    )
 
 
 def create_ledger_engine(url: URL, **options: Any) -> AsyncEngine:

@@ -37,6 +37,28 @@ class Control(LedgerBase):
                 await connection.execute(update, {"environment": environment})
                 await self._event(connection, now, "environment", reason=environment)
 
+    async def check_source(self) -> None:
+        """
+        Make sure that the ledger belongs to this source, or bind it when it belongs to none yet.
+
+        Keys are derived from the source's name, so the same refund under another name would be another payment.
+
+        :raises LedgerError: when the ledger belongs to another source.
+        """
+        query = text("SELECT source FROM refund_ledger.refund_control WHERE scope = '*' FOR UPDATE")
+        update = text("UPDATE refund_ledger.refund_control SET source = :source WHERE scope = '*'")
+        source = self._settings.source
+        async with self._transaction() as (connection, now):
+            found = (await connection.execute(query)).scalar_one()
+            if found not in (None, source):
+                raise LedgerError(
+                    f"This ledger belongs to the source {found!r}, but PAYROC_REFUNDS_SOURCE says {source!r}: set it back, because under "
+                    "another name the same refunds would be paid again; another source needs a ledger of its own."
+                )
+            if found is None:
+                await connection.execute(update, {"source": source})
+                await self._event(connection, now, "source", reason=source)
+
     async def pause(self, scope: str, reason: str) -> None:
         """
         Pause the sending. What is paused already keeps its first reason.

@@ -11,6 +11,9 @@ from sqlalchemy import RowMapping, text
 
 from include.refunds.ledger.base import LedgerBase
 
+# How the source_ref of a row that has none begins in invalid_rows.
+NAMELESS = "(row "
+
 
 @dataclass(frozen=True, slots=True)
 class NewRefund:
@@ -66,14 +69,12 @@ class Intake(LedgerBase):
             result = await connection.execute(query, {"source": self._settings.source, "refs": list(source_refs)})
             return {row["source_ref"]: row for row in result.mappings()}
 
-    async def store(self, rows: Sequence[tuple[NewRefund, bytes]], invalid: dict[str, dict[str, str]], valid: Sequence[str]) -> set[str]:
+    async def store(self, rows: Sequence[tuple[NewRefund, bytes]]) -> set[str]:
         """
-        Store new refunds and the errors of invalid source rows. A row that exists already is left as it is.
+        Store new refunds. A row that exists already is left as it is.
 
         :param rows: validated rows, each with its encrypted request.
-        :param invalid: errors by source_ref and field.
-        :param valid: source_refs of all rows that validate now; their old errors are forgotten.
-        :returns: the source_refs of ``rows`` that were stored; one that is missing collides with another refund.
+        :returns: the source_refs that were stored; one that is missing was there before, or collides with another refund.
         """
         insert = text("""
             INSERT INTO refund_ledger.refunds (source, source_ref, processing_terminal_id, order_id, description, amount, currency,
@@ -87,18 +88,49 @@ class Intake(LedgerBase):
                 request_sha256 text, requested_by text, approved_by text, approved_at timestamptz, idempotency_key uuid)
             ON CONFLICT DO NOTHING
             RETURNING source_ref""")
+        async with self._transaction() as (connection, now):
+            values = {"source": self._settings.source, "now": now, "rows": _as_json(rows)}
+            return set((await connection.execute(insert, values)).scalars())
+
+    async def note_invalid(self, invalid: dict[str, dict[str, str]], valid: Sequence[str]) -> None:
+        """
+        Note the errors of invalid source rows, and forget those of rows that are valid now.
+
+        A row without a source_ref is known by its place only, so it is forgotten as soon as it is not found there.
+
+        :param invalid: errors by source_ref and field.
+        :param valid: source_refs of all rows that validate.
+        """
         note = text("""
             INSERT INTO refund_ledger.invalid_rows AS known (source, source_ref, errors, first_seen_at, last_seen_at, updated_at)
             SELECT :source, key, value, :now, :now, :now FROM jsonb_each(CAST(:invalid AS jsonb))
             ON CONFLICT (source, source_ref) DO UPDATE SET last_seen_at = :now, errors = EXCLUDED.errors,
                 updated_at = CASE WHEN known.errors = EXCLUDED.errors THEN known.updated_at ELSE :now END""")
-        mended = text("DELETE FROM refund_ledger.invalid_rows WHERE source = :source AND source_ref = ANY(:refs)")
+        forget = text("""
+            DELETE FROM refund_ledger.invalid_rows WHERE source = :source AND last_seen_at < :now
+            AND (source_ref = ANY(:valid) OR starts_with(source_ref, :nameless))""")
         async with self._transaction() as (connection, now):
             common = {"source": self._settings.source, "now": now}
-            found = set((await connection.execute(insert, {**common, "rows": _as_json(rows)})).scalars())
             await connection.execute(note, {**common, "invalid": json.dumps(invalid)})
-            await connection.execute(mended, {**common, "refs": list(valid)})
-            return found
+            await connection.execute(forget, {**common, "valid": list(valid), "nameless": NAMELESS})
+
+    async def set_aside(self, standing: Sequence[str]) -> dict[int, str]:
+        """
+        Take back the releases of refunds that the source no longer stands by.
+
+        :param standing: source_refs of all rows that the source returns, valid and unchanged.
+        :returns: ids and source_refs of all refunds that wait to be sent and that the source does not stand by.
+        """
+        take_back = text("""
+            UPDATE refund_ledger.refunds SET status = 'approved', reason = 'Its source row is no longer approved.', updated_at = :now
+            WHERE source = :source AND status = 'released' AND source_ref <> ALL(:standing)""")
+        query = text("""
+            SELECT id, source_ref FROM refund_ledger.refunds
+            WHERE source = :source AND status IN ('approved', 'held') AND source_ref <> ALL(:standing) ORDER BY id""")
+        async with self._transaction() as (connection, now):
+            values = {"source": self._settings.source, "standing": list(standing)}
+            await connection.execute(take_back, {**values, "now": now})
+            return {row.id: row.source_ref for row in await connection.execute(query, values)}
 
 
 def _as_json(rows: Sequence[tuple[NewRefund, bytes]]) -> str:

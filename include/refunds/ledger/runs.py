@@ -79,15 +79,23 @@ class Runs(LedgerBase):
             values = {"source": self._settings.source, "now": now, "oldest": now - RELEASE_VALID}
             return (await connection.execute(update, values)).rowcount
 
-    async def candidates(self, selection: Selection, ids: Sequence[int] | None = None) -> list[Candidate]:
+    async def candidates(
+        self, selection: Selection, *, standing: Sequence[str] | None = None, ids: Sequence[int] | None = None
+    ) -> list[Candidate]:
         """
         Return the refunds that are approved, or released and not yet sent, oldest approval first.
 
+        What is paused is left out, so that it takes no place of those that can go.
+
+        :param standing: only those of these source_refs, by which the source stands.
         :param ids: only those of these ids.
         """
         query = text(f"""
             SELECT {", ".join(Candidate.__slots__)} FROM refund_ledger.refunds
-            WHERE source = :source AND status IN ('approved', 'released')
+            WHERE source = :source AND status IN ('approved', 'released') AND payroc_refund_id IS NULL
+              AND NOT EXISTS (SELECT FROM refund_ledger.refund_control
+                              WHERE paused_at IS NOT NULL AND scope IN ('*', processing_terminal_id))
+              AND (CAST(:standing AS text[]) IS NULL OR source_ref = ANY(CAST(:standing AS text[])))
               AND (CAST(:ids AS bigint[]) IS NULL OR id = ANY(CAST(:ids AS bigint[])))
               AND (CAST(:refs AS text[]) IS NULL OR source_ref = ANY(CAST(:refs AS text[])))
               AND (CAST(:terminal AS text) IS NULL OR processing_terminal_id = :terminal)
@@ -95,6 +103,7 @@ class Runs(LedgerBase):
             ORDER BY approved_at, id LIMIT :limit""")
         values = {
             "source": self._settings.source,
+            "standing": None if standing is None else list(standing),
             "ids": None if ids is None else list(ids),
             "refs": list(selection.source_refs) or None,
             "terminal": selection.processing_terminal_id,
@@ -187,7 +196,8 @@ class Runs(LedgerBase):
             ORDER BY approved_at, id""")
         note = text("""
             UPDATE refund_ledger.refund_runs SET released = :released, released_totals = CAST(:totals AS jsonb),
-                findings = findings || CAST(:findings AS jsonb) WHERE run_id = :run_id""")
+                findings = findings || jsonb_build_object('withdrawn', COALESCE(findings -> 'withdrawn', '{}') || CAST(:withdrawn AS jsonb))
+            WHERE run_id = :run_id""")
         async with self._transaction() as (connection, now):
             paused = {row.scope for row in await connection.execute(lock) if row.paused}
             run = (await connection.execute(run_query, {"run_id": run_id})).one_or_none()
@@ -213,7 +223,7 @@ class Runs(LedgerBase):
                     "run_id": run_id,
                     "released": len(released),
                     "totals": json.dumps(totals((row.currency, row.amount) for row in released)),
-                    "findings": json.dumps({"withdrawn": {str(key): value for key, value in withdrawn.items()}}),
+                    "withdrawn": json.dumps({str(key): value for key, value in withdrawn.items()}),
                 },
             )
             return [row.id for row in released]

@@ -207,6 +207,12 @@ class Sending(Control):
         if change.pause:
             await self._pause(connection, change.pause, change.reason or "", now)
 
+    async def mark_seen(self, refund_ids: Sequence[int]) -> None:
+        """Note that Payroc's list showed these refunds, without news."""
+        update = text("UPDATE refund_ledger.refunds SET payroc_seen_at = :now WHERE id = ANY(:ids)")
+        async with self._transaction() as (connection, now):
+            await connection.execute(update, {"ids": list(refund_ids), "now": now})
+
     async def in_doubt(self) -> list[Refund]:
         """Return all refunds that are sending or unknown."""
         return await self._refunds("r.status IN ('sending', 'unknown')", {})
@@ -245,7 +251,7 @@ async def _history(connection: AsyncConnection, refund_id: int, *, before: int) 
     query = text("""
         SELECT COALESCE(bool_or(outcome IS NULL OR outcome = 'unknown'), false) AS unresolved,
                COALESCE(bool_or(problem_type = 'idempotency-key-in-use'), false) AS key_in_use,
-               max(finished_at) FILTER (WHERE http_status = 401) AS unauthorized_at
+               max(finished_at) FILTER (WHERE http_status = 401 OR problem_type = 'not-authorized') AS unauthorized_at
         FROM refund_ledger.refund_attempts WHERE refund_id = :id AND attempt < :before""")
     return History(**(await connection.execute(query, {"id": refund_id, "before": before})).mappings().one())
 

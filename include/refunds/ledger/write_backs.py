@@ -11,6 +11,7 @@ from datetime import datetime
 from sqlalchemy import text
 
 from include.refunds.ledger.base import LedgerBase
+from include.refunds.ledger.intake import NAMELESS
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +48,22 @@ class WriteBacks(LedgerBase):
         :param after: only those with a greater source_ref.
         """
         query = text("""
-            SELECT * FROM (
-                SELECT source_ref, status, payroc_refund_id, payroc_status, reason, updated_at FROM refund_ledger.refunds
-                WHERE source = :source AND written_back_at IS DISTINCT FROM updated_at
-                UNION ALL
-                SELECT source_ref, 'invalid', NULL, NULL,
-                       (SELECT string_agg(key || ': ' || value, '; ' ORDER BY key) FROM jsonb_each_text(errors)), updated_at
-                FROM refund_ledger.invalid_rows AS invalid
-                WHERE source = :source AND written_back_at IS DISTINCT FROM updated_at
-                  AND NOT EXISTS (SELECT FROM refund_ledger.refunds AS r
-                                  WHERE r.source = invalid.source AND r.source_ref = invalid.source_ref)
-            ) AS due WHERE source_ref > :after ORDER BY source_ref LIMIT :limit""")
+            (SELECT source_ref, status, payroc_refund_id, payroc_status, reason, updated_at FROM refund_ledger.refunds
+             WHERE source = :source AND written_back_at IS DISTINCT FROM updated_at AND source_ref > :after
+             ORDER BY source_ref LIMIT :limit)
+            UNION ALL
+            (SELECT source_ref, 'invalid', NULL, NULL,
+                    (SELECT string_agg(key || ': ' || value, '; ' ORDER BY key) FROM jsonb_each_text(errors)), updated_at
+             FROM refund_ledger.invalid_rows AS invalid
+             WHERE source = :source AND written_back_at IS DISTINCT FROM updated_at AND source_ref > :after
+               AND NOT starts_with(source_ref, :nameless)
+               AND NOT EXISTS (SELECT FROM refund_ledger.refunds AS r
+                               WHERE r.source = invalid.source AND r.source_ref = invalid.source_ref)
+             ORDER BY source_ref LIMIT :limit)
+            ORDER BY source_ref LIMIT :limit""")
+        values = {"source": self._settings.source, "after": after, "limit": limit, "nameless": NAMELESS}
         async with self._transaction() as (connection, _):
-            result = await connection.execute(query, {"source": self._settings.source, "after": after, "limit": limit})
+            result = await connection.execute(query, values)
             return [WriteBack(**row) for row in result.mappings()]
 
     async def mark_written_back(self, written: Sequence[WriteBack]) -> None:

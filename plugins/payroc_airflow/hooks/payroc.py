@@ -414,7 +414,7 @@ def _refusal(operation: str, answer: Answer) -> PayrocError:
             operation, "an error that is not in Payroc's problem format", http_status=answer.status, retry_after=answer.retry_after
         )
     parameters = tuple(dict.fromkeys(name for item in problem.errors or () if (name := _field_name(item.parameter))))[:10]
-    fragment = _plain(problem.fragment, 64)
+    fragment = _word(problem.fragment, 64)
     about = f" about {', '.join(parameters)}" if parameters else ""
     return PayrocProblem(
         operation,
@@ -422,7 +422,7 @@ def _refusal(operation: str, answer: Answer) -> PayrocError:
         http_status=answer.status,
         problem_type=fragment,
         instance=_plain(problem.instance, 300),
-        resource=_plain(problem.resource, 100),
+        resource=_word(problem.resource, 100),
         parameters=parameters,
         retry_after=answer.retry_after,
     )
@@ -431,6 +431,11 @@ def _refusal(operation: str, answer: Answer) -> PayrocError:
 def _plain(text: str | None, most: int) -> str | None:
     """Return a server's word if it is one: what is said in free text could echo what was sent."""
     return text if text is not None and len(text) <= most and re.fullmatch(r"[!-~]+", text) else None
+
+
+def _word(text: str | None, most: int) -> str | None:
+    # A run of digits would be a value, not a word.
+    return None if text is None or re.search(r"[0-9]{4}", text) else _plain(text, most)
 
 
 def _field_name(text: str | None) -> str | None:

@@ -52,17 +52,17 @@ class PayrocRefundOperator(BaseOperator):
 
     def execute(self, context: Context) -> None:
         """Send the refunds; see the class for what is raised."""
-        gateway = HookGateway(PayrocHook(payroc_conn_id=self.payroc_conn_id))
-        results = asyncio.run(self._send(context, gateway, get_settings()))
+        results = asyncio.run(self._send(context, get_settings()))
         for result in results:
-            self.log.info("Order %s: %s. %s", result.order_id, result.sent, result.reason)
+            self.log.info("%s: %s. %s", _name(result), result.sent, result.reason)
         _raise_for(results)
 
-    async def _send(self, context: Context, gateway: HookGateway, settings: Settings) -> list[Result]:
+    async def _send(self, context: Context, settings: Settings) -> list[Result]:
         ti = context["ti"]
         task = Task(run_id=context["run_id"], map_index=ti.map_index, try_number=ti.try_number)
         async with open_ledger(context, settings, self.ledger_conn_id) as ledger:
             context["refund_label"] = _label(await ledger.labels(self.refund_ids))  # type: ignore[typeddict-unknown-key]
+            gateway = HookGateway(PayrocHook(payroc_conn_id=self.payroc_conn_id))
             return await send_refunds(self.refund_ids, task, ledger=ledger, gateway=gateway, cipher=Cipher(settings), settings=settings)
 
 
@@ -72,6 +72,10 @@ def _label(order_ids: Sequence[str]) -> str:
     return f"{order_ids[0]} to {order_ids[-1]} ({len(order_ids)})"
 
 
+def _name(result: Result) -> str:
+    return f"Order {result.order_id}" if result.order_id else f"Refund {result.refund_id}"
+
+
 def _raise_for(results: Sequence[Result]) -> None:
     """Raise for the most serious result: what stops all, then what a retry mends, then what only people mend."""
     order = list(Sent)
@@ -79,7 +83,7 @@ def _raise_for(results: Sequence[Result]) -> None:
     if worst is None or worst.sent is Sent.ACCEPTED:
         return
     same = [result for result in results if result.sent is worst.sent]
-    message = f"Order {worst.order_id}: {worst.reason}" + (f" ({len(same) - 1} more like it)" if len(same) > 1 else "")
+    message = f"{_name(worst)}: {worst.reason}" + (f" ({len(same) - 1} more like it)" if len(same) > 1 else "")
     if worst.sent is Sent.CONFIGURATION:
         raise RefundsStopped(message)
     if worst.sent in (Sent.UNKNOWN, Sent.BUSY):

@@ -48,7 +48,7 @@ CREATE TABLE refund_ledger.refunds (
     UNIQUE (processing_terminal_id, order_id),
     CONSTRAINT approver_is_not_requester CHECK (lower(btrim(requested_by)) <> lower(btrim(approved_by))),
     CONSTRAINT request_is_kept_until_final CHECK (
-        request IS NOT NULL OR status IN ('settled', 'returned', 'reversed', 'rejected', 'cancelled')),
+        request IS NOT NULL OR status IN ('settled', 'returned', 'reversed', 'rejected', 'cancelled', 'review')),
     CONSTRAINT released_says_by_whom_and_when CHECK (
         status <> 'released' OR (released_by IS NOT NULL AND released_at IS NOT NULL)),
     CONSTRAINT sent_says_when_and_with_what CHECK (
@@ -76,7 +76,7 @@ CREATE TABLE refund_ledger.refund_attempts (
 CREATE TABLE refund_ledger.refund_events (
     id          bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     at          timestamptz NOT NULL,
-    event       text        NOT NULL CHECK (event IN ('status', 'contradiction', 'pause', 'resume', 'environment')),
+    event       text        NOT NULL CHECK (event IN ('status', 'contradiction', 'pause', 'resume', 'environment', 'source')),
     refund_id   bigint      REFERENCES refund_ledger.refunds (id),
     from_status text,
     to_status   text,
@@ -105,10 +105,11 @@ CREATE TABLE refund_ledger.refund_runs (
 CREATE TABLE refund_ledger.refund_control (
     scope        text        PRIMARY KEY,
     environment  text,
+    source       text,
     paused_at    timestamptz,
     paused_by    text,
     pause_reason text,
-    CONSTRAINT environment_belongs_to_everything CHECK (environment IS NULL OR scope = '*'),
+    CONSTRAINT bonds_belong_to_everything CHECK ((environment IS NULL AND source IS NULL) OR scope = '*'),
     CONSTRAINT pause_says_by_whom_and_why CHECK (
         paused_at IS NULL OR (paused_by IS NOT NULL AND pause_reason IS NOT NULL))
 );
@@ -126,9 +127,9 @@ CREATE TABLE refund_ledger.invalid_rows (
 );
 
 CREATE INDEX refunds_queue ON refund_ledger.refunds (source, approved_at, id) WHERE status IN ('approved', 'held', 'released');
-CREATE INDEX refunds_open ON refund_ledger.refunds (status, id) WHERE status IN ('sending', 'unknown', 'review', 'accepted');
+CREATE INDEX refunds_open ON refund_ledger.refunds (status, id) WHERE status IN ('held', 'sending', 'unknown', 'review', 'accepted');
 CREATE INDEX refunds_settled ON refund_ledger.refunds (updated_at) WHERE status = 'settled';
-CREATE INDEX refunds_to_write_back ON refund_ledger.refunds (source, id) WHERE written_back_at IS DISTINCT FROM updated_at;
+CREATE INDEX refunds_to_write_back ON refund_ledger.refunds (source, source_ref) WHERE written_back_at IS DISTINCT FROM updated_at;
 CREATE INDEX refunds_by_run ON refund_ledger.refunds (released_run) WHERE released_run IS NOT NULL;
 CREATE INDEX refunds_by_payee ON refund_ledger.refunds (payee_fingerprint, created_at);
 CREATE INDEX attempts_by_run ON refund_ledger.refund_attempts (run_id);
@@ -161,6 +162,10 @@ BEGIN
     END IF;
     IF OLD.request IS NULL AND NEW.request IS NOT NULL THEN
         RAISE EXCEPTION 'refund %: an emptied request stays empty', OLD.id USING ERRCODE = 'check_violation';
+    END IF;
+    IF OLD.request IS NOT NULL AND NEW.request IS NULL
+       AND OLD.status NOT IN ('settled', 'returned', 'reversed', 'rejected', 'cancelled') THEN
+        RAISE EXCEPTION 'refund %: the request of a refund that is % is kept', OLD.id, OLD.status USING ERRCODE = 'check_violation';
     END IF;
     IF NEW.attempts < OLD.attempts OR NEW.attempts > OLD.attempts + 1 THEN
         RAISE EXCEPTION 'refund %: attempts count up by one', OLD.id USING ERRCODE = 'check_violation';
@@ -228,6 +233,12 @@ CREATE TRIGGER append_only BEFORE UPDATE OR DELETE ON refund_ledger.refund_event
     FOR EACH ROW EXECUTE FUNCTION refund_ledger.refuse_change();
 CREATE TRIGGER never_deleted BEFORE DELETE ON refund_ledger.refund_attempts
     FOR EACH ROW EXECUTE FUNCTION refund_ledger.refuse_change();
+CREATE TRIGGER never_emptied BEFORE TRUNCATE ON refund_ledger.refunds
+    FOR EACH STATEMENT EXECUTE FUNCTION refund_ledger.refuse_change();
+CREATE TRIGGER never_emptied BEFORE TRUNCATE ON refund_ledger.refund_attempts
+    FOR EACH STATEMENT EXECUTE FUNCTION refund_ledger.refuse_change();
+CREATE TRIGGER never_emptied BEFORE TRUNCATE ON refund_ledger.refund_events
+    FOR EACH STATEMENT EXECUTE FUNCTION refund_ledger.refuse_change();
 """
 
 

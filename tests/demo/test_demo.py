@@ -1,0 +1,66 @@
+"""`make demo` itself, killed in the middle and started again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import psycopg
+import pytest
+
+from demo import processes
+from demo.postgres import PostgresServer
+from demo.result import count_by_status
+from demo.stack import LEDGER_DATABASE
+from demo.state import FOLDER_VARIABLE
+from tests.conftest import ROOT, SCRATCH
+
+FOLDER = SCRATCH / "demo"
+COMMAND = [sys.executable, "-m", "demo"]
+
+
+@pytest.fixture
+def env() -> Iterator[dict[str, str]]:
+    demo = {**os.environ, FOLDER_VARIABLE: str(FOLDER)}
+    yield demo
+    subprocess.run([*COMMAND, "clean"], cwd=ROOT, env=demo, check=True)
+
+
+def is_sending(server: PostgresServer) -> bool:
+    with suppress(FileNotFoundError, ValueError, psycopg.Error):
+        server.port = int((server.folder / "port").read_text())
+        with server.connect(LEDGER_DATABASE) as ledger:
+            return count_by_status(ledger).get("sending", 0) > 0
+    return False
+
+
+def kill_everything(demo: subprocess.Popen[bytes], server: PostgresServer) -> None:
+    """As a machine that loses its power: nobody gets a chance to tidy up."""
+    postmaster = psutil.Process(int((server.folder / "data" / "postmaster.pid").read_text().splitlines()[0]))
+    everything = [psutil.Process(demo.pid), *processes.orphans(str(FOLDER)), postmaster, *postmaster.children(recursive=True)]
+    for process in everything:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGKILL)
+    demo.wait()
+
+
+@pytest.mark.timeout(400)
+def test_a_demo_that_was_killed_while_it_sent_is_finished_by_the_next_and_pays_nothing_twice(env: dict[str, str], tmp_path: Path) -> None:
+    server = PostgresServer(FOLDER / "postgres")
+    with (tmp_path / "first").open("wb") as output:
+        first = subprocess.Popen([*COMMAND, "run"], cwd=ROOT, env=env, stdout=output, stderr=output)
+        assert processes.wait_until(lambda: first.poll() is not None or is_sending(server), seconds=180, pause=0.02)
+        assert first.poll() is None, (tmp_path / "first").read_text()
+        kill_everything(first, server)
+
+    second = subprocess.run([*COMMAND, "run"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=180)
+
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "33 refunds exist at Payroc (1 of them declined), none twice." in second.stdout
+    assert processes.orphans(str(FOLDER)) == []

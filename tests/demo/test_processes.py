@@ -1,0 +1,96 @@
+"""Processes of the demo end when they have to, with everything that they started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from demo import processes
+from tests.conftest import ROOT
+
+OWNER = "a demo of these tests"
+
+# A process that ignores the polite signal, as does its child, which left its session as Airflow's task processes do.
+_STUBBORN = textwrap.dedent("""
+    import os, signal, time
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if os.fork() == 0:
+        os.setsid()
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+""")
+
+
+def pids_in(log: Path, count: int) -> list[int]:
+    assert processes.wait_until(lambda: log.exists() and len(log.read_text().split()) == count, seconds=20)
+    return [int(pid) for pid in log.read_text().split()]
+
+
+def is_running(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def test_stop_ends_what_ignores_a_signal_and_what_left_the_session(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    process = processes.start([sys.executable, "-c", _STUBBORN], env=os.environ, log=log)
+    pids = pids_in(log, 2)
+    processes.stop(process, patience=0.5)
+    assert [pid for pid in pids if is_running(pid)] == []
+
+
+def test_stop_returns_as_soon_as_the_process_has_ended(tmp_path: Path) -> None:
+    process = processes.start(["sleep", "60"], env=os.environ, log=tmp_path / "log")
+    begin = time.monotonic()
+    processes.stop(process)
+    assert time.monotonic() - begin < 5
+    assert process.returncode == -signal.SIGTERM
+
+
+def test_orphans_are_found_by_their_owner_and_by_nothing_else(tmp_path: Path) -> None:
+    env = {**os.environ, processes.OWNER_VARIABLE: OWNER}
+    log = tmp_path / "log"
+    process = processes.start([sys.executable, "-c", _STUBBORN], env=env, log=log)
+    stranger = subprocess.Popen(["sleep", "60"], env={**os.environ, processes.OWNER_VARIABLE: "another demo"})
+    try:
+        pids = pids_in(log, 2)
+        found = processes.orphans(OWNER)
+        assert sorted(each.pid for each in found) == sorted(pids)
+        assert processes.end_all(found, patience=0.5) == 2
+        assert [pid for pid in pids if is_running(pid)] == []
+        assert stranger.poll() is None
+    finally:
+        processes.stop(process)
+        stranger.kill()
+        stranger.wait()
+
+
+def test_this_process_is_no_orphan(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = f"from demo import processes; print(processes.orphans({OWNER!r}))"
+    env = {**os.environ, processes.OWNER_VARIABLE: OWNER}
+    assert subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process that its parent has died")
+def test_a_process_dies_with_a_demo_that_is_killed(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    code = textwrap.dedent(f"""
+        import os, sys, time
+        from pathlib import Path
+        from demo import processes
+        processes.start([sys.executable, "-c", {_STUBBORN!r}], env=os.environ, log=Path({str(log)!r}))
+        time.sleep(60)
+    """)
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as demo:
+        pids = pids_in(log, 2)
+        demo.kill()
+    child_of_the_demo = pids[0] if psutil.Process(pids[1]).ppid() == pids[0] else pids[1]
+    assert processes.wait_until(lambda: not is_running(child_of_the_demo), seconds=10)
+    processes.end_all([psutil.Process(pid) for pid in pids if is_running(pid)], first=signal.SIGKILL)
