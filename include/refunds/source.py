@@ -9,7 +9,7 @@ from datetime import UTC
 from pathlib import Path
 from typing import Any, Protocol
 
-from sqlalchemy import DateTime, Engine, bindparam, text
+from sqlalchemy import DateTime, Engine, String, bindparam, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from include.refunds.ledger import WriteBack
@@ -105,14 +105,23 @@ class SqlSource:
             raise _failed(self._select, error) from None
 
     def _run_update(self, rows: Sequence[WriteBack]) -> list[str]:
-        # Typed, so that each dialect gets the instant in its own form: SQLite has none.
-        statement = text(_read(self._update)).bindparams(bindparam("updated_at", type_=DateTime(timezone=True)))
+        statement = text(_read(self._update))
+        # Typed, so that a parameter may stand anywhere in the statement, and each dialect gets the instant in its own form.
+        types = {name: DateTime(timezone=True) if name == "updated_at" else String() for name in WriteBack.__slots__}
+        used = statement.compile().params
+        unknown = sorted(set(used) - set(types))
+        if unknown or "source_ref" not in used:
+            problem = f"names unknown parameters ({', '.join(unknown)})" if unknown else "does not name the parameter :source_ref"
+            raise SourceError(f"{self._update.name} {problem}; it may use {', '.join(f':{name}' for name in types)}.")
+        statement = statement.bindparams(*(bindparam(name, type_=types[name]) for name in used))
         untouched = []
         try:
             with self._engine.begin() as connection:
                 for row in rows:
-                    values = {name: getattr(row, name) for name in WriteBack.__slots__}
-                    result = connection.execute(statement, {**values, "updated_at": row.updated_at.astimezone(UTC)})
+                    values = {name: getattr(row, name) for name in used}
+                    if "updated_at" in used:
+                        values["updated_at"] = row.updated_at.astimezone(UTC)
+                    result = connection.execute(statement, values)
                     if result.rowcount == 0:
                         untouched.append(row.source_ref)
         except DBAPIError as error:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
 from include.refunds.ledger import LedgerError, Selection
 from include.refunds.release import PreflightFailed, PreflightRefused
+from include.refunds.source import SourceError, SqlSource
 from include.refunds.write_back import write_back
 from tests.refunds.conftest import Intercepted, World
 
@@ -272,3 +274,36 @@ def test_an_object_of_somebody_elses_that_can_not_be_read_does_not_stop_a_releas
     world.pull()
     world.fault(None, "garbage", "list")
     assert len(world.release()) == 1
+
+
+@pytest.mark.parametrize(
+    ("update", "sentence"),
+    [
+        (
+            "UPDATE refund_requests SET status = :state WHERE source_ref = :source_ref",
+            r"unknown parameters \(state\); it may use",
+        ),
+        ("UPDATE refund_requests SET status = :status", "does not name the parameter :source_ref"),
+        ("UPDATE refund_requests SET no_such = :status WHERE source_ref = :source_ref", 'column "no_such" .* does not exist'),
+    ],
+)
+def test_an_unusable_write_back_is_told_and_loses_nothing(world: World, tmp_path: Path, update: str, sentence: str) -> None:
+    world.approve()
+    world.pull()
+    file = tmp_path / "write_back.sql"
+    file.write_text(update)
+    good, world.source = world.source, SqlSource(world.source_engine, write_back=file)
+    with pytest.raises(SourceError, match=sentence):
+        world.write_back()
+    world.source = good
+    assert world.write_back() == (1, [])
+
+
+def test_a_write_back_may_leave_parameters_out_and_use_them_anywhere(world: World, tmp_path: Path) -> None:
+    ref = world.approve()
+    world.pull()
+    file = tmp_path / "write_back.sql"
+    file.write_text("UPDATE refund_requests SET reason = concat_ws('/', :status, :reason) WHERE source_ref = :source_ref")
+    world.source = SqlSource(world.source_engine, write_back=file)
+    assert world.write_back() == (1, [])
+    assert world.source_row(ref)["reason"] == "approved"
