@@ -14,7 +14,9 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 from cryptography.fernet import Fernet
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 from sqlalchemy.exc import DBAPIError
@@ -115,11 +117,9 @@ def show(
     if as_json:
         typer.echo(json.dumps(found))
         return
-    attempts, events = found.pop("attempts"), found.pop("events")
-    found["amount"] = money(found["amount"], found["currency"])
-    _print_table(f"Refund {found['id']}", [{"field": name, "value": value} for name, value in found.items() if value is not None])
-    _print_table("Attempts", attempts)
-    _print_table("Events", events)
+    console.print(_facts(found))
+    console.print(_attempts(found["attempts"]))
+    console.print(_events(found["events"]))
 
 
 @app.command()
@@ -187,14 +187,44 @@ def _with_ledger(url: str | None, by: str, work: Callable[[Ledger], Coroutine[An
     return _with_engine(url, lambda engine: work(Ledger(engine, get_settings(), actor=by)))
 
 
-def _print_table(title: str, rows: list[dict[str, Any]]) -> None:
-    table = Table(title=title, title_justify="left")
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    for name in names:
-        table.add_column(name.replace("_", " "), overflow="fold")
-    for row in rows:
-        table.add_row(*("" if row.get(name) is None else str(row[name]) for name in names))
-    console.print(table)
+# What people look for first stands first; the rest follows.
+_FIRST = ("status", "reason", "amount", "order_id", "source_ref", "payroc_refund_id", "payroc_status", "payee_last4", "attempts so far")
+
+
+def _facts(found: dict[str, Any]) -> Table:
+    facts = {name: value for name, value in found.items() if value is not None and name not in ("id", "attempts", "events", "currency")}
+    facts |= {"amount": money(found["amount"], found["currency"]), "attempts so far": len(found["attempts"])}
+    table = Table(title=f"Refund {found['id']}", title_justify="left", box=SIMPLE_HEAD, show_header=False)
+    for name in sorted(facts, key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST)):
+        value = _instant(facts[name]) if name.endswith(("_at", "_until")) else str(facts[name])
+        table.add_row(name.replace("_", " "), value)
+    return table
+
+
+def _attempts(attempts: list[dict[str, Any]]) -> Table:
+    table = Table(title="Attempts", title_justify="left", box=SIMPLE_HEAD)
+    for name in ("", "began", "ended", "outcome", "HTTP", "problem", "run"):
+        table.add_column(name, overflow="fold")
+    for row in attempts:
+        outcome, status = row["outcome"] or "none recorded", str(row["http_status"] or "")
+        place = f"{row['run_id']} [{row['map_index']}] try {row['try_number']}"
+        began, ended = _instant(row["started_at"]), _instant(row["finished_at"])[-8:]
+        table.add_row(str(row["attempt"]), began, ended, outcome, status, row["problem_type"] or "", escape(place))
+    return table
+
+
+def _events(events: list[dict[str, Any]]) -> Table:
+    table = Table(title="History", title_justify="left", box=SIMPLE_HEAD)
+    for name in ("at", "what", "by", "reason"):
+        table.add_column(name, overflow="fold")
+    for row in events:
+        what = row["to_status"] if row["event"] == "status" else row["event"]
+        table.add_row(_instant(row["at"]), what, escape(row["actor"]), escape(row["reason"] or ""))
+    return table
+
+
+def _instant(value: str | None) -> str:
+    return value[:19].replace("T", " ") if value else ""
 
 
 def _fail(message: str) -> NoReturn:
