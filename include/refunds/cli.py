@@ -202,7 +202,7 @@ def _facts(found: dict[str, Any]) -> Table:
 
 
 def _attempts(attempts: list[dict[str, Any]]) -> Table:
-    table = Table(title="Attempts", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title="Attempts (UTC)", title_justify="left", box=SIMPLE_HEAD)
     for name in ("", "began", "ended", "outcome", "HTTP", "problem", "run"):
         table.add_column(name, overflow="fold")
     for row in attempts:
@@ -214,7 +214,7 @@ def _attempts(attempts: list[dict[str, Any]]) -> Table:
 
 
 def _events(events: list[dict[str, Any]]) -> Table:
-    table = Table(title="History", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title="History (UTC)", title_justify="left", box=SIMPLE_HEAD)
     for name in ("at", "what", "by", "reason"):
         table.add_column(name, overflow="fold")
     for row in events:

@@ -162,11 +162,12 @@ async def status_report(engine: AsyncEngine, source: str) -> Report:
 
 async def details(engine: AsyncEngine, source: str, which: str) -> dict[str, Any] | None:
     """
-    Return a refund with its attempts and events, without its request.
+    Return a refund with its attempts and events, without its request. Instants are in UTC.
 
     :param which: the ledger's id, the order id, the source_ref or Payroc's refund id.
     """
     async with engine.connect() as connection:
+        await connection.execute(text("SET LOCAL TIME ZONE 'UTC'"))
         query = text("""
             SELECT to_jsonb(r) - 'request' - 'request_sha256' - 'payee_fingerprint' - 'sent_with' FROM refund_ledger.refunds AS r
             WHERE source = :source AND :which IN (id::text, order_id, source_ref, payroc_refund_id) ORDER BY id LIMIT 1""")
