@@ -96,20 +96,40 @@ def new_source(postgres: PostgresServer) -> NewDatabase:
     return _copier(postgres, "source")
 
 
-@pytest.fixture
-def ledger_url(new_ledger: NewDatabase, postgres: PostgresServer) -> Iterator[URL]:
-    """A ledger of this test's own."""
-    url = new_ledger()
-    yield url
-    postgres.drop_database(str(url.database))
+@pytest.fixture(scope="session")
+def shared_ledger(new_ledger: NewDatabase) -> URL:
+    """The ledger that tests share, one after the other: emptying one is ten times faster than making one."""
+    return new_ledger()
+
+
+@pytest.fixture(scope="session")
+def shared_source(new_source: NewDatabase) -> URL:
+    """The source that tests share, one after the other."""
+    return new_source()
 
 
 @pytest.fixture
-def source_url(new_source: NewDatabase, postgres: PostgresServer) -> Iterator[URL]:
-    """A source of this test's own, with an empty table public.refund_requests."""
-    url = new_source()
-    yield url
-    postgres.drop_database(str(url.database))
+def ledger_url(shared_ledger: URL, postgres: PostgresServer) -> URL:
+    """An empty ledger."""
+    with postgres.connect(str(shared_ledger.database)) as connection:
+        # The ledger's own triggers refuse to empty it.
+        connection.execute("SET session_replication_role = replica")
+        connection.execute(
+            "TRUNCATE refund_ledger.refunds, refund_ledger.refund_attempts, refund_ledger.refund_events, refund_ledger.refund_runs, "
+            "refund_ledger.refund_control, refund_ledger.invalid_rows RESTART IDENTITY"
+        )
+        connection.execute("INSERT INTO refund_ledger.refund_control (scope) VALUES ('*')")
+    return shared_ledger
+
+
+@pytest.fixture
+def source_url(shared_source: URL, postgres: PostgresServer) -> URL:
+    """A source with an empty table public.refund_requests."""
+    with postgres.connect(str(shared_source.database)) as connection:
+        connection.execute("DROP SCHEMA public CASCADE")
+        connection.execute("CREATE SCHEMA public")
+    create_table(shared_source)
+    return shared_source
 
 
 @pytest.fixture(scope="session")
