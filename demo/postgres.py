@@ -269,8 +269,8 @@ class PostgresServer:
             account=self._account,
         )
         process = self._process
-        processes.wait_until(lambda: process.poll() is not None or self._answers(), seconds=_START_SECONDS, pause=0.05)
-        if process.poll() is None and self._answers():
+        processes.wait_until(lambda: processes.has_ended(process) or self._answers(), seconds=_START_SECONDS, pause=0.05)
+        if not processes.has_ended(process) and self._answers():
             return True
         self.stop()
         with self.log.open("rb") as log:

@@ -18,6 +18,9 @@ import psutil
 # killed with no chance to clean up, the next start finds its orphans by it.
 OWNER_VARIABLE = "PAYROC_REFUNDS_DEMO_OWNER"
 
+# What a person or the system sends to end a command: Ctrl-C, a polite kill, a closed terminal.
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 _PR_SET_PDEATHSIG = 1
 
 
@@ -68,12 +71,24 @@ def stop(process: subprocess.Popen[bytes], *, first: signal.Signals = signal.SIG
     :param patience: seconds until what is left is killed.
     """
     family = _family(process.pid)
-    if process.poll() is None:
-        process.send_signal(first)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(patience)
+    if not has_ended(process):
+        os.kill(process.pid, first)
+        wait_until(lambda: has_ended(process), seconds=patience, pause=0.05)
     end_all({*family, *_family(process.pid)}, first=signal.SIGKILL)
-    process.wait()
+    wait_until(lambda: has_ended(process), seconds=patience, pause=0.05)
+
+
+def has_ended(process: subprocess.Popen[bytes]) -> bool:
+    """
+    Return whether the process has ended, and take note of its exit code.
+
+    Ctrl-C waits for a moment: in the middle of ``poll`` it would leave a lock behind, and every later ``wait`` would hang.
+    """
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
+    try:
+        return process.poll() is not None
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def end_all(processes: Iterable[psutil.Process], *, first: signal.Signals = signal.SIGTERM, patience: float = 10) -> int:

@@ -61,7 +61,7 @@ def _follow(stack: Stack, process: subprocess.Popen[bytes]) -> None:
     """Show how many refunds have which status until the run has ended."""
     show = _status_line() if console.is_terminal else _occasional_lines()
     with stack.ledger() as ledger, console.status("Airflow is starting …") as status:
-        while process.poll() is None:
+        while not processes.has_ended(process):
             counts = count_by_status(ledger)
             if counts:
                 text = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))

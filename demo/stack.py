@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -121,7 +122,7 @@ class Stack:
     @staticmethod
     def ignore_signals() -> None:
         """From here on everything is being stopped: a second Ctrl-C would only leave things behind."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in processes.ENDING_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
     def log(self, name: str) -> Path:
@@ -172,10 +173,11 @@ class Stack:
 
     def _finish(self, name: str, process: subprocess.Popen[bytes]) -> None:
         try:
-            code = process.wait()
+            while not processes.has_ended(process):
+                time.sleep(0.05)
         finally:
             processes.stop(process)
-        if code != 0:
+        if process.returncode != 0:
             raise DemoError(f"This step failed. From its log ({self.log(name)}):\n{telling_lines(self.log(name))}")
 
     def _choose_sandbox_port(self) -> int:
@@ -198,8 +200,8 @@ class Stack:
         arguments = ["--port", str(self.sandbox_port), "--state", str(self.state.sandbox)]
         times = ["--token-seconds", str(TOKEN_SECONDS), "--hang-seconds", str(HANG_SECONDS)]
         self._sandbox = sandbox = self.start("sandbox", "include.sandbox", *arguments, *times, death_signal=signal.SIGTERM)
-        processes.wait_until(lambda: sandbox.poll() is not None or self._sandbox_answers(), seconds=_SANDBOX_SECONDS)
-        if sandbox.poll() is not None or not self._sandbox_answers():
+        processes.wait_until(lambda: processes.has_ended(sandbox) or self._sandbox_answers(), seconds=_SANDBOX_SECONDS)
+        if processes.has_ended(sandbox) or not self._sandbox_answers():
             raise DemoError(f"The local Payroc did not start. From its log ({self.log('sandbox')}):\n{telling_lines(self.log('sandbox'))}")
 
     def _sandbox_answers(self) -> bool:

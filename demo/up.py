@@ -123,7 +123,7 @@ def _dags_are_known(stack: Stack) -> bool:
 
 def _check_alive(stack: Stack, components: dict[str, subprocess.Popen[bytes]]) -> None:
     for name, process in components.items():
-        if process.poll() is not None:
+        if processes.has_ended(process):
             log = stack.log(f"airflow-{name}")
             raise DemoError(f"Airflow's {name} has ended by itself. From its log ({log}):\n{telling_lines(log)}")
 

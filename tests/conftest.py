@@ -57,6 +57,7 @@ from demo import processes  # noqa: E402
 from demo.postgres import PostgresServer  # noqa: E402
 from include.refunds.demo_source import create_table  # noqa: E402
 from include.refunds.migrations import migrate  # noqa: E402
+from include.refunds.revision import REVISION  # noqa: E402
 from include.refunds.settings import get_settings  # noqa: E402
 
 _WITHOUT_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -119,6 +120,7 @@ def ledger_url(shared_ledger: URL, postgres: PostgresServer) -> URL:
             "refund_ledger.refund_control, refund_ledger.invalid_rows RESTART IDENTITY"
         )
         connection.execute("INSERT INTO refund_ledger.refund_control (scope) VALUES ('*')")
+        connection.execute("UPDATE refund_ledger.schema_version SET version_num = %s", [REVISION])
     return shared_ledger
 
 
