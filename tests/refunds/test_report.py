@@ -1,0 +1,94 @@
+"""What people are told, so that nobody has to look for trouble."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+
+from include.refunds.report import Line, Report, _business_days, run_report, status_report
+from tests.refunds.conftest import World
+
+
+def age(world: World, refund_id: int, **columns: str) -> None:
+    """Move instants of a refund into the past, past the triggers."""
+    with world.ledger_engine.begin() as connection:
+        connection.exec_driver_sql("SET LOCAL session_replication_role = replica")
+        changes = ", ".join(f"{name} = now() - interval '{ago}'" for name, ago in columns.items())
+        connection.exec_driver_sql(f"UPDATE refund_ledger.refunds SET {changes} WHERE id = {refund_id}")
+
+
+def status(world: World) -> Report:
+    return world.run(status_report(world.ledger.engine, world.settings.source))
+
+
+@pytest.mark.parametrize(
+    ("ending", "columns", "sentence"),
+    [
+        ("4321", {"first_sent_at": "9 days"}, "has been accepted for more than 5 business days"),
+        ("9012", {"first_sent_at": "5 days"}, "has been pending at Payroc for more than 2 business days"),
+        ("4321", {"payroc_seen_at": "5 days"}, "has not been looked at for more than 2 business days"),
+    ],
+)
+def test_an_accepted_refund_that_does_not_move_is_named(world: World, ending: str, columns: dict[str, str], sentence: str) -> None:
+    late, fresh = world.released(ending), world.released()
+    for refund_id in (late, fresh):
+        world.send(refund_id)
+    age(world, late, **columns)
+    world.write_back()
+    notes = status(world).notes
+    assert len(notes) == 1
+    assert f"Refund {late} (order {world.row(late)['order_id']}) {sentence}" in notes[0]
+
+
+def test_a_weekend_is_no_business_day() -> None:
+    friday, monday = datetime(2026, 11, 20, tzinfo=UTC), datetime(2026, 11, 23, tzinfo=UTC)
+    assert (_business_days(friday, monday), _business_days(friday, friday), _business_days(monday, datetime(2026, 11, 30, tzinfo=UTC))) == (
+        1,
+        0,
+        5,
+    )
+
+
+@pytest.mark.parametrize(
+    ("ending", "words"), [("9005", "1 unknown: Payroc has not told"), ("9013", "1 in review: people have to look at them")]
+)
+def test_what_is_unfinished_is_told(world: World, ending: str, words: str) -> None:
+    world.send(world.released(ending))
+    assert any(what.startswith(words) for what in status(world).unfinished)
+
+
+def test_news_that_the_source_does_not_have_are_told(world: World) -> None:
+    world.send(world.released())
+    assert "1 refunds have news that the source does not have yet" in status(world).notes[0]
+    world.write_back()
+    assert status(world).notes == []
+
+
+def test_the_report_of_a_run_names_its_refunds_and_every_other_that_needs_people(world: World) -> None:
+    earlier, fine_earlier = world.released("9013"), world.released()
+    for refund_id in (earlier, fine_earlier):
+        world.send(refund_id)
+    ref = world.approve()
+    world.pull()
+    world.release("run-2")
+    ours = int(world.row(ref)["id"])
+    world.send(ours)
+    report = world.run(run_report(world.ledger.engine, world.settings.source, "run-2"))
+    assert {line.id for line in report.refunds} == {earlier, ours}
+
+
+def test_totals_are_per_currency(world: World) -> None:
+    for currency, amount in (("USD", 100), ("USD", 250), ("CAD", 700)):
+        world.send(world.released(currency=currency, amount=amount))
+    found = {(total.status, total.currency): (total.count, total.amount) for total in status(world).totals}
+    assert found == {("accepted", "USD"): (2, 350), ("accepted", "CAD"): (1, 700)}
+
+
+def test_of_a_large_run_only_what_did_not_go_as_expected_is_listed() -> None:
+    lines = [Line(number, f"ORDER-{number}", 100, "USD", "1234", "accepted", "ABCDEFGHIJ", 1, None) for number in range(1000)]
+    lines[7] = Line(7, "ORDER-7", 100, "USD", "1234", "rejected", None, 1, "Declined by the bank.")
+    text = str(Report("Run", refunds=lines))
+    assert "ORDER-7 " in text
+    assert "ORDER-8 " not in text
+    assert "999 more are not listed" in text
