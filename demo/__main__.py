@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -29,6 +30,10 @@ def main() -> int:
         signal.signal(number, signal.default_int_handler)
     # Files that Airflow and the others create are nobody else's business.
     os.umask(0o077)
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that knows no ✓ shows a ? instead of ending the demo.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         return _run(command)
     except DemoError as error:

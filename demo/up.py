@@ -142,7 +142,7 @@ def _welcome(stack: Stack, address: str) -> None:
     say()
     say(f"  Airflow           [bold]{address}[/]")
     say(f"  Login             [bold]{USER}[/]  password [bold]{stack.keys.admin_password}[/]")
-    say(f"  Local Payroc      {stack.sandbox_url}")
+    say(f"  Local Payroc      {stack.sandbox_url}  (a page with the refunds that exist there)")
     say(f"  Logs              {stack.state.logs}")
     say()
     say("[bold]What to do[/]")

@@ -72,7 +72,7 @@ def test_orphans_are_found_by_their_owner_and_by_nothing_else(tmp_path: Path) ->
         stranger.wait()
 
 
-def test_this_process_is_no_orphan(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_this_process_is_no_orphan() -> None:
     code = f"from demo import processes; print(processes.orphans({OWNER!r}))"
     env = {**os.environ, processes.OWNER_VARIABLE: OWNER}
     assert subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True).stdout == "[]\n"
@@ -80,17 +80,16 @@ def test_this_process_is_no_orphan(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process that its parent has died")
 def test_a_process_dies_with_a_demo_that_is_killed(tmp_path: Path) -> None:
-    log = tmp_path / "log"
     code = textwrap.dedent(f"""
-        import os, sys, time
+        import os, time
         from pathlib import Path
         from demo import processes
-        processes.start([sys.executable, "-c", {_STUBBORN!r}], env=os.environ, log=Path({str(log)!r}))
+        print(processes.start(["sleep", "60"], env=os.environ, log=Path({str(tmp_path / "log")!r})).pid, flush=True)
         time.sleep(60)
     """)
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as demo:
-        pids = pids_in(log, 2)
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as demo:
+        assert demo.stdout is not None
+        pid = int(demo.stdout.readline())
+        assert is_running(pid)
         demo.kill()
-    child_of_the_demo = pids[0] if psutil.Process(pids[1]).ppid() == pids[0] else pids[1]
-    assert processes.wait_until(lambda: not is_running(child_of_the_demo), seconds=10)
-    processes.end_all([psutil.Process(pid) for pid in pids if is_running(pid)], first=signal.SIGKILL)
+    assert processes.wait_until(lambda: not is_running(pid), seconds=10)
