@@ -207,7 +207,7 @@ async def _stopped(refund: Refund, now: datetime, ledger: Ledger) -> Result:
             return Result(refund.id, refund.order_id, Sent.CONFIGURATION, reason, stops_all=scope == EVERYTHING)
     if refund.status is Status.RELEASED and refund.released_at is not None and now - refund.released_at >= RELEASE_VALID:
         return Result(refund.id, refund.order_id, Sent.NOT_RELEASED, "Its release was not used within 24 hours.")
-    return Result(refund.id, refund.order_id, Sent.BUSY, "It was not sent, and may be now.", 1.0)
+    return Result(refund.id, refund.order_id, Sent.BUSY, "It was not sent.", max(1.0, _seconds_until(refund, now)))
 
 
 def _no_token(refund: Refund, error: PayrocError, settings: Settings) -> Result:

@@ -392,3 +392,27 @@ def test_a_pause_that_stopped_a_post_is_told_with_its_reason(world: World) -> No
     result = world.send(refund_id)
     assert (result.sent, result.reason) == (Sent.CONFIGURATION, "The sending is paused: the bank called")
     assert (world.row(refund_id)["status"], world.attempts(refund_id), world.paid(refund_id)) == ("released", ["not_sent"], 0)
+
+
+@pytest.mark.parametrize("taken_over", [False, True])
+def test_a_worker_that_froze_between_claim_and_post_sends_nothing(world: World, taken_over: bool) -> None:
+    refund_id = world.released()
+    ledger = world.ledger
+    claim = ledger.claim
+
+    async def claim_and_freeze(*args: Any, **kwargs: Any) -> Any:
+        ledger.claim = claim  # type: ignore[method-assign]
+        claimed = await claim(*args, **kwargs)
+        world.hours_ahead += 2
+        if taken_over:
+            with pytest.raises(Death):
+                await world.sending(refund_id, Intercepted(world.gateway, before=die))
+        return claimed
+
+    ledger.claim = claim_and_freeze  # type: ignore[method-assign]
+    result = world.send(refund_id)
+    assert result.sent is Sent.BUSY
+    assert world.paid(refund_id) == 0
+    assert world.attempts(refund_id) == (["not_sent", None] if taken_over else ["not_sent"])
+    assert world.row(refund_id)["status"] == ("sending" if taken_over else "released")
+    assert result.retry_after > (3600 if taken_over else 0)
