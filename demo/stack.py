@@ -26,13 +26,12 @@ from demo.environment import HANG_SECONDS, TOKEN_SECONDS, connections, environme
 from demo.errors import DemoError
 from demo.postgres import HOST, PostgresServer, free_port, port_is_free
 from demo.state import ROOT, State
-from include.refunds.settings import Settings
 
 AIRFLOW_DATABASE = "airflow"
 LEDGER_DATABASE = "refunds"
 SOURCE_DATABASE = "shop"
 POOL = "payroc_api"
-POOL_SLOTS = str(Settings.model_fields["pool_slots"].default)
+POOL_SLOTS = "4"
 SAMPLE = ROOT / "demo" / "sample_refunds.csv"
 
 _USUAL_SANDBOX_PORT = 8089

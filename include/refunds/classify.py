@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from include.payroc import models
+from include.payroc import models, problems
 from include.payroc.errors import PayrocError, PayrocNoAnswer, PayrocProblem
 from include.refunds.refund import History, Refund
 from include.refunds.states import Status
@@ -118,20 +118,20 @@ def judge_error(error: PayrocError, refund: Refund, history: History) -> Verdict
     status = error.http_status
     if isinstance(error, PayrocNoAnswer) or status is None or status < 300 or status >= 500 or status in _TRANSIENT:
         return _verdict(Outcome.UNKNOWN, str(error), error)
-    if status == 401 or error.problem_type == "not-authorized":
+    if status == 401 or error.problem_type == problems.NOT_AUTHORIZED:
         return _judge_unauthorized(error, history)
     if not isinstance(error, PayrocProblem) or error.problem_type is None:
         return _verdict(Outcome.CONFIGURATION, f"{error}; something between us and Payroc answered.", error, pause=EVERYTHING)
     match error.problem_type:
-        case "idempotency-key-in-use":
+        case problems.IDEMPOTENCY_KEY_IN_USE:
             if history.unresolved and not history.key_in_use:
                 return _verdict(Outcome.UNKNOWN, f"{error}; an earlier attempt may still be running there.", error)
             return _verdict(Outcome.REVIEW, f"{error}; our key was used for another request.", error, look_up_first=True)
-        case "resource-already-exists":
+        case problems.RESOURCE_ALREADY_EXISTS:
             return _verdict(Outcome.REVIEW, f"{error}; no refund with our key was found there.", error, look_up_first=True)
-        case "capabilities-missing":
+        case problems.CAPABILITIES_MISSING:
             return _configuration(error, refund.processing_terminal_id)
-        case "idempotency-key-missing":
+        case problems.IDEMPOTENCY_KEY_MISSING:
             return _configuration(error, EVERYTHING)
     if status == 400 and not any(name.endswith("processingTerminalId") for name in error.parameters):
         return _judge_refusal(error, history)

@@ -8,9 +8,10 @@ from datetime import timedelta
 from itertools import groupby
 
 from include.payroc.errors import PayrocError
-from include.refunds.classify import Sighting, judge_look_up, judge_object
+from include.refunds.classify import Sighting, judge_object
 from include.refunds.gateway import Gateway
 from include.refunds.ledger import Ledger
+from include.refunds.look_up import look_up
 from include.refunds.refund import Refund
 
 # An ACH return for an account that is closed or unknown has to be sent within two banking days; ten calendar days cover
@@ -50,9 +51,7 @@ async def follow_up(ledger: Ledger, gateway: Gateway) -> Counter[str]:
 
 
 async def _look_up(refund: Refund, ledger: Ledger, gateway: Gateway) -> bool:
-    token = await gateway.token()
-    listed = gateway.list_refunds(token, processing_terminal_id=refund.processing_terminal_id, order_id=refund.order_id)
-    verdict = judge_look_up([item async for item in listed], refund)
+    verdict = await look_up(await gateway.token(), refund, gateway)
     if verdict is None:
         return False
     await ledger.record(refund.id, verdict)
@@ -73,7 +72,8 @@ async def _follow(terminal: str, refunds: Iterable[Refund], ledger: Ledger, gate
             if verdict.sighting == Sighting(item.refund_id, refund.payroc_status or "", refund.status):
                 seen.append(refund.id)
             else:
-                counts["changed"] += (await ledger.record(refund.id, verdict)).status is not refund.status
+                recorded, _ = await ledger.record(refund.id, verdict)
+                counts["changed"] += recorded.status is not refund.status
         if not wanted:
             break
     await ledger.mark_seen(seen)

@@ -7,6 +7,7 @@ Whatever dies in between leaves the refund where another worker can go on, under
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -14,9 +15,10 @@ from enum import StrEnum
 from include.payroc import models
 from include.payroc.errors import PayrocConfigurationError, PayrocError
 from include.refunds.cipher import Cipher, UnreadableRequest
-from include.refunds.classify import EVERYTHING, Outcome, Verdict, judge_error, judge_look_up, judge_object
+from include.refunds.classify import EVERYTHING, Outcome, Verdict, judge_error, judge_object
 from include.refunds.gateway import Gateway
 from include.refunds.ledger import RELEASE_VALID, Claim, Ledger, LedgerError, NoSuchRefund, Task
+from include.refunds.look_up import look_up
 from include.refunds.refund import Refund
 from include.refunds.settings import Settings
 from include.refunds.states import IN_DOUBT, PAID, Status
@@ -91,19 +93,21 @@ async def send_refund(refund_id: int, task: Task, *, ledger: Ledger, gateway: Ga
 
     verdict = None
     if claim.attempt > 1 or now - refund.created_at > LOOK_UP_FROM_AGE:
-        verdict = await _look_up(token, claim.refund, gateway)
+        # A miss or an error proves nothing, and the attempt goes on.
+        with suppress(PayrocError):
+            verdict = await look_up(token, claim.refund, gateway)
     if verdict is None:
         if await ledger.may_post(claim, seconds=2 * settings.http_timeout_seconds):
             verdict = await _post(token, claim, body, gateway)
         else:
             verdict = Verdict(Outcome.NOT_SENT, "Not sent: the sending was paused, or this worker was too slow for its lease.")
 
-    recorded = await ledger.record(refund_id, verdict, claim.attempt)
+    recorded, now = await ledger.record(refund_id, verdict, claim.attempt)
     if verdict.outcome is Outcome.CONFIGURATION:
         return Result(refund_id, refund.order_id, Sent.CONFIGURATION, verdict.reason, stops_all=verdict.pause == EVERYTHING)
     if verdict.outcome is Outcome.NOT_SENT:
-        return await _stopped(recorded, await ledger.now(), ledger)
-    return _result(recorded, await ledger.now())
+        return await _stopped(recorded, now, ledger)
+    return _result(recorded, now)
 
 
 async def send_refunds(
@@ -144,23 +148,10 @@ async def _post(token: models.AccessToken, claim: Claim, body: bytes, gateway: G
     if not verdict.look_up_first:
         return verdict
     try:
-        found_verdict = judge_look_up(await _listed(token, refund, gateway), refund)
+        found_verdict = await look_up(token, refund, gateway)
     except PayrocError as error:
         return Verdict(Outcome.UNKNOWN, f"{verdict.reason} The look-up failed: {error}.", verdict.http_status, verdict.problem_type)
     return found_verdict or verdict
-
-
-async def _look_up(token: models.AccessToken, refund: Refund, gateway: Gateway) -> Verdict | None:
-    """Look for the refund at Payroc; a miss or an error proves nothing and is ``None``."""
-    try:
-        return judge_look_up(await _listed(token, refund, gateway), refund)
-    except PayrocError:
-        return None
-
-
-async def _listed(token: models.AccessToken, refund: Refund, gateway: Gateway) -> list[models.Refund]:
-    found = gateway.list_refunds(token, processing_terminal_id=refund.processing_terminal_id, order_id=refund.order_id)
-    return [item async for item in found]
 
 
 async def _not_claimed(refund_id: int, token: models.AccessToken, ledger: Ledger, gateway: Gateway, settings: Settings) -> Result:
@@ -170,14 +161,14 @@ async def _not_claimed(refund_id: int, token: models.AccessToken, ledger: Ledger
     refund, _, now = await ledger.read(refund_id)
     if refund.status in IN_DOUBT:
         try:
-            verdict = judge_look_up(await _listed(token, refund, gateway), refund)
+            verdict = await look_up(token, refund, gateway)
         except PayrocError as error:
             wait = max(_seconds_until(refund, now), float(settings.retry_delay_seconds))
             return Result(refund_id, refund.order_id, Sent.BUSY, f"Not known, and the look-up failed: {error}.", wait)
         if verdict is None and past_window(refund, gateway, settings, now):
             verdict = Verdict(Outcome.REVIEW, "Its key may no longer be sent again, and Payroc lists no refund with it.")
         if verdict is not None:
-            refund = await ledger.record(refund_id, verdict)
+            refund, now = await ledger.record(refund_id, verdict)
     if refund.status in IN_DOUBT and _seconds_until(refund, now) > 0:
         return _result(refund, now)
     if refund.status in (Status.RELEASED, *IN_DOUBT):

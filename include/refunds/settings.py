@@ -48,7 +48,6 @@ class Settings(BaseSettings):
         600, ge=5, description="Seconds by which a lease outlives its token, so that a POST sent on the token's last second has ended."
     )
     http_timeout_seconds: float = Field(30, gt=0, le=120, description="Seconds to connect, and seconds to wait for an answer from Payroc.")
-    pool_slots: int = Field(4, ge=1, description="Slots that `make` gives to the pool payroc_api: send tasks at work at a time.")
     aba_checksum: bool = Field(True, description="Refuse routing numbers that fail the ABA checksum. Payroc's own samples fail it.")
     token_cache: bool = Field(True, description="Share tokens between the tasks of one host through an encrypted file.")
     token_cache_dir: Path | None = Field(

@@ -55,9 +55,6 @@ _NEXT: dict[Status, tuple[Status, ...]] = {
 
 EDGES = frozenset((source, target) for source, targets in _NEXT.items() for target in targets)
 
-# In these states the refund has ended for us: its frozen request may be emptied and it needs no further task.
-FINAL = frozenset({Status.SETTLED, Status.RETURNED, Status.REVERSED, Status.REJECTED, Status.CANCELLED})
-
 # A Payroc object proved that the money was accepted at some time.
 PAID = frozenset({Status.ACCEPTED, Status.SETTLED, Status.RETURNED, Status.REVERSED})
 

@@ -11,6 +11,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from include.refunds.ledger.base import LedgerBase, LedgerError
 
+# True of a row of refunds whose sending is not paused, neither for all nor for its terminal.
+NOT_PAUSED = """NOT EXISTS (
+    SELECT FROM refund_ledger.refund_control WHERE paused_at IS NOT NULL AND scope IN ('*', processing_terminal_id))"""
+
 
 class Control(LedgerBase):
     """The rows of ``refund_control``."""
@@ -24,18 +28,12 @@ class Control(LedgerBase):
             typing error binds nothing.
         :raises LedgerError: when the ledger belongs to another one.
         """
-        query = text("SELECT environment FROM refund_ledger.refund_control WHERE scope = '*'" + (" FOR UPDATE" if bind else ""))
-        update = text("UPDATE refund_ledger.refund_control SET environment = :environment WHERE scope = '*'")
-        async with self._transaction() as (connection, now):
-            found = (await connection.execute(query)).scalar_one()
-            if found not in (None, environment):
-                raise LedgerError(
-                    f"This ledger belongs to Payroc at {found}, the connection points to {environment}: "
-                    "use the connection it belongs to, or a ledger of its own."
-                )
-            if found is None and bind:
-                await connection.execute(update, {"environment": environment})
-                await self._event(connection, now, "environment", reason=environment)
+        found = await self._bond("environment", environment, bind=bind)
+        if found not in (None, environment):
+            raise LedgerError(
+                f"This ledger belongs to Payroc at {found}, the connection points to {environment}: "
+                "use the connection it belongs to, or a ledger of its own."
+            )
 
     async def check_source(self) -> None:
         """
@@ -45,19 +43,24 @@ class Control(LedgerBase):
 
         :raises LedgerError: when the ledger belongs to another source.
         """
-        query = text("SELECT source FROM refund_ledger.refund_control WHERE scope = '*' FOR UPDATE")
-        update = text("UPDATE refund_ledger.refund_control SET source = :source WHERE scope = '*'")
         source = self._settings.source
+        found = await self._bond("source", source, bind=True)
+        if found not in (None, source):
+            raise LedgerError(
+                f"This ledger belongs to the source {found!r}, but PAYROC_REFUNDS_SOURCE says {source!r}: set it back, because under "
+                "another name the same refunds would be paid again; another source needs a ledger of its own."
+            )
+
+    async def _bond(self, column: str, value: str, *, bind: bool) -> str | None:
+        """Return what the ledger was bound to before; one that was bound to nothing is bound to ``value`` if told so."""
+        query = text(f"SELECT {column} FROM refund_ledger.refund_control WHERE scope = '*'" + (" FOR UPDATE" if bind else ""))
+        update = text(f"UPDATE refund_ledger.refund_control SET {column} = :value WHERE scope = '*'")
         async with self._transaction() as (connection, now):
-            found = (await connection.execute(query)).scalar_one()
-            if found not in (None, source):
-                raise LedgerError(
-                    f"This ledger belongs to the source {found!r}, but PAYROC_REFUNDS_SOURCE says {source!r}: set it back, because under "
-                    "another name the same refunds would be paid again; another source needs a ledger of its own."
-                )
-            if found is None:
-                await connection.execute(update, {"source": source})
-                await self._event(connection, now, "source", reason=source)
+            found: str | None = (await connection.execute(query)).scalar_one()
+            if found is None and bind:
+                await connection.execute(update, {"value": value})
+                await self._event(connection, now, column, reason=value)
+        return found
 
     async def pause(self, scope: str, reason: str) -> None:
         """

@@ -13,6 +13,7 @@ from sqlalchemy import text
 
 from include.refunds.classify import EVERYTHING
 from include.refunds.ledger.base import LedgerBase, LedgerError
+from include.refunds.ledger.control import NOT_PAUSED
 
 # A release is good for so long; what was not sent by then has to pass the door again.
 RELEASE_VALID = timedelta(hours=24)
@@ -93,8 +94,7 @@ class Runs(LedgerBase):
         query = text(f"""
             SELECT {", ".join(Candidate.__slots__)} FROM refund_ledger.refunds
             WHERE source = :source AND status IN ('approved', 'released') AND payroc_refund_id IS NULL
-              AND NOT EXISTS (SELECT FROM refund_ledger.refund_control
-                              WHERE paused_at IS NOT NULL AND scope IN ('*', processing_terminal_id))
+              AND {NOT_PAUSED}
               AND (CAST(:standing AS text[]) IS NULL OR source_ref = ANY(CAST(:standing AS text[])))
               AND (CAST(:ids AS bigint[]) IS NULL OR id = ANY(CAST(:ids AS bigint[])))
               AND (CAST(:refs AS text[]) IS NULL OR source_ref = ANY(CAST(:refs AS text[])))

@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from include.refunds.classify import Outcome, Verdict
 from include.refunds.ledger.base import NoSuchRefund
-from include.refunds.ledger.control import Control
+from include.refunds.ledger.control import NOT_PAUSED, Control
 from include.refunds.ledger.runs import RELEASE_VALID
 from include.refunds.refund import History, Refund
 from include.refunds.states import IN_DOUBT, Status
@@ -86,8 +86,7 @@ class Sending(Control):
                 first_sent_at = COALESCE(first_sent_at, :now), sent_with = COALESCE(sent_with, :sent_with), updated_at = :now
             WHERE id = :id AND source = :source AND request IS NOT NULL AND payroc_refund_id IS NULL
               AND EXISTS (SELECT FROM refund_ledger.refund_control WHERE scope = '*' AND environment = :environment)
-              AND NOT EXISTS (SELECT FROM refund_ledger.refund_control
-                              WHERE paused_at IS NOT NULL AND scope IN ('*', r.processing_terminal_id))
+              AND {NOT_PAUSED}
               AND (first_sent_at IS NULL OR (first_sent_at > :window_start AND sent_with = :sent_with))
               AND (status = 'released' AND released_at > :oldest_release
                    OR status IN ('unknown', 'sending') AND lease_until <= :now AND next_attempt_at <= :now)
@@ -129,22 +128,20 @@ class Sending(Control):
 
         :param seconds: how long the POST may take; the lease has to last that long.
         """
-        query = text("""
-            SELECT attempts = :attempt AND status = 'sending' AND lease_until > :until
-               AND NOT EXISTS (SELECT FROM refund_ledger.refund_control
-                               WHERE paused_at IS NOT NULL AND scope IN ('*', processing_terminal_id))
+        query = text(f"""
+            SELECT attempts = :attempt AND status = 'sending' AND lease_until > :until AND {NOT_PAUSED}
             FROM refund_ledger.refunds WHERE id = :id""")
         async with self._transaction() as (connection, now):
             values = {"id": claim.refund.id, "attempt": claim.attempt, "until": now + timedelta(seconds=seconds)}
             return bool((await connection.execute(query, values)).scalar_one())
 
-    async def record(self, refund_id: int, verdict: Verdict, attempt: int | None = None) -> Refund:
+    async def record(self, refund_id: int, verdict: Verdict, attempt: int | None = None) -> tuple[Refund, datetime]:
         """
         Record what an attempt, a look-up or the follow-up found.
 
         :param attempt: the attempt it comes from. ``None``: from no attempt; then anything but a Payroc object counts
             only while nobody holds the refund.
-        :returns: the refund as it is afterwards.
+        :returns: the refund as it is afterwards, and the ledger's time.
         """
         async with self._transaction() as (connection, now):
             refund = await _select(connection, refund_id, for_update=True)
@@ -164,7 +161,7 @@ class Sending(Control):
             )
             if change is not None:
                 await self._apply(connection, refund, change, now)
-            return await _select(connection, refund_id)
+            return await _select(connection, refund_id), now
 
     async def _apply(self, connection: AsyncConnection, refund: Refund, change: Change, now: datetime) -> None:
         update = text("""
