@@ -31,6 +31,10 @@ clean: ## Remove the demo's data, .venv and all caches
 test: $(READY) ## Run all tests
 	@$(PYTHON) -m pytest --numprocesses auto --dist loadfile
 
+.PHONY: test-long
+test-long: $(READY) ## The same with the tests of safety at full size, about an hour; docs/safety.md has its figures
+	@$(PYTHON) -m pytest --long --numprocesses auto --dist loadfile
+
 .PHONY: lint
 lint: $(READY) ## Check style and layout with ruff
 	@$(PYTHON) -m ruff check
