@@ -20,6 +20,7 @@ class Refund:
     amount: int
     currency: str
     payee_last4: str | None
+    approved_at: datetime
     idempotency_key: UUID
     request: bytes | None
     request_sha256: str

@@ -7,7 +7,6 @@ Whatever dies in between leaves the refund where another worker can go on, under
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -23,7 +22,8 @@ from include.refunds.refund import Refund
 from include.refunds.settings import Settings
 from include.refunds.states import IN_DOUBT, PAID, Status
 
-# A first attempt of a refund older than this looks Payroc up as well: the ledger may be a restored copy.
+# A first attempt of a refund approved longer ago than this looks Payroc up as well: the ledger may be a restored copy that has lost
+# an earlier attempt, and even the row. The source's approval is older than both.
 LOOK_UP_FROM_AGE = timedelta(days=1)
 
 
@@ -91,11 +91,7 @@ async def send_refund(refund_id: int, task: Task, *, ledger: Ledger, gateway: Ga
     if claim is None:
         return await _not_claimed(refund_id, token, ledger, gateway, settings)
 
-    verdict = None
-    if claim.attempt > 1 or now - refund.created_at > LOOK_UP_FROM_AGE:
-        # A miss or an error proves nothing, and the attempt goes on.
-        with suppress(PayrocError):
-            verdict = await look_up(token, claim.refund, gateway)
+    verdict = await _look_up_first(token, claim, refund, now, gateway, settings)
     if verdict is None:
         if await ledger.may_post(claim, seconds=2 * settings.http_timeout_seconds):
             verdict = await _post(token, claim, body, gateway)
@@ -136,6 +132,23 @@ async def send_refunds(
     if unforeseen:
         raise unforeseen[0]
     return results
+
+
+async def _look_up_first(
+    token: models.AccessToken, claim: Claim, refund: Refund, now: datetime, gateway: Gateway, settings: Settings
+) -> Verdict | None:
+    """Look for what an earlier attempt may have left at Payroc: one of this ledger, or one that a restored ledger has forgotten."""
+    age = now - min(refund.approved_at, refund.created_at)
+    if claim.attempt == 1 and age <= LOOK_UP_FROM_AGE:
+        return None
+    try:
+        return await look_up(token, claim.refund, gateway)
+    except PayrocError as error:
+        # Inside the key's window an error proves nothing and the attempt goes on: Payroc knows the key. If the ledger has forgotten
+        # an attempt that lies before the window, nothing but the look-up stands between this POST and a second payment.
+        if refund.first_sent_at is None and age >= timedelta(days=settings.key_window_days):
+            return Verdict(Outcome.NOT_SENT, f"Not sent: a refund approved so long ago is looked up first, and that failed: {error}.")
+        return None
 
 
 async def _post(token: models.AccessToken, claim: Claim, body: bytes, gateway: Gateway) -> Verdict:
@@ -198,7 +211,7 @@ async def _stopped(refund: Refund, now: datetime, ledger: Ledger) -> Result:
             return Result(refund.id, refund.order_id, Sent.CONFIGURATION, reason, stops_all=scope == EVERYTHING)
     if refund.status is Status.RELEASED and refund.released_at is not None and now - refund.released_at >= RELEASE_VALID:
         return Result(refund.id, refund.order_id, Sent.NOT_RELEASED, "Its release was not used within 24 hours.")
-    return Result(refund.id, refund.order_id, Sent.BUSY, "It was not sent.", max(1.0, _seconds_until(refund, now)))
+    return Result(refund.id, refund.order_id, Sent.BUSY, refund.reason or "It was not sent.", max(1.0, _seconds_until(refund, now)))
 
 
 def _no_token(refund: Refund, error: PayrocError, settings: Settings) -> Result:

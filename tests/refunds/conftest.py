@@ -75,7 +75,7 @@ class World:
             "account_number": f"55667{number:06d}{ending}",
             "requested_by": "ann@example.com",
             "approved_by": "bob@example.com",
-            "approved_at": datetime(2026, 11, 20, 9, 0, tzinfo=UTC) + timedelta(seconds=number),
+            "approved_at": datetime.now(UTC) - timedelta(hours=2) + timedelta(seconds=number),
         }
         row |= columns
         values = ", ".join(f":{name}" for name in COLUMNS)
@@ -166,6 +166,11 @@ class World:
 
     def paused(self) -> dict[str, str]:
         return self.run(self.ledger.pauses())
+
+    def posts(self, refund_id: int) -> int:
+        """Return how many times Payroc was asked to create this refund."""
+        order_id = self.row(refund_id)["order_id"]
+        return int(self.sandbox.get(f"/_sandbox/requests?operation=create&orderId={order_id}")["count"])
 
     def paid(self, refund_id: int) -> int:
         """Return how many refunds Payroc holds for this order."""

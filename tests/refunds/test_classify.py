@@ -30,6 +30,7 @@ REFUND = Refund(
     amount=4999,
     currency="USD",
     payee_last4="1234",
+    approved_at=AN_INSTANT,
     idempotency_key=KEY,
     request=b"sealed",
     request_sha256="hash",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
@@ -262,6 +263,28 @@ def test_another_refund_at_payroc_with_our_order_id_is_never_adopted_and_nothing
     assert row["payroc_refund_id"] is None
     assert "another refund with our order id" in row["reason"]
     assert world.paid(refund_id) == 1
+
+
+def _forget_everything(world: World) -> None:
+    """The ledger is lost, and a new one takes its place."""
+    with world.ledger_engine.begin() as connection:
+        connection.exec_driver_sql("SET session_replication_role = replica")
+        connection.exec_driver_sql("TRUNCATE refund_ledger.refunds, refund_ledger.refund_attempts, refund_ledger.refund_events RESTART IDENTITY")
+
+
+def test_a_refund_that_a_lost_ledger_paid_long_ago_is_found_and_not_sent_again(world: World) -> None:
+    long_ago = datetime.now(UTC) - timedelta(days=10)
+    refund_id = world.released(approved_at=long_ago)
+    assert world.send(refund_id).sent is Sent.ACCEPTED
+    _forget_everything(world)
+    world.pull()
+    [again] = world.release("run-2")
+    world.fault(again, "status", "list")
+    refused = world.send(again)
+    assert (refused.sent, refused.reason[:9]) == (Sent.BUSY, "Not sent:")
+    assert world.posts(again) == 1
+    assert world.send(again).sent is Sent.ACCEPTED
+    assert (world.posts(again), world.paid(again)) == (1, 1)
 
 
 def test_a_refund_that_was_not_released_is_refused(world: World) -> None:
