@@ -269,7 +269,8 @@ def _forget_everything(world: World) -> None:
     """The ledger is lost, and a new one takes its place."""
     with world.ledger_engine.begin() as connection:
         connection.exec_driver_sql("SET session_replication_role = replica")
-        connection.exec_driver_sql("TRUNCATE refund_ledger.refunds, refund_ledger.refund_attempts, refund_ledger.refund_events RESTART IDENTITY")
+        tables = ", ".join(f"refund_ledger.{name}" for name in ("refunds", "refund_attempts", "refund_events"))
+        connection.exec_driver_sql(f"TRUNCATE {tables} RESTART IDENTITY")
 
 
 def test_a_refund_that_a_lost_ledger_paid_long_ago_is_found_and_not_sent_again(world: World) -> None:
