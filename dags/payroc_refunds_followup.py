@@ -2,7 +2,8 @@
 ### Follows refunds to their end
 
 Asks Payroc what became of refunds whose outcome is unknown, and follows accepted ones to settled or returned, then writes the
-news back to the source. It only reads Payroc, it never sends a refund.
+news back to the source. It only reads Payroc, it never sends a refund. `report` fails when something needs people: a refund in
+review, a pause, or a refund that takes longer than it should.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 from airflow.sdk import DAG, CronTriggerTimetable, TriggerRule, get_current_context, result, task
-from airflow.sdk.exceptions import AirflowException
+from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
 from include.refunds.follow_up import follow_up as follow_up_refunds
-from include.refunds.report import status_report
+from include.refunds.report import follow_up_report
 from include.refunds.settings import get_settings
 from include.refunds.write_back import write_back as write_back_refunds
 from payroc_airflow.databases import open_ledger, source_of
@@ -50,10 +51,10 @@ with DAG(
 
     @task
     async def follow_up() -> dict[str, int]:
-        """Look up the refunds in doubt, and follow the accepted and recently settled ones."""
+        """Look up the refunds in doubt, and compare Payroc's lists with the ledger."""
         gateway = HookGateway(PayrocHook())
         async with open_ledger(get_current_context(), settings) as ledger:
-            counts = await follow_up_refunds(ledger, gateway)
+            counts = await follow_up_refunds(ledger, gateway, settings)
         log.info("%s", ", ".join(f"{count} {what}" for what, count in counts.items()))
         if counts["failed"]:
             raise AirflowException(f"{counts['failed']} look-ups or lists failed at Payroc; these come again, the others are done.")
@@ -68,12 +69,14 @@ with DAG(
         log.info("%d rows written back, %d touched no row.", written, len(untouched))
 
     @result
-    @task
+    @task(trigger_rule=TriggerRule.ALL_DONE)
     async def report() -> dict[str, Any]:
-        """Show the whole ledger."""
+        """Show the whole ledger; fail when a refund is in review or late, or the sending is paused."""
         async with open_ledger(get_current_context(), settings) as ledger:
-            found = await status_report(ledger.engine, settings.source)
+            found = await follow_up_report(ledger.engine, settings.source)
         log.info("%s", found)
+        if found.unfinished:
+            raise AirflowFailException(" ".join(found.unfinished))
         return found.as_dict()
 
     follow_up() >> write_back() >> report()

@@ -55,6 +55,18 @@ class PayrocUnexpectedAnswer(PayrocError):
     """An answer came that is not in Payroc's format: a redirect, HTML, an empty 201, a wrong or too large body."""
 
 
+class PayrocIncompleteList(PayrocUnexpectedAnswer):
+    """
+    A list was read to its end, but holds objects that can't be understood; the others were handed out before.
+
+    :param missing: number of objects that were not understood.
+    """
+
+    def __init__(self, operation: str, missing: int) -> None:
+        self.missing = missing
+        super().__init__(operation, f"{missing} of the listed refunds can't be understood", http_status=200)
+
+
 class PayrocNoAnswer(PayrocError):
     """No answer came: refused, reset or timed out. Payroc may or may not have acted on the request."""
 

@@ -23,6 +23,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    PlainValidator,
     SecretStr,
     ValidationError,
     ValidationInfo,
@@ -381,6 +382,14 @@ class Refund(_Answer):
         return next((field.value for field in self.custom_fields or () if field.name == REFUND_KEY_FIELD), None)
 
 
+def _refund_or_none(value: object) -> Refund | None:
+    try:
+        # From JSON again, because strict models take lists and instants from JSON only.
+        return Refund.model_validate_json(json.dumps(value))
+    except ValidationError:
+        return None
+
+
 class Link(_Answer):
     """A link of a page."""
 
@@ -395,12 +404,13 @@ class RefundPage(_Answer):
     :param limit: largest number of items on a page.
     :param count: items on this page.
     :param has_more: whether a ``next`` link leads on.
+    :param data: its refunds; ``None`` stands for an object that can't be understood and must not hide the others.
     """
 
     limit: int
     count: int
     has_more: bool
-    data: tuple[Refund, ...]
+    data: tuple[Annotated[Refund | None, PlainValidator(_refund_or_none)], ...]
     links: tuple[Link, ...] = ()
 
 

@@ -63,6 +63,11 @@ class Verdict:
         """Whether this attempt is proven to have moved nothing, without being a refusal of the refund itself."""
         return self.not_processed or self.outcome is Outcome.NOT_SENT
 
+    @property
+    def is_hit(self) -> bool:
+        """Whether Payroc holds an object of ours that is not declined: money moved, or may still move."""
+        return self.contradiction or (self.sighting is not None and self.outcome is not Outcome.REJECTED)
+
 
 # Payroc's words (API reference, transactionResult.status). Any other word is for people: see judge_object.
 _STATUS_OF_WORD = {
@@ -78,6 +83,20 @@ _STATUS_OF_WORD = {
 _TRANSIENT = frozenset({408, 429})
 
 
+def status_of(found: models.Refund) -> Status:
+    """Return what Payroc's word for the state of an object is called here; ``review`` for a word that people must look at."""
+    return _STATUS_OF_WORD.get(word_of(found), Status.REVIEW)
+
+
+def word_of(found: models.Refund) -> str:
+    """Return Payroc's word for the state of an object, as the ledger stores it: a response code of decline counts as that word."""
+    word = found.transaction_result.status
+    if found.transaction_result.response_code == "D":
+        return "declined"
+    # Taken over only when it can't be anything but a word.
+    return word if word.isascii() and word.isalpha() and len(word) <= 30 else "?"
+
+
 def judge_object(found: models.Refund, refund: Refund, http_status: int | None = None) -> Verdict:
     """
     Judge a refund object that answers our request or carries our key.
@@ -86,21 +105,20 @@ def judge_object(found: models.Refund, refund: Refund, http_status: int | None =
     :param refund: the refund that it is held against.
     :param http_status: HTTP status of the answer when it answers our own POST.
     """
-    word = found.transaction_result.status
-    differing = _differences(found, refund)
+    word, status = word_of(found), status_of(found)
+    differing = differences(found, refund)
     if differing:
         return Verdict(
             Outcome.REVIEW,
             f"Payroc's refund {found.refund_id} differs from the request in {', '.join(differing)}.",
             http_status,
-            sighting=Sighting(found.refund_id, _word(word), Status.REVIEW),
+            sighting=Sighting(found.refund_id, word, Status.REVIEW),
         )
-    status = Status.REJECTED if found.transaction_result.response_code == "D" else _STATUS_OF_WORD.get(word, Status.REVIEW)
-    sighting = Sighting(found.refund_id, _word(word), status)
+    sighting = Sighting(found.refund_id, word, status)
     if status is Status.REJECTED:
         return Verdict(Outcome.REJECTED, "Declined by the bank.", http_status, sighting=sighting)
     if status is Status.REVIEW:
-        return Verdict(Outcome.REVIEW, f"Payroc's status is '{_word(word)}', which people must look at.", http_status, sighting=sighting)
+        return Verdict(Outcome.REVIEW, f"Payroc's status is '{word}', which people must look at.", http_status, sighting=sighting)
     return Verdict(Outcome.ACCEPTED, _REASON_OF_STATUS[status], http_status, sighting=sighting)
 
 
@@ -148,7 +166,7 @@ def judge_look_up(found: list[models.Refund], refund: Refund) -> Verdict | None:
     :returns: ``None`` when nothing there carries our order id: that proves nothing.
     """
     same_order = {item.refund_id: item for item in found if item.order.order_id == refund.order_id}
-    ours = [item for item in same_order.values() if _is_ours(item, refund)]
+    ours = [item for item in same_order.values() if is_ours(item, refund)]
     if len(ours) > 1:
         ids = ", ".join(sorted(item.refund_id for item in ours))
         return Verdict(Outcome.REVIEW, f"Payroc holds more than one refund of ours for this order: {ids}.", contradiction=True)
@@ -204,13 +222,15 @@ def _about(error: PayrocError) -> str:
     return ", ".join(part for part in (error.problem_type, *error.parameters) if part) or "no type given"
 
 
-def _is_ours(found: models.Refund, refund: Refund) -> bool:
+def is_ours(found: models.Refund, refund: Refund) -> bool:
+    """Tell whether an object was made by our request: it carries our key, or, when it came without custom fields, is all the same."""
     if found.refund_key is not None:
         return found.refund_key == str(refund.idempotency_key)
-    return not found.custom_fields and not _differences(found, refund)
+    return not found.custom_fields and not differences(found, refund)
 
 
-def _differences(found: models.Refund, refund: Refund) -> list[str]:
+def differences(found: models.Refund, refund: Refund) -> list[str]:
+    """Return the names of what an object and the request that we sent differ in."""
     result = found.transaction_result
     pairs = [
         ("order id", found.order.order_id, refund.order_id),
@@ -223,11 +243,6 @@ def _differences(found: models.Refund, refund: Refund) -> list[str]:
     if result.authorized_amount is not None and result.response_code != "D":
         pairs.append(("authorized amount", result.authorized_amount, -refund.amount))
     return [name for name, theirs, ours in pairs if theirs != ours]
-
-
-def _word(word: str) -> str:
-    """Take over a word of Payroc's only when it can't be anything but a word."""
-    return word if word.isascii() and word.isalpha() and len(word) <= 30 else "?"
 
 
 _REASON_OF_STATUS = {

@@ -9,6 +9,7 @@ import json
 import secrets
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -23,12 +24,23 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import NullPool
 
+from include.payroc.errors import PayrocConfigurationError, PayrocError
 from include.refunds import demo_source
+from include.refunds.case import DecisionRefused
+from include.refunds.cipher import Cipher
 from include.refunds.classify import EVERYTHING
+from include.refunds.connect import NoGateway, connect
+from include.refunds.gateway import Gateway
 from include.refunds.ledger import Ledger, LedgerError, create_ledger_engine
 from include.refunds.ledger_url import UrlError, ledger_url, source_url
+from include.refunds.reissue import reissue as reissue_refund
 from include.refunds.report import details, money, status_report
+from include.refunds.resolve import resolve as resolve_refund
+from include.refunds.reverse import reverse as reverse_refund
 from include.refunds.settings import SettingsError, get_settings
+from include.refunds.states import Status
+from include.refunds.verify import Comparison, RangeError, read_range
+from include.refunds.verify import verify as compare
 
 T = TypeVar("T")
 
@@ -39,16 +51,27 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
-    help="""The refund ledger: migrate it, look into it, stop and resume the sending.
+    help="""The refund ledger: migrate it, look into it, stop and resume the sending, decide about single refunds, compare it with Payroc.
 
 The ledger is --ledger-url, else PAYROC_REFUNDS_LEDGER_URL, else AIRFLOW_CONN_REFUNDS_LEDGER (a URI or JSON). Exit codes:
-0 all is well, 1 something needs people (for status: a refund is sending, unknown or in review, or the sending is paused),
-2 the command could not run.""",
+0 all is well, 1 something needs people (for status: a refund is sending, unknown or in review, or the sending is paused;
+for resolve and reissue: a second person has to run the command), 2 the command could not run, or was refused.""",
 )
 
 LedgerUrl = Annotated[str | None, typer.Option("--ledger-url", help="URL of the ledger's database, postgresql://…", show_default=False)]
 SourceUrl = Annotated[str | None, typer.Option("--source-url", help="URL of the source's database, postgresql://…", show_default=False)]
-By = Annotated[str, typer.Option("--by", help="Who does this, for the audit trail.", default_factory=getpass.getuser)]
+
+
+def _not_blank(value: str) -> str:
+    if not value.strip():
+        raise typer.BadParameter("must not be blank.")
+    return value
+
+
+By = Annotated[str, typer.Option("--by", help="Who does this, for the audit trail.", default_factory=getpass.getuser, callback=_not_blank)]
+Why = Annotated[str, typer.Option("--reason", help="Why, for the audit trail.", callback=_not_blank)]
+RefundId = Annotated[int, typer.Argument(help="The ledger's id, as `show` prints it.")]
+PayrocConnId = Annotated[str, typer.Option("--payroc-conn-id", help="Airflow connection to Payroc.")]
 
 console = Console()
 
@@ -147,6 +170,110 @@ def resume(
     console.print(f"The sending goes on{f' for terminal {terminal}' if terminal else ''}.")
 
 
+class Outcome(StrEnum):
+    """How a review may end."""
+
+    ACCEPTED = "accepted"
+    REJECTED = "rejected"
+
+
+@app.command()
+def resolve(
+    refund_id: RefundId,
+    outcome: Annotated[Outcome, typer.Option("--as", help="What the refund is.")],
+    reason: Why,
+    by: By,
+    payroc_refund_id: Annotated[
+        str | None, typer.Option("--payroc-refund-id", help="For accepted: Payroc's id of the refund, when Payroc's list does not tell.")
+    ] = None,
+    conn_id: PayrocConnId = "payroc_default",
+    url: LedgerUrl = None,
+) -> None:
+    """
+    End a review. Payroc is asked first: rejected is refused when it holds the refund, accepted needs its refund id.
+
+    It takes two people when money may have moved: the first proposes, and a different one runs the same command within 7 days.
+    """
+    if outcome is Outcome.REJECTED and payroc_refund_id is not None:
+        _fail("--payroc-refund-id goes with --as accepted: a rejected refund has none.")
+    status = Status(outcome.value)
+    resolution, done = _with_payroc(
+        url,
+        by,
+        conn_id,
+        lambda ledger, gateway: resolve_refund(
+            refund_id, status, reason, payroc_refund_id=payroc_refund_id, ledger=ledger, gateway=gateway
+        ),
+    )
+    if done:
+        typer.echo(f"Refund {refund_id} is {resolution.status}.")
+        return
+    found = resolution.decision.get("payroc_refund_id")
+    _proposed(f"resolve {refund_id} --as {outcome.value}" + (f" --payroc-refund-id {found}" if payroc_refund_id else ""))
+
+
+@app.command()
+def reissue(refund_id: RefundId, reason: Why, by: By, url: LedgerUrl = None) -> None:
+    """
+    Pay a refund again that was rejected, returned or reversed: as a new refund, which the next run sends.
+
+    It takes two people: the first proposes, and a different one runs the same command within 7 days.
+    """
+    settings = get_settings()
+    cipher = Cipher(settings)
+    new = _with_ledger(url, by, lambda ledger: reissue_refund(refund_id, reason, ledger=ledger, cipher=cipher, source=settings.source))
+    if new is None:
+        _proposed(f"reissue {refund_id}")
+    typer.echo(f"Refund {new} replaces refund {refund_id}; the next run of payroc_refunds sends it.")
+
+
+@app.command()
+def reverse(refund_id: RefundId, reason: Why, by: By, conn_id: PayrocConnId = "payroc_default", url: LedgerUrl = None) -> None:
+    """Take an accepted refund out of the open batch, before any money moves. Harmless to run again; a pause does not forbid it."""
+    result = _with_payroc(url, by, conn_id, lambda ledger, gateway: reverse_refund(refund_id, reason, ledger=ledger, gateway=gateway))
+    typer.echo(result.sentence)
+    if not result.done:
+        raise typer.Exit(EXIT_TROUBLE)
+
+
+@app.command()
+def verify(
+    first: Annotated[str, typer.Option("--from", help="First day, in UTC; or an instant with its zone.")],
+    last: Annotated[str, typer.Option("--to", help="Last day, included, in UTC; or an instant with its zone, not included.")],
+    terminals: Annotated[
+        list[str] | None,
+        typer.Option("--terminal", help="Ask for this terminal too, though the ledger has no refund of it, as after its loss; repeatable."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    conn_id: PayrocConnId = "payroc_default",
+    url: LedgerUrl = None,
+) -> None:
+    """
+    Compare the ledger with Payroc for a range of dates. It only reads.
+
+    Exit codes: 0 they agree, 1 they differ, 2 they could not be compared. Refunds that were not made by this project are counted, and
+    are no differences.
+    """
+    start, end = read_range(first, last)
+
+    def work(ledger: Ledger, gateway: Gateway) -> Coroutine[Any, Any, Comparison]:
+        return compare(start, end, terminals=terminals or (), ledger=ledger, gateway=gateway)
+
+    found = _with_payroc(url, "verify", conn_id, work)
+    if as_json:
+        typer.echo(json.dumps(found.as_dict()))
+    else:
+        console.print(_sums(found))
+        for currency, total in sorted(found.elsewhere.items()):
+            amount = money(total.payroc_amount, currency)
+            console.print(f"Made elsewhere, not by this project: {total.payroc_count} refunds, {amount}.", highlight=False)
+        for item in found.differences:
+            typer.echo(item.sentence)
+        typer.echo(f"{len(found.differences)} differences." if found.differences else "The ledger and Payroc agree.")
+    if found.differences:
+        raise typer.Exit(EXIT_TROUBLE)
+
+
 @app.command("generate-keys")
 def generate_keys() -> None:
     """Print fresh keys for PAYROC_REFUNDS_ENCRYPTION_KEYS and PAYROC_REFUNDS_FINGERPRINT_KEY. Keep them outside the database."""
@@ -158,7 +285,17 @@ def main() -> None:
     """Run the command line; trouble that has a sentence ends with it and exit code 2."""
     try:
         app()
-    except (LedgerError, SettingsError, UrlError, demo_source.ImportFailed) as error:
+    except (
+        LedgerError,
+        SettingsError,
+        UrlError,
+        demo_source.ImportFailed,
+        DecisionRefused,
+        NoGateway,
+        PayrocConfigurationError,
+        PayrocError,
+        RangeError,
+    ) as error:
         _fail(str(error))
     except (DBAPIError, OSError) as error:
         # A driver's message may quote values; its class and first line without digits tell enough.
@@ -187,8 +324,28 @@ def _with_ledger(url: str | None, by: str, work: Callable[[Ledger], Coroutine[An
     return _with_engine(url, lambda engine: work(Ledger(engine, get_settings(), actor=by)))
 
 
+def _with_payroc(url: str | None, by: str, conn_id: str, work: Callable[[Ledger, Gateway], Coroutine[Any, Any, T]]) -> T:
+    gateway = connect(conn_id)
+    return _with_ledger(url, by, lambda ledger: work(ledger, gateway))
+
+
+def _proposed(command: str) -> NoReturn:
+    typer.echo(f"Proposed. It takes two: a different person has to run `python -m include.refunds {command} --by … --reason …`.")
+    raise typer.Exit(EXIT_TROUBLE)
+
+
 # What people look for first stands first; the rest follows.
 _FIRST = ("status", "reason", "amount", "order_id", "source_ref", "payroc_refund_id", "payroc_status", "payee_last4", "attempts so far")
+
+
+def _sums(found: Comparison) -> Table:
+    table = Table(title=f"First sent from {found.start} up to {found.end}", title_justify="left", box=SIMPLE_HEAD)
+    for name in ("status", "ledger", "", "Payroc", ""):
+        table.add_column(name, justify="left" if name == "status" else "right")
+    for (currency, status), total in sorted(found.sums.items()):
+        ledger, payroc = money(total.ledger_amount, currency), money(total.payroc_amount, currency)
+        table.add_row(status, str(total.ledger_count), ledger, str(total.payroc_count), payroc)
+    return table
 
 
 def _facts(found: dict[str, Any]) -> Table:

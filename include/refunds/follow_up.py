@@ -1,85 +1,97 @@
-"""Follow-up: ask Payroc what became of refunds in doubt and of accepted ones. It only reads Payroc, it never POSTs."""
+"""Follow-up: ask Payroc what became of refunds in doubt, and compare its lists with the ledger. It only reads Payroc, it never POSTs."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from datetime import timedelta
-from itertools import groupby
+from datetime import datetime, timedelta
 
-from include.payroc.errors import PayrocError
-from include.refunds.classify import Sighting, judge_object
+from include.payroc.errors import PayrocError, PayrocIncompleteList
+from include.refunds.business_days import business_days_before
+from include.refunds.classify import judge_object
 from include.refunds.gateway import Gateway
 from include.refunds.ledger import Ledger
-from include.refunds.look_up import look_up
+from include.refunds.listing import in_batches, keys_of, pairs
+from include.refunds.look_up import look_up_in_doubt
 from include.refunds.refund import Refund
+from include.refunds.settings import Settings
+from include.refunds.transitions import is_known
 
-# An ACH return for an account that is closed or unknown has to be sent within two banking days; ten calendar days cover
-# that, holidays and a weekend. Payroc does not document how long a refund may come back.
-SETTLED_FOLLOWED_FOR = timedelta(days=10)
+# An ACH return for an account that is closed or unknown has to be sent within two banking days of settlement, but banks are late, and
+# Payroc does not document how long a refund may come back. Two weeks cover that, with two bank holidays, which are not known here.
+FOLLOWED_FOR_BUSINESS_DAYS = 12
 
 # Payroc's clock and the ledger's may differ, and whether dateFrom is inclusive is not documented.
 _DATE_MARGIN = timedelta(days=1)
 
 
-async def follow_up(ledger: Ledger, gateway: Gateway) -> Counter[str]:
+async def follow_up(ledger: Ledger, gateway: Gateway, settings: Settings) -> Counter[str]:
     """
-    Look up the refunds in doubt, and follow the accepted and the recently settled ones.
+    Look up the refunds in doubt, and compare the list of each terminal with the ledger.
 
-    :returns: how many refunds each of ``looked up``, ``found``, ``followed``, ``changed`` and ``returned to approved`` counts.
-    :raises PayrocError: when Payroc gives no token. A terminal that can't be listed is counted as ``failed`` and left for the next time.
+    Every listed object that is ours is compared, whatever our row says: a second object for one key, or one for a refund that we call
+    rejected, is recorded as the contradiction that it is.
+
+    :returns: how many refunds each of ``looked up``, ``found``, ``followed``, ``changed`` and ``returned to approved`` counts. What
+        failed is left for the next time: a look-up or a list (``failed``). An object that can't be understood is skipped (``not
+        understood``): it would fail for ever. A refund that hides behind one is reported when it was not looked at for too long.
+    :raises PayrocError: when Payroc gives no token.
     """
     counts: Counter[str] = Counter()
     counts["returned to approved"] = await ledger.return_stale_releases()
+    now = await ledger.now()
     in_doubt = await ledger.in_doubt()
-    followed = await ledger.followed(SETTLED_FOLLOWED_FOR)
+    followed = await ledger.followed(now - business_days_before(now, FOLLOWED_FOR_BUSINESS_DAYS))
     if not in_doubt and not followed:
         return counts
     await ledger.check_environment(gateway.environment)
     for refund in in_doubt:
         counts["looked up"] += 1
         try:
-            counts["found"] += await _look_up(refund, ledger, gateway)
+            counts["found"] += await _look_up(refund, ledger, gateway, settings)
+        except PayrocIncompleteList as error:
+            counts["not understood"] += error.missing
         except PayrocError:
             counts["failed"] += 1
-    for terminal, refunds in groupby(sorted(followed, key=_terminal), key=_terminal):
+    for terminal, since in _oldest_of_each_terminal(followed).items():
         try:
-            counts += await _follow(terminal, refunds, ledger, gateway)
+            await _compare(terminal, since, ledger, gateway, counts)
+        except PayrocIncompleteList as error:
+            counts["not understood"] += error.missing
         except PayrocError:
             counts["failed"] += 1
     return counts
 
 
-async def _look_up(refund: Refund, ledger: Ledger, gateway: Gateway) -> bool:
-    verdict = await look_up(await gateway.token(), refund, gateway)
+async def _look_up(refund: Refund, ledger: Ledger, gateway: Gateway, settings: Settings) -> bool:
+    verdict = await look_up_in_doubt(await gateway.token(), refund, gateway, settings, await ledger.now())
     if verdict is None:
         return False
     await ledger.record(refund.id, verdict)
     return verdict.sighting is not None
 
 
-async def _follow(terminal: str, refunds: Iterable[Refund], ledger: Ledger, gateway: Gateway) -> Counter[str]:
-    counts: Counter[str] = Counter()
-    wanted = {refund.payroc_refund_id: refund for refund in refunds}
-    oldest = min(refund.first_sent_at or refund.created_at for refund in wanted.values())
+async def _compare(terminal: str, since: datetime, ledger: Ledger, gateway: Gateway, counts: Counter[str]) -> None:
     token = await gateway.token()
-    seen = []
-    async for item in gateway.list_refunds(token, processing_terminal_id=terminal, date_from=oldest - _DATE_MARGIN):
-        refund = wanted.pop(item.refund_id, None)
-        if refund is not None:
+    async for batch in in_batches(gateway.list_refunds(token, processing_terminal_id=terminal, date_from=since - _DATE_MARGIN)):
+        rows = await ledger.known(keys_of(batch), [item.refund_id for item in batch])
+        seen = []
+        for item, refund in pairs(batch, rows):
+            if refund is None:
+                continue
             counts["followed"] += 1
             verdict = judge_object(item, refund)
-            if verdict.sighting == Sighting(item.refund_id, refund.payroc_status or "", refund.status):
+            if verdict.sighting is not None and is_known(refund, verdict.sighting):
                 seen.append(refund.id)
             else:
                 recorded, _ = await ledger.record(refund.id, verdict)
                 counts["changed"] += recorded.status is not refund.status
-        if not wanted:
-            break
-    await ledger.mark_seen(seen)
-    counts["not listed"] += len(wanted)
-    return counts
+        await ledger.mark_seen(seen)
 
 
-def _terminal(refund: Refund) -> str:
-    return refund.processing_terminal_id
+def _oldest_of_each_terminal(refunds: list[Refund]) -> dict[str, datetime]:
+    oldest: dict[str, datetime] = {}
+    for refund in refunds:
+        # A restored ledger may have forgotten when it first sent a refund; it was never before its approval.
+        began = min(refund.approved_at, refund.first_sent_at or refund.created_at)
+        oldest[refund.processing_terminal_id] = min(began, oldest.get(refund.processing_terminal_id, began))
+    return oldest

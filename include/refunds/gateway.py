@@ -37,6 +37,21 @@ class Gateway(Protocol):
     async def create_refund(self, token: AccessToken, idempotency_key: str, body: bytes) -> Refund:
         """POST the frozen body once, with no retry inside."""
 
+    async def get_refund(self, token: AccessToken, refund_id: str) -> Refund:
+        """
+        Return one refund.
+
+        :param refund_id: Payroc's id of it.
+        """
+
+    async def reverse_refund(self, token: AccessToken, refund_id: str, idempotency_key: str) -> Refund:
+        """
+        POST the reversal of a refund in the open batch once, with no retry inside.
+
+        :param refund_id: Payroc's id of it.
+        :param idempotency_key: never the one that the refund was created with.
+        """
+
     def list_refunds(
         self,
         token: AccessToken,
@@ -44,10 +59,14 @@ class Gateway(Protocol):
         processing_terminal_id: str,
         order_id: str | None = None,
         date_from: datetime | None = None,
+        date_to: datetime | None = None,
         limit: int | None = None,
     ) -> AsyncIterator[Refund]:
         """
         Yield the unreferenced refunds of a terminal, all pages.
 
+        :param date_from: only those made after this instant.
+        :param date_to: only those made before this instant.
         :param limit: stop after so many refunds; ``None`` reads to the end.
+        :raises PayrocIncompleteList: at the end, when the list held objects that can't be understood; all others were yielded.
         """

@@ -22,6 +22,17 @@ def idempotency_key(source: str, source_ref: str) -> UUID:
     return UUID(bytes=digest[:16], version=4)
 
 
+def reverse_key(key: UUID) -> UUID:
+    """
+    Return the idempotency key under which a refund is reversed: SHA-256 of the key that it was created with, in the form of a UUID v4.
+
+    Derived like that one, so that a reversal may be asked for again, and never the same: Payroc refuses a key that was used at
+    another URI.
+    """
+    digest = hashlib.sha256(b"reverse\0" + key.bytes).digest()
+    return UUID(bytes=digest[:16], version=4)
+
+
 def default_order_id(key: UUID) -> str:
     """Return the order id of a refund whose source gives none: 22 characters made from its idempotency key."""
     return f"RF{key.hex[:20].upper()}"

@@ -53,8 +53,9 @@ async def release(
         await preflight(terminals, ledger, gateway)
         await ledger.check_environment(gateway.environment, bind=True)
     findings: dict[str, str] = {}
-    ids = {item.source_ref: item.id for item in candidates}
-    if candidates:
+    # A reissue has no row in the source that could have changed; two people approved it in the ledger.
+    ids = {item.source_ref: item.id for item in candidates if item.replaces is None}
+    if ids:
         rows = await source.select_approved()
         findings = source_changes(rows, await ledger.stored(list(ids)), cipher, settings)
     released = await ledger.release(run_id, candidate_ids, {ids[ref]: finding for ref, finding in findings.items()})

@@ -10,6 +10,9 @@ from typing import Any
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from include.refunds.business_days import business_days_between
+from include.refunds.states import IN_DOUBT
+
 # A report stays readable: of more refunds than this, only those that did not go as expected are listed.
 _MOST_LINES = 500
 _EXPECTED = ("accepted", "settled")
@@ -19,6 +22,9 @@ _MOST_NOTES = 50
 _ACCEPTED_DAYS = 5
 _PENDING_DAYS = 2
 _UNSEEN_DAYS = 2
+
+# In doubt is normal for minutes, and for an hour when a worker was killed.
+_IN_DOUBT_FOR = timedelta(days=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +151,19 @@ async def status_report(engine: AsyncEngine, source: str) -> Report:
 
     :param source: the source's fixed name.
     """
+    return await _ledger_report(engine, source, following=False)
+
+
+async def follow_up_report(engine: AsyncEngine, source: str) -> Report:
+    """
+    Report the whole ledger after a follow-up: what time will tell is no failure, until it takes too long.
+
+    :param source: the source's fixed name.
+    """
+    return await _ledger_report(engine, source, following=True)
+
+
+async def _ledger_report(engine: AsyncEngine, source: str, *, following: bool) -> Report:
     async with engine.connect() as connection:
         now = (await connection.execute(text("SELECT clock_timestamp()"))).scalar_one()
         report = Report(f"Refund ledger at {now:%Y-%m-%d %H:%M %Z}")
@@ -156,7 +175,7 @@ async def status_report(engine: AsyncEngine, source: str) -> Report:
             WHERE source = :source GROUP BY status, currency ORDER BY status, currency""")
         report.totals = [Total(**row) for row in (await connection.execute(query, {"source": source})).mappings()]
         report.invalid = await _invalid(connection, source, now - timedelta(days=7))
-        await _note_state(connection, source, report)
+        await _note_state(connection, source, report, following=following)
         return report
 
 
@@ -212,31 +231,45 @@ def _note_findings(report: Report, findings: dict[str, Any]) -> None:
         report.notes.append(f"Source row {source_ref} was not written back: the UPDATE of write_back.sql touched no row.")
 
 
-async def _note_state(connection: AsyncConnection, source: str, report: Report) -> None:
+async def _note_state(connection: AsyncConnection, source: str, report: Report, *, following: bool = False) -> None:
     pauses = text("SELECT scope, pause_reason, paused_by FROM refund_ledger.refund_control WHERE paused_at IS NOT NULL ORDER BY scope")
     for row in await connection.execute(pauses):
-        what = "The sending" if row.scope == "*" else f"The sending for terminal {row.scope}"
-        report.unfinished.append(f"{what} is paused by {row.paused_by}: {row.pause_reason}")
+        scope = "The sending" if row.scope == "*" else f"The sending for terminal {row.scope}"
+        report.unfinished.append(f"{scope} is paused by {row.paused_by}: {row.pause_reason}")
     counts = text(
         "SELECT status, count(*) AS count FROM refund_ledger.refunds WHERE source = :source "
         "AND status IN ('sending', 'unknown', 'review', 'held') GROUP BY status"
     )
     found = {row.status: row.count for row in await connection.execute(counts, {"source": source})}
-    report.unfinished += [f"{found[status]} {sentence}" for status, sentence in _UNFINISHED.items() if status in found]
+    for status, sentence in _UNFINISHED.items():
+        if status in found:
+            # A run leaves a refund in doubt unfinished; to the follow-up it is only what it is there for.
+            kind = report.notes if following and status in IN_DOUBT else report.unfinished
+            kind.append(f"{found[status]} {sentence}")
     if "held" in found:
         report.notes.append(f"{found['held']} held: a person has to release or cancel them.")
-    late = text("""
-        SELECT id, order_id, payroc_status, first_sent_at, payroc_seen_at, clock_timestamp() AS now FROM refund_ledger.refunds
-        WHERE source = :source AND status = 'accepted' ORDER BY id""")
-    found_late = [
-        f"Refund {row.id} (order {row.order_id}) {sentence}."
-        for row in await connection.execute(late, {"source": source})
-        if (sentence := _late(row))
+    open_ = text("""
+        SELECT id, order_id, status, payroc_status, first_sent_at, payroc_seen_at, clock_timestamp() AS now FROM refund_ledger.refunds
+        WHERE source = :source AND status IN ('accepted', 'sending', 'unknown') ORDER BY id""")
+    late = [
+        f"Refund {row.id} (order {row.order_id}) {what}."
+        for row in await connection.execute(open_, {"source": source})
+        if (what := _late(row))
     ]
-    report.notes += found_late[:_MOST_NOTES]
-    if len(found_late) > _MOST_NOTES:
-        report.notes.append(f"{len(found_late) - _MOST_NOTES} more refunds are late like these.")
-    due = text("SELECT count(*) FROM refund_ledger.refunds WHERE source = :source AND written_back_at IS DISTINCT FROM updated_at")
+    if len(late) > _MOST_NOTES:
+        late[_MOST_NOTES:] = [f"{len(late) - _MOST_NOTES} more refunds are late like these."]
+    (report.unfinished if following else report.notes).extend(late)
+    stuck = text("""
+        SELECT r.id, r.replaces, replaced.status FROM refund_ledger.refunds AS r
+        JOIN refund_ledger.refunds AS replaced ON replaced.id = r.replaces
+        WHERE r.source = :source AND r.status IN ('approved', 'held', 'released', 'sending', 'unknown')
+          AND replaced.status NOT IN ('rejected', 'returned', 'reversed')
+        ORDER BY r.id""")
+    for row in await connection.execute(stuck, {"source": source}):
+        report.notes.append(f"Refund {row.id} is not sent: refund {row.replaces}, which it replaces, is {row.status}.")
+    due = text("""
+        SELECT count(*) FROM refund_ledger.refunds AS r WHERE source = :source AND written_back_at IS DISTINCT FROM updated_at
+          AND NOT EXISTS (SELECT FROM refund_ledger.refunds AS newer WHERE newer.replaces = r.id)""")
     if missing := (await connection.execute(due, {"source": source})).scalar_one():
         report.notes.append(f"{missing} refunds have news that the source does not have yet; the next write_back tries again.")
 
@@ -244,23 +277,25 @@ async def _note_state(connection: AsyncConnection, source: str, report: Report) 
 _UNFINISHED = {
     "sending": "sending: a worker may still be at it or died; the next run takes them up when their lease has ended.",
     "unknown": "unknown: Payroc has not told what became of them; the next run and the follow-up ask again.",
-    "review": "in review: people have to look at them, `python -m include.refunds show ID` tells why.",
+    "review": (
+        "in review: people have to look at them, `python -m include.refunds show ID` tells why and "
+        "`python -m include.refunds resolve ID` records what they decide."
+    ),
 }
 
 
 def _late(row: Any) -> str | None:
-    if _business_days(row.first_sent_at, row.now) > _ACCEPTED_DAYS:
+    if row.status != "accepted":
+        if row.now - row.first_sent_at <= _IN_DOUBT_FOR:
+            return None
+        return f"has been {row.status} for more than a day: Payroc has not told what became of it"
+    if business_days_between(row.first_sent_at, row.now) > _ACCEPTED_DAYS:
         return f"has been accepted for more than {_ACCEPTED_DAYS} business days"
-    if row.payroc_status == "pending" and _business_days(row.first_sent_at, row.now) > _PENDING_DAYS:
+    if row.payroc_status == "pending" and business_days_between(row.first_sent_at, row.now) > _PENDING_DAYS:
         return f"has been pending at Payroc for more than {_PENDING_DAYS} business days: it is held back from settlement there"
-    if row.payroc_seen_at is None or _business_days(row.payroc_seen_at, row.now) > _UNSEEN_DAYS:
+    if row.payroc_seen_at is None or business_days_between(row.payroc_seen_at, row.now) > _UNSEEN_DAYS:
         return f"has not been looked at for more than {_UNSEEN_DAYS} business days: is payroc_refunds_followup running?"
     return None
-
-
-def _business_days(start: datetime, end: datetime) -> int:
-    days = (end.date() - start.date()).days
-    return sum((start.date() + timedelta(days=offset)).weekday() < 5 for offset in range(1, days + 1))
 
 
 def _table(lines: Sequence[Line]) -> list[str]:

@@ -17,10 +17,10 @@ from include.refunds.cipher import Cipher, UnreadableRequest
 from include.refunds.classify import EVERYTHING, Outcome, Verdict, judge_error, judge_object
 from include.refunds.gateway import Gateway
 from include.refunds.ledger import RELEASE_VALID, Claim, Ledger, LedgerError, NoSuchRefund, Task
-from include.refunds.look_up import look_up
+from include.refunds.look_up import look_up, look_up_in_doubt
 from include.refunds.refund import Refund
 from include.refunds.settings import Settings
-from include.refunds.states import IN_DOUBT, PAID, Status
+from include.refunds.states import IN_DOUBT, PAID, REPLACEABLE, Status
 
 # A first attempt of a refund approved longer ago than this looks Payroc up as well: the ledger may be a restored copy that has lost
 # an earlier attempt, and even the row. The source's approval is older than both.
@@ -174,12 +174,10 @@ async def _not_claimed(refund_id: int, token: models.AccessToken, ledger: Ledger
     refund, _, now = await ledger.read(refund_id)
     if refund.status in IN_DOUBT:
         try:
-            verdict = await look_up(token, refund, gateway)
+            verdict = await look_up_in_doubt(token, refund, gateway, settings, now)
         except PayrocError as error:
             wait = max(_seconds_until(refund, now), float(settings.retry_delay_seconds))
             return Result(refund_id, refund.order_id, Sent.BUSY, f"Not known, and the look-up failed: {error}.", wait)
-        if verdict is None and past_window(refund, gateway, settings, now):
-            verdict = Verdict(Outcome.REVIEW, "Its key may no longer be sent again, and Payroc lists no refund with it.")
         if verdict is not None:
             refund, now = await ledger.record(refund_id, verdict)
     if refund.status in IN_DOUBT and _seconds_until(refund, now) > 0:
@@ -189,20 +187,8 @@ async def _not_claimed(refund_id: int, token: models.AccessToken, ledger: Ledger
     return _result(refund, now)
 
 
-def past_window(refund: Refund, gateway: Gateway, settings: Settings, now: datetime) -> bool:
-    """
-    Tell whether a refund's key may no longer be sent.
-
-    Payroc keeps a key for 7 days (https://docs.payroc.com/api/idempotency); later, or with another API host or key, the
-    same key may be taken for a new one.
-    """
-    if refund.first_sent_at is None:
-        return False
-    return now - refund.first_sent_at >= timedelta(days=settings.key_window_days) or refund.sent_with != gateway.sent_with
-
-
 async def _stopped(refund: Refund, now: datetime, ledger: Ledger) -> Result:
-    """Say why a refund that could be sent is not: a pause, or a release that has run out."""
+    """Say why a refund that could be sent is not: a pause, a release that has run out, or the refund that it replaces."""
     pauses = await ledger.pauses()
     for scope in (EVERYTHING, refund.processing_terminal_id):
         if scope in pauses:
@@ -211,6 +197,10 @@ async def _stopped(refund: Refund, now: datetime, ledger: Ledger) -> Result:
             return Result(refund.id, refund.order_id, Sent.CONFIGURATION, reason, stops_all=scope == EVERYTHING)
     if refund.status is Status.RELEASED and refund.released_at is not None and now - refund.released_at >= RELEASE_VALID:
         return Result(refund.id, refund.order_id, Sent.NOT_RELEASED, "Its release was not used within 24 hours.")
+    replaced = await ledger.replaced(refund.id)
+    if replaced is not None and replaced[1] not in REPLACEABLE:
+        reason = f"Not sent: refund {replaced[0]}, which it replaces, is {replaced[1]}."
+        return Result(refund.id, refund.order_id, Sent.NOT_RELEASED, reason)
     return Result(refund.id, refund.order_id, Sent.BUSY, refund.reason or "It was not sent.", max(1.0, _seconds_until(refund, now)))
 
 

@@ -60,3 +60,6 @@ PAID = frozenset({Status.ACCEPTED, Status.SETTLED, Status.RETURNED, Status.REVER
 
 # Sent, and no proof yet of what became of it.
 IN_DOUBT = frozenset({Status.SENDING, Status.UNKNOWN})
+
+# Ended without money at the payee: the only refunds that a reissue may replace.
+REPLACEABLE = frozenset({Status.REJECTED, Status.RETURNED, Status.REVERSED})

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 
 from include.refunds.classify import EVERYTHING, Outcome, Sighting, Verdict
 from include.refunds.refund import History, Refund
-from include.refunds.states import EDGES, PAID, Status
+from include.refunds.states import EDGES, IN_DOUBT, PAID, Status
 
 # A Retry-After is honoured up to this; a longer one must not take a refund out of sight.
 LONGEST_WAIT = timedelta(days=1)
@@ -24,6 +24,7 @@ class Change:
     :param wait_until: end of the wait before the next attempt, for ``unknown``.
     :param never_sent: take back ``first_sent_at`` and ``sent_with``: no attempt reached Payroc's processing.
     :param contradiction: what contradicts the ledger; it is stored as an event.
+    :param contradicting_id: refund id of the Payroc object that does not belong to the row.
     :param pause: scope to pause the sending for.
     """
 
@@ -33,11 +34,29 @@ class Change:
     wait_until: datetime | None = None
     never_sent: bool = False
     contradiction: str | None = None
+    contradicting_id: str | None = None
     pause: str | None = None
 
 
+def is_known(refund: Refund, sighting: Sighting) -> bool:
+    """
+    Tell whether the row holds this very object with this very word already, so that seeing it again is no news.
+
+    Its status does not count: people may have resolved a refund whose object differs, or whose word is none that we know.
+    """
+    return (refund.payroc_refund_id, refund.payroc_status) == (sighting.payroc_refund_id, sighting.payroc_status)
+
+
 def decide(
-    refund: Refund, verdict: Verdict, history: History, *, current: bool, foreign_id: bool, now: datetime, unknown_wait: timedelta
+    refund: Refund,
+    verdict: Verdict,
+    history: History,
+    *,
+    current: bool,
+    foreign_id: bool,
+    now: datetime,
+    unknown_wait: timedelta,
+    told: bool = False,
 ) -> Change | None:
     """
     Return what a verdict changes, or ``None`` when it changes nothing.
@@ -50,11 +69,12 @@ def decide(
     :param foreign_id: the object's refund id already stands at another refund of the ledger.
     :param now: the ledger's time.
     :param unknown_wait: shortest wait before an unknown refund is sent again.
+    :param told: that the object does not belong to this row was recorded before. People know of it, and a list shows it every time.
     """
     if verdict.sighting is not None:
-        return _decide_sighting(refund, verdict, verdict.sighting, foreign_id)
+        return _decide_sighting(refund, verdict, verdict.sighting, foreign_id, told)
     if verdict.contradiction:
-        return _contradiction(refund, verdict.reason, None)
+        return _contradiction(refund, verdict.reason)
     if not current:
         return None
     match verdict.outcome:
@@ -71,10 +91,13 @@ def decide(
             return Change((Status.REVIEW,), verdict.reason)
 
 
-def _decide_sighting(refund: Refund, verdict: Verdict, sighting: Sighting, foreign_id: bool) -> Change | None:
+def _decide_sighting(refund: Refund, verdict: Verdict, sighting: Sighting, foreign_id: bool, told: bool) -> Change | None:
     if foreign_id or refund.payroc_refund_id not in (None, sighting.payroc_refund_id):
-        return _contradiction(refund, f"Payroc's refund {sighting.payroc_refund_id} does not belong to this row.", None)
-    if refund.status is sighting.status:
+        what = f"Payroc's refund {sighting.payroc_refund_id} does not belong to this row."
+        if told and refund.status not in IN_DOUBT:
+            return None
+        return _contradiction(refund, what, contradicting_id=sighting.payroc_refund_id)
+    if refund.status is sighting.status or is_known(refund, sighting):
         return Change(sighting=sighting)
     if refund.status is Status.REVIEW:
         # People decide what leaves review; what Payroc says is kept for them to see.
@@ -86,7 +109,7 @@ def _decide_sighting(refund: Refund, verdict: Verdict, sighting: Sighting, forei
     if older and refund.payroc_refund_id == sighting.payroc_refund_id:
         # A list may lag behind what an earlier answer already told; an older word is no news.
         return None
-    return _contradiction(refund, f"Payroc says {sighting.status} of a refund that is {refund.status} here.", sighting)
+    return _contradiction(refund, f"Payroc says {sighting.status} of a refund that is {refund.status} here.", sighting=sighting)
 
 
 def _way(start: Status, end: Status) -> tuple[Status, ...]:
@@ -97,10 +120,10 @@ def _way(start: Status, end: Status) -> tuple[Status, ...]:
     return ()
 
 
-def _contradiction(refund: Refund, what: str, sighting: Sighting | None) -> Change:
+def _contradiction(refund: Refund, what: str, *, sighting: Sighting | None = None, contradicting_id: str | None = None) -> Change:
     steps: tuple[Status, ...] = ()
     if (refund.status, Status.REVIEW) in EDGES:
         steps = (Status.REVIEW,)
     elif (refund.status, Status.APPROVED) in EDGES:
         steps = (Status.APPROVED, Status.REVIEW)
-    return Change(steps, what, sighting=sighting, contradiction=what, pause=EVERYTHING)
+    return Change(steps, what, sighting=sighting, contradiction=what, contradicting_id=contradicting_id, pause=EVERYTHING)

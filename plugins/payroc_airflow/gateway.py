@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -35,6 +36,16 @@ class HookGateway:
         with self._evicting(token):
             return await asyncio.to_thread(self._hook.create_refund, body, idempotency_key=idempotency_key, token=token)
 
+    async def get_refund(self, token: AccessToken, refund_id: str) -> Refund:
+        """Return one refund."""
+        with self._evicting(token):
+            return await asyncio.to_thread(self._hook.get_refund, refund_id, token=token)
+
+    async def reverse_refund(self, token: AccessToken, refund_id: str, idempotency_key: str) -> Refund:
+        """POST once."""
+        with self._evicting(token):
+            return await asyncio.to_thread(self._hook.reverse_refund, refund_id, idempotency_key=idempotency_key, token=token)
+
     async def list_refunds(
         self,
         token: AccessToken,
@@ -42,10 +53,13 @@ class HookGateway:
         processing_terminal_id: str,
         order_id: str | None = None,
         date_from: datetime | None = None,
+        date_to: datetime | None = None,
         limit: int | None = None,
     ) -> AsyncIterator[Refund]:
         """Yield refunds, each page fetched when it is needed."""
-        refunds = self._hook.list_refunds(processing_terminal_id, order_id=order_id, date_from=date_from, limit=limit, token=token)
+        refunds = self._hook.list_refunds(
+            processing_terminal_id, order_id=order_id, date_from=date_from, date_to=date_to, limit=limit, token=token
+        )
         with self._evicting(token):
             while (refund := await asyncio.to_thread(next, refunds, None)) is not None:
                 yield refund
@@ -59,3 +73,15 @@ class HookGateway:
             if error.http_status == 401 or error.problem_type == NOT_AUTHORIZED:
                 self._hook.evict_token(token)
             raise
+
+
+def connect(conn_id: str) -> HookGateway:
+    """
+    Return the gateway behind an Airflow connection: how the commands of ``include/`` reach Payroc, by an entry point.
+
+    :param conn_id: Airflow connection of type ``payroc``.
+    :raises PayrocConfigurationError: when the connection can't be used.
+    """
+    # Outside of a task Airflow reads connections from its own database only when it takes the process for one of its own.
+    os.environ.setdefault("_AIRFLOW_PROCESS_CONTEXT", "server")
+    return HookGateway(PayrocHook(payroc_conn_id=conn_id))

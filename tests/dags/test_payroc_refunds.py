@@ -247,6 +247,18 @@ def test_the_follow_up_brings_accepted_refunds_to_settled_and_writes_it_back(wor
     assert (world.row(ref)["status"], world.source_row(ref)["status"]) == ("settled", "settled")
 
 
+def test_a_follow_up_is_red_when_people_have_something_to_do_and_green_while_time_will_tell(world: World, run_dag: Runner) -> None:
+    world.send(world.released("9005"))
+    run = run_dag("payroc_refunds_followup")
+    assert (run.state, run.tasks["report"]) == ("success", "success")
+    refund_id = world.released()
+    world.send(refund_id)
+    world.sandbox.patch(f"/_sandbox/refunds/{world.row(refund_id)['payroc_refund_id']}", {"status": "admin"})
+    run = run_dag("payroc_refunds_followup")
+    assert (run.state, run.tasks["follow_up"], run.tasks["report"]) == ("failed", "success", "failed")
+    assert "1 in review: people have to look at them" in run.log
+
+
 def test_a_run_that_released_and_could_not_send_is_red_and_says_so(world: World, run_dag: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     world.approve()
     # The preflight's token is the last one that is given.

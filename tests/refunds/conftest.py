@@ -139,7 +139,7 @@ class World:
         return int(self.row(source_ref)["id"])
 
     def follow_up(self) -> dict[str, int]:
-        return dict(self.run(follow_up(self.ledger, self.gateway)))
+        return dict(self.run(follow_up(self.ledger, self.gateway, self.settings)))
 
     def write_back(self) -> tuple[int, list[str]]:
         return self.run(write_back(self.source, self.ledger))
@@ -166,6 +166,13 @@ class World:
 
     def paused(self) -> dict[str, str]:
         return self.run(self.ledger.pauses())
+
+    def lose_the_ledger(self) -> None:
+        """The ledger's refunds are gone, as after its loss."""
+        tables = ", ".join(f"refund_ledger.{name}" for name in ("refunds", "refund_attempts", "refund_events"))
+        with self.ledger_engine.begin() as connection:
+            connection.exec_driver_sql("SET session_replication_role = replica")
+            connection.exec_driver_sql(f"TRUNCATE {tables} RESTART IDENTITY")
 
     def posts(self, refund_id: int) -> int:
         """Return how many times Payroc was asked to create this refund."""

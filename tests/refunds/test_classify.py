@@ -102,7 +102,9 @@ def found(
 )
 def test_payrocs_word_decides_and_the_refund_id_is_kept(word: str, code: str, outcome: Outcome, status: Status) -> None:
     verdict = judge_object(found(word=word, code=code), REFUND, http_status=201)
-    assert (verdict.outcome, verdict.sighting) == (outcome, Sighting("CD3HN88U9F", word, status))
+    # Whatever the word says beside it, a response code of decline is kept as that word: the ledger has no other place for it.
+    kept = "declined" if code == "D" else word
+    assert (verdict.outcome, verdict.sighting) == (outcome, Sighting("CD3HN88U9F", kept, status))
     assert (verdict.http_status, verdict.pause, verdict.look_up_first, verdict.contradiction) == (201, None, False, False)
 
 

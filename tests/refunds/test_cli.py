@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 from include.refunds.cipher import Cipher
 from include.refunds.cli import app
+from include.refunds.connect import NoGateway, connect
 from include.refunds.settings import Settings
 from tests.conftest import ROOT, NewDatabase
 from tests.refunds.conftest import World
@@ -133,6 +135,106 @@ def test_pause_and_resume_stop_the_sending_and_let_it_go_on(world: World, ledger
     assert [tuple(event.values()) for event in events] == [("pause", "erin", "the bank called"), ("resume", "erin", "all clear")]
 
 
+WHO = {who: ("--by", who, "--reason", "seen") for who in ("ann", "bob")}
+
+
+def test_resolve_asks_payroc_and_a_second_person(world: World, ledger_url: URL) -> None:
+    refund_id = world.released("9013")
+    world.send(refund_id)
+    arguments = ("resolve", str(refund_id), "--as", "accepted")
+    first = cli(*arguments, *WHO["ann"], ledger=ledger_url)
+    assert (first.returncode, first.stderr) == (1, "")
+    command = f"`python -m include.refunds resolve {refund_id} --as accepted --by … --reason …`"
+    assert first.stdout == f"Proposed. It takes two: a different person has to run {command}.\n"
+    same = cli(*arguments, *WHO["ann"], ledger=ledger_url)
+    assert (same.returncode, same.stdout) == (2, "")
+    assert "a different person has to run the same command" in same.stderr
+    second = cli(*arguments, *WHO["bob"], ledger=ledger_url)
+    assert (second.returncode, second.stdout, second.stderr) == (0, f"Refund {refund_id} is accepted.\n", "")
+
+
+def test_reverse_then_reissue(world: World, ledger_url: URL) -> None:
+    refund_id = world.released()
+    world.send(refund_id)
+    undone = cli("reverse", str(refund_id), *WHO["ann"], ledger=ledger_url)
+    assert (undone.returncode, undone.stderr) == (0, "")
+    assert undone.stdout.startswith(f"Refund {refund_id} is reversed")
+    assert cli("reissue", str(refund_id), *WHO["ann"], ledger=ledger_url).returncode == 1
+    done = cli("reissue", str(refund_id), *WHO["bob"], ledger=ledger_url)
+    assert done.returncode == 0, done.stderr
+    assert f"replaces refund {refund_id}; the next run of payroc_refunds sends it." in done.stdout
+    shown = cli("show", str(refund_id), ledger=ledger_url).stdout
+    assert "proposal" in shown
+    assert "reverse" in shown
+
+
+def test_a_decision_about_no_refund_and_one_without_a_reason_are_refused(world: World, ledger_url: URL) -> None:
+    missing = cli("reissue", "77", *WHO["ann"], ledger=ledger_url)
+    assert (missing.returncode, missing.stderr) == (2, "The ledger holds no refund 77.\n")
+    blank = cli("reissue", "77", "--by", "ann", "--reason", "  ", ledger=ledger_url)
+    assert blank.returncode == 2
+    assert "must not be blank" in blank.stderr
+    rejected = cli("resolve", "77", "--as", "rejected", "--payroc-refund-id", "ABCDEFGHIJ", *WHO["ann"], ledger=ledger_url)
+    assert "goes with --as accepted" in rejected.stderr
+
+
+def test_verify_prints_json_and_nothing_else(world: World, ledger_url: URL) -> None:
+    world.send(world.released(processing_terminal_id="7701777"))
+    world.hours_ahead = 0
+    today = f"{world.run(world.ledger.now()):%Y-%m-%d}"
+    found = cli("verify", "--from", today, "--to", today, "--json", ledger=ledger_url)
+    assert (found.returncode, found.stderr) == (0, "")
+    (total,) = json.loads(found.stdout)["totals"]
+    assert (total["status"], total["ledger_count"], total["payroc_count"]) == ("accepted", 1, 1)
+    assert "The ledger and Payroc agree." in cli("verify", "--from", today, "--to", today, ledger=ledger_url).stdout
+    bad = cli("verify", "--from", "2026-11-23T09:00", "--to", today, ledger=ledger_url)
+    assert bad.returncode == 2
+    assert "nor an instant with its zone" in bad.stderr
+
+
+def test_a_command_that_can_not_reach_payroc_says_what_is_wrong_in_one_sentence(world: World, ledger_url: URL) -> None:
+    undefined = cli("reverse", "1", *WHO["ann"], "--payroc-conn-id", "payroc_other", ledger=ledger_url)
+    assert undefined.returncode == 2
+    assert undefined.stderr.startswith("Airflow connection 'payroc_other' is not defined")
+    connection = json.loads(os.environ["AIRFLOW_CONN_PAYROC_DEFAULT"]) | {"host": "http://127.0.0.1:1/v1"}
+    connection["extra"] = {"identity_url": "http://127.0.0.1:1"}
+    world.send(world.released())
+    dead = cli("reverse", "1", *WHO["ann"], ledger=ledger_url, AIRFLOW_CONN_PAYROC_DEFAULT=json.dumps(connection))
+    assert dead.returncode == 2
+    assert "This ledger belongs to Payroc at" in dead.stderr
+
+
+def test_without_the_installed_package_a_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("include.refunds.connect.entry_points", lambda group: [])
+    with pytest.raises(NoGateway, match=r"No way to Payroc is installed .*: run `pip install --no-deps --editable \.`"):
+        connect("payroc_default")
+
+
+def test_a_package_that_can_not_be_imported_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = EntryPoint("airflow", "no_such_package.gateway:connect", "payroc_refunds.gateway")
+    monkeypatch.setattr("include.refunds.connect.entry_points", lambda group: [missing])
+    with pytest.raises(NoGateway, match=r"can't be imported .*no_such_package.*: run `pip install"):
+        connect("payroc_default")
+
+
+def test_a_connection_in_airflows_own_database_is_found(world: World, ledger_url: URL, airflow_database: None) -> None:
+    fields = json.loads(os.environ["AIRFLOW_CONN_PAYROC_DEFAULT"])
+    added = subprocess.run(
+        [sys.executable, "-m", "airflow", "connections", "add", "payroc_stored", "--conn-json", json.dumps(fields)],
+        cwd=ROOT,
+        env=dict(os.environ),
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert added.returncode == 0, added.stderr
+    refund_id = world.released()
+    world.send(refund_id)
+    undone = cli("reverse", str(refund_id), *WHO["ann"], "--payroc-conn-id", "payroc_stored", ledger=ledger_url)
+    assert (undone.returncode, undone.stderr) == (0, "")
+
+
 def test_generated_keys_are_usable() -> None:
     printed = cli("generate-keys").stdout
     keys = dict(line.split("=", 1) for line in printed.splitlines())
@@ -142,7 +244,10 @@ def test_generated_keys_are_usable() -> None:
     assert cipher.open(cipher.seal(b"body"), cipher.sha256(b"body"), 1) == b"body"
 
 
-@pytest.mark.parametrize("command", [[], ["migrate"], ["import"], ["status"], ["show"], ["pause"], ["resume"], ["generate-keys"]])
+COMMANDS = ("migrate", "import", "status", "show", "pause", "resume", "resolve", "reissue", "reverse", "verify", "generate-keys")
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_help_of_every_command_can_be_read(command: list[str]) -> None:
     shown = CliRunner().invoke(app, [*command, "--help"])
     assert shown.exit_code == 0

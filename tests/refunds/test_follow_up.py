@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from include.payroc.errors import PayrocIncompleteList
+from include.payroc.models import Refund
+from include.refunds.classify import Outcome, Sighting, Verdict
+from include.refunds.ledger import Task
+from include.refunds.states import Status
 from tests.refunds.conftest import World
 
 
@@ -121,3 +132,165 @@ def test_a_refund_without_news_is_only_noted_as_seen(world: World) -> None:
     after = world.row(refund_id)
     assert after["payroc_seen_at"] > before["payroc_seen_at"]
     assert after | {"payroc_seen_at": None} == before | {"payroc_seen_at": None}
+
+
+class Listing:
+    """
+    The gateway, with objects of our making in what it lists.
+
+    :param objects: changes what a list yields.
+    """
+
+    def __init__(self, world: World, objects) -> None:
+        self._gateway, self._objects = world.gateway, objects
+        self.environment, self.sent_with = world.gateway.environment, world.gateway.sent_with
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._gateway, name)
+
+    async def list_refunds(self, token, **filters):
+        listed = [item async for item in self._gateway.list_refunds(token, **filters)]
+        for item in self._objects(listed):
+            yield item
+
+
+def object_of(world: World, refund_id: int, payroc_refund_id: str, **changes: Any) -> Refund:
+    """Return an object with the key of a refund, as Payroc would list it."""
+    row = world.row(refund_id)
+    result = {"type": "unreferencedRefund", "status": "ready", "responseCode": "A", "authorizedAmount": -row["amount"]}
+    shown = {
+        "refundId": payroc_refund_id,
+        "processingTerminalId": row["processing_terminal_id"],
+        "order": {"orderId": row["order_id"], "amount": row["amount"], "currency": row["currency"]},
+        "transactionResult": result | changes,
+        "customFields": [{"name": "refundKey", "value": str(row["idempotency_key"])}],
+    }
+    return Refund.model_validate_json(json.dumps(shown))
+
+
+def contradictions(world: World) -> int:
+    return len(world.rows("SELECT 1 FROM refund_ledger.refund_events WHERE event = 'contradiction'"))
+
+
+def test_a_second_object_for_one_key_is_a_contradiction_that_is_told_once(world: World) -> None:
+    refund_id = paid(world)
+    second = object_of(world, refund_id, "SECOND0001")
+    world.gateway = Listing(world, lambda listed: [*listed, second])
+    world.follow_up()
+    row = world.row(refund_id)
+    assert (row["status"], row["reason"]) == ("review", "Payroc's refund SECOND0001 does not belong to this row.")
+    assert list(world.paused()) == ["*"]
+    world.run(world.ledger.resume("*", "seen"))
+    world.follow_up()
+    assert (contradictions(world), world.paused()) == (1, {})
+
+
+@pytest.mark.parametrize("status", ["rejected", "approved", "cancelled"])
+def test_an_object_for_a_refund_that_was_not_paid_here_takes_it_to_review_and_pauses(world: World, status: str) -> None:
+    refund_id = world.released("9002")
+    if status == "rejected":
+        world.send(refund_id)
+    else:
+        with world.ledger_engine.begin() as connection:
+            for step in ("approved", status):
+                connection.exec_driver_sql(f"UPDATE refund_ledger.refunds SET status = '{step}' WHERE id = {refund_id}")
+    assert world.row(refund_id)["status"] == status
+    found = object_of(world, refund_id, "FOUND00001")
+    world.gateway = Listing(world, lambda listed: [*listed, found])
+    world.follow_up()
+    row = world.row(refund_id)
+    assert (row["status"], row["payroc_refund_id"], list(world.paused())) == ("review", "FOUND00001", ["*"])
+
+
+@pytest.mark.parametrize("word", ["ready", "admin", "somethingNew"])
+def test_what_people_resolved_is_not_thrown_back_by_an_object_that_says_the_same_as_before(world: World, word: str) -> None:
+    refund_id = world.released()
+    world.send(refund_id)
+    world.run(world.ledger.record(refund_id, Verdict(Outcome.REVIEW, "Admin.", sighting=sighting_of(world, refund_id, word))))
+    with world.ledger_engine.begin() as connection:
+        connection.exec_driver_sql(f"UPDATE refund_ledger.refunds SET status = 'accepted' WHERE id = {refund_id}")
+    set_at_payroc(world, refund_id, word)
+    assert world.follow_up()["followed"] == 1
+    assert (world.row(refund_id)["status"], contradictions(world)) == ("accepted", 0)
+
+
+def sighting_of(world: World, refund_id: int, word: str) -> Sighting:
+    return Sighting(world.row(refund_id)["payroc_refund_id"], word, Status.REVIEW)
+
+
+def test_an_object_that_can_not_be_understood_hides_no_other_and_fails_nothing(world: World) -> None:
+    refund_id = paid(world)
+    set_at_payroc(world, refund_id, "complete")
+
+    class Odd(Listing):
+        async def list_refunds(self, token, **filters):
+            async for item in self._gateway.list_refunds(token, **filters):
+                yield item
+            raise PayrocIncompleteList("list refunds", 1)
+
+    world.gateway = Odd(world, None)
+    counts = world.follow_up()
+    assert (counts["changed"], counts["not understood"], counts.get("failed", 0)) == (1, 1, 0)
+    assert world.row(refund_id)["status"] == "settled"
+
+
+def test_a_list_with_an_object_that_can_not_be_understood_proves_no_absence(world: World) -> None:
+    refund_id = paid(world, "9005")
+
+    class Odd(Listing):
+        async def list_refunds(self, token, **filters):
+            async for item in self._gateway.list_refunds(token, **filters):
+                yield item
+            raise PayrocIncompleteList("list refunds", 1)
+
+    world.gateway = Odd(world, None)
+    world.hours_ahead += 24 * 7
+    world.follow_up()
+    assert world.row(refund_id)["status"] == "unknown"
+
+
+def test_a_refund_whose_key_may_no_longer_be_sent_and_that_payroc_does_not_list_goes_to_people(world: World) -> None:
+    refund_id = paid(world, "9005")
+    world.hours_ahead += 24 * 7
+    world.follow_up()
+    row = world.row(refund_id)
+    assert (row["status"], row["reason"]) == ("review", "Its key may no longer be sent again, and Payroc lists no refund with it.")
+
+
+def test_nothing_enters_review_by_the_passing_of_time_while_a_lease_lives(world: World) -> None:
+    refund_id = world.released()
+    world.run(claimed(world, refund_id))
+    with world.ledger_engine.begin() as connection:
+        connection.exec_driver_sql(f"UPDATE refund_ledger.refunds SET lease_until = now() + interval '8 days' WHERE id = {refund_id}")
+    world.hours_ahead += 24 * 7
+    world.follow_up()
+    assert world.row(refund_id)["status"] == "sending"
+    world.hours_ahead += 48
+    world.follow_up()
+    assert world.row(refund_id)["status"] == "review"
+
+
+async def claimed(world: World, refund_id: int) -> None:
+    gateway = world.gateway
+    assert await world.ledger.claim(
+        refund_id,
+        Task("run-1"),
+        environment=gateway.environment,
+        sent_with=gateway.sent_with,
+        token_expires_at=await world.ledger.now() + timedelta(hours=1),
+    )
+
+
+def test_a_settled_refund_is_followed_for_twelve_business_days(world: World) -> None:
+    early, late = paid(world), paid(world)
+    for item in (early, late):
+        set_at_payroc(world, item, "complete")
+    world.follow_up()
+    world.hours_ahead += 24 * 14
+    set_at_payroc(world, early, "returned")
+    world.follow_up()
+    assert world.row(early)["status"] == "returned"
+    world.hours_ahead += 24 * 14 + 24 * 5
+    set_at_payroc(world, late, "returned")
+    world.follow_up()
+    assert world.row(late)["status"] == "settled"

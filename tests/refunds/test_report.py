@@ -6,7 +6,8 @@ from datetime import UTC, datetime
 
 import pytest
 
-from include.refunds.report import Line, Report, _business_days, run_report, status_report
+from include.refunds.business_days import business_days_before, business_days_between
+from include.refunds.report import Line, Report, follow_up_report, run_report, status_report
 from tests.refunds.conftest import World
 
 
@@ -36,18 +37,44 @@ def test_an_accepted_refund_that_does_not_move_is_named(world: World, ending: st
         world.send(refund_id)
     age(world, late, **columns)
     world.write_back()
-    notes = status(world).notes
-    assert len(notes) == 1
-    assert f"Refund {late} (order {world.row(late)['order_id']}) {sentence}" in notes[0]
+    (found,) = status(world).notes
+    assert f"Refund {late} (order {world.row(late)['order_id']}) {sentence}" in found
+
+
+def test_a_refund_in_doubt_for_more_than_a_day_is_named(world: World) -> None:
+    late, fresh = world.released("9005"), world.released("9005")
+    for refund_id in (late, fresh):
+        world.send(refund_id)
+    age(world, late, first_sent_at="25 hours")
+    world.write_back()
+    (sentence,) = status(world).notes
+    assert f"Refund {late} (order {world.row(late)['order_id']}) has been unknown for more than a day" in sentence
+
+
+def test_the_follow_up_reports_what_people_have_to_do_and_not_what_time_will_tell(world: World) -> None:
+    in_doubt = world.released("9005")
+    world.send(in_doubt)
+
+    def unfinished() -> str:
+        return " ".join(world.run(follow_up_report(world.ledger.engine, world.settings.source)).unfinished)
+
+    assert unfinished() == ""
+    age(world, in_doubt, first_sent_at="25 hours")
+    assert "has been unknown for more than a day" in unfinished()
+    world.send(world.released("9013"))
+    world.run(world.ledger.pause("*", "the bank called"))
+    assert "1 in review: people have to look at them" in unfinished()
+    assert "`python -m include.refunds resolve ID`" in unfinished()
+    assert "The sending is paused by test: the bank called" in unfinished()
 
 
 def test_a_weekend_is_no_business_day() -> None:
     friday, monday = datetime(2026, 11, 20, tzinfo=UTC), datetime(2026, 11, 23, tzinfo=UTC)
-    assert (_business_days(friday, monday), _business_days(friday, friday), _business_days(monday, datetime(2026, 11, 30, tzinfo=UTC))) == (
-        1,
-        0,
-        5,
-    )
+    next_monday = datetime(2026, 11, 30, tzinfo=UTC)
+    assert business_days_between(friday, monday) == 1
+    assert business_days_between(friday, friday) == 0
+    assert business_days_between(monday, next_monday) == 5
+    assert business_days_before(next_monday, 6) == datetime(2026, 11, 22, tzinfo=UTC)
 
 
 @pytest.mark.parametrize(

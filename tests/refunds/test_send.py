@@ -265,19 +265,11 @@ def test_another_refund_at_payroc_with_our_order_id_is_never_adopted_and_nothing
     assert world.paid(refund_id) == 1
 
 
-def _forget_everything(world: World) -> None:
-    """The ledger is lost, and a new one takes its place."""
-    with world.ledger_engine.begin() as connection:
-        connection.exec_driver_sql("SET session_replication_role = replica")
-        tables = ", ".join(f"refund_ledger.{name}" for name in ("refunds", "refund_attempts", "refund_events"))
-        connection.exec_driver_sql(f"TRUNCATE {tables} RESTART IDENTITY")
-
-
 def test_a_refund_that_a_lost_ledger_paid_long_ago_is_found_and_not_sent_again(world: World) -> None:
     long_ago = datetime.now(UTC) - timedelta(days=10)
     refund_id = world.released(approved_at=long_ago)
     assert world.send(refund_id).sent is Sent.ACCEPTED
-    _forget_everything(world)
+    world.lose_the_ledger()
     world.pull()
     [again] = world.release("run-2")
     world.fault(again, "status", "list")

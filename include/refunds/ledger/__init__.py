@@ -6,6 +6,7 @@ give a clock of its own.
 """
 
 from include.refunds.ledger.base import LedgerError, LedgerUnavailable, NoSuchRefund, create_ledger_engine
+from include.refunds.ledger.decisions import Decisions
 from include.refunds.ledger.intake import NAMELESS, Intake, NewRefund, differences
 from include.refunds.ledger.runs import RELEASE_VALID, Candidate, Runs, Selection, totals
 from include.refunds.ledger.sending import Claim, Sending, Task
@@ -30,7 +31,7 @@ __all__ = [
 ]
 
 
-class Ledger(Intake, Runs, Sending, WriteBacks):
+class Ledger(Intake, Runs, Sending, Decisions, WriteBacks):
     """
     The refund ledger.
 

@@ -119,14 +119,16 @@ class Intake(LedgerBase):
         Take back the releases of refunds that the source no longer stands by.
 
         :param standing: source_refs of all rows that the source returns, valid and unchanged.
-        :returns: ids and source_refs of all refunds that wait to be sent and that the source does not stand by.
+        :returns: ids and source_refs of all refunds that wait to be sent and that the source does not stand by. Reissues are none of
+            them: two people approved them in the ledger, the source has no row of theirs.
         """
         take_back = text("""
             UPDATE refund_ledger.refunds SET status = 'approved', reason = 'Its source row is no longer approved.', updated_at = :now
-            WHERE source = :source AND status = 'released' AND source_ref <> ALL(:standing)""")
+            WHERE source = :source AND status = 'released' AND replaces IS NULL AND source_ref <> ALL(:standing)""")
         query = text("""
             SELECT id, source_ref FROM refund_ledger.refunds
-            WHERE source = :source AND status IN ('approved', 'held') AND source_ref <> ALL(:standing) ORDER BY id""")
+            WHERE source = :source AND status IN ('approved', 'held') AND replaces IS NULL AND source_ref <> ALL(:standing)
+            ORDER BY id""")
         async with self._transaction() as (connection, now):
             values = {"source": self._settings.source, "standing": list(standing)}
             await connection.execute(take_back, {**values, "now": now})

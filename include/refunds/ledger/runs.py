@@ -14,12 +14,20 @@ from sqlalchemy import text
 from include.refunds.classify import EVERYTHING
 from include.refunds.ledger.base import LedgerBase, LedgerError
 from include.refunds.ledger.control import NOT_PAUSED
+from include.refunds.states import REPLACEABLE
+
+_LIST_OF_REPLACEABLE = ", ".join(f"'{status}'" for status in sorted(REPLACEABLE))
 
 # A release is good for so long; what was not sent by then has to pass the door again.
 RELEASE_VALID = timedelta(hours=24)
 
 # A refund in doubt whose wait ends within this time is worth waiting for inside a run.
 DUE_WITHIN = timedelta(minutes=5)
+
+# True of a row r of refunds that replaces none, or one that still moved no money or brought it back: a refund that turned out to be
+# paid after all must not be paid again by its reissue.
+REPLACED_STANDS = f"""(r.replaces IS NULL OR EXISTS (
+    SELECT FROM refund_ledger.refunds AS replaced WHERE replaced.id = r.replaces AND replaced.status IN ({_LIST_OF_REPLACEABLE})))"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +49,7 @@ class Selection:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A refund that a run would release."""
+    """A refund that a run would release; ``replaces`` is the id of the refund that it is a reissue of."""
 
     id: int
     source_ref: str
@@ -51,6 +59,7 @@ class Candidate:
     currency: str
     payee_last4: str | None
     attempts: int
+    replaces: int | None = None
 
 
 def totals(amounts: Iterable[tuple[str, int]]) -> dict[str, dict[str, int]]:
@@ -88,14 +97,15 @@ class Runs(LedgerBase):
 
         What is paused is left out, so that it takes no place of those that can go.
 
-        :param standing: only those of these source_refs, by which the source stands.
+        :param standing: only those of these source_refs, by which the source stands. A reissue has no row in the source: two people
+            approved it in the ledger, so it stands by itself.
         :param ids: only those of these ids.
         """
         query = text(f"""
-            SELECT {", ".join(Candidate.__slots__)} FROM refund_ledger.refunds
+            SELECT {", ".join(Candidate.__slots__)} FROM refund_ledger.refunds AS r
             WHERE source = :source AND status IN ('approved', 'released') AND payroc_refund_id IS NULL
-              AND {NOT_PAUSED}
-              AND (CAST(:standing AS text[]) IS NULL OR source_ref = ANY(CAST(:standing AS text[])))
+              AND {NOT_PAUSED} AND {REPLACED_STANDS}
+              AND (CAST(:standing AS text[]) IS NULL OR source_ref = ANY(CAST(:standing AS text[])) OR replaces IS NOT NULL)
               AND (CAST(:ids AS bigint[]) IS NULL OR id = ANY(CAST(:ids AS bigint[])))
               AND (CAST(:refs AS text[]) IS NULL OR source_ref = ANY(CAST(:refs AS text[])))
               AND (CAST(:terminal AS text) IS NULL OR processing_terminal_id = :terminal)
@@ -186,13 +196,15 @@ class Runs(LedgerBase):
         take_back = text("""
             UPDATE refund_ledger.refunds SET status = 'approved', reason = :reason, updated_at = :now
             WHERE id = :id AND status = 'released'""")
-        release = text("""
-            UPDATE refund_ledger.refunds SET status = 'released', reason = NULL,
+        release = text(f"""
+            UPDATE refund_ledger.refunds AS r SET status = 'released', reason = NULL,
                 released_by = :actor, released_run = :run_id, released_at = :now, updated_at = :now
-            WHERE id = ANY(:ids) AND source = :source AND status = 'approved' AND processing_terminal_id <> ALL(:paused)""")
-        query = text("""
-            SELECT id, amount, currency FROM refund_ledger.refunds
+            WHERE id = ANY(:ids) AND source = :source AND status = 'approved' AND processing_terminal_id <> ALL(:paused)
+              AND {REPLACED_STANDS}""")
+        query = text(f"""
+            SELECT id, amount, currency FROM refund_ledger.refunds AS r
             WHERE id = ANY(:ids) AND source = :source AND status = 'released' AND processing_terminal_id <> ALL(:paused)
+              AND {REPLACED_STANDS}
             ORDER BY approved_at, id""")
         note = text("""
             UPDATE refund_ledger.refund_runs SET released = :released, released_totals = CAST(:totals AS jsonb),

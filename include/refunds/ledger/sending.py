@@ -7,18 +7,16 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import RowMapping, text
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from include.refunds.classify import Outcome, Verdict
-from include.refunds.ledger.base import NoSuchRefund
 from include.refunds.ledger.control import NOT_PAUSED, Control
-from include.refunds.ledger.runs import RELEASE_VALID
+from include.refunds.ledger.rows import COLUMNS, as_refund, select_history, select_refund, stands_elsewhere
+from include.refunds.ledger.runs import RELEASE_VALID, REPLACED_STANDS
 from include.refunds.refund import History, Refund
 from include.refunds.states import IN_DOUBT, Status
 from include.refunds.transitions import Change, decide
-
-_COLUMNS = ", ".join(f"r.{name}" for name in Refund.__slots__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +64,8 @@ class Sending(Control):
         :raises NoSuchRefund: when there is none.
         """
         async with self._transaction() as (connection, now):
-            refund = await _select(connection, refund_id)
-            return refund, await _history(connection, refund_id, before=refund.attempts + 1), now
+            refund = await select_refund(connection, refund_id)
+            return refund, await select_history(connection, refund_id, before=refund.attempts + 1), now
 
     async def claim(self, refund_id: int, task: Task, *, environment: str, sent_with: str, token_expires_at: datetime) -> Claim | None:
         """
@@ -86,11 +84,11 @@ class Sending(Control):
                 first_sent_at = COALESCE(first_sent_at, :now), sent_with = COALESCE(sent_with, :sent_with), updated_at = :now
             WHERE id = :id AND source = :source AND request IS NOT NULL AND payroc_refund_id IS NULL
               AND EXISTS (SELECT FROM refund_ledger.refund_control WHERE scope = '*' AND environment = :environment)
-              AND {NOT_PAUSED}
+              AND {NOT_PAUSED} AND {REPLACED_STANDS}
               AND (first_sent_at IS NULL OR (first_sent_at > :window_start AND sent_with = :sent_with))
               AND (status = 'released' AND released_at > :oldest_release
                    OR status IN ('unknown', 'sending') AND lease_until <= :now AND next_attempt_at <= :now)
-            RETURNING {_COLUMNS}""")
+            RETURNING {COLUMNS}""")
         attempt = text("""
             INSERT INTO refund_ledger.refund_attempts (refund_id, attempt, run_id, map_index, try_number, started_at)
             VALUES (:id, :attempt, :run_id, :map_index, :try_number, :now)""")
@@ -108,7 +106,7 @@ class Sending(Control):
             row = (await connection.execute(update, values)).mappings().one_or_none()
             if row is None:
                 return None
-            refund = _refund(row)
+            refund = as_refund(row)
             await connection.execute(
                 attempt,
                 {
@@ -120,7 +118,7 @@ class Sending(Control):
                     "now": now,
                 },
             )
-            return Claim(refund, await _history(connection, refund_id, before=refund.attempts))
+            return Claim(refund, await select_history(connection, refund_id, before=refund.attempts))
 
     async def may_post(self, claim: Claim, seconds: float) -> bool:
         """
@@ -129,8 +127,8 @@ class Sending(Control):
         :param seconds: how long the POST may take; the lease has to last that long.
         """
         query = text(f"""
-            SELECT attempts = :attempt AND status = 'sending' AND lease_until > :until AND {NOT_PAUSED}
-            FROM refund_ledger.refunds WHERE id = :id""")
+            SELECT attempts = :attempt AND status = 'sending' AND lease_until > :until AND {NOT_PAUSED} AND {REPLACED_STANDS}
+            FROM refund_ledger.refunds AS r WHERE id = :id""")
         async with self._transaction() as (connection, now):
             values = {"id": claim.refund.id, "attempt": claim.attempt, "until": now + timedelta(seconds=seconds)}
             return bool((await connection.execute(query, values)).scalar_one())
@@ -144,30 +142,38 @@ class Sending(Control):
         :returns: the refund as it is afterwards, and the ledger's time.
         """
         async with self._transaction() as (connection, now):
-            refund = await _select(connection, refund_id, for_update=True)
+            refund = await select_refund(connection, refund_id, for_update=True)
             if attempt is not None:
                 await _finish_attempt(connection, refund_id, attempt, verdict, now)
                 current = refund.status is Status.SENDING and refund.attempts == attempt
             else:
                 current = refund.status in IN_DOUBT and refund.lease_until is not None and refund.lease_until <= now
+            found = verdict.sighting.payroc_refund_id if verdict.sighting else None
             change = decide(
                 refund,
                 verdict,
-                await _history(connection, refund_id, before=attempt or refund.attempts + 1),
+                await select_history(connection, refund_id, before=attempt or refund.attempts + 1),
                 current=current,
-                foreign_id=await _is_foreign(connection, refund_id, verdict),
+                foreign_id=found is not None and await stands_elsewhere(connection, refund_id, found),
+                told=found is not None and await _is_told(connection, refund_id, found),
                 now=now,
                 unknown_wait=timedelta(seconds=self._settings.unknown_wait_seconds),
             )
+            # The lease is the attempt's: it ends with the attempt's own record, and stands when somebody else's record takes the
+            # refund to people, who must not decide while a POST may still be on its way.
+            holds = refund.attempts == attempt
             if change is not None:
-                await self._apply(connection, refund, change, now)
-            return await _select(connection, refund_id), now
+                await self._apply(connection, refund, change, now, ends_lease=holds)
+            if holds and refund.status is Status.REVIEW:
+                await connection.execute(text("UPDATE refund_ledger.refunds SET lease_until = NULL WHERE id = :id"), {"id": refund_id})
+            return await select_refund(connection, refund_id), now
 
-    async def _apply(self, connection: AsyncConnection, refund: Refund, change: Change, now: datetime) -> None:
+    async def _apply(self, connection: AsyncConnection, refund: Refund, change: Change, now: datetime, *, ends_lease: bool) -> None:
         update = text("""
             UPDATE refund_ledger.refunds SET
                 status = :status, reason = COALESCE(CAST(:reason AS text), reason), updated_at = :now,
-                lease_until = CAST(:wait_until AS timestamptz), next_attempt_at = CAST(:wait_until AS timestamptz),
+                lease_until = CASE WHEN :keeps_lease THEN lease_until ELSE CAST(:wait_until AS timestamptz) END,
+                next_attempt_at = CAST(:wait_until AS timestamptz),
                 first_sent_at = CASE WHEN :never_sent THEN NULL ELSE first_sent_at END,
                 sent_with = CASE WHEN :never_sent THEN NULL ELSE sent_with END,
                 payroc_refund_id = COALESCE(payroc_refund_id, CAST(:payroc_refund_id AS text)),
@@ -194,13 +200,15 @@ class Sending(Control):
                     "status": status.value,
                     "reason": change.reason,
                     "wait_until": change.wait_until,
+                    "keeps_lease": status is Status.REVIEW and not ends_lease,
                     "never_sent": change.never_sent,
                 },
             )
         if sighting and not change.steps:
             await connection.execute(seen, values)
         if change.contradiction:
-            await self._event(connection, now, "contradiction", refund_id=refund.id, reason=change.contradiction)
+            detail = {"payroc_refund_id": change.contradicting_id} if change.contradicting_id else None
+            await self._event(connection, now, "contradiction", refund_id=refund.id, reason=change.contradiction, detail=detail)
         if change.pause:
             await self._pause(connection, change.pause, change.reason or "", now)
 
@@ -214,51 +222,60 @@ class Sending(Control):
         """Return all refunds that are sending or unknown."""
         return await self._refunds("r.status IN ('sending', 'unknown')", {})
 
-    async def followed(self, settled_since: timedelta) -> list[Refund]:
+    async def followed(self, changed_within: timedelta) -> list[Refund]:
         """
-        Return the refunds whose further way Payroc still has to tell: accepted, or settled not long ago.
+        Return the refunds whose further way Payroc still has to tell: accepted, in review, or changed not long ago.
 
-        :param settled_since: how long a settled refund is followed, since a bank may return it after it settled.
+        :param changed_within: how long any other refund is followed: a bank may return one that settled, and Payroc may list one
+            that ended here without a payment.
         """
         now = await self.now()
-        return await self._refunds(
-            "r.status = 'accepted' OR (r.status = 'settled' AND r.updated_at > :since)", {"since": now - settled_since}
-        )
+        return await self._refunds("r.status IN ('accepted', 'review') OR r.updated_at > :since", {"since": now - changed_within})
 
-    async def _refunds(self, condition: str, values: dict[str, Any]) -> list[Refund]:
-        query = text(f"SELECT {_COLUMNS} FROM refund_ledger.refunds AS r WHERE source = :source AND ({condition}) ORDER BY id")
+    async def known(self, keys: Sequence[str], payroc_refund_ids: Sequence[str], order_ids: Sequence[str] = ()) -> list[Refund]:
+        """Return the refunds with one of these idempotency keys, of these refund ids of Payroc's, or of these order ids."""
+        condition = """r.idempotency_key = ANY(CAST(:keys AS uuid[])) OR r.payroc_refund_id = ANY(:payroc_refund_ids)
+            OR r.order_id = ANY(:order_ids)"""
+        values = {"keys": list(keys), "payroc_refund_ids": list(payroc_refund_ids), "order_ids": list(order_ids)}
+        return await self._refunds(condition, values)
+
+    async def sent_between(self, start: datetime, end: datetime, *, after: int, limit: int) -> list[Refund]:
+        """
+        Return refunds that were first sent from ``start`` up to ``end``, ordered by id.
+
+        :param after: only those with a greater id.
+        :param limit: at most so many.
+        """
+        condition = "r.first_sent_at >= :start AND r.first_sent_at < :end AND r.id > :after"
+        return await self._refunds(condition, {"start": start, "end": end, "after": after}, limit=limit)
+
+    async def all_terminals(self) -> list[str]:
+        """Return the processing terminals of all refunds, sorted."""
+        query = text("SELECT DISTINCT processing_terminal_id FROM refund_ledger.refunds WHERE source = :source ORDER BY 1")
         async with self._transaction() as (connection, _):
-            result = await connection.execute(query, {**values, "source": self._settings.source})
-            return [_refund(row) for row in result.mappings()]
+            return list((await connection.execute(query, {"source": self._settings.source})).scalars())
+
+    async def replaced(self, refund_id: int) -> tuple[int, Status] | None:
+        """Return the id and the status of the refund that this one replaces, ``None`` when it replaces none."""
+        query = text("""
+            SELECT replaced.id, replaced.status FROM refund_ledger.refunds AS r
+            JOIN refund_ledger.refunds AS replaced ON replaced.id = r.replaces WHERE r.id = :id""")
+        async with self._transaction() as (connection, _):
+            row = (await connection.execute(query, {"id": refund_id})).one_or_none()
+            return None if row is None else (row.id, Status(row.status))
+
+    async def _refunds(self, condition: str, values: dict[str, Any], limit: int | None = None) -> list[Refund]:
+        query = text(f"SELECT {COLUMNS} FROM refund_ledger.refunds AS r WHERE source = :source AND ({condition}) ORDER BY id LIMIT :limit")
+        async with self._transaction() as (connection, _):
+            result = await connection.execute(query, {**values, "source": self._settings.source, "limit": limit})
+            return [as_refund(row) for row in result.mappings()]
 
 
-def _refund(row: RowMapping) -> Refund:
-    return Refund(**{**row, "status": Status(row["status"])})
-
-
-async def _select(connection: AsyncConnection, refund_id: int, *, for_update: bool = False) -> Refund:
-    query = text(f"SELECT {_COLUMNS} FROM refund_ledger.refunds AS r WHERE id = :id" + (" FOR UPDATE" if for_update else ""))
-    row = (await connection.execute(query, {"id": refund_id})).mappings().one_or_none()
-    if row is None:
-        raise NoSuchRefund(f"The ledger holds no refund {refund_id}.")
-    return _refund(row)
-
-
-async def _history(connection: AsyncConnection, refund_id: int, *, before: int) -> History:
+async def _is_told(connection: AsyncConnection, refund_id: int, payroc_refund_id: str) -> bool:
     query = text("""
-        SELECT COALESCE(bool_or(outcome IS NULL OR outcome = 'unknown'), false) AS unresolved,
-               COALESCE(bool_or(problem_type = 'idempotency-key-in-use'), false) AS key_in_use,
-               max(finished_at) FILTER (WHERE http_status = 401 OR problem_type = 'not-authorized') AS unauthorized_at
-        FROM refund_ledger.refund_attempts WHERE refund_id = :id AND attempt < :before""")
-    return History(**(await connection.execute(query, {"id": refund_id, "before": before})).mappings().one())
-
-
-async def _is_foreign(connection: AsyncConnection, refund_id: int, verdict: Verdict) -> bool:
-    if verdict.sighting is None:
-        return False
-    query = text("SELECT EXISTS (SELECT FROM refund_ledger.refunds WHERE payroc_refund_id = :payroc_refund_id AND id <> :id)")
-    values = {"payroc_refund_id": verdict.sighting.payroc_refund_id, "id": refund_id}
-    return bool((await connection.execute(query, values)).scalar_one())
+        SELECT EXISTS (SELECT FROM refund_ledger.refund_events
+                       WHERE refund_id = :id AND event = 'contradiction' AND detail ->> 'payroc_refund_id' = :payroc_refund_id)""")
+    return bool((await connection.execute(query, {"id": refund_id, "payroc_refund_id": payroc_refund_id})).scalar_one())
 
 
 async def _finish_attempt(connection: AsyncConnection, refund_id: int, attempt: int, verdict: Verdict, now: datetime) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 
 from include.refunds.ledger.base import LedgerBase
 from include.refunds.ledger.intake import NAMELESS
@@ -26,31 +27,62 @@ class WriteBack:
     updated_at: datetime
 
 
+# Longer than a write-back of thousands of refunds takes.
+_LOCK_SECONDS = 60
+
+# Where a line for the source came from: a refund, the newest reissue of one, or an invalid row.
+_WRITTEN = (
+    ("refunds", "target.source_ref = row.source_ref"),
+    ("refunds", "target.replaces IS NOT NULL AND refund_ledger.first_source_ref(target.id) = row.source_ref"),
+    ("invalid_rows", "target.source_ref = row.source_ref"),
+)
+
+
 class WriteBacks(LedgerBase):
     """What the write-back reads and notes."""
 
     @asynccontextmanager
     async def write_back_lock(self) -> AsyncIterator[None]:
-        """Hold the lock that lets write-backs run one at a time, so that an older one never overtakes a newer one."""
-        async with self.engine.connect() as connection:
-            await connection.execute(text("SELECT pg_advisory_lock(hashtext('refund_ledger.write_back'))"))
-            await connection.commit()
+        """
+        Hold the lock that lets write-backs run one at a time, so that an older one never overtakes a newer one.
+
+        :raises LedgerUnavailable: when another one works, or stands still, with it for more than a minute.
+        """
+        async with AsyncExitStack() as stack:
+            try:
+                connection = await stack.enter_async_context(self.engine.connect())
+                await connection.execute(text(f"SET LOCAL lock_timeout = '{_LOCK_SECONDS}s'"))
+                await connection.execute(text("SELECT pg_advisory_lock(hashtext('refund_ledger.write_back'))"))
+                await connection.commit()
+            except (DBAPIError, OSError) as error:
+                raise self._explained(error) from None
             try:
                 yield
             finally:
-                await connection.execute(text("SELECT pg_advisory_unlock(hashtext('refund_ledger.write_back'))"))
+                # A session that has ended has let go of it.
+                with suppress(DBAPIError):
+                    await connection.execute(text("SELECT pg_advisory_unlock(hashtext('refund_ledger.write_back'))"))
 
     async def due_write_backs(self, limit: int, after: str = "") -> list[WriteBack]:
         """
         Return changes that the source does not have yet, ordered by source_ref.
 
+        Of a refund and its reissues the source has one row, which shows the newest; the others are not written back any more.
+
         :param limit: at most so many.
         :param after: only those with a greater source_ref.
         """
         query = text("""
-            (SELECT source_ref, status, payroc_refund_id, payroc_status, reason, updated_at FROM refund_ledger.refunds
+            (SELECT source_ref, status, payroc_refund_id, payroc_status, reason, updated_at FROM refund_ledger.refunds AS r
              WHERE source = :source AND written_back_at IS DISTINCT FROM updated_at AND source_ref > :after
+               AND replaces IS NULL AND NOT EXISTS (SELECT FROM refund_ledger.refunds AS newer WHERE newer.replaces = r.id)
              ORDER BY source_ref LIMIT :limit)
+            UNION ALL
+            (SELECT first.source_ref, status, payroc_refund_id, payroc_status, reason, updated_at FROM refund_ledger.refunds AS r
+             CROSS JOIN LATERAL (SELECT refund_ledger.first_source_ref(r.id) AS source_ref) AS first
+             WHERE source = :source AND written_back_at IS DISTINCT FROM updated_at AND first.source_ref > :after
+               AND replaces IS NOT NULL AND NOT EXISTS (SELECT FROM refund_ledger.refunds AS newer WHERE newer.replaces = r.id)
+             ORDER BY first.source_ref LIMIT :limit)
             UNION ALL
             (SELECT source_ref, 'invalid', NULL, NULL,
                     (SELECT string_agg(key || ': ' || value, '; ' ORDER BY key) FROM jsonb_each_text(errors)), updated_at
@@ -70,9 +102,9 @@ class WriteBacks(LedgerBase):
         """Note what the source has now: the very ``updated_at`` that was read, so a later change stays due."""
         rows = json.dumps([{"source_ref": item.source_ref, "updated_at": item.updated_at.isoformat()} for item in written])
         async with self._transaction() as (connection, _):
-            for table in ("refunds", "invalid_rows"):
+            for table, condition in _WRITTEN:
                 update = text(f"""
                     UPDATE refund_ledger.{table} AS target SET written_back_at = row.updated_at
                     FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS row (source_ref text, updated_at timestamptz)
-                    WHERE target.source = :source AND target.source_ref = row.source_ref AND target.updated_at = row.updated_at""")
+                    WHERE target.source = :source AND {condition} AND target.updated_at = row.updated_at""")
                 await connection.execute(update, {"rows": rows, "source": self._settings.source})

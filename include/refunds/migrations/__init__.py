@@ -14,13 +14,14 @@ from include.refunds.revision import VERSION_TABLE
 _FOLDER = Path(__file__).parent
 
 
-def migrate(url: URL) -> str:
+def migrate(url: URL, revision: str = "head") -> str:
     """
     Bring the ledger's schema to the newest revision, in one transaction.
 
     Two migrations at a time wait for one another.
 
     :param url: URL of the ledger's database, as its owner.
+    :param revision: another revision to stop at, for tests of the next one.
     :returns: the revision that the ledger is at now.
     """
     engine = create_engine(url)
@@ -29,7 +30,7 @@ def migrate(url: URL) -> str:
             connection.execute(text("SELECT pg_advisory_xact_lock(hashtext('refund_ledger.migrate'))"))
             config = _config()
             config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+            command.upgrade(config, revision)
             return current_revision(connection) or ""
     finally:
         engine.dispose()

@@ -15,7 +15,14 @@ from airflow.sdk.exceptions import AirflowException
 from airflow.sdk.log import mask_secret
 from pydantic import BaseModel, ValidationError
 
-from include.payroc.errors import PayrocConfigurationError, PayrocError, PayrocNoAnswer, PayrocProblem, PayrocUnexpectedAnswer
+from include.payroc.errors import (
+    PayrocConfigurationError,
+    PayrocError,
+    PayrocIncompleteList,
+    PayrocNoAnswer,
+    PayrocProblem,
+    PayrocUnexpectedAnswer,
+)
 from include.payroc.models import AccessToken, Problem, Refund, RefundPage, RefundRequest, explain
 from include.refunds.settings import get_settings
 from payroc_airflow.connection import PayrocConnection, read_connection
@@ -191,6 +198,7 @@ class PayrocHook(HttpHook):
         :param limit: stop after so many refunds, at least 1; ``None`` reads to the end.
         :param token: ``None`` takes one from the cache, anew for each page.
         :raises ValueError: an argument is out of its bounds; nothing was sent.
+        :raises PayrocIncompleteList: at the end of the list, when it held objects that can't be understood; all others were yielded.
         :raises PayrocError: a page did not come or does not lead on properly. An incomplete list is never passed off as a whole one.
         """
         if not 1 <= page_size <= 100:
@@ -329,17 +337,22 @@ class PayrocHook(HttpHook):
         first = url = f"{self.api_url}/bank-transfer-refunds"
         query: list[tuple[str, str]] | None = params
         seen: set[str] = set()
-        left = limit
+        left, missing = limit, 0
         for _ in range(MAX_PAGES):
             answer = self._call(operation, "GET", url, token or self.get_token(), params=query)
             page = _parse(RefundPage, operation, answer, (200,))
             for refund in page.data:
+                if refund is None:
+                    missing += 1
+                    continue
                 yield refund
                 if left is not None:
                     left -= 1
                     if left == 0:
                         return
             if not page.has_more:
+                if missing:
+                    raise PayrocIncompleteList(operation, missing)
                 return
             href = next((link.href for link in page.links if link.rel == "next"), None)
             if href is None:

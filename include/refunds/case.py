@@ -1,0 +1,70 @@
+"""A refund that people decide about: what a decision rests on, and when it takes two of them. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from include.refunds.refund import Refund
+
+# A proposal is about what its author saw; after a week somebody has to look again.
+PROPOSAL_VALID = timedelta(days=7)
+
+
+class DecisionRefused(Exception):
+    """A decision is not carried out; the message is one sentence that says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """
+    A decision of one person that waits for a second.
+
+    :param decision: what was decided.
+    :param by: who proposed it.
+    """
+
+    decision: Mapping[str, str]
+    by: str
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """
+    A refund as people decide about it, and the ledger's time.
+
+    :param may_have_moved: an attempt is not proven to be without effect, or Payroc showed an object of it.
+    :param last_attempt_at: when the last attempt began.
+    :param proposal: the newest proposal since the refund came into its status.
+    :param reissue: id of the refund that replaces it.
+    :param first_source_ref: source_ref of the first refund of its chain of reissues.
+    """
+
+    refund: Refund
+    may_have_moved: bool
+    last_attempt_at: datetime | None
+    proposal: Proposal | None
+    reissue: int | None
+    first_source_ref: str
+    now: datetime
+
+
+def is_confirmed(case: Case, decision: Mapping[str, str], by: str) -> bool:
+    """
+    Tell whether this is the second person's yes to what another one proposed; ``False`` makes it a proposal, in place of any other.
+
+    :raises DecisionRefused: when the same person says the same again.
+    """
+    proposal = case.proposal
+    if proposal is None or case.now - proposal.at > PROPOSAL_VALID or dict(proposal.decision) != dict(decision):
+        return False
+    if same_person(proposal.by, by):
+        raise DecisionRefused(f"{proposal.by} proposed this already; a different person has to run the same command.")
+    return True
+
+
+def same_person(one: str, other: str) -> bool:
+    """Tell whether two names are one person's, as the ledger compares them."""
+    return one.strip().lower() == other.strip().lower()

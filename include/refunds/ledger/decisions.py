@@ -1,0 +1,154 @@
+"""What people decide about single refunds: the end of a review, a reissue, a reversal."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from include.refunds.case import Case, DecisionRefused, Proposal, is_confirmed
+from include.refunds.ledger.control import Control
+from include.refunds.ledger.rows import select_refund, stands_elsewhere
+from include.refunds.reissue import Reissue, check_replaceable
+from include.refunds.resolve import Resolution, check_case
+from include.refunds.states import Status
+
+
+class Decisions(Control):
+    """Decisions, each checked again and carried out under the row's lock. The ledger's actor is the person who decides."""
+
+    async def case(self, refund_id: int) -> Case:
+        """
+        Return what a decision about a refund rests on.
+
+        :raises NoSuchRefund: when there is none.
+        """
+        async with self._transaction() as (connection, now):
+            return await self._case(connection, refund_id, now)
+
+    async def resolve(self, read: Case, resolution: Resolution, reason: str) -> bool:
+        """
+        End a refund's review, or store the proposal to when it takes a second person.
+
+        It takes two when money may have moved.
+
+        :param read: the case that the resolution rests on.
+        :returns: whether the review has ended.
+        :raises DecisionRefused: when it may not, or the refund has changed since it was read.
+        """
+        update = text("""
+            UPDATE refund_ledger.refunds SET status = :status, reason = :reason, lease_until = NULL, next_attempt_at = NULL,
+                payroc_refund_id = COALESCE(payroc_refund_id, CAST(:payroc_refund_id AS text)),
+                payroc_status = COALESCE(CAST(:payroc_status AS text), payroc_status),
+                payroc_seen_at = CASE WHEN CAST(:payroc_status AS text) IS NULL THEN payroc_seen_at ELSE :now END, updated_at = :now
+            WHERE id = :id""")
+        async with self._transaction() as (connection, now):
+            case = await self._unchanged(connection, read, now)
+            check_case(case, Status.REJECTED if resolution.status is Status.REJECTED else Status.ACCEPTED)
+            found = resolution.sighting
+            if found is not None and await stands_elsewhere(connection, case.refund.id, found.payroc_refund_id):
+                raise DecisionRefused(f"Payroc's refund {found.payroc_refund_id} stands at another refund of the ledger.")
+            confirmed = is_confirmed(case, resolution.decision, self._actor)
+            if case.may_have_moved and not confirmed:
+                await self._event(connection, now, "proposal", refund_id=case.refund.id, reason=reason, detail=resolution.decision)
+                return False
+            who = f"{case.proposal.by} and {self._actor}" if confirmed and case.proposal else self._actor
+            values = {
+                "id": case.refund.id,
+                "status": resolution.status.value,
+                "reason": " ".join(part for part in (f"Resolved by {who}: {reason}", resolution.note) if part),
+                "payroc_refund_id": found.payroc_refund_id if found else None,
+                "payroc_status": found.payroc_status if found else None,
+                "now": now,
+            }
+            await connection.execute(update, values)
+            return True
+
+    async def reissue(self, read: Case, new: Reissue, reason: str) -> int | None:
+        """
+        Store a refund that replaces another one, or the proposal to: that always takes two people.
+
+        :param read: the case that the reissue rests on.
+        :returns: the new refund's id, ``None`` when a second person is waited for.
+        :raises DecisionRefused: when it may not be replaced, or has changed since it was read.
+        """
+        insert = text("""
+            INSERT INTO refund_ledger.refunds (source, source_ref, processing_terminal_id, order_id, description, amount, currency,
+                payee_last4, payee_fingerprint, request, request_sha256, requested_by, approved_by, approved_at,
+                idempotency_key, replaces, reason, created_at, updated_at)
+            SELECT source, :source_ref, processing_terminal_id, :order_id, description, amount, currency,
+                payee_last4, payee_fingerprint, :request, :request_sha256, :requested_by, :approved_by, :now,
+                :key, id, :reason, :now, :now
+            FROM refund_ledger.refunds WHERE id = :id
+            ON CONFLICT DO NOTHING
+            RETURNING id""")
+        async with self._transaction() as (connection, now):
+            case = await self._unchanged(connection, read, now)
+            check_replaceable(case)
+            confirmed = is_confirmed(case, new.decision, self._actor)
+            if not confirmed or case.proposal is None:
+                await self._event(connection, now, "proposal", refund_id=case.refund.id, reason=reason, detail=new.decision)
+                return None
+            values = {
+                "id": case.refund.id,
+                "source_ref": new.source_ref,
+                "order_id": new.order_id,
+                "request": new.request,
+                "request_sha256": new.request_sha256,
+                "requested_by": case.proposal.by,
+                "approved_by": self._actor,
+                "key": new.idempotency_key,
+                "reason": f"Reissue of refund {case.refund.id}: {reason}",
+                "now": now,
+            }
+            stored: int | None = (await connection.execute(insert, values)).scalar_one_or_none()
+            if stored is None:
+                raise DecisionRefused(f"The ledger holds a refund {new.source_ref!r} that the source made itself: pay this one anew there.")
+            return stored
+
+    async def intend_reverse(self, refund_id: int, reason: str) -> None:
+        """
+        Store the intent to reverse a refund, before Payroc is asked.
+
+        :raises DecisionRefused: when it is not accepted.
+        """
+        async with self._transaction() as (connection, now):
+            refund = await select_refund(connection, refund_id, for_update=True)
+            if refund.status is not Status.ACCEPTED:
+                raise DecisionRefused(f"Refund {refund_id} is {refund.status}; only an accepted one, in the open batch, can be reversed.")
+            await self._event(connection, now, "reverse", refund_id=refund_id, reason=reason)
+
+    async def _unchanged(self, connection: AsyncConnection, read: Case, now: datetime) -> Case:
+        case = await self._case(connection, read.refund.id, now, for_update=True)
+        if case.refund != read.refund:
+            raise DecisionRefused(f"Refund {read.refund.id} has changed while Payroc was asked; look at it again with `show`.")
+        return case
+
+    async def _case(self, connection: AsyncConnection, refund_id: int, now: datetime, *, for_update: bool = False) -> Case:
+        refund = await select_refund(connection, refund_id, for_update=for_update)
+        # An attempt is without effect when Payroc refused it, or never processed it; a contradiction means that Payroc showed an object.
+        query = text("""
+            SELECT (SELECT max(started_at) FROM refund_ledger.refund_attempts WHERE refund_id = :id) AS last_attempt_at,
+                   EXISTS (SELECT FROM refund_ledger.refund_attempts WHERE refund_id = :id
+                           AND (outcome IS NULL OR outcome NOT IN ('rejected', 'configuration', 'not_sent'))) AS unproven,
+                   EXISTS (SELECT FROM refund_ledger.refund_events WHERE refund_id = :id AND event = 'contradiction') AS contradicted,
+                   (SELECT id FROM refund_ledger.refunds WHERE replaces = :id) AS reissue,
+                   refund_ledger.first_source_ref(:id) AS first_source_ref""")
+        proposal = text("""
+            SELECT actor, at, detail FROM refund_ledger.refund_events AS e
+            WHERE refund_id = :id AND event = 'proposal'
+              AND NOT EXISTS (SELECT FROM refund_ledger.refund_events AS later
+                              WHERE later.refund_id = :id AND later.event = 'status' AND later.id > e.id)
+            ORDER BY id DESC LIMIT 1""")
+        row = (await connection.execute(query, {"id": refund_id})).one()
+        found = (await connection.execute(proposal, {"id": refund_id})).one_or_none()
+        return Case(
+            refund=refund,
+            may_have_moved=row.unproven or row.contradicted or refund.payroc_refund_id is not None,
+            last_attempt_at=row.last_attempt_at,
+            proposal=Proposal(found.detail, found.actor, found.at) if found else None,
+            reissue=row.reissue,
+            first_source_ref=row.first_source_ref,
+            now=now,
+        )
