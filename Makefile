@@ -6,7 +6,7 @@ READY := .venv/.ready
 
 .PHONY: help
 help: ## List the commands
-	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 .PHONY: demo
 demo: $(READY) ## Pay 36 sample refunds through Airflow and a local Payroc, and show what became of each
@@ -34,6 +34,11 @@ test: $(READY) ## Run all tests
 .PHONY: test-long
 test-long: $(READY) ## The same with the tests of safety at full size, about an hour; docs/safety.md has its figures
 	@$(PYTHON) -m pytest --long --numprocesses auto --dist loadfile
+
+SEEDS := 2000
+.PHONY: simulate
+simulate: $(READY) ## Play SEEDS=2000 histories of refunds in which everything goes wrong, and count what was paid twice or lost
+	@$(PYTHON) -m tests.simulation --seeds $(SEEDS)
 
 .PHONY: lint
 lint: $(READY) ## Check style and layout with ruff

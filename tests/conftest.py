@@ -67,6 +67,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="run the tests that have a full size at that size; takes about an hour")
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the figures that tests measured: what they hand to ``record_property``."""
+    figures = [(name, value) for report in terminalreporter.getreports("passed") for name, value in report.user_properties]
+    if figures:
+        terminalreporter.section("measured")
+        for name, value in figures:
+            terminalreporter.line(f"{name}: {value}")
+
+
 @pytest.fixture(scope="session")
 def long(pytestconfig: pytest.Config) -> bool:
     """Whether tests run at full size; short otherwise."""

@@ -1,0 +1,476 @@
+"""One seed: a world, what happens in it, and its end."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+from pydantic import SecretStr
+
+from include.payroc.errors import PayrocNoAnswer
+from include.refunds.cipher import Cipher, UnreadableRequest
+from include.refunds.ledger import LedgerUnavailable
+from include.refunds.settings import Settings
+from include.refunds.source import SourceUnavailable
+from include.refunds.states import Status
+from include.refunds.verify import Difference, verify
+from tests.simulation.airflow import Airflow, Deployment
+from tests.simulation.engine import DAY, EPOCH, FREEZES, HOUR, MINUTE, Actor, Engine, Trouble, Violation
+from tests.simulation.invariants import LONGEST_LAG, Invariants
+from tests.simulation.ledger import MemoryLedger
+from tests.simulation.merchant import TERMINALS, Merchant, SimulatedSource
+from tests.simulation.payroc import HOST, OTHER_HOST, Host, Payroc, Temper
+from tests.simulation.people import People
+from tests.simulation.worker import SteppedLedger
+
+_SOURCE = "simulated"
+_MOST_CALM_DAYS = 9
+
+SETTINGS = Settings(
+    source=_SOURCE,
+    encryption_keys=(SecretStr("unused"),),
+    fingerprint_key=SecretStr("unused in the simulation, which checks hashes of its own"),
+)
+
+
+class PlainCipher(Cipher):
+    """Encrypts nothing, because a simulated ledger has nothing to hide, and still proves that a body is the one that was stored."""
+
+    def __init__(self) -> None:
+        pass
+
+    def seal(self, body: bytes) -> bytes:
+        return body
+
+    def open(self, sealed: bytes, expected_sha256: str, refund_id: int) -> bytes:
+        if self.sha256(sealed) != expected_sha256:
+            raise UnreadableRequest(f"The request of refund {refund_id} was changed.")
+        return sealed
+
+    def sha256(self, body: bytes) -> str:
+        return hashlib.sha256(body).hexdigest()
+
+    def fingerprint(self, payee: str) -> str:
+        return hashlib.sha256(payee.encode()).hexdigest()
+
+
+@dataclass(slots=True)
+class Counts:
+    """What happened in a history, or in many."""
+
+    histories: int = 0
+    refunds: int = 0
+    runs: int = 0
+    steps: int = 0
+    posts: int = 0
+    paid: int = 0
+    asked_people: int = 0
+    decisions: int = 0
+    deaths: int = 0
+    freezes: int = 0
+    failures: int = 0
+    events: dict[str, int] = field(default_factory=dict)
+    faults: dict[str, int] = field(default_factory=dict)
+
+    def add(self, other: Counts) -> None:
+        """Add what happened elsewhere."""
+        for name in (
+            "histories",
+            "refunds",
+            "runs",
+            "steps",
+            "posts",
+            "paid",
+            "asked_people",
+            "decisions",
+            "deaths",
+            "freezes",
+            "failures",
+        ):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for mine, theirs in ((self.events, other.events), (self.faults, other.faults)):
+            for name, count in theirs.items():
+                mine[name] = mine.get(name, 0) + count
+
+
+NewLedger = Callable[[Settings, Engine], Any]
+
+
+def _in_memory(settings: Settings, engine: Engine) -> MemoryLedger:
+    return MemoryLedger(settings, engine.ledger_time)
+
+
+class History:
+    """
+    A world with one merchant, one Airflow and one Payroc.
+
+    :param seed: everything that happens follows from it.
+    :param temper: what Payroc is like; drawn unless given.
+    :param new_ledger: makes the ledger; its ``memory`` (or itself) is what the invariants look at.
+    :param tell: gets the history line by line.
+    """
+
+    def __init__(
+        self, seed: int, *, temper: Temper | None = None, new_ledger: NewLedger = _in_memory, tell: Callable[[str], None] | None = None
+    ) -> None:
+        self.rng = rng = random.Random(seed)
+        self.engine = engine = Engine(rng, tell)
+        engine.failure = _failure
+        engine.on_freeze = self._heartbeat_stops
+        self.settings = SETTINGS
+        # Either Payroc processes overlapping requests with one key twice, or the database's clock jumps: against both at once
+        # nothing would be left to stand on.
+        self.jumpy = temper is None and rng.random() < 0.25
+        self.payroc = Payroc(engine, temper or self._temper())
+        self.merchant = Merchant(engine, _SOURCE)
+        self.host = Host()
+        self.ledger = new_ledger(self.settings, engine)
+        self.memory: MemoryLedger = getattr(self.ledger, "memory", self.ledger)
+        self.invariants = Invariants(engine, self.memory, self.merchant, self.payroc, fence=not self.jumpy)
+        stepped = SteppedLedger(self.ledger, engine, self.invariants.called)
+        source = SimulatedSource(self.merchant)
+        self.airflow = Airflow(Deployment(engine, stepped, self.payroc, self.host, source, PlainCipher(), self.settings))
+        self.people = People(self.airflow.deployment, self.memory, self.invariants, rng)
+        self.counts = Counts(histories=1)
+        self._may_restore = not self.jumpy and not self.payroc.temper.racy and rng.random() < 0.25
+        # A ledger that was lost altogether is one restored from before its first day.
+        self._backup = self.ledger.backup() if self._may_restore else None
+
+    def run(self) -> Counts:
+        """
+        Let it happen, and see it end well.
+
+        :raises Violation: when an invariant does not hold.
+        """
+        rng, engine = self.rng, self.engine
+        for number in range(1, rng.choice((1, 1, 2, 2, 3, 4)) + 1):
+            self._approve(number)
+        horizon = rng.choice((20 * MINUTE, 3 * HOUR, 3 * HOUR, 1 * DAY, 8 * DAY))
+        engine.trouble = Trouble(
+            die=rng.choice((0.0, 0.005, 0.02)),
+            fail=rng.choice((0.0, 0.005, 0.02)),
+            freeze=rng.choice((0.0, 0.004, 0.015)),
+            critical=rng.choice((1.0, 5.0, 15.0)),
+        )
+        self.merchant.guarded = rng.random() < 0.5
+        self.merchant.read_only = rng.random() < 0.1
+        self.airflow.skips = rng.choice((0.0, 0.0, 0.05))
+        self._at(0.0, self._new_run)
+        for _ in range(rng.choice((0, 1, 1, 2))):
+            self._at(horizon * rng.random() ** 2, self._new_run)
+        if rng.random() < 0.5:
+            self._at(horizon * rng.random(), self.airflow.follow_up)
+        if self._may_restore:
+            self._at(horizon * rng.random() ** 2, self._make_backup)
+            self._at(horizon * (1 - 0.5 * rng.random() ** 2), self._restore)
+        for _ in range(rng.choice((0, 1, 2))):
+            self._at(horizon * rng.random(), self._resume)
+        for _ in range(rng.choice((0, 0, 1, 2))):
+            self._at(horizon * rng.random(), self._people_decide)
+        for _ in range(rng.choice((0, 1, 2, 4, 7))):
+            self._at(horizon * rng.random(), self._something_happens)
+        engine.run(until=horizon)
+        return self.end()
+
+    def end(self) -> Counts:
+        """Let all trouble end, and see that everything ends well."""
+        self._calm_down()
+        self._count()
+        return self.counts
+
+    # -- the world -------------------------------------------------------------------------------------------------
+
+    def _temper(self) -> Temper:
+        chance, choice = self.rng.random, self.rng.choice
+        return Temper(
+            racy=not self.jumpy and chance() < 0.5,
+            errors_are_saved=chance() < 0.5,
+            key_per_api_key=chance() < 0.5,
+            list_lag=choice((0.0, 0.0, 60.0, HOUR, LONGEST_LAG)),
+            list_duplicates=chance() < 0.2,
+            drops_custom_fields=chance() < 0.1,
+            faults=choice((0.0, 0.2, 0.5, 0.9)),
+            list_faults=choice((0.0, 0.0, 0.1, 0.5)),
+            token_faults=choice((0.0, 0.0, 0.1)),
+        )
+
+    def _approve(self, number: int) -> None:
+        rng = self.rng
+        columns: dict[str, Any] = {"processing_terminal_id": TERMINALS[rng.random() < 0.25]}
+        kind = rng.random()
+        if kind < 0.15:
+            columns |= dict.fromkeys(("routing_number", "account_number", "name_on_account")) | {"secure_token": f"29675312345{number}"}
+        elif kind < 0.25:
+            columns["order_id"] = None
+        elif kind < 0.3:
+            columns["amount"] = 0
+        item = self.merchant.approve(number, **columns)
+        if columns.get("amount") == 0:
+            self.merchant.invalid.add(item.source_ref)
+        opinion = rng.random()
+        if opinion < 0.15:
+            self.payroc.opinions[item.order_id] = rng.choice(("decline", "refuse", "flag", "hold"))
+            if self.payroc.opinions[item.order_id] in ("refuse", "flag"):
+                self.invariants.excuse(item, "opinion")
+
+    def _at(self, seconds: float, act: Callable[[], None]) -> None:
+        self.engine.after(seconds, act)
+
+    def _new_run(self) -> None:
+        self.counts.runs += 1
+        self.engine.tell("a run starts")
+        self.airflow.run(batch_size=self.rng.choice((1, 1, 3)))
+
+    def _heartbeat_stops(self, actor: Actor, seconds: float) -> None:
+        if seconds > 5 * MINUTE:
+            for task in self.airflow.tasks:
+                if task.actor is actor:
+                    self._at(5 * MINUTE, task.lose_heartbeat)
+
+    # -- what people and machines do ---------------------------------------------------------------------------------
+
+    def _something_happens(self) -> None:
+        names = tuple(name for name in _EVENTS if self._is_possible(name))
+        name = self.rng.choice(names)
+        self._happens(name)
+        _EVENTS[name](self)
+
+    def _happens(self, name: str) -> None:
+        self.counts.events[name] = self.counts.events.get(name, 0) + 1
+        self.engine.tell(f"— {name} —")
+
+    def _is_possible(self, name: str) -> bool:
+        if name == "the database's clock jumps":
+            return self.jumpy
+        # A restored ledger has forgotten under which API key it sent: docs/safety.md says so.
+        return not (name == "another API key" and self._may_restore)
+
+    def _clear(self) -> None:
+        if self.airflow.tasks:
+            self.rng.choice(self.airflow.tasks).clear()
+
+    def _mark_success(self) -> None:
+        if self.airflow.tasks:
+            self.rng.choice(self.airflow.tasks).mark_success()
+
+    def _kill(self) -> None:
+        if self.engine.actors:
+            self.engine.kill(self.rng.choice(self.engine.actors))
+
+    def _freeze(self) -> None:
+        if self.engine.actors:
+            self.engine.freeze(self.rng.choice(self.engine.actors), self.rng.choice(FREEZES))
+
+    def _edit(self) -> None:
+        item = self.rng.choice(list(self.merchant.refunds.values()))
+        if item.source_ref not in self.merchant.invalid:
+            self.merchant.edit(item, amount=item.row["amount"] + 100)
+
+    def _withdraw(self) -> None:
+        item = self.rng.choice(list(self.merchant.refunds.values()))
+        self.merchant.withdraw(item, withdrawn=not item.withdrawn)
+
+    def _approve_another(self) -> None:
+        self._approve(len(self.merchant.refunds) + 1)
+
+    def _pause(self) -> None:
+        scope = self.rng.choice(("*", *TERMINALS))
+        self.ledger.pause(scope, "A person paused it.")
+        self._at(self.rng.choice((MINUTE, HOUR)), lambda: self._resume_one(scope))
+
+    def _people_decide(self) -> None:
+        # Whoever restored a ledger waits a day before deciding anything: docs/safety.md says so.
+        if not self.invariants.restored:
+            self.people.decide()
+
+    def _resume(self) -> None:
+        for scope in list(self.memory.paused):
+            self._resume_one(scope)
+
+    def _resume_one(self, scope: str) -> None:
+        self.ledger.resume(scope, "A person resumed it.")
+
+    def _change_api_key(self) -> None:
+        self.invariants.key_changed = True
+        self.host.api_key = "key-2" if self.host.api_key == "key-1" else "key-1"
+
+    def _wrong_api_key(self) -> None:
+        good, self.host.api_key = self.host.api_key, "wrong key"
+        self._at(HOUR, lambda: self._set_api_key(good))
+
+    def _set_api_key(self, api_key: str) -> None:
+        self.host.api_key = api_key
+
+    def _wrong_host(self) -> None:
+        good = self.host.environment
+        self.host.environment = OTHER_HOST
+        self._at(HOUR, lambda: self._set_host(good))
+
+    def _set_host(self, environment: str) -> None:
+        self.host.environment = environment
+
+    def _revoke(self) -> None:
+        self.payroc.revoke_all()
+
+    def _host_clock(self) -> None:
+        self.engine.host_skew += self.rng.choice((-9 * DAY, -HOUR, -50 * MINUTE, 30 * MINUTE, 2 * HOUR, 9 * DAY))
+
+    def _ledger_clock(self) -> None:
+        # Back by less than the day that lies between our key window and Payroc's; forward by anything.
+        self.engine.ledger_skew += self.rng.choice((-10 * HOUR, -50 * MINUTE, 15 * MINUTE, 2 * HOUR, 5 * HOUR))
+        self.engine.ledger_skew = max(-10 * HOUR, min(10 * HOUR, self.engine.ledger_skew))
+
+    def _make_backup(self) -> None:
+        if self.rng.random() < 0.7:
+            self._happens("a backup is made")
+            self._backup = self.ledger.backup()
+
+    def _restore(self) -> None:
+        self._happens("the ledger is restored")
+        # Whoever restores a database stops what works with it first; what is on the wire arrives all the same.
+        for actor in list(self.engine.actors):
+            actor.ended = None
+            self.engine.kill(actor)
+        self.invariants.ledger_is_restored()
+        self.ledger.restore(self._backup)
+
+    def _payroc_moves(self) -> None:
+        for existing in self.payroc.refunds.values():
+            self._move(existing)
+
+    def _move(self, existing: Any) -> None:
+        chance = self.rng.random()
+        if existing.word in ("ready", "pending"):
+            if chance < 0.2:
+                self.payroc.change(existing, self.rng.choice(("admin", "reversal", "declined", "novel")))
+            elif chance < 0.7:
+                self.payroc.change(existing, "complete")
+        elif existing.word == "complete" and chance < 0.3 and self.engine.time - existing.created < 8 * DAY:
+            self.payroc.change(existing, "returned")
+        elif existing.word == "reversal" and chance < 0.4 and existing.key:
+            existing.paid_again = True
+            self.invariants.excuse(self.merchant.by_key[existing.key], "paid again")
+            self.payroc.change(existing, "complete")
+
+    def _foreign(self) -> None:
+        item = self.rng.choice(list(self.merchant.refunds.values()))
+        terminal = item.row["processing_terminal_id"]
+        self.payroc.add_foreign(terminal, item.order_id, item.row["amount"], self.engine.time)
+        self.invariants.excuse(item, "foreign")
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def _calm_down(self) -> None:
+        """All trouble ends; what stands still wakes up; daily runs go on until nothing is left to do."""
+        engine, temper = self.engine, self.payroc.temper
+        engine.tell("═══ from here on all is calm ═══")
+        engine.trouble = Trouble()
+        self.merchant.read_only, self.airflow.skips = False, 0.0
+        temper.faults = temper.list_faults = temper.token_faults = 0.0
+        engine.run()
+        self.host.environment = HOST
+        if self.host.api_key == "wrong key":
+            self.host.api_key = "key-1"
+        for day in range(_MOST_CALM_DAYS):
+            engine.time += DAY
+            self._resume()
+            self._new_run()
+            engine.run()
+            if self._is_quiet() and (day > 0 or not self.invariants.restored):
+                break
+        if self.rng.random() < 0.5:
+            self._decide_everything()
+        self._payroc_moves()
+        self._follow_up_a_day_later()
+        self.invariants.at_the_end(self._verified() if self.invariants.restored else [])
+
+    def _decide_everything(self) -> None:
+        """People look at all that waits for them, and what they approved anew is sent."""
+        before = self.people.decisions
+        self._payroc_moves()
+        self._follow_up_a_day_later()
+        self.people.decide()
+        self.engine.run()
+        if self.people.decisions > before:
+            if self.rng.random() < 0.5:
+                self._payroc_moves()
+                self._follow_up_a_day_later()
+            self._resume()
+            self._new_run()
+            self.engine.run()
+
+    def _follow_up_a_day_later(self) -> None:
+        self.engine.time += DAY
+        self.airflow.follow_up()
+        self.engine.run()
+
+    def _verified(self) -> list[Difference]:
+        """Return what `verify` finds, run over the whole time."""
+        deployment, found = self.airflow.deployment, []
+
+        async def work() -> None:
+            start, end = EPOCH - timedelta(days=1), EPOCH + timedelta(days=365)
+            found.extend(
+                (await verify(start, end, terminals=TERMINALS, ledger=deployment.ledger, gateway=deployment.connect())).differences
+            )
+
+        self.engine.start("verify", work())
+        self.engine.run()
+        return found
+
+    def _is_quiet(self) -> bool:
+        waiting = (Status.RELEASED, Status.SENDING, Status.UNKNOWN)
+        return not self.memory.paused and not any(row.status in waiting for row in self.memory.rows.values())
+
+    def _count(self) -> None:
+        counts, engine = self.counts, self.engine
+        counts.refunds, counts.steps = len(self.merchant.refunds), engine.steps
+        counts.posts, counts.faults = self.payroc.posts, self.payroc.faults_met
+        counts.deaths, counts.freezes, counts.failures = engine.deaths, engine.freezes, engine.failures
+        counts.paid = sum(row.payroc_refund_id is not None for row in self.memory.rows.values())
+        counts.decisions = self.people.decisions
+        counts.asked_people = sum(row.status is Status.REVIEW for row in self.memory.rows.values())
+
+
+def _failure(label: str) -> Exception:
+    if label.startswith("ledger"):
+        return LedgerUnavailable("The ledger database went away.")
+    if label.startswith("source"):
+        return SourceUnavailable("The source's database went away.")
+    return PayrocNoAnswer("call", "no answer came")
+
+
+_EVENTS: dict[str, Callable[[History], None]] = {
+    "a task is cleared": History._clear,
+    "a task is marked a success": History._mark_success,
+    "a process is killed": History._kill,
+    "a process stands still": History._freeze,
+    "a source row is edited": History._edit,
+    "a source row is withdrawn or brought back": History._withdraw,
+    "another refund is approved": History._approve_another,
+    "a person pauses": History._pause,
+    "a person resumes": History._resume,
+    "people decide what waits for them": History._people_decide,
+    "another API key": History._change_api_key,
+    "a wrong API key for an hour": History._wrong_api_key,
+    "another Payroc for an hour": History._wrong_host,
+    "Payroc takes all tokens back": History._revoke,
+    "a worker host's clock jumps": History._host_clock,
+    "the database's clock jumps": History._ledger_clock,
+    "time passes at Payroc": History._payroc_moves,
+    "somebody uses our order id": History._foreign,
+}
+
+
+def tell(seed: int, **options: Any) -> list[str]:
+    """Return a history line by line; the last line is its violation, if there is one."""
+    lines: list[str] = []
+    try:
+        History(seed, tell=lines.append, **options).run()
+    except Violation as violation:
+        lines.append(f"VIOLATION: {violation}")
+    return lines

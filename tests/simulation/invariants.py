@@ -1,0 +1,272 @@
+"""What must be true at each moment, and at the end. docs/safety.md states each in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+from include.refunds.classify import EVERYTHING, Sighting
+from include.refunds.ledger.runs import hash_of_ids
+from include.refunds.states import PAID, REPLACEABLE, Status
+from include.refunds.verify import Difference
+from tests.simulation.engine import HOUR, Engine, Violation
+from tests.simulation.ledger import MemoryLedger, Row
+from tests.simulation.merchant import Approved, Merchant
+from tests.simulation.payroc import ASKS_PEOPLE, KEY_KEPT, Existing, Payroc, Post
+
+_MAY_BE_MADE = frozenset({Status.SENDING, Status.UNKNOWN, Status.REVIEW})
+_NO_MONEY = frozenset({"declined", "returned", "reversal"})
+_ENDED = frozenset({"accepted", "settled", "returned", "reversed", "rejected", "cancelled"})
+_STATUS_OF_WORD = {
+    "ready": Status.ACCEPTED,
+    "pending": Status.ACCEPTED,
+    "complete": Status.SETTLED,
+    "returned": Status.RETURNED,
+    "reversal": Status.REVERSED,
+    "declined": Status.REJECTED,
+}
+
+
+class Invariants:
+    """
+    Watches one history, from Payroc's side and from the ledger's.
+
+    :param fence: whether clocks behave, so that a token's end can fence a late worker off. Where the database's clock jumps only the
+        key does.
+    """
+
+    def __init__(self, engine: Engine, ledger: MemoryLedger, merchant: Merchant, payroc: Payroc, *, fence: bool) -> None:
+        self.engine = engine
+        self.ledger = ledger
+        self.merchant = merchant
+        self.payroc = payroc
+        self.fence = fence
+        self.restored = False
+        self.key_changed = False
+        self.people_asked: dict[str, set[str]] = {}
+        self._posted: set[tuple[int, int]] = set()
+        self._named: set[str | None] = set()
+        self._taken_over: dict[int, str] = {}
+        self._paused_since: dict[str, float] = {}
+        self._approvals: set[tuple[str, str]] = set()
+        self._bodies: dict[str, bytes] = {}
+        self._first: dict[str, tuple[float, str]] = {}
+        payroc.watch.sent = self.sent
+        payroc.watch.processing = self.processing
+        payroc.watch.created = self.created
+
+    def ledger_is_restored(self) -> None:
+        """From here on the ledger may have forgotten attempts; their numbers come again."""
+        self.restored = True
+        self.merchant.restored = True
+        self._posted.clear()
+
+    # -- at Payroc -------------------------------------------------------------------------------------------------
+
+    def sent(self, post: Post) -> None:
+        """A POST leaves a worker."""
+        item = self.merchant.by_key.get(post.key)
+        if item is None:
+            raise Violation(f"A POST goes out under the key {post.key}, which is derived from no approved refund.")
+        if post.fault in ASKS_PEOPLE:
+            self.excuse(item, post.fault)
+        row, attempt = self._row_of(item), post.attempt
+        if attempt is None or row is None or row.id != attempt[0]:
+            raise Violation(f"A POST for {item.source_ref} goes out that no claim stands behind.")
+        if len(self.ledger.attempts[row.id]) < attempt[1]:
+            raise Violation(f"A POST for {item.source_ref} goes out before its attempt {attempt[1]} is in the ledger.")
+        if attempt in self._posted:
+            raise Violation(f"Attempt {attempt[1]} of {item.source_ref} sends a second POST.")
+        self._posted.add(attempt)
+        self._check_pause(item, row)
+        if self._bodies.setdefault(post.key, post.body) != post.body and not self.restored:
+            raise Violation(f"A POST for {item.source_ref} has other bytes than the first one under its key.")
+
+    def _check_pause(self, item: Approved, row: Row) -> None:
+        actor = self.engine.current
+        assert actor is not None
+        for scope in (EVERYTHING, row.processing_terminal_id):
+            if actor.looked_at > self._paused_since.get(scope, self.engine.time):
+                raise Violation(f"A POST for {item.source_ref} goes out after its worker could see that the sending is paused.")
+
+    def processing(self, post: Post) -> None:
+        """Payroc has let a POST in: its token was good."""
+        item = self.merchant.by_key[post.key]
+        first_at, first_key = self._first.setdefault(post.key, (self.engine.time, post.api_key))
+        if self.restored:
+            return
+        if self.engine.time - first_at >= KEY_KEPT:
+            raise Violation(f"A POST for {item.source_ref} is processed when Payroc may have forgotten its key.")
+        if post.api_key != first_key:
+            raise Violation(f"A POST for {item.source_ref} is processed under another API key than the first.")
+        assert post.attempt is not None
+        refund_id, number = post.attempt
+        attempts = self.ledger.attempts[refund_id]
+        if self.fence and len(attempts) > number and attempts[number - 1].outcome is None:
+            raise Violation(
+                f"Payroc processes attempt {number} of {item.source_ref}, which told nothing, when attempt {len(attempts)} has begun."
+            )
+
+    def created(self, post: Post, existing: Existing) -> None:
+        """Payroc has made a refund."""
+        item = self.merchant.by_key[post.key]
+        objects = self.payroc.by_key[post.key]
+        paying = [found for found in self._of_chain(item) if found.word not in _NO_MONEY and not found.paid_again]
+        if len(objects) > 1 or len(paying) > 1:
+            ids = " and ".join(found.refund_id for found in (objects if len(objects) > 1 else paying))
+            raise Violation(f"PAID TWICE: {item.source_ref} exists at Payroc as {ids}.")
+        order, method = existing.body["order"], existing.body["refundMethod"]
+        payee = method.get("token") or method.get("accountNumber")
+        version = (order["orderId"], order["amount"], existing.body["processingTerminalId"], payee)
+        if version not in item.versions:
+            raise Violation(f"Payroc makes a refund for {item.source_ref} that nobody approved: {version[0]}, {version[1]}.")
+        row = self._row_of(item)
+        if row is not None and row.replaces is not None and self.ledger.rows[row.replaces].status not in REPLACEABLE:
+            status = self.ledger.rows[row.replaces].status
+            raise Violation(f"PAID TWICE: Payroc makes {item.source_ref}, and what it replaces is {status}.")
+        if not self.restored and (row is None or row.status not in _MAY_BE_MADE):
+            raise Violation(f"Payroc makes a refund for {item.source_ref}, which is {row.status if row else 'not'} in the ledger.")
+
+    def _check_named(self, item: Approved, objects: list[Existing]) -> None:
+        for found in objects:
+            # Without custom fields a refund that is in no ledger looks like one that was made elsewhere.
+            if found.custom_fields and found.refund_id not in self._named:
+                raise Violation(f"LOST: the restored ledger has forgotten {item.source_ref}, and `verify` does not name {found.refund_id}.")
+
+    def _of_chain(self, item: Approved) -> list[Existing]:
+        first = item.first or item
+        chain = [first, *(other for other in self.merchant.reissues.values() if other.first is first)]
+        return [found for member in chain for found in self.payroc.by_key.get(member.key, [])]
+
+    # -- at the ledger ---------------------------------------------------------------------------------------------
+
+    def called(self, name: str, args: tuple[Any, ...], result: Any) -> None:
+        """A worker's call of the ledger has had its effect."""
+        if name == "reissue" and result is not None:
+            row = self.ledger.rows[result]
+            if row.requested_by == row.approved_by:
+                raise Violation(f"{row.source_ref} is approved anew by {row.approved_by} alone.")
+            self.merchant.reissued(row.source_ref, row.order_id)
+        elif name == "record_no_approval_needed":
+            self._approvals.add((args[0], self.ledger.runs[args[0]].candidates_hash))
+        elif name == "begin_run":
+            # A pull that is repeated takes the run's approval back.
+            self._approvals = {item for item in self._approvals if item[0] != args[0]}
+        elif name == "claim" and result is not None:
+            if EVERYTHING in self.ledger.paused or result.refund.processing_terminal_id in self.ledger.paused:
+                raise Violation(f"{result.refund.source_ref} is claimed while the sending is paused.")
+        elif name == "release":
+            self._check_release(args[0], args[1], result)
+        if self.ledger.paused or self._paused_since:
+            self._paused_since = {scope: self._paused_since.get(scope, self.engine.time) for scope in self.ledger.paused}
+        if self.engine.current is not None:
+            self.engine.current.looked_at = self.engine.time
+
+    def _check_release(self, run_id: str, candidate_ids: list[int], refund_ids: list[int]) -> None:
+        actor = self.engine.current
+        assert actor is not None
+        if (run_id, hash_of_ids(candidate_ids)) not in self._approvals:
+            raise Violation(f"{run_id} releases refunds that approve_run did not approve.")
+        for refund_id in refund_ids:
+            row = self.ledger.rows[refund_id]
+            if row.replaces is not None:
+                continue
+            source = (actor.seen_source or {}).get(row.source_ref)
+            if source is None:
+                raise Violation(f"{row.source_ref} is released though its source row was withdrawn before.")
+            if (source["amount"], source["processing_terminal_id"]) != (row.amount, row.processing_terminal_id):
+                raise Violation(f"{row.source_ref} is released though its source row was changed before.")
+
+    # -- at the end ------------------------------------------------------------------------------------------------
+
+    def at_the_end(self, verified: Sequence[Difference]) -> None:
+        """
+        Nothing goes on any more, and all trouble is over: every refund has come to its end, and everybody knows it.
+
+        :param verified: what `verify` found after the ledger was restored.
+        """
+        self._named = {difference.payroc_refund_id for difference in verified}
+        for item in self.merchant.refunds.values():
+            row = self._row_of(item)
+            objects = self.payroc.by_key.get(item.key, [])
+            if item.source_ref in self.merchant.invalid:
+                if row is not None or (item.status != "invalid" and not item.withdrawn):
+                    raise Violation(f"{item.source_ref} is invalid, and the source says {item.status}.")
+                continue
+            if row is None:
+                # A restored ledger pulls again what the source still stands by; the rest is for `verify` to find.
+                ended = self.restored and (item.withdrawn or item.status in _ENDED)
+                if ended:
+                    self._check_named(item, objects)
+                elif objects or not item.withdrawn:
+                    raise Violation(f"LOST: {item.source_ref} was approved and is not in the ledger.")
+                continue
+            self._check_end(item, row, objects)
+            newest = self._newest_of_chain(row)
+            newer = self.restored and item.updated_at is not None and item.updated_at > newest.updated_at
+            if (item.status, item.updated_at) != (newest.status.value, newest.updated_at) and not newer:
+                raise Violation(f"{item.source_ref} is {newest.status} in the ledger, and the source says {item.status}.")
+        for item in self.merchant.reissues.values():
+            row = self._row_of(item)
+            if row is not None:
+                self._check_end(item, row, self.payroc.by_key.get(item.key, []))
+
+    def _check_end(self, item: Approved, row: Row, objects: list[Existing]) -> None:
+        ref = item.source_ref
+        if row.status is Status.REVIEW:
+            if not self._asked_with_reason(item, row, objects):
+                raise Violation(f"{ref} asks people without need: {row.reason}")
+        elif row.status in PAID and row.id in self._taken_over:
+            # People saw an object that differs, or that somebody made by hand, and called it this refund.
+            if row.payroc_refund_id != self._taken_over[row.id] or row.payroc_refund_id not in self.payroc.refunds:
+                raise Violation(f"{ref} is {row.status} as {row.payroc_refund_id}, and people resolved it otherwise.")
+        elif row.status in PAID:
+            if [row.payroc_refund_id] != [found.refund_id for found in objects]:
+                raise Violation(f"{ref} is {row.status} as {row.payroc_refund_id}, and Payroc holds {len(objects)} refunds for it.")
+            if objects[0].amount != row.amount:
+                raise Violation(f"{ref} is {row.status} with {row.amount}, and Payroc pays {objects[0].amount}.")
+            if _STATUS_OF_WORD.get(objects[0].word) is not row.status:
+                raise Violation(f"{ref} is {row.status}, and Payroc says {objects[0].word}.")
+        elif row.status is Status.REJECTED:
+            if any(not found.declined for found in objects):
+                raise Violation(f"LOST: {ref} is rejected, and Payroc holds {objects[0].refund_id} for it.")
+        elif row.status is Status.APPROVED:
+            # What a restored ledger has forgotten and its source no longer returns, `verify` finds.
+            forgotten = self.restored and (item.withdrawn or item.status in _ENDED)
+            if forgotten:
+                self._check_named(item, objects)
+            elif objects:
+                raise Violation(f"LOST: {ref} waits to be sent, and Payroc holds {objects[0].refund_id} for it.")
+            waits = row.replaces is not None and self.ledger.rows[row.replaces].status not in REPLACEABLE
+            if not item.withdrawn and len(item.versions) == 1 and not forgotten and not waits:
+                raise Violation(f"LOST: {ref} was approved and is not sent: {row.reason}")
+        else:
+            raise Violation(f"{ref} is {row.status} and comes to no end: {row.reason}")
+
+    def _newest_of_chain(self, row: Row) -> Row:
+        for other in self.ledger.rows.values():
+            if other.replaces == row.id:
+                return self._newest_of_chain(other)
+        return row
+
+    def resolved(self, refund_id: int, sighting: Sighting | None) -> None:
+        """People ended a review; what they took over counts as the refund's own from here on."""
+        if sighting is not None:
+            self._taken_over[refund_id] = sighting.payroc_refund_id
+
+    def excuse(self, item: Approved, why: str) -> None:
+        """Something happened to a refund after which even a perfect protocol may have to ask people."""
+        self.people_asked.setdefault(item.source_ref, set()).add(why)
+
+    def _asked_with_reason(self, item: Approved, row: Row, objects: list[Existing]) -> bool:
+        late = row.first_sent_at is not None and row.updated_at - row.first_sent_at >= timedelta(days=self.ledger.settings.key_window_days)
+        strange = any(found.word not in _STATUS_OF_WORD for found in objects)
+        return bool(item.source_ref in self.people_asked or late or strange or self.key_changed or self.restored)
+
+    def _row_of(self, item: Approved) -> Row | None:
+        return self.ledger.by_ref.get(item.source_ref)
+
+
+# A list may lag for so long, and not longer: what the follow-up and the look-up rely on.
+LONGEST_LAG = 20 * HOUR

@@ -1,0 +1,749 @@
+"""
+A ledger in memory, thousands of times faster than a database.
+
+It honours the constraints of the one in Postgres: each method is one transaction, the state graph and what never changes are checked on
+every write, and the decisions come from the same pure functions. ``test_agreement`` runs both side by side and compares them
+after every call.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from datetime import datetime, timedelta
+from operator import attrgetter
+from typing import Any
+from uuid import UUID
+
+from include.refunds.case import Case, DecisionRefused, Proposal, is_confirmed
+from include.refunds.classify import EVERYTHING, Outcome, Verdict
+from include.refunds.ledger import (
+    NAMELESS,
+    RELEASE_VALID,
+    Candidate,
+    Claim,
+    LedgerError,
+    NewRefund,
+    NoSuchRefund,
+    Selection,
+    Task,
+    WriteBack,
+)
+from include.refunds.ledger.runs import DUE_WITHIN, hash_of_ids
+from include.refunds.refund import History, Refund
+from include.refunds.reissue import Reissue, check_replaceable
+from include.refunds.resolve import Resolution, check_case
+from include.refunds.settings import Settings
+from include.refunds.states import EDGES, IN_DOUBT, PAID, REPLACEABLE, Status
+from include.refunds.transitions import decide
+from tests.simulation.engine import Violation
+
+_MICROSECOND = timedelta(microseconds=1)
+_NOT_FINAL_REQUEST = frozenset(Status) - {
+    Status.SETTLED,
+    Status.RETURNED,
+    Status.REVERSED,
+    Status.REJECTED,
+    Status.CANCELLED,
+    Status.REVIEW,
+}
+
+
+@dataclass(slots=True)
+class Row:
+    """One row of ``refunds``."""
+
+    id: int
+    source_ref: str
+    processing_terminal_id: str
+    order_id: str
+    description: str
+    amount: int
+    currency: str
+    payee_last4: str | None
+    payee_fingerprint: str
+    request: bytes
+    request_sha256: str
+    requested_by: str
+    approved_by: str
+    approved_at: datetime
+    idempotency_key: UUID
+    created_at: datetime
+    updated_at: datetime
+    sent_with: str | None = None
+    status: Status = Status.APPROVED
+    reason: str | None = None
+    released_by: str | None = None
+    released_run: str | None = None
+    released_at: datetime | None = None
+    attempts: int = 0
+    first_sent_at: datetime | None = None
+    lease_until: datetime | None = None
+    next_attempt_at: datetime | None = None
+    payroc_refund_id: str | None = None
+    payroc_status: str | None = None
+    payroc_seen_at: datetime | None = None
+    replaces: int | None = None
+    written_back_at: datetime | None = None
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One row of ``refund_attempts``."""
+
+    refund_id: int
+    attempt: int
+    run_id: str
+    started_at: datetime
+    finished_at: datetime | None = None
+    http_status: int | None = None
+    problem_type: str | None = None
+    outcome: Outcome | None = None
+
+
+@dataclass(slots=True)
+class Run:
+    """One row of ``refund_runs``."""
+
+    candidates_hash: str
+    approved_hash: str | None = None
+    released: int | None = None
+
+
+@dataclass(slots=True)
+class Event:
+    """A row of ``refund_events`` that decisions are made from."""
+
+    refund_id: int
+    event: str
+    actor: str
+    at: datetime
+    detail: dict[str, str]
+
+
+@dataclass(slots=True)
+class InvalidRow:
+    """One row of ``invalid_rows``."""
+
+    errors: dict[str, str]
+    last_seen_at: datetime
+    updated_at: datetime
+    written_back_at: datetime | None = None
+
+
+_FIXED = (
+    "id",
+    "source_ref",
+    "processing_terminal_id",
+    "order_id",
+    "amount",
+    "payee_fingerprint",
+    "request",
+    "request_sha256",
+    "idempotency_key",
+    "replaces",
+    "created_at",
+)
+
+
+class MemoryLedger:
+    """
+    The ledger, in memory.
+
+    :param settings: source, waits, key window.
+    :param clock: the ledger's clock.
+    """
+
+    def __init__(self, settings: Settings, clock: Callable[[], datetime]) -> None:
+        self.settings = settings
+        self.clock = clock
+        self.rows: dict[int, Row] = {}
+        self.by_ref: dict[str, Row] = {}
+        self.attempts: dict[int, list[Attempt]] = {}
+        self.runs: dict[str, Run] = {}
+        self.invalid: dict[str, InvalidRow] = {}
+        self.paused: dict[str, str] = {}
+        self.environment: str | None = None
+        self.source: str | None = None
+        self.events: list[Event] = []
+        # Who acts, as the events name it.
+        self.actor = "simulation"
+        self.write_back_free = True
+        self.next_id = 1
+
+    # -- copies ----------------------------------------------------------------------------------------------------
+
+    def backup(self) -> dict[str, Any]:
+        """Return a copy of everything, as a backup holds it."""
+        names = ("rows", "attempts", "runs", "invalid", "paused", "environment", "source", "events", "next_id")
+        return copy.deepcopy({name: getattr(self, name) for name in names})
+
+    def restore(self, backup: dict[str, Any]) -> None:
+        """Go back to a backup."""
+        for name, value in copy.deepcopy(backup).items():
+            setattr(self, name, value)
+        self.by_ref = {row.source_ref: row for row in self.rows.values()}
+
+    # -- control ---------------------------------------------------------------------------------------------------
+
+    def now(self) -> datetime:
+        return self.clock()
+
+    def check_environment(self, environment: str, *, bind: bool = False) -> None:
+        if self.environment is None:
+            if bind:
+                self.environment = environment
+        elif self.environment != environment:
+            raise LedgerError(f"This ledger belongs to Payroc at {self.environment}.")
+
+    def check_source(self) -> None:
+        if self.source is None:
+            self.source = self.settings.source
+        elif self.source != self.settings.source:
+            raise LedgerError(f"This ledger belongs to the source {self.source}.")
+
+    def pause(self, scope: str, reason: str) -> None:
+        self.paused.setdefault(scope, reason)
+
+    def resume(self, scope: str, reason: str) -> bool:
+        return self.paused.pop(scope, None) is not None
+
+    def pauses(self) -> dict[str, str]:
+        return dict(sorted(self.paused.items()))
+
+    def _is_paused(self, row: Row) -> bool:
+        return bool(self.paused) and (EVERYTHING in self.paused or row.processing_terminal_id in self.paused)
+
+    # -- intake ----------------------------------------------------------------------------------------------------
+
+    def stored(self, source_refs: Sequence[str]) -> dict[str, Any]:
+        return {ref: _as_mapping(self.by_ref[ref]) for ref in source_refs if ref in self.by_ref}
+
+    def store(self, rows: Sequence[tuple[NewRefund, bytes]]) -> set[str]:
+        now = self.clock()
+        stored = set()
+        for new, request in rows:
+            key = UUID(new.idempotency_key)
+            collides = new.source_ref in self.by_ref or any(
+                row.idempotency_key == key or (row.processing_terminal_id, row.order_id) == (new.processing_terminal_id, new.order_id)
+                for row in self.rows.values()
+            )
+            # A sequence of Postgres is not rolled back: a row that collides has used its number up.
+            row_id, self.next_id = self.next_id, self.next_id + 1
+            if collides:
+                continue
+            row = Row(
+                row_id,
+                new.source_ref,
+                new.processing_terminal_id,
+                new.order_id,
+                new.description,
+                new.amount,
+                new.currency,
+                new.payee_last4,
+                new.payee_fingerprint,
+                request,
+                new.request_sha256,
+                new.requested_by,
+                new.approved_by,
+                new.approved_at,
+                key,
+                now,
+                now,
+            )
+            self.rows[row.id] = self.by_ref[row.source_ref] = row
+            self.attempts[row.id] = []
+            stored.add(row.source_ref)
+        return stored
+
+    def note_invalid(self, invalid: dict[str, dict[str, str]], valid: Sequence[str]) -> None:
+        if not invalid and not self.invalid:
+            return
+        now = self.clock()
+        for ref, errors in invalid.items():
+            known = self.invalid.get(ref)
+            if known is None:
+                self.invalid[ref] = InvalidRow(errors, now, now)
+            else:
+                known.last_seen_at = now
+                if known.errors != errors:
+                    known.errors, known.updated_at = errors, now
+        for ref, row in list(self.invalid.items()):
+            if row.last_seen_at < now and (ref in valid or ref.startswith(NAMELESS)):
+                del self.invalid[ref]
+
+    def set_aside(self, standing: Sequence[str]) -> dict[int, str]:
+        now = self.clock()
+        aside = {}
+        for row in self.rows.values():
+            if row.source_ref in standing or row.replaces is not None:
+                continue
+            if row.status is Status.RELEASED:
+                self._write(row, now, status=Status.APPROVED, reason="Its source row is no longer approved.")
+            if row.status in (Status.APPROVED, Status.HELD):
+                aside[row.id] = row.source_ref
+        return aside
+
+    # -- runs ------------------------------------------------------------------------------------------------------
+
+    def return_stale_releases(self) -> int:
+        now = self.clock()
+        count = 0
+        for row in self.rows.values():
+            if row.status is Status.RELEASED and row.released_at is not None and row.released_at <= now - RELEASE_VALID:
+                self._write(row, now, status=Status.APPROVED, reason="The release was not used in time.")
+                count += 1
+        return count
+
+    def candidates(
+        self, selection: Selection, *, standing: Sequence[str] | None = None, ids: Sequence[int] | None = None
+    ) -> list[Candidate]:
+        found = [
+            row
+            for row in self.rows.values()
+            if row.status in (Status.APPROVED, Status.RELEASED)
+            and row.payroc_refund_id is None
+            and not self._is_paused(row)
+            and self._replaced_stands(row)
+            and (standing is None or row.source_ref in standing or row.replaces is not None)
+            and (ids is None or row.id in ids)
+            and (not selection.source_refs or row.source_ref in selection.source_refs)
+            and selection.processing_terminal_id in (None, row.processing_terminal_id)
+            and (selection.approved_before is None or row.approved_at < selection.approved_before)
+        ]
+        found.sort(key=_oldest_first)
+        return [
+            Candidate(
+                row.id,
+                row.source_ref,
+                row.processing_terminal_id,
+                row.order_id,
+                row.amount,
+                row.currency,
+                row.payee_last4,
+                row.attempts,
+                row.replaces,
+            )
+            for row in found[: selection.limit]
+        ]
+
+    def due(self) -> list[int]:
+        soon = self.clock() + DUE_WITHIN
+        found = [row for row in self.rows.values() if row.status in IN_DOUBT and _waited(row, soon)]
+        return [row.id for row in sorted(found, key=_oldest_first)]
+
+    def begin_run(
+        self, run_id: str, params: dict[str, Any], candidates: Sequence[Candidate], findings: dict[str, Any], at: datetime
+    ) -> None:
+        self.runs[run_id] = Run(hash_of_ids(item.id for item in candidates))
+
+    def record_no_approval_needed(self, run_id: str) -> None:
+        run = self._run(run_id)
+        run.approved_hash = run.candidates_hash
+
+    def release(self, run_id: str, candidate_ids: Sequence[int], withdrawn: dict[int, str]) -> list[int]:
+        now = self.clock()
+        run = self._run(run_id)
+        if run.approved_hash != hash_of_ids(candidate_ids):
+            raise LedgerError(f"Run {run_id} holds no approval of exactly these refunds.")
+        for refund_id, finding in withdrawn.items():
+            if self.rows[refund_id].status is Status.RELEASED:
+                self._write(self.rows[refund_id], now, status=Status.APPROVED, reason=finding)
+        released = []
+        for refund_id in candidate_ids:
+            row = self.rows.get(refund_id)
+            if row is None or refund_id in withdrawn or self._is_paused(row) or not self._replaced_stands(row):
+                continue
+            if row.status is Status.APPROVED:
+                self._write(row, now, status=Status.RELEASED, reason=None, released_by="simulation", released_run=run_id, released_at=now)
+            if row.status is Status.RELEASED:
+                released.append(row)
+        released.sort(key=_oldest_first)
+        run.released = len(released)
+        return [row.id for row in released]
+
+    def terminals(self, refund_ids: Sequence[int]) -> set[str]:
+        return {self.rows[item].processing_terminal_id for item in refund_ids if item in self.rows}
+
+    def note(self, run_id: str, findings: dict[str, Any]) -> None:
+        pass
+
+    def finish_run(self, run_id: str) -> None:
+        pass
+
+    def _replaced_stands(self, row: Row) -> bool:
+        return row.replaces is None or self.rows[row.replaces].status in REPLACEABLE
+
+    def _run(self, run_id: str) -> Run:
+        if run_id not in self.runs:
+            raise LedgerError(f"The ledger holds no candidates of run {run_id}.")
+        return self.runs[run_id]
+
+    # -- sending ---------------------------------------------------------------------------------------------------
+
+    def read(self, refund_id: int) -> tuple[Refund, History, datetime]:
+        row = self._row(refund_id)
+        return _refund(row), self._history(refund_id, before=row.attempts + 1), self.clock()
+
+    def claim(self, refund_id: int, task: Task, *, environment: str, sent_with: str, token_expires_at: datetime) -> Claim | None:
+        now = self.clock()
+        row = self.rows.get(refund_id)
+        if row is None or not self._may_claim(row, now, environment, sent_with):
+            return None
+        self._claim(row, now, token_expires_at + timedelta(seconds=self.settings.lease_margin_seconds), sent_with)
+        self.attempts[row.id].append(Attempt(row.id, row.attempts, task.run_id, now))
+        return Claim(_refund(row), self._history(refund_id, before=row.attempts))
+
+    def _may_claim(self, row: Row, now: datetime, environment: str, sent_with: str) -> bool:
+        if row.payroc_refund_id is not None or self.environment != environment or self._is_paused(row) or not self._replaced_stands(row):
+            return False
+        if row.first_sent_at is not None and not self._inside_window(row, now, sent_with):
+            return False
+        if row.status is Status.RELEASED:
+            return row.released_at is not None and row.released_at > now - RELEASE_VALID
+        return row.status in IN_DOUBT and _waited(row, now)
+
+    def _inside_window(self, row: Row, now: datetime, sent_with: str) -> bool:
+        assert row.first_sent_at is not None
+        return row.first_sent_at > now - timedelta(days=self.settings.key_window_days) and row.sent_with == sent_with
+
+    def _claim(self, row: Row, now: datetime, lease_until: datetime, sent_with: str) -> None:
+        self._write(
+            row,
+            now,
+            status=Status.SENDING,
+            attempts=row.attempts + 1,
+            reason=None,
+            lease_until=lease_until,
+            next_attempt_at=lease_until,
+            first_sent_at=row.first_sent_at or now,
+            sent_with=row.sent_with or sent_with,
+        )
+
+    def may_post(self, claim: Claim, seconds: float) -> bool:
+        row = self._row(claim.refund.id)
+        return (
+            row.attempts == claim.attempt
+            and row.status is Status.SENDING
+            and row.lease_until is not None
+            and row.lease_until > self.clock() + timedelta(seconds=seconds)
+            and not self._is_paused(row)
+            and self._replaced_stands(row)
+        )
+
+    def record(self, refund_id: int, verdict: Verdict, attempt: int | None = None) -> tuple[Refund, datetime]:
+        now = self.clock()
+        row = self._row(refund_id)
+        if attempt is not None:
+            self._finish_attempt(refund_id, attempt, verdict, now)
+            current = row.status is Status.SENDING and row.attempts == attempt
+        else:
+            current = row.status in IN_DOUBT and row.lease_until is not None and row.lease_until <= now
+        change = decide(
+            _refund(row),
+            verdict,
+            self._history(refund_id, before=attempt or row.attempts + 1),
+            current=current,
+            foreign_id=self._is_foreign(refund_id, verdict),
+            told=self._is_told(refund_id, verdict),
+            now=now,
+            unknown_wait=timedelta(seconds=self.settings.unknown_wait_seconds),
+        )
+        holds = row.attempts == attempt
+        in_review = row.status is Status.REVIEW
+        if change is not None:
+            self._apply(row, change, now, ends_lease=holds)
+        if holds and in_review:
+            row.lease_until = None
+        return _refund(row), now
+
+    def _apply(self, row: Row, change: Any, now: datetime, *, ends_lease: bool) -> None:
+        sighting = change.sighting
+        seen = {}
+        if sighting is not None:
+            seen = {
+                "payroc_refund_id": row.payroc_refund_id or sighting.payroc_refund_id,
+                "payroc_status": sighting.payroc_status,
+                "payroc_seen_at": now,
+            }
+        for status in change.steps:
+            values = {**seen, "status": status, "lease_until": change.wait_until, "next_attempt_at": change.wait_until}
+            if status is Status.REVIEW and not ends_lease:
+                del values["lease_until"]
+            if change.reason is not None:
+                values["reason"] = change.reason
+            if change.never_sent:
+                values |= {"first_sent_at": None, "sent_with": None}
+            self._write(row, now, **values)
+        if sighting is not None and not change.steps:
+            known = (row.payroc_refund_id, row.payroc_status) == (sighting.payroc_refund_id, sighting.payroc_status)
+            self._write(row, row.updated_at if known else now, **seen)
+        if change.contradiction:
+            detail = {"payroc_refund_id": change.contradicting_id} if change.contradicting_id else {}
+            self.events.append(Event(row.id, "contradiction", self.actor, now, detail))
+        if change.pause:
+            self.pause(change.pause, change.reason or "")
+
+    def mark_seen(self, refund_ids: Sequence[int]) -> None:
+        for refund_id in refund_ids:
+            self.rows[refund_id].payroc_seen_at = self.clock()
+
+    def in_doubt(self) -> list[Refund]:
+        return [_refund(row) for row in self.rows.values() if row.status in IN_DOUBT]
+
+    def followed(self, changed_within: timedelta) -> list[Refund]:
+        since = self.clock() - changed_within
+        open_statuses = (Status.ACCEPTED, Status.REVIEW)
+        return [_refund(row) for row in self.rows.values() if row.status in open_statuses or row.updated_at > since]
+
+    def known(self, keys: Sequence[str], payroc_refund_ids: Sequence[str], order_ids: Sequence[str] = ()) -> list[Refund]:
+        return [
+            _refund(row)
+            for row in self.rows.values()
+            if str(row.idempotency_key) in keys or row.payroc_refund_id in payroc_refund_ids or row.order_id in order_ids
+        ]
+
+    def sent_between(self, start: datetime, end: datetime, *, after: int, limit: int) -> list[Refund]:
+        return [
+            _refund(row)
+            for row in self.rows.values()
+            if row.first_sent_at is not None and start <= row.first_sent_at < end and row.id > after
+        ][:limit]
+
+    def all_terminals(self) -> list[str]:
+        return sorted({row.processing_terminal_id for row in self.rows.values()})
+
+    def replaced(self, refund_id: int) -> tuple[int, Status] | None:
+        replaces = self._row(refund_id).replaces
+        return None if replaces is None else (replaces, self.rows[replaces].status)
+
+    def _history(self, refund_id: int, before: int) -> History:
+        earlier = [item for item in self.attempts[refund_id] if item.attempt < before]
+        if not earlier:
+            return _NOTHING_BEFORE
+        refused = [item.finished_at for item in earlier if item.http_status == 401 or item.problem_type == "not-authorized"]
+        return History(
+            unresolved=any(item.outcome in (None, Outcome.UNKNOWN) for item in earlier),
+            key_in_use=any(item.problem_type == "idempotency-key-in-use" for item in earlier),
+            unauthorized_at=max((instant for instant in refused if instant is not None), default=None),
+        )
+
+    def _finish_attempt(self, refund_id: int, attempt: int, verdict: Verdict, now: datetime) -> None:
+        unproven = verdict.outcome is Outcome.CONFIGURATION and not verdict.not_processed
+        for item in self.attempts[refund_id]:
+            if item.attempt == attempt:
+                item.finished_at, item.http_status, item.problem_type = now, verdict.http_status, verdict.problem_type
+                item.outcome = Outcome.UNKNOWN if unproven else verdict.outcome
+
+    def _is_foreign(self, refund_id: int, verdict: Verdict) -> bool:
+        return verdict.sighting is not None and any(
+            row.payroc_refund_id == verdict.sighting.payroc_refund_id and row.id != refund_id for row in self.rows.values()
+        )
+
+    def _is_told(self, refund_id: int, verdict: Verdict) -> bool:
+        return verdict.sighting is not None and any(
+            event.refund_id == refund_id and event.detail.get("payroc_refund_id") == verdict.sighting.payroc_refund_id
+            for event in self.events
+            if event.event == "contradiction"
+        )
+
+    def _row(self, refund_id: int) -> Row:
+        if refund_id not in self.rows:
+            raise NoSuchRefund(f"The ledger holds no refund {refund_id}.")
+        return self.rows[refund_id]
+
+    # -- decisions -------------------------------------------------------------------------------------------------
+
+    def case(self, refund_id: int) -> Case:
+        row = self._row(refund_id)
+        attempts = self.attempts[refund_id]
+        unproven = any(item.outcome not in (Outcome.REJECTED, Outcome.CONFIGURATION, Outcome.NOT_SENT) for item in attempts)
+        mine = [event for event in self.events if event.refund_id == refund_id]
+        contradicted = any(event.event == "contradiction" for event in mine)
+        proposal = mine[-1] if mine and mine[-1].event == "proposal" else None
+        return Case(
+            refund=_refund(row),
+            may_have_moved=unproven or contradicted or row.payroc_refund_id is not None,
+            last_attempt_at=max((item.started_at for item in attempts), default=None),
+            proposal=Proposal(proposal.detail, proposal.actor, proposal.at) if proposal else None,
+            reissue=next((other.id for other in self.rows.values() if other.replaces == refund_id), None),
+            first_source_ref=self._first_of_chain(row).source_ref,
+            now=self.clock(),
+        )
+
+    def resolve(self, read: Case, resolution: Resolution, reason: str) -> bool:
+        case = self._unchanged(read)
+        row = self.rows[case.refund.id]
+        check_case(case, Status.REJECTED if resolution.status is Status.REJECTED else Status.ACCEPTED)
+        found = resolution.sighting
+        if found is not None and any(
+            other.payroc_refund_id == found.payroc_refund_id and other.id != row.id for other in self.rows.values()
+        ):
+            raise DecisionRefused(f"Payroc's refund {found.payroc_refund_id} stands at another refund of the ledger.")
+        confirmed = is_confirmed(case, resolution.decision, self.actor)
+        if case.may_have_moved and not confirmed:
+            self.events.append(Event(row.id, "proposal", self.actor, case.now, resolution.decision))
+            return False
+        who = f"{case.proposal.by} and {self.actor}" if confirmed and case.proposal else self.actor
+        values: dict[str, Any] = {
+            "status": resolution.status,
+            "reason": " ".join(part for part in (f"Resolved by {who}: {reason}", resolution.note) if part),
+            "lease_until": None,
+            "next_attempt_at": None,
+        }
+        if found is not None:
+            values |= {
+                "payroc_refund_id": row.payroc_refund_id or found.payroc_refund_id,
+                "payroc_status": found.payroc_status,
+                "payroc_seen_at": case.now,
+            }
+        self._write(row, case.now, **values)
+        return True
+
+    def reissue(self, read: Case, new: Reissue, reason: str) -> int | None:
+        case = self._unchanged(read)
+        replaced = self.rows[case.refund.id]
+        check_replaceable(case)
+        confirmed = is_confirmed(case, new.decision, self.actor)
+        if not confirmed or case.proposal is None:
+            self.events.append(Event(replaced.id, "proposal", self.actor, case.now, new.decision))
+            return None
+        row = copy.copy(replaced)
+        row.id, self.next_id = self.next_id, self.next_id + 1
+        if new.source_ref in self.by_ref:
+            raise DecisionRefused(f"The ledger holds a refund {new.source_ref!r} that the source made itself.")
+        row.source_ref, row.order_id, row.idempotency_key = new.source_ref, new.order_id, UUID(new.idempotency_key)
+        row.request, row.request_sha256 = new.request, new.request_sha256
+        row.requested_by, row.approved_by, row.approved_at = case.proposal.by, self.actor, case.now
+        row.replaces, row.reason = replaced.id, f"Reissue of refund {replaced.id}: {reason}"
+        row.created_at = row.updated_at = case.now
+        row.status, row.attempts = Status.APPROVED, 0
+        for name in _UNSENT:
+            setattr(row, name, None)
+        self.rows[row.id] = self.by_ref[row.source_ref] = row
+        self.attempts[row.id] = []
+        return row.id
+
+    def _unchanged(self, read: Case) -> Case:
+        case = self.case(read.refund.id)
+        if case.refund != read.refund:
+            raise DecisionRefused(f"Refund {read.refund.id} has changed while Payroc was asked.")
+        return case
+
+    def _first_of_chain(self, row: Row) -> Row:
+        while row.replaces is not None:
+            row = self.rows[row.replaces]
+        return row
+
+    # -- write-backs -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def write_back_lock(self) -> Iterator[bool]:
+        """Yield whether the lock was free; then it is held."""
+        taken, self.write_back_free = self.write_back_free, False
+        try:
+            yield taken
+        finally:
+            if taken:
+                self.write_back_free = True
+
+    def due_write_backs(self, limit: int, after: str = "") -> list[WriteBack]:
+        replaced = {row.replaces for row in self.rows.values()}
+        due = []
+        for row in self.rows.values():
+            ref = self._first_of_chain(row).source_ref
+            if row.written_back_at != row.updated_at and ref > after and row.id not in replaced:
+                due.append(WriteBack(ref, row.status.value, row.payroc_refund_id, row.payroc_status, row.reason, row.updated_at))
+        for ref, bad in self.invalid.items():
+            if bad.written_back_at != bad.updated_at and ref > after and not ref.startswith(NAMELESS) and ref not in self.by_ref:
+                errors = "; ".join(f"{key}: {value}" for key, value in sorted(bad.errors.items()))
+                due.append(WriteBack(ref, "invalid", None, None, errors, bad.updated_at))
+        due.sort(key=lambda item: item.source_ref)
+        return due[:limit]
+
+    def mark_written_back(self, written: Sequence[WriteBack]) -> None:
+        for item in written:
+            chain = [row for row in self.rows.values() if self._first_of_chain(row).source_ref == item.source_ref]
+            bad = self.invalid.get(item.source_ref)
+            for row in (*chain, *([bad] if bad is not None else [])):
+                if row.updated_at == item.updated_at:
+                    row.written_back_at = row.updated_at
+
+    # -- the constraints of the database -----------------------------------------------------------------------------
+
+    def _write(self, row: Row, now: datetime, **values: Any) -> None:
+        """Change a row as the trigger of the database lets it be changed."""
+        old_status, new_status = row.status, values.get("status", row.status)
+        for name in _FIXED:
+            if name in values:
+                raise _refused(f"what identifies the payment never changes ({name})")
+        if new_status is not old_status and (old_status, new_status) not in EDGES:
+            raise _refused(f"refund {row.id} can't go from {old_status} to {new_status}")
+        if not row.attempts <= values.get("attempts", row.attempts) <= row.attempts + 1:
+            raise _refused("attempts count up by one")
+        if row.payroc_refund_id is not None and values.get("payroc_refund_id", row.payroc_refund_id) != row.payroc_refund_id:
+            raise _refused("Payroc's refund id never changes")
+        if row.first_sent_at is not None and "first_sent_at" in values:
+            pair = (values["first_sent_at"], values.get("sent_with", row.sent_with))
+            taken_back = old_status is Status.SENDING and new_status is Status.RELEASED and pair == (None, None)
+            if pair != (row.first_sent_at, row.sent_with) and not taken_back:
+                raise _refused("first_sent_at and sent_with never change")
+        if new_status is not old_status or "attempts" in values:
+            self.events.append(Event(row.id, "status", self.actor, now, {}))
+        previous = row.updated_at
+        for name, value in values.items():
+            setattr(row, name, value)
+        if new_status is not old_status or now != previous:
+            row.updated_at = max(now, previous + _MICROSECOND)
+        if new_status in IN_DOUBT and None in (row.first_sent_at, row.sent_with, row.lease_until, row.next_attempt_at):
+            raise _refused("sent says when and with what")
+        if new_status in PAID and row.payroc_refund_id is None:
+            raise _refused("paid has Payroc's refund id")
+        if sum(other.payroc_refund_id == row.payroc_refund_id for other in self.rows.values() if row.payroc_refund_id) > 1:
+            raise _refused("Payroc's refund id is unique")
+
+
+_UNSENT = (
+    "sent_with",
+    "released_by",
+    "released_run",
+    "released_at",
+    "first_sent_at",
+    "lease_until",
+    "next_attempt_at",
+    "payroc_refund_id",
+    "payroc_status",
+    "payroc_seen_at",
+    "written_back_at",
+)
+_NOTHING_BEFORE = History()
+_refund_columns = attrgetter(*(field.name for field in fields(Refund)))
+
+
+def _refund(row: Row) -> Refund:
+    return Refund(*_refund_columns(row))
+
+
+def _as_mapping(row: Row) -> dict[str, Any]:
+    return {name: getattr(row, name) for name in Row.__slots__}
+
+
+def _oldest_first(row: Row) -> tuple[datetime, int]:
+    return row.approved_at, row.id
+
+
+def _waited(row: Row, now: datetime) -> bool:
+    return row.lease_until is not None and row.lease_until <= now and row.next_attempt_at is not None and row.next_attempt_at <= now
+
+
+def _refused(what: str) -> Violation:
+    # In production an error; here a failure, because the protocol never asks for what the database has to refuse.
+    return Violation(f"The protocol asked for what the ledger refuses: {what}.")
+
+
+def as_json(value: Any) -> str:
+    """Return anything that a ledger returns, in a form that can be compared and shown."""
+    return json.dumps(value, default=str, sort_keys=True)

@@ -1,0 +1,378 @@
+"""
+The protocol with one thing broken at a time, to prove that the simulation would notice.
+
+Most mutants change a function of ``include/refunds``. Those of a rule that stands in the ledger's SQL change the ledger in memory;
+``test_agreement`` proves that the two ledgers follow the same rules.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+from unittest.mock import patch
+from uuid import UUID
+
+from include.payroc.errors import PayrocError, PayrocNoAnswer
+from include.refunds import classify, look_up, pull, release, resolve, send, transitions
+from include.refunds.classify import Outcome, Sighting, Verdict
+from include.refunds.ledger import Claim
+from include.refunds.refund import History, Refund
+from include.refunds.states import IN_DOUBT, Status
+from tests.simulation import ledger, merchant
+from tests.simulation.history import PlainCipher
+from tests.simulation.ledger import MemoryLedger, Row
+from tests.simulation.payroc import Host
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """
+    One broken protocol.
+
+    :param name: as docs/safety.md calls it.
+    :param patches: what is put in the place of what: object, name, replacement.
+    :param harmless: why no history can show it, for a mutant that is not expected to be caught.
+    """
+
+    name: str
+    patches: tuple[tuple[Any, str, Any], ...]
+    harmless: str = ""
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Break the protocol for a while."""
+        with ExitStack() as stack:
+            for target, name, replacement in self.patches:
+                stack.enter_context(patch.object(target, name, replacement))
+            yield
+
+
+# -- the key and the body ------------------------------------------------------------------------------------------------
+
+
+async def _post_under_a_key_per_attempt(token: Any, claim: Claim, body: bytes, gateway: Any) -> Verdict:
+    key = UUID(int=claim.refund.idempotency_key.int ^ (claim.attempt - 1))
+    return await _post(token, dataclasses.replace(claim, refund=dataclasses.replace(claim.refund, idempotency_key=key)), body, gateway)
+
+
+_post = send._post
+
+
+def _drawn_key(source: str, source_ref: str) -> UUID:
+    """Another key after the ledger that held the first one was restored; until then, the one that the invariants know."""
+    return _derived_key(source, f"{source_ref} again" if _RESTORED else source_ref)
+
+
+_derived_key = pull.idempotency_key
+_RESTORED: list[bool] = []
+
+
+def _new_ledger(self: MemoryLedger, *arguments: Any) -> None:
+    _RESTORED.clear()
+    _init(self, *arguments)
+
+
+def _restore_and_draw(self: MemoryLedger, backup: dict[str, Any]) -> None:
+    _RESTORED.append(True)
+    _restore(self, backup)
+
+
+_init, _restore = MemoryLedger.__init__, MemoryLedger.restore
+
+
+def _build_anew(row: Any, cipher: Any, settings: Any) -> Any:
+    # What the simulation remembers of a row would hide that its key is drawn anew.
+    row.built = None
+    return merchant.build_once(row, cipher, settings)
+
+
+def _store_again(self: MemoryLedger, rows: Any) -> set[str]:
+    """Each pull stores what it reads as new refunds, with keys of their own."""
+    self.by_ref = {}
+    twins = []
+    for refund, request in rows:
+        key = pull.idempotency_key("simulated", f"{refund.source_ref} {self.next_id}")
+        twins.append((dataclasses.replace(refund, order_id=f"{refund.order_id} {self.next_id}", idempotency_key=str(key)), request))
+    return _store(self, twins)
+
+
+_store = MemoryLedger.store
+
+
+def _nothing_stored(self: MemoryLedger, source_refs: Any) -> dict[str, Any]:
+    return {}
+
+
+def _open_rebuilt(self: PlainCipher, sealed: bytes, expected_sha256: str, refund_id: int) -> bytes:
+    """The body is made anew for each attempt, with the time in its description."""
+    _COUNTER[0] += 1
+    return sealed.replace(b'"description":"', b'"description":"%d ' % _COUNTER[0], 1)
+
+
+_COUNTER = [0]
+
+
+# -- the claim -----------------------------------------------------------------------------------------------------------
+
+
+def _claim_without_commit(self: MemoryLedger, refund_id: int, task: Any, **values: Any) -> Claim | None:
+    """The claim is computed and not committed before the POST; the record commits both."""
+    backup = self.backup()
+    claim = _claim(self, refund_id, task, **values)
+    if claim is not None:
+        _restore(self, backup)
+        _UNCOMMITTED[refund_id] = (task, values)
+    return claim
+
+
+def _record_with_claim(self: MemoryLedger, refund_id: int, verdict: Verdict, attempt: int | None = None) -> Any:
+    if attempt is not None and refund_id in _UNCOMMITTED:
+        task, values = _UNCOMMITTED.pop(refund_id)
+        _claim(self, refund_id, task, **values)
+    return _record(self, refund_id, verdict, attempt)
+
+
+_claim, _record = MemoryLedger.claim, MemoryLedger.record
+_UNCOMMITTED: dict[int, Any] = {}
+
+
+def _lease(make: Callable[[MemoryLedger, Row, datetime, datetime], datetime]) -> Any:
+    def claim(self: MemoryLedger, row: Row, now: datetime, lease_until: datetime, sent_with: str) -> None:
+        _write_claim(self, row, now, make(self, row, now, lease_until), sent_with)
+
+    return claim
+
+
+_write_claim = MemoryLedger._claim
+
+
+def _claim_by_the_hosts_clock(self: MemoryLedger, refund_id: int, task: Any, *, token_expires_at: datetime, **values: Any) -> Claim | None:
+    engine = self.clock.__self__  # type: ignore[attr-defined]
+    return _claim(self, refund_id, task, token_expires_at=token_expires_at + timedelta(seconds=engine.host_skew), **values)
+
+
+def _may_claim_with_any_key(self: MemoryLedger, row: Row, now: datetime, sent_with: str) -> bool:
+    assert row.first_sent_at is not None
+    return row.first_sent_at > now - timedelta(days=self.settings.key_window_days)
+
+
+def _first_sent_anew(self: MemoryLedger, row: Row, now: datetime, lease_until: datetime, sent_with: str) -> None:
+    row.first_sent_at = None
+    _write_claim(self, row, now, lease_until, sent_with)
+
+
+def _may_post_whatever(self: MemoryLedger, claim: Claim, seconds: float) -> bool:
+    return True
+
+
+def _may_claim_what_has_ended(self: MemoryLedger, row: Row, now: datetime, environment: str, sent_with: str) -> bool:
+    if row.status in (Status.ACCEPTED, Status.REJECTED):
+        row.status, row.payroc_refund_id = Status.RELEASED, None
+    return _may_claim(self, row, now, environment, sent_with)
+
+
+_may_claim = MemoryLedger._may_claim
+
+
+def _may_claim_while_paused(self: MemoryLedger, row: Row, now: datetime, environment: str, sent_with: str) -> bool:
+    paused, self.paused = self.paused, {}
+    try:
+        return _may_claim(self, row, now, environment, sent_with)
+    finally:
+        self.paused = paused
+
+
+# -- the token -----------------------------------------------------------------------------------------------------------
+
+
+async def _post_with_a_fresh_token(token: Any, claim: Claim, body: bytes, gateway: Any) -> Verdict:
+    return await _post(await gateway.token(younger_than=60.0), claim, body, gateway)
+
+
+def _evict_all(self: Host, token: Any) -> None:
+    self.tokens.clear()
+
+
+# -- what an answer proves -----------------------------------------------------------------------------------------------
+
+
+def _judging(condition: Callable[[PayrocError, Refund, History], bool], outcome: Outcome, sighting: Sighting | None = None) -> Any:
+    def judge(error: PayrocError, refund: Refund, history: History) -> Verdict:
+        if condition(error, refund, history):
+            return Verdict(outcome, "mutant", error.http_status, error.problem_type, sighting=sighting)
+        return _judge_error(error, refund, history)
+
+    return judge
+
+
+_judge_error = classify.judge_error
+
+
+def _judge_as_if_first(error: PayrocError, refund: Refund, history: History) -> Verdict:
+    return _judge_error(error, refund, History())
+
+
+def _conflict_is_accepted(error: PayrocError, refund: Refund, history: History) -> Verdict:
+    if error.http_status == 409:
+        return Verdict(Outcome.ACCEPTED, "mutant", 409, sighting=Sighting(f"X{refund.id:09d}", "ready", Status.ACCEPTED))
+    return _judge_error(error, refund, history)
+
+
+async def _miss_is_proof(token: Any, refund: Refund, gateway: Any, *rest: Any) -> Verdict | None:
+    return await _look_up_in_doubt(token, refund, gateway, *rest) or Verdict(Outcome.REJECTED, "Payroc does not list it.")
+
+
+_look_up_in_doubt = send.look_up_in_doubt
+
+
+async def _look_up_first_and_believe(token: Any, claim: Claim, *rest: Any) -> Verdict | None:
+    verdict = await _look_up_first(token, claim, *rest)
+    return verdict or (Verdict(Outcome.REJECTED, "Payroc does not list it.") if claim.attempt > 1 else None)
+
+
+_look_up_first = send._look_up_first
+
+
+async def _no_look_up_first(*anything: Any) -> None:
+    return None
+
+
+def _decide_as_current(refund: Refund, verdict: Verdict, history: History, **values: Any) -> Any:
+    if refund.status not in IN_DOUBT:
+        return _decide(refund, verdict, history, **values)
+    return _decide(refund, verdict, history, **(values | {"current": True}))
+
+
+def _decide_without_history(refund: Refund, verdict: Verdict, history: History, **values: Any) -> Any:
+    return _decide(refund, verdict, History(), **values)
+
+
+_decide = transitions.decide
+
+
+def _decide_without_wait(refund: Refund, verdict: Verdict, history: History, **values: Any) -> Any:
+    return _decide(refund, dataclasses.replace(verdict, retry_after=0.0), history, **(values | {"unknown_wait": timedelta(0)}))
+
+
+# -- around the sending --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _no_lock(self: MemoryLedger) -> Iterator[bool]:
+    yield True
+
+
+def _mark_whatever_is_there(self: MemoryLedger, written: Any) -> None:
+    for item in written:
+        row = self.by_ref.get(item.source_ref)
+        if row is not None:
+            row.written_back_at = row.updated_at
+
+
+def _no_changes(*anything: Any) -> dict[str, str]:
+    return {}
+
+
+def _release_unapproved(self: MemoryLedger, run_id: str, candidate_ids: Any, withdrawn: Any) -> list[int]:
+    self.record_no_approval_needed(run_id)
+    return _release(self, run_id, candidate_ids, withdrawn)
+
+
+_release = MemoryLedger.release
+
+
+def _status_is(*statuses: int) -> Callable[[PayrocError, Refund, History], bool]:
+    return lambda error, refund, history: error.http_status in statuses
+
+
+# -- people --------------------------------------------------------------------------------------------------------------
+
+
+def _case_without_money(self: MemoryLedger, refund_id: int) -> Any:
+    return dataclasses.replace(_case(self, refund_id), may_have_moved=False)
+
+
+_case = MemoryLedger.case
+
+
+def _confirmed_by_anybody(case: Any, decision: Any, by: str) -> bool:
+    return case.proposal is not None and dict(case.proposal.decision) == dict(decision)
+
+
+def _rejected_whatever(listed: Any, known: Any) -> resolve.Resolution:
+    return resolve.Resolution(Status.REJECTED)
+
+
+MUTANTS = (
+    Mutant("a key per attempt", ((send, "_post", _post_under_a_key_per_attempt),)),
+    Mutant(
+        "the key is drawn, and the ledger restored",
+        (
+            (pull, "idempotency_key", _drawn_key),
+            (pull, "build", _build_anew),
+            (MemoryLedger, "__init__", _new_ledger),
+            (MemoryLedger, "restore", _restore_and_draw),
+        ),
+    ),
+    Mutant("a cleared pull mints a new row", ((MemoryLedger, "stored", _nothing_stored), (MemoryLedger, "store", _store_again))),
+    Mutant(
+        "the intent is committed after the POST",
+        (
+            (MemoryLedger, "claim", _claim_without_commit),
+            (MemoryLedger, "record", _record_with_claim),
+            (MemoryLedger, "may_post", _may_post_whatever),
+        ),
+    ),
+    Mutant("the body is rebuilt for each attempt", ((PlainCipher, "open", _open_rebuilt),)),
+    Mutant("no answer is a rejection", ((send, "judge_error", _judging(lambda e, r, h: isinstance(e, PayrocNoAnswer), Outcome.REJECTED)),)),
+    Mutant("a 5xx is a rejection", ((send, "judge_error", _judging(_status_is(500, 502), Outcome.REJECTED)),)),
+    Mutant("a 408 or 429 is a rejection", ((send, "judge_error", _judging(_status_is(408, 429), Outcome.REJECTED)),)),
+    Mutant("a refusal after an unknown is a rejection", ((send, "judge_error", _judge_as_if_first),)),
+    Mutant("a 401 is a rejection", ((send, "judge_error", _judging(_status_is(401), Outcome.REJECTED)),)),
+    Mutant("an unreadable 201 is a rejection", ((send, "judge_error", _judging(_status_is(201), Outcome.REJECTED)),)),
+    Mutant("a 409 is an acceptance", ((send, "judge_error", _conflict_is_accepted),)),
+    Mutant("an answer is not held against the request", ((classify, "differences", lambda found, refund: []),)),
+    Mutant("the look-up adopts any refund with our order id", ((classify, "is_ours", lambda found, refund: True),)),
+    Mutant("a look-up's miss is proof", ((send, "_look_up_first", _look_up_first_and_believe),)),
+    Mutant("a miss is proof when another holds the refund", ((send, "look_up_in_doubt", _miss_is_proof),)),
+    Mutant("no look-up before a POST, and the ledger restored", ((send, "_look_up_first", _no_look_up_first),)),
+    Mutant("the token is renewed right before the POST", ((send, "_post", _post_with_a_fresh_token),)),
+    Mutant(
+        "no lease",
+        ((MemoryLedger, "_claim", _lease(lambda self, row, now, until: now)), (MemoryLedger, "may_post", _may_post_whatever)),
+    ),
+    Mutant(
+        "a lease shorter than the token", ((MemoryLedger, "_claim", _lease(lambda self, row, now, until: now + timedelta(minutes=10))),)
+    ),
+    Mutant("the lease is counted by the host's clock", ((MemoryLedger, "claim", _claim_by_the_hosts_clock),)),
+    Mutant("no wait after an unknown", ((ledger, "decide", _decide_without_wait),)),
+    Mutant("no key window", ((MemoryLedger, "_inside_window", lambda *anything: True), (look_up, "past_window", lambda *anything: False))),
+    Mutant("the key window counts from the last attempt", ((MemoryLedger, "_claim", _first_sent_anew),)),
+    Mutant("another API key may send again", ((MemoryLedger, "_inside_window", _may_claim_with_any_key),)),
+    Mutant(
+        "what has ended is sent again", ((MemoryLedger, "_may_claim", _may_claim_what_has_ended), (send, "IN_DOUBT", frozenset(Status)))
+    ),
+    Mutant("no last check before the POST", ((MemoryLedger, "may_post", _may_post_whatever),)),
+    Mutant("a pause stops no claim", ((MemoryLedger, "_may_claim", _may_claim_while_paused),)),
+    Mutant("a worker that woke up late records", ((ledger, "decide", _decide_as_current),)),
+    Mutant("a refusal of the configuration forgets what went before", ((ledger, "decide", _decide_without_history),)),
+    Mutant("a release asks for no approval", ((MemoryLedger, "release", _release_unapproved),)),
+    Mutant("the source is not read again before the release", ((release, "source_changes", _no_changes),)),
+    Mutant("write-backs overtake one another", ((MemoryLedger, "write_back_lock", _no_lock),)),
+    Mutant("a write-back notes more than it wrote", ((MemoryLedger, "mark_written_back", _mark_whatever_is_there),)),
+    Mutant("a review is called rejected before the list can be complete", ((resolve, "LIST_MAY_LAG", timedelta(0)),)),
+    Mutant("a review is called rejected whatever Payroc lists", ((resolve, "as_rejected", _rejected_whatever),)),
+    Mutant("what may have moved is taken for unmoved", ((MemoryLedger, "case", _case_without_money),)),
+    Mutant("one person approves a reissue", ((ledger, "is_confirmed", _confirmed_by_anybody),)),
+    Mutant("a reissue does not look at what it replaces", ((MemoryLedger, "_replaced_stands", lambda self, row: True),)),
+    Mutant(
+        "a 401 evicts whatever token is there",
+        ((Host, "evict", _evict_all),),
+        harmless="It costs a request for another token and nothing else: an attempt holds its token in its hands, and the cache is only "
+        "read before a claim.",
+    ),
+)

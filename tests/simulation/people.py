@@ -1,0 +1,101 @@
+"""People who resolve reviews and reissue refunds: with good reason, with none, and sometimes against what Payroc holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from functools import partial
+from random import Random
+from typing import Any
+
+from include.payroc.errors import PayrocError
+from include.refunds.case import DecisionRefused
+from include.refunds.ledger import LedgerError
+from include.refunds.reissue import reissue
+from include.refunds.resolve import resolve
+from include.refunds.states import REPLACEABLE, Status
+from tests.simulation.airflow import Deployment
+from tests.simulation.engine import Actor, Violation
+from tests.simulation.invariants import Invariants
+from tests.simulation.ledger import MemoryLedger
+from tests.simulation.worker import SteppedLedger
+
+_PEOPLE = ("ann", "bob")
+
+
+class People:
+    """
+    Two people with the command line.
+
+    :param memory: what they look at.
+    """
+
+    def __init__(self, deployment: Deployment, memory: MemoryLedger, invariants: Invariants, rng: Random) -> None:
+        self._deployment = deployment
+        self._memory = memory
+        self._invariants = invariants
+        self._rng = rng
+        self.decisions = 0
+
+    def decide(self) -> None:
+        """Decide about everything that waits for people; the second says what the first said, or the opposite."""
+        for row in list(self._memory.rows.values()):
+            if row.status is Status.REVIEW:
+                outcome = self._rng.choice((Status.ACCEPTED, Status.REJECTED))
+                for person in _PEOPLE:
+                    said = outcome if self._rng.random() < 0.9 else self._rng.choice((Status.ACCEPTED, Status.REJECTED))
+                    self._start(f"{person} resolves {row.source_ref} as {said}", partial(self._resolve, person, row.id, said))
+            elif row.status in REPLACEABLE and self._rng.random() < 0.5:
+                first = self._rng.choice(_PEOPLE)
+                for person in (first, self._rng.choice(_PEOPLE), self._rng.choice(_PEOPLE)):
+                    self._start(f"{person} reissues {row.source_ref}", partial(self._reissue, person, row.id))
+
+    def _start(self, what: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        # One after the other, as people do; whether the second comes before the first has been heard is chance.
+        engine = self._deployment.engine
+        engine.after(60.0 * self._rng.random(), lambda: engine.tell(what))
+        engine.after(60.0 * self._rng.random(), lambda: engine.start(what, work(), self._ended))
+
+    def _ended(self, actor: Actor) -> None:
+        if actor.error is not None and not isinstance(actor.error, (LedgerError, PayrocError)):
+            raise Violation(f"{actor.name} fails in a way that nobody foresaw: {actor.error!r}") from actor.error
+
+    def _ledger_of(self, person: str) -> SteppedLedger:
+        d = self._deployment
+        return SteppedLedger(d.ledger.ledger, d.engine, d.ledger.watch, actor=person)
+
+    async def _resolve(self, person: str, refund_id: int, outcome: Status) -> None:
+        d = self._deployment
+        known = self._rng.choice((None, self._found_in_the_portal(refund_id)))
+        try:
+            resolution, done = await resolve(
+                refund_id,
+                outcome,
+                "as the simulation pleases",
+                payroc_refund_id=known if outcome is Status.ACCEPTED else None,
+                ledger=self._ledger_of(person),
+                gateway=d.connect(),
+            )
+        except (DecisionRefused, LedgerError) as refused:
+            d.engine.tell(f"refused: {refused}")
+            return
+        if done:
+            self.decisions += 1
+            self._invariants.resolved(refund_id, resolution.sighting)
+
+    async def _reissue(self, person: str, refund_id: int) -> None:
+        d = self._deployment
+        try:
+            new = await reissue(
+                refund_id, "as the simulation pleases", ledger=self._ledger_of(person), cipher=d.cipher, source=d.settings.source
+            )
+        except (DecisionRefused, LedgerError) as refused:
+            d.engine.tell(f"refused: {refused}")
+            return
+        if new is not None:
+            self.decisions += 1
+            d.engine.tell(f"refund {new} replaces {refund_id}")
+
+    def _found_in_the_portal(self, refund_id: int) -> str | None:
+        order_id = self._memory.rows[refund_id].order_id
+        found = [item.refund_id for item in self._deployment.payroc.refunds.values() if item.body["order"]["orderId"] == order_id]
+        return self._rng.choice(found) if found else None

@@ -1,0 +1,182 @@
+"""The real ledger behind the calls of the one in memory, and both side by side."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, is_dataclass
+from datetime import datetime
+from enum import Enum
+from typing import Any
+
+from sqlalchemy import URL, text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from include.refunds.ledger import Ledger, create_ledger_engine
+from include.refunds.settings import Settings
+from tests.simulation.engine import Engine, Violation
+from tests.simulation.ledger import MemoryLedger, Row
+
+_TABLES = ("refund_attempts", "refund_events", "refund_runs", "invalid_rows", "refund_control", "refunds")
+
+# What the two are compared by after each call. The events and the runs' reports are the database's own.
+_COMPARED = tuple(name for name in Row.__slots__ if name not in ("released_by", "request"))
+_READS = frozenset(
+    {"now", "pauses", "stored", "candidates", "due", "terminals", "read", "may_post", "in_doubt", "followed", "due_write_backs"}
+)
+
+
+class PostgresLedger:
+    """
+    The real ledger, each call run to its end.
+
+    :param url: of a migrated ledger, which is emptied.
+    """
+
+    def __init__(self, url: URL, settings: Settings, clock: Callable[[], datetime]) -> None:
+        self._loop = asyncio.new_event_loop()
+        self.engine = create_ledger_engine(url)
+        self.real = Ledger(self.engine, settings, actor="simulation", clock=clock)
+        self._run(self._empty())
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self.real, name)
+        return lambda *args, **kwargs: self._run(method(*args, **kwargs))
+
+    def close(self) -> None:
+        """Close its connections."""
+        self._run(self.engine.dispose())
+        self._loop.close()
+
+    def dump(self) -> list[dict[str, Any]]:
+        """Return the rows of ``refunds``."""
+        return self._run(self._rows(f"SELECT {', '.join(_COMPARED)} FROM refund_ledger.refunds ORDER BY id"))
+
+    def backup(self) -> dict[str, Any]:
+        """Return a copy of everything but the events, which no decision is made from."""
+
+        async def work() -> dict[str, Any]:
+            return {
+                name: await self._rows(f"SELECT to_jsonb(t)::text AS row FROM refund_ledger.{name} AS t")
+                for name in _TABLES
+                if name != "refund_events"
+            }
+
+        return self._run(work())
+
+    def restore(self, backup: dict[str, Any], next_id: int) -> None:
+        """Go back to a backup."""
+
+        async def work() -> None:
+            async with self.engine.begin() as connection:
+                await _truncate(connection)
+                for name, rows in backup.items():
+                    insert = text(
+                        f"INSERT INTO refund_ledger.{name} OVERRIDING SYSTEM VALUE "
+                        f"SELECT * FROM jsonb_populate_record(NULL::refund_ledger.{name}, CAST(:row AS jsonb))"
+                    )
+                    for row in rows:
+                        await connection.execute(insert, {"row": row["row"]})
+                await connection.execute(text(f"ALTER TABLE refund_ledger.refunds ALTER COLUMN id RESTART WITH {next_id}"))
+
+        self._run(work())
+
+    async def _empty(self) -> None:
+        async with self.engine.begin() as connection:
+            await _truncate(connection)
+            await connection.execute(text("INSERT INTO refund_ledger.refund_control (scope) VALUES ('*')"))
+
+    async def _rows(self, query: str) -> list[dict[str, Any]]:
+        async with self.engine.connect() as connection:
+            return [dict(row) for row in (await connection.execute(text(query))).mappings()]
+
+    def _run(self, work: Any) -> Any:
+        return self._loop.run_until_complete(work)
+
+
+class Twins:
+    """
+    Both ledgers, which have to return the same and hold the same after every call.
+
+    :param postgres: the real one.
+    :raises Violation: where they differ.
+    """
+
+    def __init__(self, postgres: PostgresLedger, settings: Settings, engine: Engine) -> None:
+        self.memory = MemoryLedger(settings, engine.ledger_time)
+        self.postgres = postgres
+        self.calls = 0
+
+    def write_back_lock(self) -> AbstractContextManager[bool]:
+        """Take the memory's lock: a call of the real one would wait for another worker that only this thread can run."""
+        return self.memory.write_back_lock()
+
+    def backup(self) -> tuple[Any, Any]:
+        """Return a copy of both."""
+        return self.memory.backup(), self.postgres.backup()
+
+    def restore(self, backup: Any) -> None:
+        """Go back to a backup of both."""
+        self.memory.restore(backup[0])
+        self.postgres.restore(backup[1], self.memory.next_id)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            theirs = _result_of(getattr(self.postgres, name), args, kwargs)
+            ours = _result_of(getattr(self.memory, name), args, kwargs)
+            self._compare(name, ours, theirs)
+            if isinstance(ours, Exception):
+                raise ours
+            return ours
+
+        return call
+
+    def _compare(self, name: str, ours: Any, theirs: Any) -> None:
+        if isinstance(ours, Exception) or isinstance(theirs, Exception):
+            if type(ours) is not type(theirs):
+                raise Violation(f"{name}: the memory says {ours!r}, Postgres says {theirs!r}.")
+        elif name == "stored":
+            ours = {ref: {key: row[key] for key in theirs[ref]} for ref, row in ours.items()} if set(ours) == set(theirs) else ours
+            theirs = {ref: dict(row) for ref, row in theirs.items()}
+            _same(name, ours, theirs)
+        else:
+            _same(name, ours, theirs)
+        if name not in _READS:
+            rows = [{column: getattr(row, column) for column in _COMPARED} for _, row in sorted(self.memory.rows.items())]
+            _same(f"{name}, then the rows", rows, self.postgres.dump())
+
+
+def _same(what: str, ours: Any, theirs: Any) -> None:
+    ours, theirs = _plain(ours), _plain(theirs)
+    if ours != theirs:
+        raise Violation(f"After {what} the memory has {ours}, Postgres has {theirs}.")
+
+
+def _plain(value: Any) -> Any:
+    """Return a value without what only one of the two ledgers has: the body, which Postgres holds as bytes of its own."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {key: _plain(item) for key, item in asdict(value).items() if key != "request"}
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Enum):
+        return value.value
+    return value
+
+
+def _result_of(method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    try:
+        return method(*args, **kwargs)
+    except Violation:
+        raise
+    except Exception as error:  # noqa: BLE001 - compared, then raised
+        return error
+
+
+async def _truncate(connection: AsyncConnection) -> None:
+    # The ledger's own triggers refuse to empty it.
+    await connection.execute(text("SET LOCAL session_replication_role = replica"))
+    await connection.execute(text(f"TRUNCATE {', '.join(f'refund_ledger.{name}' for name in _TABLES)} RESTART IDENTITY CASCADE"))

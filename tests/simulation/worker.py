@@ -1,0 +1,105 @@
+"""The ledger as a worker sees it: every call is a point at which the worker may die, stand still, or lose the database."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from include.refunds.ledger import Claim, LedgerUnavailable
+from tests.simulation.engine import Engine
+
+_LOCK_POLL = 5.0
+_LOCK_TIMEOUT = 60.0
+
+
+class SteppedLedger:
+    """
+    Asynchronous methods over a ledger whose own methods are not.
+
+    :param ledger: a :class:`~tests.simulation.ledger.MemoryLedger` or one of ``twins``.
+    :param actor: who works with it.
+    :param watch: told of each call that has had its effect: name, arguments, result.
+    """
+
+    def __init__(self, ledger: Any, engine: Engine, watch: Callable[[str, tuple[Any, ...], Any], None], actor: str = "simulation") -> None:
+        self.actor = actor
+        self.ledger = ledger
+        self.engine = engine
+        self.watch = watch
+
+    @asynccontextmanager
+    async def write_back_lock(self) -> AsyncIterator[None]:
+        # Postgres lets go of an advisory lock when its session dies; so does this when the coroutine is closed.
+        give_up = self.engine.time + _LOCK_TIMEOUT
+        while self.engine.time < give_up:
+            with self.ledger.write_back_lock() as taken:
+                if taken:
+                    yield
+                    return
+            await self.engine.sleep(_LOCK_POLL)
+        raise LedgerUnavailable("Another write-back holds the lock.")
+
+
+def _stepped(name: str) -> Callable[..., Any]:
+    before_label, after_label = f"ledger: before {name}", f"ledger: after {name}"
+
+    async def call(self: SteppedLedger, *args: Any, **kwargs: Any) -> Any:
+        engine = self.engine
+        # One point for each call, before or after its effect: which of the two is chance, unless every point is tried in turn.
+        scripted = engine.script is not None
+        before = scripted or engine.chance() < 0.5
+        if before:
+            await engine.point(before_label)
+        self.ledger.actor = self.actor
+        result = getattr(self.ledger, name)(*args, **kwargs)
+        if name == "claim":
+            assert engine.current is not None
+            engine.current.attempt = (result.refund.id, result.attempt) if isinstance(result, Claim) else None
+        self.watch(name, args, result)
+        if scripted or not before:
+            await engine.point(after_label)
+        return result
+
+    call.__name__ = name
+    return call
+
+
+for _name in (
+    "now",
+    "check_environment",
+    "check_source",
+    "pause",
+    "resume",
+    "pauses",
+    "stored",
+    "store",
+    "note_invalid",
+    "set_aside",
+    "return_stale_releases",
+    "candidates",
+    "due",
+    "begin_run",
+    "record_no_approval_needed",
+    "release",
+    "terminals",
+    "note",
+    "finish_run",
+    "read",
+    "claim",
+    "may_post",
+    "record",
+    "mark_seen",
+    "in_doubt",
+    "followed",
+    "known",
+    "replaced",
+    "sent_between",
+    "all_terminals",
+    "case",
+    "resolve",
+    "reissue",
+    "due_write_backs",
+    "mark_written_back",
+):
+    setattr(SteppedLedger, _name, _stepped(_name))
