@@ -1,0 +1,156 @@
+"""A merchant's world whose refunds are sent by worker processes, over a line that can be spoilt, to a Payroc whose tokens end soon."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import URL
+
+from demo import processes
+from include.refunds.settings import get_settings
+from tests.conftest import ROOT, SCRATCH, NewDatabase, Sandbox
+from tests.dags.conftest import airflow_connection
+from tests.processes.line import Line, running
+from tests.processes.scheduler import Scheduler
+from tests.processes.worker import Try
+from tests.refunds.conftest import World
+
+# The lease of a worker that died ends so long after its claim: the token's life and the shortest margin.
+TOKEN_SECONDS = 10
+LEASE_MARGIN_SECONDS = 5
+
+
+@pytest.fixture(scope="session")
+def sandbox() -> Iterator[Sandbox]:
+    """A local Payroc whose tokens end soon, so that leases do, and which holds hanging requests no longer than a test can wait."""
+    log = SCRATCH / "sandbox-of-processes.log"
+    options = ["--port", "0", "--token-seconds", str(TOKEN_SECONDS), "--hang-seconds", "3"]
+    process = processes.start([sys.executable, "-m", "include.sandbox", *options], env=os.environ, log=log, cwd=ROOT)
+    try:
+        found: list[str] = []
+
+        def said_its_address() -> bool:
+            found[:] = re.findall(r"http://127\.0\.0\.1:\d+", log.read_text())
+            return bool(found) or process.poll() is not None
+
+        processes.wait_until(said_its_address, seconds=30)
+        assert found, f"the sandbox did not say its address: {log.read_text()}"
+        yield Sandbox(found[0])
+    finally:
+        processes.stop(process)
+
+
+@pytest.fixture
+def line(sandbox: Sandbox) -> Iterator[Line]:
+    sandbox.post("/_sandbox/reset")
+    with running(sandbox.url) as line:
+        yield line
+
+
+@pytest.fixture
+def ledger_url(new_ledger: NewDatabase) -> URL:
+    return new_ledger()
+
+
+@pytest.fixture
+def source_url(new_source: NewDatabase) -> URL:
+    return new_source()
+
+
+@pytest.fixture
+def timeout_seconds() -> float:
+    """How long workers wait for an answer."""
+    return 1.5
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Path:
+    """Folder of the tokens that workers share."""
+    return tmp_path / "tokens"
+
+
+@pytest.fixture
+def connection_extra() -> dict[str, Any]:
+    return {}
+
+
+@pytest.fixture
+def world(
+    ledger_url: URL,
+    source_url: URL,
+    sandbox: Sandbox,
+    line: Line,
+    tokens: Path,
+    timeout_seconds: float,
+    connection_extra: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[World]:
+    """The world of the ledger's tests; workers find it by the same environment."""
+    extra = {"identity_url": line.url, **connection_extra}
+    connection = {"conn_type": "payroc", "password": "sandbox-key", "host": f"{line.url}/v1", "extra": extra}
+    settings = {
+        "TOKEN_CACHE_DIR": tokens,
+        "HTTP_TIMEOUT_SECONDS": timeout_seconds,
+        "LEASE_MARGIN_SECONDS": LEASE_MARGIN_SECONDS,
+        "UNKNOWN_WAIT_SECONDS": 1,
+        "RETRY_DELAY_SECONDS": 1,
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(f"PAYROC_REFUNDS_{name}", str(value))
+    monkeypatch.setenv("AIRFLOW_CONN_PAYROC_DEFAULT", json.dumps(connection))
+    monkeypatch.setenv("AIRFLOW_CONN_REFUNDS_LEDGER", airflow_connection(ledger_url))
+    get_settings.cache_clear()
+    world = World(ledger_url, source_url, sandbox)
+    yield world
+    world.ledger_engine.dispose()
+    world.source_engine.dispose()
+
+
+@pytest.fixture
+def scheduler() -> Scheduler:
+    return Scheduler(slots=4, log=SCRATCH / f"workers-{os.getpid()}.log")
+
+
+@pytest.fixture
+def figures(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """Tell what a test has measured: on the screen with ``-s``, and in the JUnit report."""
+
+    def tell(what: str, **measured: object) -> None:
+        text = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in measured.items())
+        record_property(what, text)
+        print(f"\n{what}: {text}")  # noqa: T201 - it is what the documents quote
+
+    return tell
+
+
+def one_task_each(run_id: str, refund_ids: Sequence[int]) -> list[Try]:
+    """Return the first tries of a run's send tasks, one refund each, as a run has them by default."""
+    return [Try(run_id, index, (refund_id,)) for index, refund_id in enumerate(refund_ids)]
+
+
+def open_run(world: World, run_id: str) -> list[int]:
+    """Do what a run does before it sends, and return the ids that it may send: new ones, and what earlier runs left in doubt."""
+    world.pull()
+    return [*world.release(run_id), *world.run(world.ledger.due())]
+
+
+def bring_to_an_end(world: World, scheduler: Scheduler) -> None:
+    """Let runs follow each other, undisturbed, until none has anything left to send; then follow up and write back."""
+    for number in range(1, 10):
+        run_id = f"undisturbed-{number}"
+        refund_ids = open_run(world, run_id)
+        if not refund_ids:
+            break
+        scheduler.run(one_task_each(run_id, refund_ids))
+        paid = world.sandbox.get("/_sandbox/refunds")["refundsPerOrder"]
+        assert set(paid.values()) <= {1}, f"paid more than once: {[order_id for order_id, times in paid.items() if times > 1]}"
+    assert not open_run(world, "nothing-left"), "runs follow each other and do not end"
+    world.follow_up()
+    world.write_back()

@@ -1,0 +1,116 @@
+"""What Airflow does with send tasks: a process for each try, as many at a time as there are slots, retries as the policy says."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from tests.processes.worker import Ending, Try, work
+
+# All workers are forked from one process that has imported everything, though nothing else: importing Airflow takes seconds.
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["tests.processes.worker"])
+
+KILLED = Ending("killed", retried=True)
+
+KillAfter = Callable[[Try], float | None]
+
+
+@dataclass
+class _Running:
+    this: Try
+    process: BaseProcess
+    answer: Connection
+    kill_at: float
+
+
+class Scheduler:
+    """
+    Runs send tasks in processes of their own.
+
+    :param slots: how many at a time, as the pool ``payroc_api`` limits them.
+    :param log: file that gets what the workers print.
+    :param retry_delay: seconds until a try that died, or failed with no word about when, is tried again.
+    """
+
+    def __init__(self, slots: int, log: Path, *, retry_delay: float = 1.0) -> None:
+        self.slots = slots
+        self.log = log
+        self.retry_delay = retry_delay
+        # Wait for the imports now, so that the first workers take no longer than the others.
+        first = _processes.Process(target=int)
+        first.start()
+        first.join()
+
+    def run(
+        self,
+        tries: Sequence[Try],
+        *,
+        retries: int = 5,
+        kill_after: KillAfter = lambda _: None,
+        on_death: Callable[[Try], None] = lambda _: None,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> list[tuple[Try, Ending]]:
+        """
+        Run send tasks until each has succeeded, failed for good or used up its retries.
+
+        :param retries: how often a task is tried again.
+        :param kill_after: after how many seconds the process of a try is killed; ``None`` for never.
+        :param on_death: called when a process was killed before it had ended by itself.
+        :param meanwhile: called again and again while workers run.
+        :returns: every try with its ending, in the order in which they ended.
+        """
+        order = itertools.count()
+        waiting = [(0.0, next(order), this) for this in tries]
+        running: list[_Running] = []
+        ended: list[tuple[Try, Ending]] = []
+        try:
+            while waiting or running:
+                while waiting and len(running) < self.slots and waiting[0][0] <= time.monotonic():
+                    running.append(self._start(heapq.heappop(waiting)[2], kill_after))
+                for item in running:
+                    if time.monotonic() >= item.kill_at:
+                        item.process.kill()
+                meanwhile()
+                wait([item.process.sentinel for item in running], timeout=0.01)
+                for item in [item for item in running if item.process.exitcode is not None]:
+                    running.remove(item)
+                    ending = self._ending(item)
+                    ended.append((item.this, ending))
+                    if ending is KILLED:
+                        on_death(item.this)
+                    if ending.retried and item.this.number <= retries:
+                        due = time.monotonic() + (self.retry_delay if ending.delay is None else ending.delay)
+                        heapq.heappush(waiting, (due, next(order), replace(item.this, number=item.this.number + 1)))
+        finally:
+            for item in running:
+                item.process.kill()
+                item.process.join()
+        return ended
+
+    def _start(self, this: Try, kill_after: KillAfter) -> _Running:
+        answer, to_us = _processes.Pipe(duplex=False)
+        process = _processes.Process(target=work, args=(dict(os.environ), this, to_us, self.log), daemon=True)
+        process.start()
+        # Otherwise a worker that died would leave us waiting for its answer.
+        to_us.close()
+        seconds = kill_after(this)
+        return _Running(this, process, answer, float("inf") if seconds is None else time.monotonic() + seconds)
+
+    def _ending(self, item: _Running) -> Ending:
+        item.process.join()
+        with item.answer:
+            if item.process.exitcode == 0:
+                ending: Ending = item.answer.recv()
+                return ending
+        if item.process.exitcode == -9:
+            return KILLED
+        raise AssertionError(f"worker of {item.this} ended with {item.process.exitcode}: {self.log.read_text()[-5000:]}")
