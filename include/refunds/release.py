@@ -58,7 +58,9 @@ async def release(
     if ids:
         rows = await source.select_approved()
         findings = source_changes(rows, await ledger.stored(list(ids)), cipher, settings)
-    released = await ledger.release(run_id, candidate_ids, {ids[ref]: finding for ref, finding in findings.items()})
+    withdrawn = {ids[ref]: finding for ref, finding in findings.items()}
+    standing = [item.id for item in candidates if item.id not in withdrawn]
+    released = await ledger.release(run_id, candidate_ids, standing, withdrawn)
     return [*released, *due_ids]
 
 

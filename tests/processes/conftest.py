@@ -120,12 +120,11 @@ def scheduler() -> Scheduler:
 
 @pytest.fixture
 def figures(record_property: Callable[[str, object], None]) -> Callable[..., None]:
-    """Tell what a test has measured: on the screen with ``-s``, and in the JUnit report."""
+    """Tell what a test has measured: it stands at the end of pytest's output, and in the JUnit report."""
 
     def tell(what: str, **measured: object) -> None:
         text = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in measured.items())
         record_property(what, text)
-        print(f"\n{what}: {text}")  # noqa: T201 - it is what the documents quote
 
     return tell
 

@@ -89,6 +89,17 @@ def test_the_source_shows_the_newest_of_a_chain_and_nothing_older_comes_back(wor
     assert world.write_back() == (0, [])
 
 
+def test_the_source_takes_the_news_of_a_reissue_although_the_clock_went_back(world: World) -> None:
+    world.hours_ahead = 5
+    old = returned(world)
+    ref = world.row(old)["source_ref"]
+    world.write_back()
+    world.hours_ahead = 0
+    reissued(world, old)
+    assert world.write_back() == (1, [])
+    assert world.source_row(ref)["status"] == "approved"
+
+
 def test_a_reissue_may_be_reissued_and_is_numbered_on(world: World) -> None:
     first = returned(world)
     second = reissued(world, first)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,6 +51,30 @@ def test_a_row_withdrawn_after_the_pull_is_not_released(world: World) -> None:
     assert world.row(withdrawn)["status"] == "approved"
     findings = world.rows("SELECT findings FROM refund_ledger.refund_runs")[0]["findings"]
     assert findings["withdrawn"] == {str(world.row(withdrawn)["id"]): "Its source row is no longer approved."}
+
+
+def test_what_was_paused_when_the_source_was_read_is_not_released_though_the_pause_has_ended_since(world: World) -> None:
+    other, paused = world.approve(processing_terminal_id="7701002"), world.approve()
+    world.pull()
+    world.change_source(paused, "withdrawn_at = now()")
+    ids = [world.row(ref)["id"] for ref in (other, paused)]
+    read = world.source.select_approved
+
+    async def select_while_the_pause_ends() -> Any:
+        rows = await read()
+        await world.ledger.resume("7701001", "It was mended.")
+        return rows
+
+    async def work() -> list[int]:
+        candidates = await world.ledger.candidates(Selection())
+        await world.ledger.begin_run("run-1", {}, candidates, {}, datetime.now(UTC))
+        await world.ledger.record_no_approval_needed("run-1")
+        await world.ledger.pause("7701001", "Something is wrong with it.")
+        world.source.select_approved = select_while_the_pause_ends  # type: ignore[method-assign]
+        return await world.release_only("run-1", ids)
+
+    assert world.run(work()) == [ids[0]]
+    assert world.row(paused)["status"] == "approved"
 
 
 def test_a_row_changed_after_the_pull_is_not_released(world: World) -> None:

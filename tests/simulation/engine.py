@@ -37,20 +37,22 @@ class Trouble:
     :param die: the process is killed.
     :param fail: the database or the network fails: the call raises, with or without having had its effect.
     :param freeze: the process stands still for a while.
-    :param critical: how many times likelier all of it is where it hurts most: between claim, POST and record, and inside a write-back.
+    :param critical: how many times likelier all of it is at the points of ``where``.
     """
 
     die: float = 0.0
     fail: float = 0.0
     freeze: float = 0.0
     critical: float = 1.0
+    where: frozenset[str] = frozenset()
     total: float = 0.0
 
     def __post_init__(self) -> None:
         self.total = (self.die + self.fail + self.freeze) * self.critical
 
 
-CRITICAL = frozenset(
+# Where it hurts most: between claim, POST and record, and inside a write-back.
+AROUND_THE_POST = frozenset(
     {
         "ledger: after claim",
         "ledger: before may_post",
@@ -58,11 +60,10 @@ CRITICAL = frozenset(
         "payroc: about to POST",
         "payroc: answered",
         "ledger: before record",
-        "ledger: after due_write_backs",
-        "source: write back",
-        "source: written back",
     }
 )
+AT_THE_DOOR = frozenset({"ledger: after candidates", "source: select", "ledger: after stored", "ledger: before release"})
+IN_A_WRITE_BACK = frozenset({"ledger: after due_write_backs", "source: write back", "source: written back"})
 
 
 class Actor:
@@ -245,7 +246,7 @@ class Engine:
             what = self.script(actor, label)
         else:
             drawn = self.chance()
-            if drawn < trouble.total and label in CRITICAL:
+            if drawn < trouble.total and label in trouble.where:
                 drawn /= trouble.critical
             if drawn >= trouble.die + trouble.fail + trouble.freeze:
                 self._wake(actor, _STEPS[int(self.chance() * 10)])

@@ -44,6 +44,7 @@ class OneRefund(History):
 
     def __init__(self, case: Case) -> None:
         super().__init__(0, temper=_TEMPERS[case.temper])
+        self.people_decide = False
         self.case = case
         self.reached = False
         self._points = 0
@@ -51,8 +52,7 @@ class OneRefund(History):
 
     def play(self) -> None:
         """Let it happen, and see it end well."""
-        item = self.merchant.approve(1)
-        self.invariants.people_asked[item.source_ref] = {"every behaviour is tried"}
+        self.merchant.approve(1)
         self.host.planned = [fault for fault in (self.case.earlier, self.case.fault) if fault or self.case.earlier]
         self.engine.script = self._script
         self.airflow.run()

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from pydantic import SecretStr
@@ -19,11 +20,24 @@ from include.refunds.source import SourceUnavailable
 from include.refunds.states import Status
 from include.refunds.verify import Difference, verify
 from tests.simulation.airflow import Airflow, Deployment
-from tests.simulation.engine import DAY, EPOCH, FREEZES, HOUR, MINUTE, Actor, Engine, Trouble, Violation
+from tests.simulation.engine import (
+    AROUND_THE_POST,
+    AT_THE_DOOR,
+    DAY,
+    EPOCH,
+    FREEZES,
+    HOUR,
+    IN_A_WRITE_BACK,
+    MINUTE,
+    Actor,
+    Engine,
+    Trouble,
+    Violation,
+)
 from tests.simulation.invariants import LONGEST_LAG, Invariants
 from tests.simulation.ledger import MemoryLedger
 from tests.simulation.merchant import TERMINALS, Merchant, SimulatedSource
-from tests.simulation.payroc import HOST, OTHER_HOST, Host, Payroc, Temper
+from tests.simulation.payroc import HOST, MISCONFIGURED, MURKY, OTHER_HOST, Host, Payroc, Temper
 from tests.simulation.people import People
 from tests.simulation.worker import SteppedLedger
 
@@ -35,6 +49,11 @@ SETTINGS = Settings(
     encryption_keys=(SecretStr("unused"),),
     fingerprint_key=SecretStr("unused in the simulation, which checks hashes of its own"),
 )
+
+
+_THEMES = ("", "", "", "", "", "people", "configuration", "write-backs", "reissues", "late workers", "the door")
+_WHERE_OF_THEME = {"write-backs": IN_A_WRITE_BACK, "late workers": AROUND_THE_POST, "the door": AT_THE_DOOR}
+_FAULTS_OF_THEME = {"people": MURKY, "configuration": MISCONFIGURED}
 
 
 class PlainCipher(Cipher):
@@ -134,9 +153,17 @@ class History:
         stepped = SteppedLedger(self.ledger, engine, self.invariants.called)
         source = SimulatedSource(self.merchant)
         self.airflow = Airflow(Deployment(engine, stepped, self.payroc, self.host, source, PlainCipher(), self.settings))
-        self.people = People(self.airflow.deployment, self.memory, self.invariants, rng)
+        self.people = People(self.airflow.deployment, self.memory, rng)
+        # Whether people decide everything in the end, or leave it for the invariants to look at.
+        self.people_decide = rng.random() < 0.5
         self.counts = Counts(histories=1)
-        self._may_restore = not self.jumpy and not self.payroc.temper.racy and rng.random() < 0.25
+        # Half of the histories are about anything; the others keep to one kind of trouble, which would else be too rare.
+        self.theme = rng.choice(_THEMES) if temper is None else ""
+        if self.theme in _FAULTS_OF_THEME:
+            self.payroc.temper.which, self.payroc.temper.faults = _FAULTS_OF_THEME[self.theme], 0.6
+        if self.theme in ("people", "configuration"):
+            self.payroc.temper.list_lag = rng.choice((HOUR, LONGEST_LAG))
+        self._may_restore = temper is None and not self.jumpy and not self.payroc.temper.racy and rng.random() < 0.3
         # A ledger that was lost altogether is one restored from before its first day.
         self._backup = self.ledger.backup() if self._may_restore else None
 
@@ -149,15 +176,25 @@ class History:
         rng, engine = self.rng, self.engine
         for number in range(1, rng.choice((1, 1, 2, 2, 3, 4)) + 1):
             self._approve(number)
-        horizon = rng.choice((20 * MINUTE, 3 * HOUR, 3 * HOUR, 1 * DAY, 8 * DAY))
-        engine.trouble = Trouble(
-            die=rng.choice((0.0, 0.005, 0.02)),
-            fail=rng.choice((0.0, 0.005, 0.02)),
-            freeze=rng.choice((0.0, 0.004, 0.015)),
-            critical=rng.choice((1.0, 5.0, 15.0)),
+        # A ledger may have been lost for longer than Payroc knows its keys.
+        horizon = rng.choice(
+            (3 * HOUR, 1 * DAY, 8 * DAY, 8 * DAY) if self._may_restore else (20 * MINUTE, 3 * HOUR, 3 * HOUR, 1 * DAY, 8 * DAY)
         )
+        engine.trouble = Trouble(
+            die=rng.choice((0.0, 0.003, 0.012)),
+            fail=rng.choice((0.0, 0.003, 0.012)),
+            freeze=rng.choice((0.0, 0.003, 0.012)),
+            critical=rng.choice((1.0, 5.0, 15.0)),
+            where=_WHERE_OF_THEME.get(self.theme, AROUND_THE_POST | IN_A_WRITE_BACK),
+        )
+        if self.theme in _WHERE_OF_THEME:
+            # Nothing but processes that stand still, at the points of the theme.
+            engine.trouble = Trouble(freeze=0.02, critical=15.0, where=_WHERE_OF_THEME[self.theme])
+        for act, times in _EVENTS_OF_THEME.get(self.theme, ()):
+            for _ in range(times):
+                self._at(min(horizon, 20 * MINUTE) * rng.random(), partial(act, self))
         self.merchant.guarded = rng.random() < 0.5
-        self.merchant.read_only = rng.random() < 0.1
+        self.merchant.read_only = rng.random() < (0.4 if self._may_restore else 0.1)
         self.airflow.skips = rng.choice((0.0, 0.0, 0.05))
         self._at(0.0, self._new_run)
         for _ in range(rng.choice((0, 1, 1, 2))):
@@ -169,7 +206,7 @@ class History:
             self._at(horizon * (1 - 0.5 * rng.random() ** 2), self._restore)
         for _ in range(rng.choice((0, 1, 2))):
             self._at(horizon * rng.random(), self._resume)
-        for _ in range(rng.choice((0, 0, 1, 2))):
+        for _ in range(rng.choice((0, 1, 2, 3))):
             self._at(horizon * rng.random(), self._people_decide)
         for _ in range(rng.choice((0, 1, 2, 4, 7))):
             self._at(horizon * rng.random(), self._something_happens)
@@ -283,9 +320,17 @@ class History:
         self._at(self.rng.choice((MINUTE, HOUR)), lambda: self._resume_one(scope))
 
     def _people_decide(self) -> None:
-        # Whoever restored a ledger waits a day before deciding anything: docs/safety.md says so.
-        if not self.invariants.restored:
+        # A restored ledger may have forgotten a reissue, which then no look-up finds: docs/safety.md says what to do first.
+        if not self._may_restore:
             self.people.decide()
+
+    def _pause_for_a_moment(self) -> None:
+        scope = self.rng.choice(TERMINALS)
+        self.ledger.pause(scope, "A person paused it.")
+        self._at(200.0 * self.rng.random(), lambda: self._resume_one(scope))
+
+    def _follow_up(self) -> None:
+        self.airflow.follow_up()
 
     def _resume(self) -> None:
         for scope in list(self.memory.paused):
@@ -345,8 +390,13 @@ class History:
     def _move(self, existing: Any) -> None:
         chance = self.rng.random()
         if existing.word in ("ready", "pending"):
-            if chance < 0.2:
-                self.payroc.change(existing, self.rng.choice(("admin", "reversal", "declined", "novel")))
+            if chance < (0.6 if self.theme == "reissues" else 0.1):
+                words = ("reversal",) if self.theme == "reissues" else ("admin", "reversal", "declined", "novel")
+                word = self.rng.choice(words)
+                if word == "declined" and existing.key:
+                    # An answer that says otherwise may still be on its way to a worker that stands still.
+                    self.invariants.excuse(self.merchant.by_key[existing.key], "declined later")
+                self.payroc.change(existing, word)
             elif chance < 0.7:
                 self.payroc.change(existing, "complete")
         elif existing.word == "complete" and chance < 0.3 and self.engine.time - existing.created < 8 * DAY:
@@ -382,7 +432,7 @@ class History:
             engine.run()
             if self._is_quiet() and (day > 0 or not self.invariants.restored):
                 break
-        if self.rng.random() < 0.5:
+        if self.people_decide and not self._may_restore:
             self._decide_everything()
         self._payroc_moves()
         self._follow_up_a_day_later()
@@ -418,8 +468,12 @@ class History:
                 (await verify(start, end, terminals=TERMINALS, ledger=deployment.ledger, gateway=deployment.connect())).differences
             )
 
-        self.engine.start("verify", work())
-        self.engine.run()
+        # Its first token may be one that ended long ago; then it says so, and is run again.
+        for _ in range(2):
+            verifying = self.engine.start("verify", work())
+            self.engine.run()
+            if verifying.error is None:
+                break
         return found
 
     def _is_quiet(self) -> bool:
@@ -463,6 +517,12 @@ _EVENTS: dict[str, Callable[[History], None]] = {
     "the database's clock jumps": History._ledger_clock,
     "time passes at Payroc": History._payroc_moves,
     "somebody uses our order id": History._foreign,
+}
+
+
+_EVENTS_OF_THEME: dict[str, tuple[tuple[Callable[[History], None], int], ...]] = {
+    "the door": ((History._new_run, 3), (History._pause_for_a_moment, 8), (History._edit, 4)),
+    "write-backs": ((History._payroc_moves, 3), (History._follow_up, 3)),
 }
 
 

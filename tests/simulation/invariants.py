@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
-from include.refunds.classify import EVERYTHING, Sighting
+from include.refunds.classify import EVERYTHING
 from include.refunds.ledger.runs import hash_of_ids
 from include.refunds.states import PAID, REPLACEABLE, Status
 from include.refunds.verify import Difference
@@ -143,7 +143,13 @@ class Invariants:
 
     def called(self, name: str, args: tuple[Any, ...], result: Any) -> None:
         """A worker's call of the ledger has had its effect."""
-        if name == "reissue" and result is not None:
+        if name == "resolve" and result:
+            case, resolution = args[0], args[1]
+            if resolution.sighting is not None:
+                # What people took over counts as the refund's own from here on.
+                self._taken_over[case.refund.id] = resolution.sighting.payroc_refund_id
+            self._check_record(self.ledger.rows[case.refund.id])
+        elif name == "reissue" and result is not None:
             row = self.ledger.rows[result]
             if row.requested_by == row.approved_by:
                 raise Violation(f"{row.source_ref} is approved anew by {row.approved_by} alone.")
@@ -156,12 +162,22 @@ class Invariants:
         elif name == "claim" and result is not None:
             if EVERYTHING in self.ledger.paused or result.refund.processing_terminal_id in self.ledger.paused:
                 raise Violation(f"{result.refund.source_ref} is claimed while the sending is paused.")
+        elif name == "record":
+            self._check_record(self.ledger.rows[args[0]])
         elif name == "release":
             self._check_release(args[0], args[1], result)
         if self.ledger.paused or self._paused_since:
             self._paused_since = {scope: self._paused_since.get(scope, self.engine.time) for scope in self.ledger.paused}
         if self.engine.current is not None:
             self.engine.current.looked_at = self.engine.time
+
+    def _check_record(self, row: Row) -> None:
+        attempts = self.ledger.attempts[row.id]
+        if row.status in (Status.UNKNOWN, Status.RELEASED) and attempts and attempts[-1].outcome is None:
+            raise Violation(f"{row.source_ref} is {row.status} while attempt {len(attempts)} of it may be under way.")
+        held = [found for found in self.payroc.by_key.get(str(row.idempotency_key), []) if not found.declined]
+        if row.status in (Status.REJECTED, Status.RELEASED) and held and not self.restored:
+            raise Violation(f"LOST: {row.source_ref} is called {row.status}, and Payroc holds {held[0].refund_id} for it.")
 
     def _check_release(self, run_id: str, candidate_ids: list[int], refund_ids: list[int]) -> None:
         actor = self.engine.current
@@ -249,11 +265,6 @@ class Invariants:
             if other.replaces == row.id:
                 return self._newest_of_chain(other)
         return row
-
-    def resolved(self, refund_id: int, sighting: Sighting | None) -> None:
-        """People ended a review; what they took over counts as the refund's own from here on."""
-        if sighting is not None:
-            self._taken_over[refund_id] = sighting.payroc_refund_id
 
     def excuse(self, item: Approved, why: str) -> None:
         """Something happened to a refund after which even a perfect protocol may have to ask people."""

@@ -344,7 +344,7 @@ class MemoryLedger:
         run = self._run(run_id)
         run.approved_hash = run.candidates_hash
 
-    def release(self, run_id: str, candidate_ids: Sequence[int], withdrawn: dict[int, str]) -> list[int]:
+    def release(self, run_id: str, candidate_ids: Sequence[int], standing_ids: Sequence[int], withdrawn: dict[int, str]) -> list[int]:
         now = self.clock()
         run = self._run(run_id)
         if run.approved_hash != hash_of_ids(candidate_ids):
@@ -355,7 +355,7 @@ class MemoryLedger:
         released = []
         for refund_id in candidate_ids:
             row = self.rows.get(refund_id)
-            if row is None or refund_id in withdrawn or self._is_paused(row) or not self._replaced_stands(row):
+            if row is None or refund_id not in standing_ids or self._is_paused(row) or not self._replaced_stands(row):
                 continue
             if row.status is Status.APPROVED:
                 self._write(row, now, status=Status.RELEASED, reason=None, released_by="simulation", released_run=run_id, released_at=now)
@@ -619,7 +619,7 @@ class MemoryLedger:
         row.request, row.request_sha256 = new.request, new.request_sha256
         row.requested_by, row.approved_by, row.approved_at = case.proposal.by, self.actor, case.now
         row.replaces, row.reason = replaced.id, f"Reissue of refund {replaced.id}: {reason}"
-        row.created_at = row.updated_at = case.now
+        row.created_at, row.updated_at = case.now, max(case.now, replaced.updated_at + _MICROSECOND)
         row.status, row.attempts = Status.APPROVED, 0
         for name in _UNSENT:
             setattr(row, name, None)

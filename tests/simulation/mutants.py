@@ -277,9 +277,13 @@ def _no_changes(*anything: Any) -> dict[str, str]:
     return {}
 
 
-def _release_unapproved(self: MemoryLedger, run_id: str, candidate_ids: Any, withdrawn: Any) -> list[int]:
+def _release_unapproved(self: MemoryLedger, run_id: str, *rest: Any) -> list[int]:
     self.record_no_approval_needed(run_id)
-    return _release(self, run_id, candidate_ids, withdrawn)
+    return _release(self, run_id, *rest)
+
+
+def _release_what_was_not_looked_up(self: MemoryLedger, run_id: str, candidate_ids: Any, standing_ids: Any, withdrawn: Any) -> list[int]:
+    return _release(self, run_id, candidate_ids, [item for item in candidate_ids if item not in withdrawn], withdrawn)
 
 
 _release = MemoryLedger.release
@@ -361,6 +365,7 @@ MUTANTS = (
     Mutant("a worker that woke up late records", ((ledger, "decide", _decide_as_current),)),
     Mutant("a refusal of the configuration forgets what went before", ((ledger, "decide", _decide_without_history),)),
     Mutant("a release asks for no approval", ((MemoryLedger, "release", _release_unapproved),)),
+    Mutant("what was paused when the source was read is released", ((MemoryLedger, "release", _release_what_was_not_looked_up),)),
     Mutant("the source is not read again before the release", ((release, "source_changes", _no_changes),)),
     Mutant("write-backs overtake one another", ((MemoryLedger, "write_back_lock", _no_lock),)),
     Mutant("a write-back notes more than it wrote", ((MemoryLedger, "mark_written_back", _mark_whatever_is_there),)),

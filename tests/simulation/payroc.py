@@ -40,22 +40,25 @@ FAULTS: tuple[tuple[str, int], ...] = (
     ("500 sticky after", 2),
     ("502 html before", 3),
     ("502 html after", 3),
-    ("408", 2),
-    ("429", 3),
+    ("408", 3),
+    ("429", 4),
     ("401", 5),
     ("garbage after", 4),
     ("empty after", 3),
     ("redirect", 1),
     ("wrong body", 1),
-    ("400", 4),
+    ("400", 6),
     ("403 terminal", 4),
     ("403 proxy", 3),
     ("409 key", 2),
-    ("409 exists", 2),
+    ("409 exists", 4),
     ("slow", 4),
 )
 FAULT_NAMES = tuple(name for name, _ in FAULTS)
-_FAULT_TABLE = tuple(name for name, weight in FAULTS for _ in range(weight))
+ANYTHING = tuple(name for name, weight in FAULTS for _ in range(weight))
+# Faults that end with people soon, and faults that look like a wrong configuration.
+MURKY = ("409 exists", "409 exists", "409 key", "400", "lost after", "wrong body", "500 after")
+MISCONFIGURED = ("403 terminal", "403 proxy", "401", "lost after", "500 after", "403 terminal")
 
 # Faults after which even a perfect protocol may have to ask people.
 ASKS_PEOPLE = {"500 sticky before", "500 sticky after", "wrong body", "400", "409 key", "409 exists", "403 proxy"}
@@ -72,6 +75,7 @@ class Temper:
     list_duplicates: bool = False
     drops_custom_fields: bool = False
     faults: float = 0.0
+    which: tuple[str, ...] = ANYTHING
     list_faults: float = 0.0
     token_faults: float = 0.0
 
@@ -357,7 +361,7 @@ class SimulatedGateway:
         if self._host.planned:
             fault = self._host.planned.pop(0)
         elif engine.chance() < payroc.temper.faults:
-            fault = _FAULT_TABLE[int(engine.chance() * len(_FAULT_TABLE))]
+            fault = payroc.temper.which[int(engine.chance() * len(payroc.temper.which))]
         actor = engine.current
         assert actor is not None
         post = Post(idempotency_key, body, _text(token), self._api_key, actor.attempt, fault, engine.time)

@@ -23,7 +23,24 @@ _TABLES = ("refund_attempts", "refund_events", "refund_runs", "invalid_rows", "r
 # What the two are compared by after each call. The events and the runs' reports are the database's own.
 _COMPARED = tuple(name for name in Row.__slots__ if name not in ("released_by", "request"))
 _READS = frozenset(
-    {"now", "pauses", "stored", "candidates", "due", "terminals", "read", "may_post", "in_doubt", "followed", "due_write_backs"}
+    {
+        "now",
+        "pauses",
+        "stored",
+        "candidates",
+        "due",
+        "terminals",
+        "read",
+        "may_post",
+        "in_doubt",
+        "followed",
+        "due_write_backs",
+        "known",
+        "replaced",
+        "sent_between",
+        "all_terminals",
+        "case",
+    }
 )
 
 
@@ -108,6 +125,15 @@ class Twins:
         self.postgres = postgres
         self.calls = 0
 
+    @property
+    def actor(self) -> str:
+        """Who works with both."""
+        return self.memory.actor
+
+    @actor.setter
+    def actor(self, actor: str) -> None:
+        self.memory.actor = self.postgres.real._actor = actor
+
     def write_back_lock(self) -> AbstractContextManager[bool]:
         """Take the memory's lock: a call of the real one would wait for another worker that only this thread can run."""
         return self.memory.write_back_lock()
@@ -157,9 +183,9 @@ def _same(what: str, ours: Any, theirs: Any) -> None:
 def _plain(value: Any) -> Any:
     """Return a value without what only one of the two ledgers has: the body, which Postgres holds as bytes of its own."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {key: _plain(item) for key, item in asdict(value).items() if key != "request"}
+        value = asdict(value)
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _plain(item) for key, item in value.items() if key != "request"}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, Enum):

@@ -179,12 +179,14 @@ class Runs(LedgerBase):
             if (await connection.execute(update, {"run_id": run_id})).rowcount == 0:
                 raise _no_run(run_id)
 
-    async def release(self, run_id: str, candidate_ids: Sequence[int], withdrawn: dict[int, str]) -> list[int]:
+    async def release(self, run_id: str, candidate_ids: Sequence[int], standing_ids: Sequence[int], withdrawn: dict[int, str]) -> list[int]:
         """
         Release refunds for sending: the one door, in one transaction under a lock on ``refund_control``.
 
         :param run_id: the run that releases. Its row has to hold an approval of exactly these candidates.
         :param candidate_ids: ids of the run's candidates.
+        :param standing_ids: the candidates that were looked up in the source, and that it stands by. No other one is released: one that
+            was paused then has not been looked up, though the pause may have ended since.
         :param withdrawn: candidates that the source no longer stands by, each with what was found: they are not released,
             and a release that they already had is taken back.
         :returns: ids that may be sent now, oldest approval first; paused terminals' are left out.
@@ -223,7 +225,7 @@ class Runs(LedgerBase):
             for refund_id, finding in withdrawn.items():
                 await connection.execute(take_back, {"id": refund_id, "reason": finding, "now": now})
             values = {
-                "ids": [] if EVERYTHING in paused else [item for item in candidate_ids if item not in withdrawn],
+                "ids": [] if EVERYTHING in paused else sorted({*standing_ids} & {*candidate_ids}),
                 "source": self._settings.source,
                 "paused": list(paused),
             }

@@ -37,6 +37,8 @@ BEGIN
        (replaced.source, replaced.amount, replaced.currency, replaced.payee_fingerprint, replaced.processing_terminal_id) THEN
         RAISE EXCEPTION 'a refund pays what the one that it replaces (%) was to pay', NEW.replaces USING ERRCODE = 'check_violation';
     END IF;
+    -- The source has one row for both, and takes no news that is older than what it has.
+    NEW.updated_at := GREATEST(NEW.updated_at, replaced.updated_at + interval '1 microsecond');
     RETURN NEW;
 END $$;
 

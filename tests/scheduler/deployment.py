@@ -1,0 +1,203 @@
+"""A whole Airflow of the tests' own: API server, scheduler with LocalExecutor and DAG processor as processes, beside a local Payroc."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+from sqlalchemy import URL
+
+from demo import processes
+from demo.environment import environment
+from demo.postgres import HOST, PostgresServer, free_port
+from demo.stack import POOL, telling_lines
+from demo.state import Keys, State
+from tests.conftest import ROOT, Sandbox
+from tests.scheduler.client import AirflowClient, TaskInstance
+
+DAG = "payroc_refunds"
+# The same DAG, but with runs that may overlap.
+OVERLAPPING_DAG = "payroc_refunds_overlapping"
+
+# A token's life and the margin make the lease: the time for which a refund waits whose worker was killed.
+TOKEN_SECONDS = 10
+HEARTBEAT_TIMEOUT_SECONDS = 8
+UNKNOWN_WAIT_SECONDS = 6
+
+_READY_SECONDS = 150
+# As many as there are slots: a task that hangs must not keep another from starting.
+_SLOTS = 8
+
+_SETTINGS = {
+    "PAYROC_REFUNDS_UNKNOWN_WAIT_SECONDS": str(UNKNOWN_WAIT_SECONDS),
+    # Long enough to find and kill a process while its POST is on the way, on a busy machine.
+    "PAYROC_REFUNDS_HTTP_TIMEOUT_SECONDS": "2.5",
+    "PAYROC_REFUNDS_LEASE_MARGIN_SECONDS": "8",
+    # Shorter than every wait that is measured, so that nothing but the retry policy can have made that wait.
+    "PAYROC_REFUNDS_RETRY_DELAY_SECONDS": "2",
+    "PAYROC_REFUNDS_RETRIES": "6",
+    "AIRFLOW__CORE__PARALLELISM": str(_SLOTS),
+    "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",
+    "AIRFLOW__WORKERS__MIN_HEARTBEAT_INTERVAL": "1",
+    # A supervisor that was killed is noticed while its orphaned task is still at work.
+    "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": str(HEARTBEAT_TIMEOUT_SECONDS),
+    "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "1",
+    "AIRFLOW__SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.2",
+    "AIRFLOW__API__HOST": HOST,
+    "AIRFLOW__API__WORKERS": "1",
+}
+# The scheduler imports what its tasks need before it forks them, which spares each task half a second.
+_IMPORTED_ONCE = """
+import airflow.providers.postgres.hooks.postgres
+import psycopg
+import sqlalchemy.dialects.postgresql.psycopg
+import sqlalchemy.ext.asyncio
+"""
+_COMPONENTS = {"api-server": ["api-server"], "scheduler": ["scheduler", "--skip-serve-logs"], "dag-processor": ["dag-processor"]}
+
+
+class Deployment:
+    """
+    A running Airflow.
+
+    :param folder: where its home and its logs are.
+    :param ledger: the ledger's database, migrated.
+    :param source: the database in which refunds are approved.
+    :param sandbox: the local Payroc that it pays through.
+    :param client: its REST API.
+    """
+
+    def __init__(self, folder: Path, postgres: PostgresServer, ledger: URL, source: URL, sandbox: Sandbox) -> None:
+        self.folder = folder
+        self.ledger = ledger
+        self.source = source
+        self.sandbox = sandbox
+        port = free_port()
+        address = f"http://{HOST}:{port}"
+        self.client = AirflowClient(address)
+        postgres.create_database("airflow_of_the_scheduler")
+        state = State(folder)
+        for private in (state.airflow, state.logs):
+            private.mkdir(parents=True)
+        (state.airflow / "config").mkdir()
+        (state.airflow / "config" / "airflow_local_settings.py").write_text(_IMPORTED_ONCE)
+        self._logs = state.logs
+        self._env = environment(
+            state, Keys.draw(), airflow=postgres.url("airflow_of_the_scheduler"), ledger=ledger, source=source, sandbox=sandbox.url
+        ) | {
+            **_SETTINGS,
+            "AIRFLOW__API__PORT": str(port),
+            "AIRFLOW__API__BASE_URL": address,
+            "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"{address}/execution/",
+            "AIRFLOW__CORE__DAGS_FOLDER": str(_dags_folder(folder)),
+        }
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self) -> None:
+        """Start everything and wait until it is ready."""
+        migration = self._start("db", "db", "migrate")
+        assert processes.wait_until(lambda: processes.has_ended(migration), seconds=_READY_SECONDS), "`airflow db migrate` hangs"
+        assert migration.returncode == 0, telling_lines(self._logs / "db.log")
+        for name in _COMPONENTS:
+            self._processes[name] = self._start(name, *_COMPONENTS[name])
+        self._wait_for(lambda: self.client.is_ready(DAG, OVERLAPPING_DAG))
+        self.client.create_pool(POOL, _SLOTS)
+
+    def stop(self) -> None:
+        """End everything, orphaned tasks included."""
+        self.client.close()
+        for name in ("scheduler", "dag-processor", "api-server"):
+            if name in self._processes:
+                # Nothing of it is needed any more, and its polite end takes seconds.
+                processes.stop(self._processes[name], first=signal.SIGKILL)
+        processes.end_all(processes.orphans(str(self.folder)), first=signal.SIGKILL)
+
+    def stop_api_server(self, number: signal.Signals) -> None:
+        """End the API server by a signal."""
+        processes.stop(self._processes["api-server"], first=number)
+
+    def start_api_server(self) -> None:
+        """Start the API server again, and wait until it answers."""
+        self._processes["api-server"] = self._start("api-server", *_COMPONENTS["api-server"])
+        self._wait_for(self.client.answers)
+
+    def task_process(self, ti: TaskInstance) -> psutil.Process:
+        """Return the process that runs a task."""
+        process = psutil.Process(ti.pid)
+        assert _works_for(process, ti), f"process {ti.pid} is not the one of {ti}: {process.cmdline()}"
+        return process
+
+    def supervisor(self, ti: TaskInstance) -> psutil.Process:
+        """Return the process that supervises a task: a worker of the executor, forked from the scheduler."""
+        supervisor = self.task_process(ti).parent()
+        assert supervisor is not None
+        assert supervisor.ppid() == self._processes["scheduler"].pid, f"{supervisor} is no worker of the executor"
+        assert _works_for(supervisor, ti), f"{supervisor.cmdline()} does not supervise {ti}"
+        return supervisor
+
+    def task_processes(self) -> list[psutil.Process]:
+        """Return all processes that run a task, orphans included: they stay in the scheduler's session."""
+        scheduler = self._processes["scheduler"].pid
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error, OSError):
+                title = " ".join(process.cmdline())
+                if os.getsid(process.pid) == scheduler and title.startswith("airflow worker -- ") and "LocalExecutor" not in title:
+                    found.append(process)
+        return found
+
+    def _start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
+        return processes.start([sys.executable, "-m", "airflow", *command], env=self._env, log=self._logs / f"{name}.log", cwd=self.folder)
+
+    def _wait_for(self, condition: Callable[[], bool]) -> None:
+        def ended() -> list[str]:
+            return [name for name, process in self._processes.items() if processes.has_ended(process)]
+
+        assert processes.wait_until(lambda: condition() or bool(ended()), seconds=_READY_SECONDS, pause=0.2), "Airflow is not ready in time"
+        assert not ended(), f"{ended()} ended by itself: {telling_lines(self._logs / f'{ended()[0]}.log')}"
+
+
+@contextmanager
+def running_sandbox(log: Path) -> Iterator[Sandbox]:
+    """Yield a local Payroc whose tokens live so short that leases end while a test waits."""
+    port = free_port()
+    command = [sys.executable, "-m", "include.sandbox", "--port", str(port), "--token-seconds", str(TOKEN_SECONDS)]
+    process = processes.start(command, env=os.environ, log=log, cwd=ROOT)
+    sandbox = Sandbox(f"http://{HOST}:{port}")
+
+    def answers() -> bool:
+        try:
+            return bool(sandbox.get("/_sandbox/health"))
+        except OSError:
+            return False
+
+    try:
+        assert processes.wait_until(answers, seconds=30), f"the sandbox did not start: {log.read_text()}"
+        yield sandbox
+    finally:
+        processes.stop(process)
+
+
+def _works_for(process: psutil.Process, ti: TaskInstance) -> bool:
+    # The end of the title is missing when the space for it is too short.
+    shown = process.cmdline()[0].split()[-1]
+    return len(shown) > 24 and ti.id.startswith(shown)
+
+
+def _dags_folder(folder: Path) -> Path:
+    """Make a DAG folder with the DAG as it is, and once more with runs that may overlap."""
+    dags = folder / "dags"
+    dags.mkdir(parents=True)
+    code = (ROOT / "dags" / f"{DAG}.py").read_text()
+    (dags / f"{DAG}.py").write_text(code)
+    for old, new in ((f'    "{DAG}",\n', f'    "{OVERLAPPING_DAG}",\n'), ("max_active_runs=1", "max_active_runs=4")):
+        assert code.count(old) == 1, f"the DAG has no single {old!r} to replace any more"
+        code = code.replace(old, new)
+    (dags / f"{OVERLAPPING_DAG}.py").write_text(code)
+    return dags
