@@ -36,7 +36,7 @@ from tests.simulation.engine import (
 )
 from tests.simulation.invariants import LONGEST_LAG, Invariants
 from tests.simulation.ledger import MemoryLedger
-from tests.simulation.merchant import TERMINALS, Merchant, SimulatedSource
+from tests.simulation.merchant import TERMINALS, Merchant, SimulatedSource, remembered_rows
 from tests.simulation.payroc import HOST, MISCONFIGURED, MURKY, OTHER_HOST, Host, Payroc, Temper
 from tests.simulation.people import People
 from tests.simulation.worker import SteppedLedger
@@ -173,6 +173,11 @@ class History:
 
         :raises Violation: when an invariant does not hold.
         """
+        with remembered_rows():
+            self._begin()
+            return self.end()
+
+    def _begin(self) -> None:
         rng, engine = self.rng, self.engine
         for number in range(1, rng.choice((1, 1, 2, 2, 3, 4)) + 1):
             self._approve(number)
@@ -211,7 +216,6 @@ class History:
         for _ in range(rng.choice((0, 1, 2, 4, 7))):
             self._at(horizon * rng.random(), self._something_happens)
         engine.run(until=horizon)
-        return self.end()
 
     def end(self) -> Counts:
         """Let all trouble end, and see that everything ends well."""

@@ -87,7 +87,10 @@ _init, _restore = MemoryLedger.__init__, MemoryLedger.restore
 def _build_anew(row: Any, cipher: Any, settings: Any) -> Any:
     # What the simulation remembers of a row would hide that its key is drawn anew.
     row.built = None
-    return merchant.build_once(row, cipher, settings)
+    return _build_once(row, cipher, settings)
+
+
+_build_once = merchant.build_once
 
 
 def _store_again(self: MemoryLedger, rows: Any) -> set[str]:
@@ -317,7 +320,7 @@ MUTANTS = (
         "the key is drawn, and the ledger restored",
         (
             (pull, "idempotency_key", _drawn_key),
-            (pull, "build", _build_anew),
+            (merchant, "build_once", _build_anew),
             (MemoryLedger, "__init__", _new_ledger),
             (MemoryLedger, "restore", _restore_and_draw),
         ),

@@ -19,6 +19,7 @@ from include.refunds.settings import Settings
 from tests.conftest import NewDatabase
 from tests.simulation.engine import DAY, FREEZES, HOUR, MINUTE, Actor, Engine
 from tests.simulation.history import History
+from tests.simulation.merchant import remembered_rows
 from tests.simulation.payroc import FAULT_NAMES, Temper
 from tests.simulation.twins import PostgresLedger, Twins
 
@@ -41,6 +42,8 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        self.rows = remembered_rows()
+        self.rows.__enter__()
         self.planned: dict[str, str] = {}
 
     @initialize(temper=_tempers)
@@ -128,13 +131,13 @@ class Machine(RuleBasedStateMachine):
         self.history._payroc_moves()
 
     def teardown(self) -> None:
-        if hasattr(self, "history"):
-            try:
-                self.engine.script = None
-                self.history.host.planned.clear()
-                self.history.end()
-            finally:
-                self.history.ledger.postgres.close()
+        try:
+            self.engine.script = None
+            self.history.host.planned.clear()
+            self.history.end()
+        finally:
+            self.history.ledger.postgres.close()
+            self.rows.__exit__(None, None, None)
 
 
 def _one_of(things: list[Any]) -> st.SearchStrategy[Any]:
