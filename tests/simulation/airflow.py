@@ -158,6 +158,10 @@ class Airflow:
         name = f"followup-{self.runs}"
         self._task(f"{name} follow_up", lambda _: self._follow_up(), lambda _: self._write_back(name))
 
+    def write_back(self) -> None:
+        """Start a write-back by itself."""
+        self._write_back("alone")
+
     def _write_back(self, name: str) -> None:
         self._task(f"{name} write_back", lambda _: self._written_back(), None)
 

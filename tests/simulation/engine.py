@@ -104,6 +104,8 @@ class Engine:
         self.chance = rng.random
         self.time = 0.0
         self.ledger_skew = 0.0
+        # The ledger's clock as it was last read: it is read several times at the same moment.
+        self._ledger_seconds, self._ledger_time = 0.0, EPOCH
         self.host_skew = 0.0
         self.trouble = Trouble()
         self.current: Actor | None = None
@@ -126,7 +128,10 @@ class Engine:
 
     def ledger_time(self) -> datetime:
         """The clock of the ledger's database."""
-        return EPOCH + timedelta(seconds=self.time + self.ledger_skew)
+        seconds = self.time + self.ledger_skew
+        if seconds != self._ledger_seconds:
+            self._ledger_seconds, self._ledger_time = seconds, EPOCH + timedelta(seconds=seconds)
+        return self._ledger_time
 
     def true_time(self) -> datetime:
         """Payroc's clock, which nobody here can see."""
@@ -249,7 +254,10 @@ class Engine:
             if drawn < trouble.total and label in trouble.where:
                 drawn /= trouble.critical
             if drawn >= trouble.die + trouble.fail + trouble.freeze:
-                self._wake(actor, _STEPS[int(self.chance() * 10)])
+                # The way of nearly every step, so it is written out.
+                actor.sleeping += 1
+                self._number += 1
+                heapq.heappush(self._queue, (self.time + _STEPS[int(self.chance() * 10)], self._number, actor, actor.sleeping))
                 return
             what = "die" if drawn < trouble.die else "fail" if drawn < trouble.die + trouble.fail else "freeze"
         if what == "die":

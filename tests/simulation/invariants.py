@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
 from include.refunds.classify import EVERYTHING
+from include.refunds.ledger import Claim
 from include.refunds.ledger.runs import hash_of_ids
 from include.refunds.states import PAID, REPLACEABLE, Status
 from include.refunds.verify import Difference
@@ -52,6 +53,15 @@ class Invariants:
         self._approvals: set[tuple[str, str]] = set()
         self._bodies: dict[str, bytes] = {}
         self._first: dict[str, tuple[float, str]] = {}
+        self._checks: dict[str, Callable[[tuple[Any, ...], Any], None]] = {
+            "resolve": self._resolved,
+            "reissue": self._reissued,
+            "record_no_approval_needed": self._approved,
+            "begin_run": self._begun,
+            "claim": self._claimed,
+            "record": self._recorded,
+            "release": self._released,
+        }
         payroc.watch.sent = self.sent
         payroc.watch.processing = self.processing
         payroc.watch.created = self.created
@@ -143,43 +153,52 @@ class Invariants:
 
     def called(self, name: str, args: tuple[Any, ...], result: Any) -> None:
         """A worker's call of the ledger has had its effect."""
-        if name == "resolve" and result:
-            case, resolution = args[0], args[1]
-            if resolution.sighting is not None:
-                # What people took over counts as the refund's own from here on.
-                self._taken_over[case.refund.id] = resolution.sighting.payroc_refund_id
-            self._check_record(self.ledger.rows[case.refund.id])
-        elif name == "reissue" and result is not None:
-            row = self.ledger.rows[result]
-            if row.requested_by == row.approved_by:
-                raise Violation(f"{row.source_ref} is approved anew by {row.approved_by} alone.")
-            self.merchant.reissued(row.source_ref, row.order_id)
-        elif name == "record_no_approval_needed":
-            self._approvals.add((args[0], self.ledger.runs[args[0]].candidates_hash))
-        elif name == "begin_run":
-            # A pull that is repeated takes the run's approval back.
-            self._approvals = {item for item in self._approvals if item[0] != args[0]}
-        elif name == "claim" and result is not None:
-            if EVERYTHING in self.ledger.paused or result.refund.processing_terminal_id in self.ledger.paused:
-                raise Violation(f"{result.refund.source_ref} is claimed while the sending is paused.")
-        elif name == "record":
-            self._check_record(self.ledger.rows[args[0]])
-        elif name == "release":
-            self._check_release(args[0], args[1], result)
+        check = self._checks.get(name)
+        if check is not None:
+            check(args, result)
         if self.ledger.paused or self._paused_since:
             self._paused_since = {scope: self._paused_since.get(scope, self.engine.time) for scope in self.ledger.paused}
         if self.engine.current is not None:
             self.engine.current.looked_at = self.engine.time
 
+    def _resolved(self, args: tuple[Any, ...], done: bool) -> None:
+        case, resolution = args[0], args[1]
+        if done and resolution.sighting is not None:
+            # What people took over counts as the refund's own from here on.
+            self._taken_over[case.refund.id] = resolution.sighting.payroc_refund_id
+        self._check_record(self.ledger.rows[case.refund.id])
+
+    def _reissued(self, args: tuple[Any, ...], new: int | None) -> None:
+        if new is not None:
+            row = self.ledger.rows[new]
+            if row.requested_by == row.approved_by:
+                raise Violation(f"{row.source_ref} is approved anew by {row.approved_by} alone.")
+            self.merchant.reissued(row.source_ref, row.order_id)
+
+    def _approved(self, args: tuple[Any, ...], result: None) -> None:
+        self._approvals.add((args[0], self.ledger.runs[args[0]].candidates_hash))
+
+    def _begun(self, args: tuple[Any, ...], result: None) -> None:
+        # A pull that is repeated takes the run's approval back.
+        self._approvals = {item for item in self._approvals if item[0] != args[0]}
+
+    def _claimed(self, args: tuple[Any, ...], claim: Claim | None) -> None:
+        if claim is not None and not self.ledger.paused.keys().isdisjoint((EVERYTHING, claim.refund.processing_terminal_id)):
+            raise Violation(f"{claim.refund.source_ref} is claimed while the sending is paused.")
+
+    def _recorded(self, args: tuple[Any, ...], result: Any) -> None:
+        self._check_record(self.ledger.rows[args[0]])
+
     def _check_record(self, row: Row) -> None:
         attempts = self.ledger.attempts[row.id]
         if row.status in (Status.UNKNOWN, Status.RELEASED) and attempts and attempts[-1].outcome is None:
             raise Violation(f"{row.source_ref} is {row.status} while attempt {len(attempts)} of it may be under way.")
-        held = [found for found in self.payroc.by_key.get(str(row.idempotency_key), []) if not found.declined]
+        held = [found for found in self.payroc.by_key.get(row.key, []) if not found.declined]
         if row.status in (Status.REJECTED, Status.RELEASED) and held and not self.restored:
             raise Violation(f"LOST: {row.source_ref} is called {row.status}, and Payroc holds {held[0].refund_id} for it.")
 
-    def _check_release(self, run_id: str, candidate_ids: list[int], refund_ids: list[int]) -> None:
+    def _released(self, args: tuple[Any, ...], refund_ids: list[int]) -> None:
+        run_id, candidate_ids = args[0], args[1]
         actor = self.engine.current
         assert actor is not None
         if (run_id, hash_of_ids(candidate_ids)) not in self._approvals:
@@ -207,7 +226,8 @@ class Invariants:
             row = self._row_of(item)
             objects = self.payroc.by_key.get(item.key, [])
             if item.source_ref in self.merchant.invalid:
-                if row is not None or (item.status != "invalid" and not item.withdrawn):
+                # One that was approved only now is found invalid by the next run.
+                if row is not None or item.status not in ("invalid", None):
                     raise Violation(f"{item.source_ref} is invalid, and the source says {item.status}.")
                 continue
             if row is None:
@@ -249,7 +269,7 @@ class Invariants:
                 raise Violation(f"LOST: {ref} is rejected, and Payroc holds {objects[0].refund_id} for it.")
         elif row.status is Status.APPROVED:
             # What a restored ledger has forgotten and its source no longer returns, `verify` finds.
-            forgotten = self.restored and (item.withdrawn or item.status in _ENDED)
+            forgotten = self.restored and (item.withdrawn or item.status in _ENDED or len(item.versions) > 1)
             if forgotten:
                 self._check_named(item, objects)
             elif objects:

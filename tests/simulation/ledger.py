@@ -88,6 +88,9 @@ class Row:
     payroc_seen_at: datetime | None = None
     replaces: int | None = None
     written_back_at: datetime | None = None
+    # Its key as text, and the row as the protocol knows it until it changes: both would else be made thousands of times.
+    key: str = ""
+    as_refund: Refund | None = None
 
 
 @dataclass(slots=True)
@@ -178,12 +181,24 @@ class MemoryLedger:
 
     def backup(self) -> dict[str, Any]:
         """Return a copy of everything, as a backup holds it."""
-        names = ("rows", "attempts", "runs", "invalid", "paused", "environment", "source", "events", "next_id")
-        return copy.deepcopy({name: getattr(self, name) for name in names})
+        return {
+            "rows": _copied(self.rows),
+            "attempts": {key: [copy.copy(item) for item in items] for key, items in self.attempts.items()},
+            "runs": _copied(self.runs),
+            "invalid": _copied(self.invalid),
+            "paused": dict(self.paused),
+            "environment": self.environment,
+            "source": self.source,
+            "events": list(self.events),
+            "next_id": self.next_id,
+        }
 
     def restore(self, backup: dict[str, Any]) -> None:
         """Go back to a backup."""
-        for name, value in copy.deepcopy(backup).items():
+        for name, value in backup.items():
+            setattr(self, name, value)
+        # The backup itself stays as it is.
+        for name, value in self.backup().items():
             setattr(self, name, value)
         self.by_ref = {row.source_ref: row for row in self.rows.values()}
 
@@ -253,6 +268,7 @@ class MemoryLedger:
                 key,
                 now,
                 now,
+                key=new.idempotency_key,
             )
             self.rows[row.id] = self.by_ref[row.source_ref] = row
             self.attempts[row.id] = []
@@ -457,7 +473,7 @@ class MemoryLedger:
         if change is not None:
             self._apply(row, change, now, ends_lease=holds)
         if holds and in_review:
-            row.lease_until = None
+            row.lease_until = row.as_refund = None
         return _refund(row), now
 
     def _apply(self, row: Row, change: Any, now: datetime, *, ends_lease: bool) -> None:
@@ -503,7 +519,7 @@ class MemoryLedger:
         return [
             _refund(row)
             for row in self.rows.values()
-            if str(row.idempotency_key) in keys or row.payroc_refund_id in payroc_refund_ids or row.order_id in order_ids
+            if row.key in keys or row.payroc_refund_id in payroc_refund_ids or row.order_id in order_ids
         ]
 
     def sent_between(self, start: datetime, end: datetime, *, after: int, limit: int) -> list[Refund]:
@@ -616,6 +632,7 @@ class MemoryLedger:
         if new.source_ref in self.by_ref:
             raise DecisionRefused(f"The ledger holds a refund {new.source_ref!r} that the source made itself.")
         row.source_ref, row.order_id, row.idempotency_key = new.source_ref, new.order_id, UUID(new.idempotency_key)
+        row.key = new.idempotency_key
         row.request, row.request_sha256 = new.request, new.request_sha256
         row.requested_by, row.approved_by, row.approved_at = case.proposal.by, self.actor, case.now
         row.replaces, row.reason = replaced.id, f"Reissue of refund {replaced.id}: {reason}"
@@ -694,6 +711,7 @@ class MemoryLedger:
         if new_status is not old_status or "attempts" in values:
             self.events.append(Event(row.id, "status", self.actor, now, {}))
         previous = row.updated_at
+        row.as_refund = None
         for name, value in values.items():
             setattr(row, name, value)
         if new_status is not old_status or now != previous:
@@ -718,13 +736,20 @@ _UNSENT = (
     "payroc_status",
     "payroc_seen_at",
     "written_back_at",
+    "as_refund",
 )
 _NOTHING_BEFORE = History()
 _refund_columns = attrgetter(*(field.name for field in fields(Refund)))
 
 
 def _refund(row: Row) -> Refund:
-    return Refund(*_refund_columns(row))
+    if row.as_refund is None:
+        row.as_refund = Refund(*_refund_columns(row))
+    return row.as_refund
+
+
+def _copied(items: dict[Any, Any]) -> dict[Any, Any]:
+    return {key: copy.copy(item) for key, item in items.items()}
 
 
 def _as_mapping(row: Row) -> dict[str, Any]:

@@ -86,11 +86,10 @@ _init, _restore = MemoryLedger.__init__, MemoryLedger.restore
 
 def _build_anew(row: Any, cipher: Any, settings: Any) -> Any:
     # What the simulation remembers of a row would hide that its key is drawn anew.
-    row.built = None
-    return _build_once(row, cipher, settings)
+    return _build(row, cipher, settings)
 
 
-_build_once = merchant.build_once
+_build = pull.build
 
 
 def _store_again(self: MemoryLedger, rows: Any) -> set[str]:
@@ -174,7 +173,7 @@ def _may_post_whatever(self: MemoryLedger, claim: Claim, seconds: float) -> bool
 
 def _may_claim_what_has_ended(self: MemoryLedger, row: Row, now: datetime, environment: str, sent_with: str) -> bool:
     if row.status in (Status.ACCEPTED, Status.REJECTED):
-        row.status, row.payroc_refund_id = Status.RELEASED, None
+        row.status, row.payroc_refund_id, row.as_refund = Status.RELEASED, None, None
     return _may_claim(self, row, now, environment, sent_with)
 
 

@@ -13,13 +13,15 @@ import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import lru_cache
 from typing import Any
-
-from pydantic import SecretStr
 
 from include.payroc import models, problems
 from include.payroc.errors import PayrocError, PayrocNoAnswer, PayrocProblem, PayrocUnexpectedAnswer
 from tests.simulation.engine import DAY, EPOCH, Engine
+
+# Bodies come again in every attempt, and in every history.
+_parsed = lru_cache(maxsize=1000)(json.loads)
 
 TOKEN_SECONDS = 3600
 KEY_KEPT = 7 * DAY
@@ -80,6 +82,49 @@ class Temper:
     token_faults: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A bearer token, as the protocol uses it: it looks at its life only."""
+
+    text: str
+    expires_in: int = TOKEN_SECONDS
+
+
+@dataclass(frozen=True, slots=True)
+class ShownOrder:
+    """What of ``order`` the protocol looks at."""
+
+    order_id: str
+    amount: int
+    currency: str
+    date_time: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class ShownResult:
+    """What of ``transactionResult`` the protocol looks at."""
+
+    status: str
+    response_code: str
+    authorized_amount: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """
+    A refund as Payroc shows it. Not :class:`include.payroc.models.Refund`, which takes longer to make than most steps of a history:
+    how Payroc's JSON becomes that is tested elsewhere, and the protocol only reads these.
+    """
+
+    refund_id: str
+    processing_terminal_id: str
+    order: ShownOrder
+    transaction_result: ShownResult
+    custom_fields: dict[str, str] | None
+    last4: str | None
+    refund_key: str | None
+
+
 @dataclass(slots=True)
 class Existing:
     """A refund that exists at Payroc."""
@@ -92,7 +137,7 @@ class Existing:
     created: float
     listed_from: float
     custom_fields: bool
-    shown: models.Refund | None = None
+    shown: Shown | None = None
     # Came back, and was paid out again: nobody can know before Payroc says so.
     paid_again: bool = False
 
@@ -112,7 +157,7 @@ class Post:
     attempt: tuple[int, int] | None
     fault: str
     sent_at: float
-    answer: models.Refund | PayrocError | None = None
+    answer: Shown | PayrocError | None = None
     processed: bool = False
 
 
@@ -160,14 +205,14 @@ class Payroc:
 
     # -- tokens ----------------------------------------------------------------------------------------------------
 
-    def authorize(self, api_key: str, environment: str) -> models.AccessToken:
+    def authorize(self, api_key: str, environment: str) -> Token:
         # An API key is good for one environment.
         if api_key.startswith("wrong") or environment != HOST:
             raise PayrocProblem("get token", "not-authorized", http_status=401, problem_type=problems.NOT_AUTHORIZED)
         self.tokens_issued += 1
         token = f"token-{self.tokens_issued}"
         self.tokens[token] = (self.engine.time + TOKEN_SECONDS, api_key)
-        return models.AccessToken.model_construct(access_token=SecretStr(token), expires_in=TOKEN_SECONDS)
+        return Token(token)
 
     def revoke_all(self) -> None:
         """Take all tokens back, as a restart of the identity service does."""
@@ -204,7 +249,7 @@ class Payroc:
         if not self._is_live(post.token):
             post.answer = _problem(401, problems.NOT_AUTHORIZED)
             return
-        refusal = _refusal_before(post.fault, json.loads(post.body)["processingTerminalId"])
+        refusal = _refusal_before(post.fault, _parsed(post.body)["processingTerminalId"])
         if post.fault == "401":
             self.tokens.pop(post.token, None)
         if post.fault == "500 sticky before":
@@ -229,7 +274,7 @@ class Payroc:
 
     def _finish(self, post: Post, scope: tuple[str, str]) -> None:
         self.in_process[scope] -= 1
-        body = json.loads(post.body)
+        body = _parsed(post.body)
         opinion = self.opinions.get(body["order"]["orderId"])
         post.processed = True
         if opinion == "refuse":
@@ -302,7 +347,7 @@ class Payroc:
         existing = Existing(f"F{self.number:09d}", "", body, amount, "ready", now, now, True)
         self.refunds[existing.refund_id] = existing
 
-    def list(self, terminal: str, order_id: str | None, date_from: datetime | None) -> list[models.Refund]:
+    def list(self, terminal: str, order_id: str | None, date_from: datetime | None) -> list[Shown]:
         """Return what the list shows now."""
         found = [
             self.show(existing)
@@ -316,7 +361,7 @@ class Payroc:
             found.append(found[0])
         return found
 
-    def show(self, existing: Existing) -> models.Refund:
+    def show(self, existing: Existing) -> Shown:
         """Return the object as Payroc shows it now."""
         if existing.shown is None:
             existing.shown = _as_model(existing)
@@ -338,7 +383,7 @@ class SimulatedGateway:
         self.environment = host.environment
         self.sent_with = f"{host.environment} {host.api_key}"
 
-    async def token(self, *, younger_than: float | None = None) -> models.AccessToken:
+    async def token(self, *, younger_than: float | None = None) -> Token:
         host, engine = self._host, self._engine
         now = engine.time + engine.host_skew
         cached = host.tokens.get(self.sent_with)
@@ -354,7 +399,7 @@ class SimulatedGateway:
         host.tokens[self.sent_with] = (token, now)
         return token
 
-    async def create_refund(self, token: models.AccessToken, idempotency_key: str, body: bytes) -> models.Refund:
+    async def create_refund(self, token: Token, idempotency_key: str, body: bytes) -> Shown:
         engine, payroc = self._engine, self._payroc
         await engine.point("payroc: about to POST")
         fault = ""
@@ -364,7 +409,7 @@ class SimulatedGateway:
             fault = payroc.temper.which[int(engine.chance() * len(payroc.temper.which))]
         actor = engine.current
         assert actor is not None
-        post = Post(idempotency_key, body, _text(token), self._api_key, actor.attempt, fault, engine.time)
+        post = Post(idempotency_key, body, token.text, self._api_key, actor.attempt, fault, engine.time)
         if post.fault:
             payroc.faults_met[post.fault] = payroc.faults_met.get(post.fault, 0) + 1
         if engine.telling:
@@ -383,20 +428,20 @@ class SimulatedGateway:
 
     async def list_refunds(
         self,
-        token: models.AccessToken,
+        token: Token,
         *,
         processing_terminal_id: str,
         order_id: str | None = None,
         date_from: datetime | None = None,
         date_to: datetime | None = None,
         limit: int | None = None,
-    ) -> AsyncIterator[models.Refund]:
+    ) -> AsyncIterator[Shown]:
         engine, payroc = self._engine, self._payroc
         await engine.point("payroc: list")
         drawn = engine.chance()
         if drawn < payroc.temper.list_faults:
             raise PayrocNoAnswer("list refunds", "no answer came") if drawn * 2 < payroc.temper.list_faults else _problem(500, "api-error")
-        if not payroc._is_live(_text(token)):
+        if not payroc._is_live(token.text):
             error = _problem(401, problems.NOT_AUTHORIZED)
             self._evict_refused(token, error)
             raise error
@@ -406,15 +451,15 @@ class SimulatedGateway:
         for item in found[:limit]:
             yield item
 
-    async def get_refund(self, token: models.AccessToken, refund_id: str) -> models.Refund:
+    async def get_refund(self, token: Token, refund_id: str) -> Shown:
         await self._engine.point("payroc: get")
         if self._engine.chance() < self._payroc.temper.list_faults:
             raise PayrocNoAnswer("get refund", "no answer came")
-        if not self._payroc._is_live(_text(token)):
+        if not self._payroc._is_live(token.text):
             raise _problem(401, problems.NOT_AUTHORIZED)
         return self._payroc.show(self._payroc.refunds[refund_id])
 
-    def _evict_refused(self, token: models.AccessToken, error: PayrocError) -> None:
+    def _evict_refused(self, token: Token, error: PayrocError) -> None:
         if error.http_status == 401:
             self._host.evict(token)
 
@@ -425,19 +470,15 @@ class Host:
 
     api_key: str = "key-1"
     environment: str = HOST
-    tokens: dict[str, tuple[models.AccessToken, float]] = field(default_factory=dict)
+    tokens: dict[str, tuple[Token, float]] = field(default_factory=dict)
     # What happens to the next POSTs, instead of chance: for tests that try every behaviour in turn.
     planned: list[str] = field(default_factory=list)
 
-    def evict(self, token: models.AccessToken) -> None:
+    def evict(self, token: Token) -> None:
         """Forget a token that Payroc refused, and no other."""
         for name, (cached, _) in list(self.tokens.items()):
             if cached is token:
                 del self.tokens[name]
-
-
-def _text(token: models.AccessToken) -> str:
-    return token.access_token.get_secret_value()
 
 
 def _problem(status: int, kind: str, parameters: tuple[str, ...] = (), **more: Any) -> PayrocProblem:
@@ -482,28 +523,16 @@ def _answer_after(fault: str) -> PayrocError | None:
     return None
 
 
-def _as_model(existing: Existing) -> models.Refund:
-    result = models.TransactionResult.model_construct(
-        type="unreferencedRefund",
-        status=existing.word,
-        response_code="D" if existing.declined else "A",
-        authorized_amount=None if existing.declined else -existing.amount,
-    )
-    if existing.shown is not None:
-        return existing.shown.model_copy(update={"transaction_result": result})
+def _as_model(existing: Existing) -> Shown:
     order, method = existing.body["order"], existing.body["refundMethod"]
     account = method.get("accountNumber")
-    fields = tuple(models.AnsweredField.model_construct(**item) for item in existing.body.get("customFields", ()))
-    return models.Refund.model_construct(
-        refund_id=existing.refund_id,
-        processing_terminal_id=existing.body["processingTerminalId"],
-        order=models.AnsweredOrder.model_construct(
-            order_id=order["orderId"],
-            amount=existing.amount,
-            currency=order["currency"],
-            date_time=EPOCH + timedelta(seconds=existing.created),
-        ),
-        transaction_result=result,
-        bank_account=models.BankAccount.model_construct(type="ach", account_number=SecretStr(f"****{account[-4:]}")) if account else None,
-        custom_fields=fields if existing.custom_fields else None,
+    fields = {item["name"]: item["value"] for item in existing.body.get("customFields", ())} if existing.custom_fields else {}
+    return Shown(
+        existing.refund_id,
+        existing.body["processingTerminalId"],
+        ShownOrder(order["orderId"], existing.amount, order["currency"], EPOCH + timedelta(seconds=existing.created)),
+        ShownResult(existing.word, "D" if existing.declined else "A", None if existing.declined else -existing.amount),
+        fields or None,
+        account[-4:] if account else None,
+        fields.get(models.REFUND_KEY_FIELD),
     )
