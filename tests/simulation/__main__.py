@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tests.simulation.history import tell
 from tests.simulation.many import Outcome, run_many
+from tests.simulation.mutants import MUTANTS, noticed
 
 _MOST_TOLD = 3
 
@@ -21,12 +22,15 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=2000, help="how many histories (default: %(default)s)")
     parser.add_argument("--from", type=int, default=0, dest="first", help="the first seed (default: %(default)s); -1 draws one")
     parser.add_argument("--seed", type=int, help="tell this one history step by step")
+    parser.add_argument("--mutants", action="store_true", help="break the protocol in each known way, and say which history notices it")
     asked = parser.parse_args()
     console = Console(highlight=False, soft_wrap=True)
     if asked.seed is not None:
         lines = tell(asked.seed)
         console.print("\n".join(lines), markup=False)
         return int(lines[-1].startswith("VIOLATION"))
+    if asked.mutants:
+        return show_mutants(console)
     first = secrets.randbelow(2**48) if asked.first < 0 else asked.first
     columns = (TextColumn("Histories"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -34,6 +38,17 @@ def main() -> int:
         outcome = run_many(range(first, first + asked.seeds), progress=lambda count: progress.advance(task, count))
     show(outcome, first, asked.seeds, console)
     return int(bool(outcome.violations))
+
+
+def show_mutants(console: Console) -> int:
+    """Print for each mutant how many histories it took, and what the last of them says; the exit code is 1 when one got through."""
+    alive = 0
+    for mutant in MUTANTS:
+        histories, sentence = noticed(mutant)
+        if sentence is None and not mutant.harmless:
+            alive += 1
+        console.print(f"{histories:5}  {mutant.name}: {sentence or mutant.harmless or 'NOT NOTICED'}", markup=False)
+    return int(alive > 0)
 
 
 def show(outcome: Outcome, first: int, seeds: int, console: Console) -> None:

@@ -20,7 +20,7 @@ from include.refunds.send import Result, Sent, send_refunds
 from include.refunds.settings import Settings
 from include.refunds.source import SourceError
 from include.refunds.write_back import write_back
-from tests.simulation.engine import MINUTE, Actor, Engine, Violation
+from tests.simulation.engine import MINUTE, Actor, Engine, Mistake
 from tests.simulation.merchant import SimulatedSource
 from tests.simulation.payroc import Host, Payroc, SimulatedGateway
 from tests.simulation.worker import SteppedLedger
@@ -112,7 +112,7 @@ class TaskInstance:
 
     def _ended(self, actor: Actor) -> None:
         if actor.error is not None and not isinstance(actor.error, _EXPECTED):
-            raise Violation(f"{actor.name} fails in a way that nobody foresaw: {actor.error!r}") from actor.error
+            raise Mistake(f"{actor.name} fails in a way that nobody foresaw: {actor.error!r}") from actor.error
         wait = self._airflow.retry_after(actor)
         if actor.error is None and actor.result is not None and wait is None:
             self._finish(actor.result)

@@ -29,6 +29,10 @@ class Violation(AssertionError):
     """An invariant does not hold; the message says which, and for which refund."""
 
 
+class Mistake(Violation):
+    """The code failed in a way that nobody foresaw."""
+
+
 @dataclass(slots=True)
 class Trouble:
     """

@@ -22,7 +22,9 @@ from include.refunds.classify import Outcome, Sighting, Verdict
 from include.refunds.ledger import Claim
 from include.refunds.refund import History, Refund
 from include.refunds.states import IN_DOUBT, Status
+from tests.simulation import history as simulated
 from tests.simulation import ledger, merchant
+from tests.simulation.engine import Mistake, Violation
 from tests.simulation.history import PlainCipher
 from tests.simulation.ledger import MemoryLedger, Row
 from tests.simulation.payroc import Host
@@ -49,6 +51,23 @@ class Mutant:
             for target, name, replacement in self.patches:
                 stack.enter_context(patch.object(target, name, replacement))
             yield
+
+
+ENOUGH = 1_000
+
+
+def noticed(mutant: Mutant) -> tuple[int, str | None]:
+    """Return how many histories it takes until one breaks an invariant, and what it breaks; ``None`` when 1,000 do not."""
+    with mutant.applied():
+        for seed in range(ENOUGH):
+            try:
+                simulated.History(seed).run()
+            except Mistake:
+                # A mutant that cannot even run proves nothing.
+                raise
+            except Violation as violation:
+                return seed + 1, str(violation)
+    return ENOUGH, None
 
 
 # -- the key and the body ------------------------------------------------------------------------------------------------
@@ -169,6 +188,18 @@ def _first_sent_anew(self: MemoryLedger, row: Row, now: datetime, lease_until: d
 
 def _may_post_whatever(self: MemoryLedger, claim: Claim, seconds: float) -> bool:
     return True
+
+
+def _may_post_without_lease(self: MemoryLedger, claim: Claim, seconds: float) -> bool:
+    row = self.rows[claim.refund.id]
+    lease_until, row.lease_until = row.lease_until, self.clock() + timedelta(days=1)
+    try:
+        return _may_post(self, claim, seconds)
+    finally:
+        row.lease_until = lease_until
+
+
+_may_post = MemoryLedger.may_post
 
 
 def _may_claim_what_has_ended(self: MemoryLedger, row: Row, now: datetime, environment: str, sent_with: str) -> bool:
@@ -349,7 +380,7 @@ MUTANTS = (
     Mutant("the token is renewed right before the POST", ((send, "_post", _post_with_a_fresh_token),)),
     Mutant(
         "no lease",
-        ((MemoryLedger, "_claim", _lease(lambda self, row, now, until: now)), (MemoryLedger, "may_post", _may_post_whatever)),
+        ((MemoryLedger, "_claim", _lease(lambda self, row, now, until: now)), (MemoryLedger, "may_post", _may_post_without_lease)),
     ),
     Mutant(
         "a lease shorter than the token", ((MemoryLedger, "_claim", _lease(lambda self, row, now, until: now + timedelta(minutes=10))),)

@@ -14,7 +14,7 @@ from include.refunds.reissue import reissue
 from include.refunds.resolve import resolve
 from include.refunds.states import REPLACEABLE, Status
 from tests.simulation.airflow import Deployment
-from tests.simulation.engine import Actor, Violation
+from tests.simulation.engine import Actor, Mistake
 from tests.simulation.ledger import MemoryLedger
 from tests.simulation.worker import SteppedLedger
 
@@ -55,7 +55,7 @@ class People:
 
     def _ended(self, actor: Actor) -> None:
         if actor.error is not None and not isinstance(actor.error, (LedgerError, PayrocError)):
-            raise Violation(f"{actor.name} fails in a way that nobody foresaw: {actor.error!r}") from actor.error
+            raise Mistake(f"{actor.name} fails in a way that nobody foresaw: {actor.error!r}") from actor.error
 
     def _ledger_of(self, person: str) -> SteppedLedger:
         d = self._deployment
