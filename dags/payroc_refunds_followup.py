@@ -71,9 +71,12 @@ with DAG(
     @result
     @task(trigger_rule=TriggerRule.ALL_DONE)
     async def report() -> dict[str, Any]:
-        """Show the whole ledger; fail when a refund is in review or late, or the sending is paused."""
+        """Show the whole ledger; fail when a refund is in review or late, the sending is paused, or the follow-up itself failed."""
         async with open_ledger(get_current_context(), settings) as ledger:
             found = await follow_up_report(ledger.engine, settings.source)
+        # The run's state is this task's, so what failed before it has to be told here.
+        if get_current_context()["ti"].xcom_pull(task_ids="follow_up") is None:
+            found.unfinished.append("follow_up failed, its log says why: what became of refunds at Payroc was not asked, or not of all.")
         log.info("%s", found)
         if found.unfinished:
             raise AirflowFailException(" ".join(found.unfinished))

@@ -36,7 +36,8 @@ class Case:
     A refund as people decide about it, and the ledger's time.
 
     :param may_have_moved: an attempt is not proven to be without effect, or Payroc showed an object of it.
-    :param last_attempt_at: when the last attempt began.
+    :param last_attempt_at: when the last attempt may last have sent its POST.
+    :param chain_unpaid: whether this refund and all that it replaces are rejected, returned or reversed.
     :param proposal: the newest proposal since the refund came into its status.
     :param reissue: id of the refund that replaces it.
     :param first_source_ref: source_ref of the first refund of its chain of reissues.
@@ -45,6 +46,7 @@ class Case:
     refund: Refund
     may_have_moved: bool
     last_attempt_at: datetime | None
+    chain_unpaid: bool
     proposal: Proposal | None
     reissue: int | None
     first_source_ref: str

@@ -44,6 +44,7 @@ class Verdict:
     :param pause: scope to pause the sending for: a terminal id or ``*``.
     :param not_processed: Payroc proved that it did not process this attempt.
     :param look_up_first: ask Payroc for the object before this verdict is recorded; a hit replaces it.
+    :param unclear: Payroc holds an object under our order id that may be ours: it came without custom fields, which would tell.
     :param contradiction: what Payroc holds can't be true together with the ledger; recorded whoever found it.
     """
 
@@ -56,6 +57,7 @@ class Verdict:
     pause: str | None = None
     not_processed: bool = False
     look_up_first: bool = False
+    unclear: bool = False
     contradiction: bool = False
 
     @property
@@ -65,8 +67,8 @@ class Verdict:
 
     @property
     def is_hit(self) -> bool:
-        """Whether Payroc holds an object of ours that is not declined: money moved, or may still move."""
-        return self.contradiction or (self.sighting is not None and self.outcome is not Outcome.REJECTED)
+        """Whether Payroc holds an object that is or may be ours and is not declined: money moved, or may still move."""
+        return self.contradiction or self.unclear or (self.sighting is not None and self.outcome is not Outcome.REJECTED)
 
 
 # Payroc's words (API reference, transactionResult.status). Any other word is for people: see judge_object.
@@ -174,7 +176,8 @@ def judge_look_up(found: list[models.Refund], refund: Refund) -> Verdict | None:
         return judge_object(ours[0], refund)
     if same_order:
         ids = ", ".join(sorted(same_order))
-        return Verdict(Outcome.REVIEW, f"Payroc holds another refund with our order id: {ids}.")
+        unclear = any(not item.custom_fields for item in same_order.values())
+        return Verdict(Outcome.REVIEW, f"Payroc holds another refund with our order id: {ids}.", unclear=unclear)
     return None
 
 

@@ -205,6 +205,8 @@ def resolve(
             refund_id, status, reason, payroc_refund_id=payroc_refund_id, ledger=ledger, gateway=gateway
         ),
     )
+    if resolution.note:
+        typer.echo(f"Note: {resolution.note}")
     if done:
         typer.echo(f"Refund {refund_id} is {resolution.status}.")
         return
@@ -213,7 +215,7 @@ def resolve(
 
 
 @app.command()
-def reissue(refund_id: RefundId, reason: Why, by: By, url: LedgerUrl = None) -> None:
+def reissue(refund_id: RefundId, reason: Why, by: By, conn_id: PayrocConnId = "payroc_default", url: LedgerUrl = None) -> None:
     """
     Pay a refund again that was rejected, returned or reversed: as a new refund, which the next run sends.
 
@@ -221,7 +223,12 @@ def reissue(refund_id: RefundId, reason: Why, by: By, url: LedgerUrl = None) -> 
     """
     settings = get_settings()
     cipher = Cipher(settings)
-    new = _with_ledger(url, by, lambda ledger: reissue_refund(refund_id, reason, ledger=ledger, cipher=cipher, source=settings.source))
+    new = _with_payroc(
+        url,
+        by,
+        conn_id,
+        lambda ledger, gateway: reissue_refund(refund_id, reason, ledger=ledger, gateway=gateway, cipher=cipher, source=settings.source),
+    )
     if new is None:
         _proposed(f"reissue {refund_id}")
     typer.echo(f"Refund {new} replaces refund {refund_id}; the next run of payroc_refunds sends it.")

@@ -10,7 +10,7 @@ from include.refunds.business_days import business_days_before
 from include.refunds.classify import judge_object
 from include.refunds.gateway import Gateway
 from include.refunds.ledger import Ledger
-from include.refunds.listing import in_batches, keys_of, pairs
+from include.refunds.listing import in_batches, known, pairs
 from include.refunds.look_up import look_up_in_doubt
 from include.refunds.refund import Refund
 from include.refunds.settings import Settings
@@ -19,6 +19,9 @@ from include.refunds.transitions import is_known
 # An ACH return for an account that is closed or unknown has to be sent within two banking days of settlement, but banks are late, and
 # Payroc does not document how long a refund may come back. Two weeks cover that, with two bank holidays, which are not known here.
 FOLLOWED_FOR_BUSINESS_DAYS = 12
+
+# One refund that stays in review for a year must not have a year listed every two hours.
+_LISTED_BACK = timedelta(days=60)
 
 # Payroc's clock and the ledger's may differ, and whether dateFrom is inclusive is not documented.
 _DATE_MARGIN = timedelta(days=1)
@@ -52,9 +55,9 @@ async def follow_up(ledger: Ledger, gateway: Gateway, settings: Settings) -> Cou
             counts["not understood"] += error.missing
         except PayrocError:
             counts["failed"] += 1
-    for terminal, since in _oldest_of_each_terminal(followed).items():
+    for terminal, since in followed.items():
         try:
-            await _compare(terminal, since, ledger, gateway, counts)
+            await _compare(terminal, max(since, now - _LISTED_BACK), ledger, gateway, counts)
         except PayrocIncompleteList as error:
             counts["not understood"] += error.missing
         except PayrocError:
@@ -73,7 +76,7 @@ async def _look_up(refund: Refund, ledger: Ledger, gateway: Gateway, settings: S
 async def _compare(terminal: str, since: datetime, ledger: Ledger, gateway: Gateway, counts: Counter[str]) -> None:
     token = await gateway.token()
     async for batch in in_batches(gateway.list_refunds(token, processing_terminal_id=terminal, date_from=since - _DATE_MARGIN)):
-        rows = await ledger.known(keys_of(batch), [item.refund_id for item in batch])
+        rows = await known(batch, ledger)
         seen = []
         for item, refund in pairs(batch, rows):
             if refund is None:
@@ -86,12 +89,3 @@ async def _compare(terminal: str, since: datetime, ledger: Ledger, gateway: Gate
                 recorded, _ = await ledger.record(refund.id, verdict)
                 counts["changed"] += recorded.status is not refund.status
         await ledger.mark_seen(seen)
-
-
-def _oldest_of_each_terminal(refunds: list[Refund]) -> dict[str, datetime]:
-    oldest: dict[str, datetime] = {}
-    for refund in refunds:
-        # A restored ledger may have forgotten when it first sent a refund; it was never before its approval.
-        began = min(refund.approved_at, refund.first_sent_at or refund.created_at)
-        oldest[refund.processing_terminal_id] = min(began, oldest.get(refund.processing_terminal_id, began))
-    return oldest

@@ -7,6 +7,8 @@ from uuid import UUID
 
 from include.payroc import models
 from include.payroc.errors import PayrocError
+from include.refunds.classify import is_ours
+from include.refunds.ledger import Ledger
 from include.refunds.refund import Refund
 
 BATCH = 200
@@ -34,16 +36,26 @@ async def in_batches(listed: AsyncIterator[models.Refund]) -> AsyncIterator[list
         raise failure
 
 
-def keys_of(found: Sequence[models.Refund]) -> list[str]:
-    """Return the keys that objects carry, those that can be keys of ours."""
-    return [key for item in found if (key := _key(item)) is not None]
+async def known(found: Sequence[models.Refund], ledger: Ledger) -> list[Refund]:
+    """Return the refunds of the ledger that objects of Payroc's may belong to."""
+    keys = [key for item in found if (key := _key(item)) is not None]
+    return await ledger.known(keys, [item.refund_id for item in found], [item.order.order_id for item in found])
 
 
 def pairs(found: Sequence[models.Refund], rows: Sequence[Refund]) -> list[tuple[models.Refund, Refund | None]]:
-    """Return each object with the refund that it belongs to: by the key that it carries, else by its refund id."""
+    """Return each object with the refund that it belongs to: by the key that it carries, else by its refund id, else by all the rest."""
     by_key = {str(row.idempotency_key): row for row in rows}
     by_id = {row.payroc_refund_id: row for row in rows}
-    return [(item, by_key.get(_key(item) or "") or by_id.get(item.refund_id)) for item in found]
+    by_order = {(row.processing_terminal_id, row.order_id): row for row in rows}
+
+    def row_of(item: models.Refund) -> Refund | None:
+        row = by_key.get(_key(item) or "") or by_id.get(item.refund_id)
+        if row is None:
+            row = by_order.get((item.processing_terminal_id, item.order.order_id))
+            return row if row is not None and is_ours(item, row) else None
+        return row
+
+    return [(item, row_of(item)) for item in found]
 
 
 def _key(found: models.Refund) -> str | None:

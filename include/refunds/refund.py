@@ -34,6 +34,7 @@ class Refund:
     next_attempt_at: datetime | None
     payroc_refund_id: str | None
     payroc_status: str | None
+    replaces: int | None
     created_at: datetime
     updated_at: datetime
 

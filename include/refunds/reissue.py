@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from include.payroc.models import REFUND_KEY_FIELD, CustomField, RefundRequest
+from include.payroc.errors import PayrocError
+from include.payroc.models import REFUND_KEY_FIELD, AccessToken, CustomField, RefundRequest
 from include.refunds.case import Case, DecisionRefused
 from include.refunds.cipher import Cipher, UnreadableRequest
+from include.refunds.gateway import Gateway
 from include.refunds.keys import default_order_id, idempotency_key
+from include.refunds.look_up import look_up
+from include.refunds.refund import Refund
 from include.refunds.states import REPLACEABLE
 
 if TYPE_CHECKING:
@@ -37,11 +42,12 @@ class Reissue:
         return {"reissue": self.source_ref}
 
 
-async def reissue(refund_id: int, reason: str, *, ledger: Ledger, cipher: Cipher, source: str) -> int | None:
+async def reissue(refund_id: int, reason: str, *, ledger: Ledger, gateway: Gateway, cipher: Cipher, source: str) -> int | None:
     """
     Reissue a refund, or propose to. Who does it is the ledger's actor.
 
-    The new refund passes the same door as every other: the next run releases and sends it.
+    Payroc is asked whether the refund, or one that it replaces itself, is paid after all. The new refund passes the same door as every
+    other: the next run releases it, and asks once more before it sends.
 
     :param source: the source's fixed name, from which keys are derived.
     :returns: the new refund's id, ``None`` when a second person is waited for.
@@ -49,6 +55,13 @@ async def reissue(refund_id: int, reason: str, *, ledger: Ledger, cipher: Cipher
     """
     case = await ledger.case(refund_id)
     check_replaceable(case)
+    await ledger.check_environment(gateway.environment)
+    try:
+        paid = await paid_after_all(await gateway.token(), [case.refund, *await ledger.replaced(refund_id)], ledger, gateway)
+    except PayrocError as error:
+        raise DecisionRefused(f"{error}, so whether refund {refund_id} is paid after all is not known; nothing was changed.") from None
+    if paid is not None:
+        raise DecisionRefused(paid)
     try:
         body = cipher.open(case.refund.request or b"", case.refund.request_sha256, refund_id)
     except UnreadableRequest as error:
@@ -60,6 +73,22 @@ async def reissue(refund_id: int, reason: str, *, ledger: Ledger, cipher: Cipher
     return await ledger.reissue(case, Reissue(source_ref, order_id, str(key), cipher.seal(new_body), cipher.sha256(new_body)), reason)
 
 
+async def paid_after_all(token: AccessToken, replaced: Sequence[Refund], ledger: Ledger, gateway: Gateway) -> str | None:
+    """
+    Return a sentence when Payroc holds a refund of these that is neither declined, nor returned, nor reversed. The ledger learns it.
+
+    :raises PayrocError: when Payroc did not tell.
+    """
+    for refund in replaced:
+        found = await look_up(token, refund, gateway)
+        if found is None or not found.is_hit or (found.sighting is not None and found.sighting.status in REPLACEABLE):
+            continue
+        if found.sighting is not None:
+            await ledger.record(refund.id, found)
+        return f"Refund {refund.id}, which is {refund.status} here, may be paid after all: {found.reason}"
+    return None
+
+
 def check_replaceable(case: Case) -> None:
     """
     Make sure that a refund may be replaced now.
@@ -69,6 +98,8 @@ def check_replaceable(case: Case) -> None:
     refund = case.refund
     if refund.status not in REPLACEABLE:
         raise DecisionRefused(f"Refund {refund.id} is {refund.status}; only one that is rejected, returned or reversed is reissued.")
+    if not case.chain_unpaid:
+        raise DecisionRefused(f"Refund {refund.id} replaces one that may be paid after all; `show {refund.id}` names it.")
     if case.reissue is not None:
         raise DecisionRefused(f"Refund {refund.id} was reissued already, as refund {case.reissue}.")
     if refund.request is None:

@@ -189,7 +189,8 @@ async def details(engine: AsyncEngine, source: str, which: str) -> dict[str, Any
         await connection.execute(text("SET LOCAL TIME ZONE 'UTC'"))
         query = text("""
             SELECT to_jsonb(r) - 'request' - 'request_sha256' - 'payee_fingerprint' - 'sent_with' FROM refund_ledger.refunds AS r
-            WHERE source = :source AND :which IN (id::text, order_id, source_ref, payroc_refund_id) ORDER BY id LIMIT 1""")
+            WHERE source = :source AND :which IN (id::text, order_id, source_ref, payroc_refund_id)
+            ORDER BY id::text = :which DESC, id LIMIT 1""")
         found = (await connection.execute(query, {"source": source, "which": which})).scalar_one_or_none()
         if found is None:
             return None
@@ -249,7 +250,8 @@ async def _note_state(connection: AsyncConnection, source: str, report: Report, 
     if "held" in found:
         report.notes.append(f"{found['held']} held: a person has to release or cancel them.")
     open_ = text("""
-        SELECT id, order_id, status, payroc_status, first_sent_at, payroc_seen_at, clock_timestamp() AS now FROM refund_ledger.refunds
+        SELECT id, order_id, status, payroc_status, COALESCE(first_sent_at, payroc_seen_at, updated_at) AS first_sent_at,
+               payroc_seen_at, clock_timestamp() AS now FROM refund_ledger.refunds
         WHERE source = :source AND status IN ('accepted', 'sending', 'unknown') ORDER BY id""")
     late = [
         f"Refund {row.id} (order {row.order_id}) {what}."
@@ -263,10 +265,12 @@ async def _note_state(connection: AsyncConnection, source: str, report: Report, 
         SELECT r.id, r.replaces, replaced.status FROM refund_ledger.refunds AS r
         JOIN refund_ledger.refunds AS replaced ON replaced.id = r.replaces
         WHERE r.source = :source AND r.status IN ('approved', 'held', 'released', 'sending', 'unknown')
-          AND replaced.status NOT IN ('rejected', 'returned', 'reversed')
+          AND NOT refund_ledger.ended_unpaid(r.replaces)
         ORDER BY r.id""")
     for row in await connection.execute(stuck, {"source": source}):
-        report.notes.append(f"Refund {row.id} is not sent: refund {row.replaces}, which it replaces, is {row.status}.")
+        report.notes.append(
+            f"Refund {row.id} is not sent: refund {row.replaces}, which it replaces, is {row.status}, and one of its chain may be paid."
+        )
     due = text("""
         SELECT count(*) FROM refund_ledger.refunds AS r WHERE source = :source AND written_back_at IS DISTINCT FROM updated_at
           AND NOT EXISTS (SELECT FROM refund_ledger.refunds AS newer WHERE newer.replaces = r.id)""")

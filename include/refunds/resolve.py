@@ -95,8 +95,8 @@ def check_case(case: Case, outcome: Status) -> None:
         ends = case.last_attempt_at + LIST_MAY_LAG
         if case.now < ends:
             raise DecisionRefused(
-                f"The last attempt of refund {refund.id} began less than {LIST_MAY_LAG.total_seconds() / 3600:.0f} hours ago, and Payroc's "
-                f"list may lag: resolve it as rejected after {ends:%Y-%m-%d %H:%M:%S %Z}."
+                f"An attempt of refund {refund.id} may have been sent less than {LIST_MAY_LAG.total_seconds() / 3600:.0f} hours ago, "
+                f"and Payroc's list may lag: resolve it as rejected after {ends:%Y-%m-%d %H:%M:%S %Z}."
             )
 
 
@@ -109,7 +109,8 @@ def as_rejected(listed: Verdict | None, known: models.Refund | None) -> Resoluti
     :raises DecisionRefused: when Payroc holds an object of the refund that is not declined.
     """
     if listed is not None and listed.is_hit:
-        raise DecisionRefused(f"Payroc holds a refund of ours, so it is not rejected: {listed.reason} Resolve it as accepted.")
+        whose = "a refund that may be ours" if listed.unclear else "a refund of ours"
+        raise DecisionRefused(f"Payroc holds {whose}, so it is not rejected: {listed.reason} Resolve it as accepted.")
     if known is not None and status_of(known) is not Status.REJECTED:
         raise DecisionRefused(f"Payroc holds refund {known.refund_id} of it ('{word_of(known)}'), so it is not rejected.")
     declined = Sighting(known.refund_id, word_of(known), Status.REJECTED) if known else (listed.sighting if listed else None)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from include.payroc import models
 from include.payroc.errors import PayrocError, PayrocProblem
 from include.payroc.models import AccessToken
+from include.payroc.problems import IDEMPOTENCY_KEY_IN_USE
 from include.refunds.case import DecisionRefused
 from include.refunds.classify import judge_object, word_of
 from include.refunds.gateway import Gateway
@@ -46,7 +47,7 @@ async def reverse(refund_id: int, reason: str, *, ledger: Ledger, gateway: Gatew
         token = await gateway.token()
     except PayrocError as error:
         raise DecisionRefused(f"{error}; nothing was asked of Payroc.") from None
-    await ledger.intend_reverse(refund_id, reason)
+    refund = await ledger.intend_reverse(refund_id, reason)
     payroc_refund_id = refund.payroc_refund_id or ""
     refused = None
     try:
@@ -69,7 +70,16 @@ async def reverse(refund_id: int, reason: str, *, ledger: Ledger, gateway: Gatew
 
 def _is_refusal(error: PayrocError) -> bool:
     status = error.http_status
-    return isinstance(error, PayrocProblem) and status is not None and 400 <= status < 500 and status not in (401, 408, 409, 429)
+    return (
+        isinstance(error, PayrocProblem)
+        and status is not None
+        and 400 <= status < 500
+        and status not in (401, 408, 409, 429)
+        and (
+            # Payroc's OpenAPI files it under 400 too: an earlier request with this key is still running.
+            error.problem_type != IDEMPOTENCY_KEY_IN_USE
+        )
+    )
 
 
 async def _ask(token: AccessToken, payroc_refund_id: str, gateway: Gateway) -> models.Refund | None:

@@ -19,6 +19,7 @@ from include.refunds.gateway import Gateway
 from include.refunds.ledger import RELEASE_VALID, Claim, Ledger, LedgerError, NoSuchRefund, Task
 from include.refunds.look_up import look_up, look_up_in_doubt
 from include.refunds.refund import Refund
+from include.refunds.reissue import paid_after_all
 from include.refunds.settings import Settings
 from include.refunds.states import IN_DOUBT, PAID, REPLACEABLE, Status
 
@@ -91,7 +92,7 @@ async def send_refund(refund_id: int, task: Task, *, ledger: Ledger, gateway: Ga
     if claim is None:
         return await _not_claimed(refund_id, token, ledger, gateway, settings)
 
-    verdict = await _look_up_first(token, claim, refund, now, gateway, settings)
+    verdict = await _look_up_first(token, claim, refund, now, ledger, gateway, settings)
     if verdict is None:
         if await ledger.may_post(claim, seconds=2 * settings.http_timeout_seconds):
             verdict = await _post(token, claim, body, gateway)
@@ -135,19 +136,25 @@ async def send_refunds(
 
 
 async def _look_up_first(
-    token: models.AccessToken, claim: Claim, refund: Refund, now: datetime, gateway: Gateway, settings: Settings
+    token: models.AccessToken, claim: Claim, refund: Refund, now: datetime, ledger: Ledger, gateway: Gateway, settings: Settings
 ) -> Verdict | None:
     """Look for what an earlier attempt may have left at Payroc: one of this ledger, or one that a restored ledger has forgotten."""
     age = now - min(refund.approved_at, refund.created_at)
-    if claim.attempt == 1 and age <= LOOK_UP_FROM_AGE:
+    # A reissue is approved anew, so its age tells nothing, and what it replaces may have been paid after all.
+    is_reissue = refund.replaces is not None and refund.first_sent_at is None
+    if claim.attempt == 1 and age <= LOOK_UP_FROM_AGE and not is_reissue:
         return None
     try:
+        if is_reissue:
+            paid = await paid_after_all(token, await ledger.replaced(refund.id), ledger, gateway)
+            if paid is not None:
+                return Verdict(Outcome.NOT_SENT, f"Not sent: {paid}")
         return await look_up(token, claim.refund, gateway)
     except PayrocError as error:
         # Inside the key's window an error proves nothing and the attempt goes on: Payroc knows the key. If the ledger has forgotten
         # an attempt that lies before the window, nothing but the look-up stands between this POST and a second payment.
-        if refund.first_sent_at is None and age >= timedelta(days=settings.key_window_days):
-            return Verdict(Outcome.NOT_SENT, f"Not sent: a refund approved so long ago is looked up first, and that failed: {error}.")
+        if is_reissue or (refund.first_sent_at is None and age >= timedelta(days=settings.key_window_days)):
+            return Verdict(Outcome.NOT_SENT, f"Not sent: such a refund is looked up first, and that failed: {error}.")
         return None
 
 
@@ -197,10 +204,10 @@ async def _stopped(refund: Refund, now: datetime, ledger: Ledger) -> Result:
             return Result(refund.id, refund.order_id, Sent.CONFIGURATION, reason, stops_all=scope == EVERYTHING)
     if refund.status is Status.RELEASED and refund.released_at is not None and now - refund.released_at >= RELEASE_VALID:
         return Result(refund.id, refund.order_id, Sent.NOT_RELEASED, "Its release was not used within 24 hours.")
-    replaced = await ledger.replaced(refund.id)
-    if replaced is not None and replaced[1] not in REPLACEABLE:
-        reason = f"Not sent: refund {replaced[0]}, which it replaces, is {replaced[1]}."
-        return Result(refund.id, refund.order_id, Sent.NOT_RELEASED, reason)
+    for replaced in await ledger.replaced(refund.id):
+        if replaced.status not in REPLACEABLE:
+            reason = f"Not sent: refund {replaced.id}, which it replaces, is {replaced.status}."
+            return Result(refund.id, refund.order_id, Sent.NOT_RELEASED, reason)
     return Result(refund.id, refund.order_id, Sent.BUSY, refund.reason or "It was not sent.", max(1.0, _seconds_until(refund, now)))
 
 

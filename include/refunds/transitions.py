@@ -7,7 +7,9 @@ from datetime import datetime, timedelta
 
 from include.refunds.classify import EVERYTHING, Outcome, Sighting, Verdict
 from include.refunds.refund import History, Refund
-from include.refunds.states import EDGES, IN_DOUBT, PAID, Status
+from include.refunds.states import EDGES, IN_DOUBT, PAID, REPLACEABLE, Status
+
+_ENDED_UNPAID = REPLACEABLE | {Status.CANCELLED}
 
 # A Retry-After is honoured up to this; a longer one must not take a refund out of sight.
 LONGEST_WAIT = timedelta(days=1)
@@ -102,6 +104,9 @@ def _decide_sighting(refund: Refund, verdict: Verdict, sighting: Sighting, forei
     if refund.status is Status.REVIEW:
         # People decide what leaves review; what Payroc says is kept for them to see.
         return Change(sighting=sighting)
+    if refund.status in _ENDED_UNPAID and sighting.status is Status.REVIEW:
+        # Whatever else is odd about it: there is an object that may pay, of a refund that is called unpaid and may have been reissued.
+        return _contradiction(refund, f"{verdict.reason} The refund is {refund.status} here.", sighting=sighting)
     steps = _way(refund.status, sighting.status)
     if steps:
         return Change(steps, verdict.reason, sighting=sighting)

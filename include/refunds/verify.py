@@ -14,12 +14,12 @@ from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 from include.payroc import models
-from include.payroc.errors import PayrocError, PayrocIncompleteList
+from include.payroc.errors import PayrocError, PayrocIncompleteList, PayrocUnexpectedAnswer
 from include.payroc.models import AccessToken
 from include.refunds.classify import differences, is_ours, status_of, word_of
 from include.refunds.gateway import Gateway
 from include.refunds.ledger import Ledger
-from include.refunds.listing import BATCH, in_batches, keys_of, pairs
+from include.refunds.listing import BATCH, in_batches, known, pairs
 from include.refunds.refund import Refund
 from include.refunds.states import PAID
 
@@ -121,7 +121,14 @@ async def verify(start: datetime, end: datetime, *, terminals: Sequence[str] = (
     while rows := await ledger.sent_between(start, end, after=after, limit=BATCH):
         for row in rows:
             if row.id not in compare.seen:
-                await compare.alone(row, await _look_for(row, await gateway.token(), gateway))
+                try:
+                    found = await _look_for(row, await gateway.token(), gateway)
+                except PayrocUnexpectedAnswer as error:
+                    if error.http_status != 200:
+                        raise
+                    compare.not_understood(row)
+                else:
+                    await compare.alone(row, found)
         after = rows[-1].id
     return comparison
 
@@ -140,18 +147,16 @@ class _Compare:
         self._unknown: set[str] = set()
 
     async def listed(self, batch: Sequence[models.Refund]) -> None:
-        rows = await self._ledger.known(keys_of(batch), [item.refund_id for item in batch], [item.order.order_id for item in batch])
-        by_order = {(row.processing_terminal_id, row.order_id): row for row in rows}
-        for item, found in pairs(batch, rows):
-            row = found
-            if row is None:
-                same_order = by_order.get((item.processing_terminal_id, item.order.order_id))
-                row = same_order if same_order is not None and is_ours(item, same_order) else None
+        for item, row in pairs(batch, await known(batch, self._ledger)):
             if row is not None:
                 self._pair(item, row)
             elif item.refund_id not in self._unknown and self._within(self._date_of(item)):
                 self._unknown.add(item.refund_id)
                 self._without_row(item)
+
+    def not_understood(self, row: Refund) -> None:
+        self._count_row(row)
+        self._differ("can't be compared: what Payroc answers about it can't be understood", row)
 
     async def alone(self, row: Refund, found: models.Refund | None) -> None:
         if found is not None:

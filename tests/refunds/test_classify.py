@@ -44,6 +44,7 @@ REFUND = Refund(
     next_attempt_at=AN_INSTANT,
     payroc_refund_id=None,
     payroc_status=None,
+    replaces=None,
     created_at=AN_INSTANT,
     updated_at=AN_INSTANT,
 )

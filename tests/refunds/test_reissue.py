@@ -20,8 +20,8 @@ from tests.refunds.test_resolve import ledger_of
 
 
 def again(world: World, refund_id: int, by: str) -> int | None:
-    work = reissue(refund_id, "the payee gave us time", ledger=ledger_of(world, by), cipher=world.cipher, source=world.settings.source)
-    return world.run(work)
+    ledger, source = ledger_of(world, by), world.settings.source
+    return world.run(reissue(refund_id, "the payee gave us time", ledger=ledger, gateway=world.gateway, cipher=world.cipher, source=source))
 
 
 def reissued(world: World, refund_id: int) -> int:
@@ -215,7 +215,7 @@ def test_the_database_refuses_a_reissue_that_pays_something_else(world: World, c
 def test_the_database_refuses_a_reissue_of_a_refund_that_may_be_paid(world: World, ending: str) -> None:
     old = world.released(ending)
     world.send(old)
-    with pytest.raises(DBAPIError, match="only one that is rejected, returned or reversed is replaced"):
+    with pytest.raises(DBAPIError, match="only one that is rejected, returned or reversed, as all that it replaces, is replaced"):
         insert(world, old, {})
 
 

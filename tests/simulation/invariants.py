@@ -132,9 +132,11 @@ class Invariants:
         if version not in item.versions:
             raise Violation(f"Payroc makes a refund for {item.source_ref} that nobody approved: {version[0]}, {version[1]}.")
         row = self._row_of(item)
-        if row is not None and row.replaces is not None and self.ledger.rows[row.replaces].status not in REPLACEABLE:
-            status = self.ledger.rows[row.replaces].status
-            raise Violation(f"PAID TWICE: Payroc makes {item.source_ref}, and what it replaces is {status}.")
+        for replaced in self.ledger.replaced(row.id) if row is not None and row.replaces is not None else ():
+            if replaced.status not in REPLACEABLE:
+                raise Violation(
+                    f"PAID TWICE: Payroc makes {item.source_ref}, and {replaced.source_ref}, which it replaces, is {replaced.status}."
+                )
         if not self.restored and (row is None or row.status not in _MAY_BE_MADE):
             raise Violation(f"Payroc makes a refund for {item.source_ref}, which is {row.status if row else 'not'} in the ledger.")
 
@@ -274,7 +276,7 @@ class Invariants:
                 self._check_named(item, objects)
             elif objects:
                 raise Violation(f"LOST: {ref} waits to be sent, and Payroc holds {objects[0].refund_id} for it.")
-            waits = row.replaces is not None and self.ledger.rows[row.replaces].status not in REPLACEABLE
+            waits = any(replaced.status not in REPLACEABLE for replaced in self.ledger.replaced(row.id))
             if not item.withdrawn and len(item.versions) == 1 and not forgotten and not waits:
                 raise Violation(f"LOST: {ref} was approved and is not sent: {row.reason}")
         else:

@@ -391,7 +391,14 @@ class MemoryLedger:
         pass
 
     def _replaced_stands(self, row: Row) -> bool:
-        return row.replaces is None or self.rows[row.replaces].status in REPLACEABLE
+        return row.replaces is None or all(other.status in REPLACEABLE for other in self._chain(row))
+
+    def _chain(self, row: Row) -> list[Row]:
+        chain = []
+        while row.replaces is not None:
+            row = self.rows[row.replaces]
+            chain.append(row)
+        return chain
 
     def _run(self, run_id: str) -> Run:
         if run_id not in self.runs:
@@ -510,10 +517,14 @@ class MemoryLedger:
     def in_doubt(self) -> list[Refund]:
         return [_refund(row) for row in self.rows.values() if row.status in IN_DOUBT]
 
-    def followed(self, changed_within: timedelta) -> list[Refund]:
+    def followed(self, changed_within: timedelta) -> dict[str, datetime]:
         since = self.clock() - changed_within
-        open_statuses = (Status.ACCEPTED, Status.REVIEW)
-        return [_refund(row) for row in self.rows.values() if row.status in open_statuses or row.updated_at > since]
+        oldest: dict[str, datetime] = {}
+        for row in sorted(self.rows.values(), key=lambda row: row.processing_terminal_id):
+            if row.status in (Status.ACCEPTED, Status.REVIEW) or row.updated_at > since:
+                began = min(row.approved_at, row.created_at)
+                oldest[row.processing_terminal_id] = min(began, oldest.get(row.processing_terminal_id, began))
+        return oldest
 
     def known(self, keys: Sequence[str], payroc_refund_ids: Sequence[str], order_ids: Sequence[str] = ()) -> list[Refund]:
         return [
@@ -532,9 +543,8 @@ class MemoryLedger:
     def all_terminals(self) -> list[str]:
         return sorted({row.processing_terminal_id for row in self.rows.values()})
 
-    def replaced(self, refund_id: int) -> tuple[int, Status] | None:
-        replaces = self._row(refund_id).replaces
-        return None if replaces is None else (replaces, self.rows[replaces].status)
+    def replaced(self, refund_id: int) -> list[Refund]:
+        return [_refund(row) for row in self._chain(self._row(refund_id))]
 
     def _history(self, refund_id: int, before: int) -> History:
         earlier = [item for item in self.attempts[refund_id] if item.attempt < before]
@@ -576,6 +586,7 @@ class MemoryLedger:
     def case(self, refund_id: int) -> Case:
         row = self._row(refund_id)
         attempts = self.attempts[refund_id]
+        instants = [row.lease_until, *(at for item in attempts for at in (item.started_at, item.finished_at))]
         unproven = any(item.outcome not in (Outcome.REJECTED, Outcome.CONFIGURATION, Outcome.NOT_SENT) for item in attempts)
         mine = [event for event in self.events if event.refund_id == refund_id]
         contradicted = any(event.event == "contradiction" for event in mine)
@@ -583,7 +594,8 @@ class MemoryLedger:
         return Case(
             refund=_refund(row),
             may_have_moved=unproven or contradicted or row.payroc_refund_id is not None,
-            last_attempt_at=max((item.started_at for item in attempts), default=None),
+            last_attempt_at=max((at for at in instants if at is not None), default=None),
+            chain_unpaid=row.status in REPLACEABLE and self._replaced_stands(row),
             proposal=Proposal(proposal.detail, proposal.actor, proposal.at) if proposal else None,
             reissue=next((other.id for other in self.rows.values() if other.replaces == refund_id), None),
             first_source_ref=self._first_of_chain(row).source_ref,
@@ -651,9 +663,7 @@ class MemoryLedger:
         return case
 
     def _first_of_chain(self, row: Row) -> Row:
-        while row.replaces is not None:
-            row = self.rows[row.replaces]
-        return row
+        return (self._chain(row) or [row])[-1]
 
     # -- write-backs -----------------------------------------------------------------------------------------------
 

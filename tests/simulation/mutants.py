@@ -340,6 +340,10 @@ def _confirmed_by_anybody(case: Any, decision: Any, by: str) -> bool:
     return case.proposal is not None and dict(case.proposal.decision) == dict(decision)
 
 
+async def _nobody_is_paid(*anything: Any) -> None:
+    return None
+
+
 def _rejected_whatever(listed: Any, known: Any) -> resolve.Resolution:
     return resolve.Resolution(Status.REJECTED)
 
@@ -406,7 +410,10 @@ MUTANTS = (
     Mutant("a review is called rejected whatever Payroc lists", ((resolve, "as_rejected", _rejected_whatever),)),
     Mutant("what may have moved is taken for unmoved", ((MemoryLedger, "case", _case_without_money),)),
     Mutant("one person approves a reissue", ((ledger, "is_confirmed", _confirmed_by_anybody),)),
-    Mutant("a reissue does not look at what it replaces", ((MemoryLedger, "_replaced_stands", lambda self, row: True),)),
+    Mutant(
+        "a reissue looks nowhere at what it replaces",
+        ((MemoryLedger, "_replaced_stands", lambda self, row: True), (send, "paid_after_all", _nobody_is_paid)),
+    ),
     Mutant(
         "a 401 evicts whatever token is there",
         ((Host, "evict", _evict_all),),

@@ -282,9 +282,7 @@ class Payroc:
             if self.temper.errors_are_saved:
                 self._save(post, post.answer)
             return
-        # Without custom fields nothing would tell such a refund from somebody else's; docs/safety.md says so.
-        wrong = post.fault == "wrong body" and not self.temper.drops_custom_fields
-        amount = body["order"]["amount"] + (1 if wrong else 0)
+        amount = body["order"]["amount"] + (1 if post.fault == "wrong body" else 0)
         self.number += 1
         existing = Existing(
             refund_id=f"P{self.number:09d}",

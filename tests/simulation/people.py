@@ -83,7 +83,12 @@ class People:
         d = self._deployment
         try:
             new = await reissue(
-                refund_id, "as the simulation pleases", ledger=self._ledger_of(person), cipher=d.cipher, source=d.settings.source
+                refund_id,
+                "as the simulation pleases",
+                ledger=self._ledger_of(person),
+                gateway=d.connect(),
+                cipher=d.cipher,
+                source=d.settings.source,
             )
         except (DecisionRefused, LedgerError) as refused:
             d.engine.tell(f"refused: {refused}")

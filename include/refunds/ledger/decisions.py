@@ -10,6 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from include.refunds.case import Case, DecisionRefused, Proposal, is_confirmed
 from include.refunds.ledger.control import Control
 from include.refunds.ledger.rows import select_refund, stands_elsewhere
+from include.refunds.refund import Refund
 from include.refunds.reissue import Reissue, check_replaceable
 from include.refunds.resolve import Resolution, check_case
 from include.refunds.states import Status
@@ -107,9 +108,9 @@ class Decisions(Control):
                 raise DecisionRefused(f"The ledger holds a refund {new.source_ref!r} that the source made itself: pay this one anew there.")
             return stored
 
-    async def intend_reverse(self, refund_id: int, reason: str) -> None:
+    async def intend_reverse(self, refund_id: int, reason: str) -> Refund:
         """
-        Store the intent to reverse a refund, before Payroc is asked.
+        Store the intent to reverse a refund, before Payroc is asked, and return the refund.
 
         :raises DecisionRefused: when it is not accepted.
         """
@@ -118,6 +119,7 @@ class Decisions(Control):
             if refund.status is not Status.ACCEPTED:
                 raise DecisionRefused(f"Refund {refund_id} is {refund.status}; only an accepted one, in the open batch, can be reversed.")
             await self._event(connection, now, "reverse", refund_id=refund_id, reason=reason)
+            return refund
 
     async def _unchanged(self, connection: AsyncConnection, read: Case, now: datetime) -> Case:
         case = await self._case(connection, read.refund.id, now, for_update=True)
@@ -129,7 +131,9 @@ class Decisions(Control):
         refund = await select_refund(connection, refund_id, for_update=for_update)
         # An attempt is without effect when Payroc refused it, or never processed it; a contradiction means that Payroc showed an object.
         query = text("""
-            SELECT (SELECT max(started_at) FROM refund_ledger.refund_attempts WHERE refund_id = :id) AS last_attempt_at,
+            SELECT (SELECT GREATEST(max(started_at), max(finished_at)) FROM refund_ledger.refund_attempts WHERE refund_id = :id)
+                       AS last_attempt_at,
+                   refund_ledger.ended_unpaid(:id) AS chain_unpaid,
                    EXISTS (SELECT FROM refund_ledger.refund_attempts WHERE refund_id = :id
                            AND (outcome IS NULL OR outcome NOT IN ('rejected', 'configuration', 'not_sent'))) AS unproven,
                    EXISTS (SELECT FROM refund_ledger.refund_events WHERE refund_id = :id AND event = 'contradiction') AS contradicted,
@@ -146,7 +150,9 @@ class Decisions(Control):
         return Case(
             refund=refund,
             may_have_moved=row.unproven or row.contradicted or refund.payroc_refund_id is not None,
-            last_attempt_at=row.last_attempt_at,
+            # An attempt that recorded nothing may have sent its POST as long as its lease lived.
+            last_attempt_at=max((at for at in (row.last_attempt_at, refund.lease_until) if at is not None), default=None),
+            chain_unpaid=row.chain_unpaid,
             proposal=Proposal(found.detail, found.actor, found.at) if found else None,
             reissue=row.reissue,
             first_source_ref=row.first_source_ref,

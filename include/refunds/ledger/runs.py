@@ -14,9 +14,6 @@ from sqlalchemy import text
 from include.refunds.classify import EVERYTHING
 from include.refunds.ledger.base import LedgerBase, LedgerError
 from include.refunds.ledger.control import NOT_PAUSED
-from include.refunds.states import REPLACEABLE
-
-_LIST_OF_REPLACEABLE = ", ".join(f"'{status}'" for status in sorted(REPLACEABLE))
 
 # A release is good for so long; what was not sent by then has to pass the door again.
 RELEASE_VALID = timedelta(hours=24)
@@ -24,10 +21,9 @@ RELEASE_VALID = timedelta(hours=24)
 # A refund in doubt whose wait ends within this time is worth waiting for inside a run.
 DUE_WITHIN = timedelta(minutes=5)
 
-# True of a row r of refunds that replaces none, or one that still moved no money or brought it back: a refund that turned out to be
-# paid after all must not be paid again by its reissue.
-REPLACED_STANDS = f"""(r.replaces IS NULL OR EXISTS (
-    SELECT FROM refund_ledger.refunds AS replaced WHERE replaced.id = r.replaces AND replaced.status IN ({_LIST_OF_REPLACEABLE})))"""
+# True of a row r of refunds that replaces none, or of whose chain none was paid, or none is any more: a refund that turned out to be
+# paid after all must not be paid again by a reissue.
+REPLACED_STANDS = "(r.replaces IS NULL OR refund_ledger.ended_unpaid(r.replaces))"
 
 
 @dataclass(frozen=True, slots=True)

@@ -222,15 +222,28 @@ class Sending(Control):
         """Return all refunds that are sending or unknown."""
         return await self._refunds("r.status IN ('sending', 'unknown')", {})
 
-    async def followed(self, changed_within: timedelta) -> list[Refund]:
+    async def followed(self, changed_within: timedelta) -> dict[str, datetime]:
         """
-        Return the refunds whose further way Payroc still has to tell: accepted, in review, or changed not long ago.
+        Return the terminals of the refunds whose further way Payroc still has to tell, each with the oldest approval of them.
+
+        These are the accepted ones, those in review, and those that changed not long ago. A restored ledger may have forgotten when it
+        first sent a refund, but it was never before its approval.
 
         :param changed_within: how long any other refund is followed: a bank may return one that settled, and Payroc may list one
             that ended here without a payment.
         """
-        now = await self.now()
-        return await self._refunds("r.status IN ('accepted', 'review') OR r.updated_at > :since", {"since": now - changed_within})
+        query = text("""
+            SELECT processing_terminal_id, min(LEAST(approved_at, created_at)) AS since FROM (
+                SELECT processing_terminal_id, approved_at, created_at FROM refund_ledger.refunds
+                WHERE source = :source AND status IN ('accepted', 'review')
+                UNION ALL
+                SELECT processing_terminal_id, approved_at, created_at FROM refund_ledger.refunds
+                WHERE source = :source AND updated_at > :since
+            ) AS followed
+            GROUP BY processing_terminal_id ORDER BY processing_terminal_id""")
+        async with self._transaction() as (connection, now):
+            result = await connection.execute(query, {"source": self._settings.source, "since": now - changed_within})
+            return {row.processing_terminal_id: row.since for row in result}
 
     async def known(self, keys: Sequence[str], payroc_refund_ids: Sequence[str], order_ids: Sequence[str] = ()) -> list[Refund]:
         """Return the refunds with one of these idempotency keys, of these refund ids of Payroc's, or of these order ids."""
@@ -255,14 +268,17 @@ class Sending(Control):
         async with self._transaction() as (connection, _):
             return list((await connection.execute(query, {"source": self._settings.source})).scalars())
 
-    async def replaced(self, refund_id: int) -> tuple[int, Status] | None:
-        """Return the id and the status of the refund that this one replaces, ``None`` when it replaces none."""
-        query = text("""
-            SELECT replaced.id, replaced.status FROM refund_ledger.refunds AS r
-            JOIN refund_ledger.refunds AS replaced ON replaced.id = r.replaces WHERE r.id = :id""")
+    async def replaced(self, refund_id: int) -> list[Refund]:
+        """Return what a refund replaces: the one before it, the one before that, to the first of the chain."""
+        query = text(f"""
+            WITH RECURSIVE chain AS (
+                SELECT replaces AS id, 1 AS place FROM refund_ledger.refunds WHERE id = :id
+                UNION ALL
+                SELECT r.replaces, place + 1 FROM refund_ledger.refunds AS r JOIN chain ON r.id = chain.id
+            )
+            SELECT {COLUMNS} FROM chain JOIN refund_ledger.refunds AS r ON r.id = chain.id ORDER BY place""")
         async with self._transaction() as (connection, _):
-            row = (await connection.execute(query, {"id": refund_id})).one_or_none()
-            return None if row is None else (row.id, Status(row.status))
+            return [as_refund(row) for row in (await connection.execute(query, {"id": refund_id})).mappings()]
 
     async def _refunds(self, condition: str, values: dict[str, Any], limit: int | None = None) -> list[Refund]:
         query = text(f"SELECT {COLUMNS} FROM refund_ledger.refunds AS r WHERE source = :source AND ({condition}) ORDER BY id LIMIT :limit")

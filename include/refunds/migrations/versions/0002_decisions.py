@@ -20,16 +20,26 @@ ALTER TABLE refund_ledger.refunds
         request IS NOT NULL OR status IN ('accepted', 'settled', 'returned', 'reversed', 'rejected', 'cancelled', 'review'));
 """
 
-# A refund that replaces another one pays the same again, so what it replaces must have moved no money, or have brought it back.
+# A refund that replaces another one pays the same again, so what it replaces must have moved no money, or have brought it back; and so
+# must what that one replaces, to the first of the chain.
 # The row is locked, so that it can't turn out to be paid between this look at it and the commit.
 GUARD_OF_REISSUES = """
+CREATE FUNCTION refund_ledger.ended_unpaid(refund_id bigint) RETURNS boolean LANGUAGE sql STABLE AS $$
+    WITH RECURSIVE chain AS (
+        SELECT status, replaces FROM refund_ledger.refunds WHERE id = refund_id
+        UNION ALL
+        SELECT r.status, r.replaces FROM refund_ledger.refunds AS r JOIN chain ON r.id = chain.replaces
+    )
+    SELECT COALESCE(bool_and(status IN ('rejected', 'returned', 'reversed')), false) FROM chain
+$$;
+
 CREATE FUNCTION refund_ledger.guard_reissue() RETURNS trigger LANGUAGE plpgsql AS $$
 DECLARE
     replaced refund_ledger.refunds;
 BEGIN
     SELECT * INTO replaced FROM refund_ledger.refunds WHERE id = NEW.replaces FOR SHARE;
-    IF replaced.status IS NULL OR replaced.status NOT IN ('rejected', 'returned', 'reversed') THEN
-        RAISE EXCEPTION 'refund % is %: only one that is rejected, returned or reversed is replaced',
+    IF NOT refund_ledger.ended_unpaid(NEW.replaces) THEN
+        RAISE EXCEPTION 'refund % is %: only one that is rejected, returned or reversed, as all that it replaces, is replaced',
             NEW.replaces, COALESCE(replaced.status, 'not there') USING ERRCODE = 'check_violation';
     END IF;
     IF (NEW.source, NEW.amount, NEW.currency, NEW.payee_fingerprint, NEW.processing_terminal_id)
@@ -56,9 +66,11 @@ CREATE FUNCTION refund_ledger.first_source_ref(refund_id bigint) RETURNS text LA
 $$;
 """
 
-# For the comparison with Payroc, which asks by the key, by Payroc's id, and by the order id whatever the terminal.
+# For the comparison with Payroc, which asks by the key, by Payroc's id, and by the order id whatever the terminal; and for the
+# follow-up, which asks for what changed not long ago.
 INDEXES = """
 CREATE INDEX refunds_by_order ON refund_ledger.refunds (order_id);
+CREATE INDEX refunds_by_change ON refund_ledger.refunds (updated_at);
 CREATE INDEX refunds_by_first_sent ON refund_ledger.refunds (first_sent_at) WHERE first_sent_at IS NOT NULL;
 """
 
