@@ -15,6 +15,7 @@ import sys
 import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,11 +201,15 @@ class Sandbox:
         return json.loads(text) if text else None
 
 
-@pytest.fixture(scope="session")
-def sandbox() -> Iterator[Sandbox]:
-    """A local Payroc in a process of its own, for the whole session. Tests tell their refunds apart by order id."""
-    log = SCRATCH / "sandbox.log"
-    process = processes.start([sys.executable, "-m", "include.sandbox", "--port", "0"], env=os.environ, log=log, cwd=ROOT)
+@contextmanager
+def running_sandbox(log: Path, *options: str) -> Iterator[Sandbox]:
+    """
+    Yield a local Payroc in a process of its own.
+
+    :param options: of its command line, beside the port.
+    """
+    command = [sys.executable, "-m", "include.sandbox", "--port", "0", *options]
+    process = processes.start(command, env=os.environ, log=log, cwd=ROOT)
     try:
         found: list[str] = []
 
@@ -217,6 +222,13 @@ def sandbox() -> Iterator[Sandbox]:
         yield Sandbox(found[0])
     finally:
         processes.stop(process)
+
+
+@pytest.fixture(scope="session")
+def sandbox() -> Iterator[Sandbox]:
+    """A local Payroc for the whole session. Tests tell their refunds apart by order id."""
+    with running_sandbox(SCRATCH / "sandbox.log") as sandbox:
+        yield sandbox
 
 
 def _copier(postgres: PostgresServer, kind: str) -> NewDatabase:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +11,8 @@ from typing import Any
 import pytest
 from sqlalchemy import URL
 
-from demo import processes
 from include.refunds.settings import get_settings
-from tests.conftest import ROOT, SCRATCH, NewDatabase, Sandbox
+from tests.conftest import SCRATCH, NewDatabase, Sandbox, running_sandbox
 from tests.dags.conftest import airflow_connection
 from tests.processes.line import Line, running
 from tests.processes.scheduler import Scheduler
@@ -30,21 +27,9 @@ LEASE_MARGIN_SECONDS = 5
 @pytest.fixture(scope="session")
 def sandbox() -> Iterator[Sandbox]:
     """A local Payroc whose tokens end soon, so that leases do, and which holds hanging requests no longer than a test can wait."""
-    log = SCRATCH / "sandbox-of-processes.log"
-    options = ["--port", "0", "--token-seconds", str(TOKEN_SECONDS), "--hang-seconds", "3"]
-    process = processes.start([sys.executable, "-m", "include.sandbox", *options], env=os.environ, log=log, cwd=ROOT)
-    try:
-        found: list[str] = []
-
-        def said_its_address() -> bool:
-            found[:] = re.findall(r"http://127\.0\.0\.1:\d+", log.read_text())
-            return bool(found) or process.poll() is not None
-
-        processes.wait_until(said_its_address, seconds=30)
-        assert found, f"the sandbox did not say its address: {log.read_text()}"
-        yield Sandbox(found[0])
-    finally:
-        processes.stop(process)
+    options = ("--token-seconds", str(TOKEN_SECONDS), "--hang-seconds", "3")
+    with running_sandbox(SCRATCH / "sandbox-of-processes.log", *options) as sandbox:
+        yield sandbox
 
 
 @pytest.fixture

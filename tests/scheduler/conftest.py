@@ -14,10 +14,10 @@ import pytest
 from demo import processes
 from demo.postgres import PostgresServer
 from include.refunds.settings import get_settings
-from tests.conftest import SCRATCH, NewDatabase
+from tests.conftest import SCRATCH, NewDatabase, running_sandbox
 from tests.refunds.conftest import World
 from tests.scheduler.client import TaskInstance
-from tests.scheduler.deployment import DAG, Deployment, running_sandbox
+from tests.scheduler.deployment import DAG, TOKEN_SECONDS, Deployment
 
 
 class Merchant(World):
@@ -107,7 +107,8 @@ def airflow(postgres: PostgresServer, new_ledger: NewDatabase, new_source: NewDa
     """A running Airflow with a ledger and a source of its own. It ends with the file, for it takes time from other tests."""
     folder = SCRATCH / "scheduler"
     folder.mkdir(mode=0o711)
-    with running_sandbox(folder / "sandbox.log") as sandbox:
+    # Tokens live so short that leases end while a test waits.
+    with running_sandbox(folder / "sandbox.log", "--token-seconds", str(TOKEN_SECONDS)) as sandbox:
         deployment = Deployment(folder, postgres, new_ledger(), new_source(), sandbox)
         try:
             deployment.start()

@@ -6,8 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -161,27 +161,6 @@ class Deployment:
 
         assert processes.wait_until(lambda: condition() or bool(ended()), seconds=_READY_SECONDS, pause=0.2), "Airflow is not ready in time"
         assert not ended(), f"{ended()} ended by itself: {telling_lines(self._logs / f'{ended()[0]}.log')}"
-
-
-@contextmanager
-def running_sandbox(log: Path) -> Iterator[Sandbox]:
-    """Yield a local Payroc whose tokens live so short that leases end while a test waits."""
-    port = free_port()
-    command = [sys.executable, "-m", "include.sandbox", "--port", str(port), "--token-seconds", str(TOKEN_SECONDS)]
-    process = processes.start(command, env=os.environ, log=log, cwd=ROOT)
-    sandbox = Sandbox(f"http://{HOST}:{port}")
-
-    def answers() -> bool:
-        try:
-            return bool(sandbox.get("/_sandbox/health"))
-        except OSError:
-            return False
-
-    try:
-        assert processes.wait_until(answers, seconds=30), f"the sandbox did not start: {log.read_text()}"
-        yield sandbox
-    finally:
-        processes.stop(process)
 
 
 def _works_for(process: psutil.Process, ti: TaskInstance) -> bool:

@@ -26,7 +26,7 @@ from tests.simulation.payroc import Host, Payroc, SimulatedGateway
 from tests.simulation.worker import SteppedLedger
 
 # Airflow takes a task for dead when its heartbeat is missing for so long, and starts it again beside the one that stands still.
-_HEARTBEAT_TIMEOUT = 5 * MINUTE
+HEARTBEAT_TIMEOUT = 5 * MINUTE
 
 
 # How a task may fail; anything else is a mistake in the code.

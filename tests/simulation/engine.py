@@ -137,10 +137,6 @@ class Engine:
             self._ledger_seconds, self._ledger_time = seconds, EPOCH + timedelta(seconds=seconds)
         return self._ledger_time
 
-    def true_time(self) -> datetime:
-        """Payroc's clock, which nobody here can see."""
-        return EPOCH + timedelta(seconds=self.time)
-
     def after(self, seconds: float, act: Callable[[], None]) -> None:
         """Have something happen later, whoever is alive then."""
         self._number += 1

@@ -19,7 +19,7 @@ from include.refunds.settings import Settings
 from include.refunds.source import SourceUnavailable
 from include.refunds.states import Status
 from include.refunds.verify import Difference, verify
-from tests.simulation.airflow import Airflow, Deployment
+from tests.simulation.airflow import HEARTBEAT_TIMEOUT, Airflow, Deployment
 from tests.simulation.engine import (
     AROUND_THE_POST,
     AT_THE_DOOR,
@@ -271,10 +271,10 @@ class History:
         self.airflow.run(batch_size=self.rng.choice((1, 1, 3)))
 
     def _heartbeat_stops(self, actor: Actor, seconds: float) -> None:
-        if seconds > 5 * MINUTE:
+        if seconds > HEARTBEAT_TIMEOUT:
             for task in self.airflow.tasks:
                 if task.actor is actor:
-                    self._at(5 * MINUTE, task.lose_heartbeat)
+                    self._at(HEARTBEAT_TIMEOUT, task.lose_heartbeat)
 
     # -- what people and machines do ---------------------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ after every call.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -42,14 +41,6 @@ from include.refunds.transitions import decide
 from tests.simulation.engine import Violation
 
 _MICROSECOND = timedelta(microseconds=1)
-_NOT_FINAL_REQUEST = frozenset(Status) - {
-    Status.SETTLED,
-    Status.RETURNED,
-    Status.REVERSED,
-    Status.REJECTED,
-    Status.CANCELLED,
-    Status.REVIEW,
-}
 
 
 @dataclass(slots=True)
@@ -777,8 +768,3 @@ def _waited(row: Row, now: datetime) -> bool:
 def _refused(what: str) -> Violation:
     # In production an error; here a failure, because the protocol never asks for what the database has to refuse.
     return Violation(f"The protocol asked for what the ledger refuses: {what}.")
-
-
-def as_json(value: Any) -> str:
-    """Return anything that a ledger returns, in a form that can be compared and shown."""
-    return json.dumps(value, default=str, sort_keys=True)
