@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 from zoneinfo import available_timezones
 
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
@@ -48,6 +48,27 @@ class Settings(BaseSettings):
         600, ge=5, description="Seconds by which a lease outlives its token, so that a POST sent on the token's last second has ended."
     )
     http_timeout_seconds: float = Field(30, gt=0, le=120, description="Seconds to connect, and seconds to wait for an answer from Payroc.")
+    approval_timeout_hours: float = Field(
+        8,
+        gt=0,
+        le=168,
+        description="Hours in which a person may approve a run. The wait ends earlier when the next scheduled run is due.",
+    )
+    approvers: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Ids of the Airflow users who may approve a run, comma-separated. Unset: everybody who may answer for the DAG."
+    )
+    sec_code: Literal["ppd", "ccd"] = Field(
+        "ppd", description="SEC code of rows that name none: ppd for payees who are consumers, ccd for businesses."
+    )
+    allow_sec_web: bool = Field(
+        False, description="Accept the SEC code web. As a credit it is for payments between consumers: ask your originating bank first."
+    )
+    request_days: int = Field(
+        30,
+        ge=1,
+        description="Days for which the encrypted request, with the payee's account, is kept after a refund has ended. "
+        "Without it a refund can't be reissued.",
+    )
     aba_checksum: bool = Field(True, description="Refuse routing numbers that fail the ABA checksum. Payroc's own samples fail it.")
     token_cache: bool = Field(True, description="Share tokens between the tasks of one host through an encrypted file.")
     token_cache_dir: Path | None = Field(
@@ -56,10 +77,14 @@ class Settings(BaseSettings):
     encryption_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         (), description="Fernet keys, comma-separated; the first encrypts, all decrypt."
     )
+    encryption_keys_secret: str | None = Field(
+        None, description="Name of those keys in Airflow's secrets backend, for deployments that hold no secrets in the environment."
+    )
     fingerprint_key: SecretStr | None = Field(
         None,
         description="Key of payee fingerprints and request hashes, at least 32 characters. Never rotated: old ones must stay comparable.",
     )
+    fingerprint_key_secret: str | None = Field(None, description="Name of that key in Airflow's secrets backend.")
 
     @field_validator("*", mode="before")
     @classmethod
@@ -69,9 +94,9 @@ class Settings(BaseSettings):
             return cls.model_fields[info.field_name].get_default()
         return value
 
-    @field_validator("encryption_keys", mode="before")
+    @field_validator("encryption_keys", "approvers", mode="before")
     @classmethod
-    def _split_keys(cls, value: Any) -> Any:
+    def _split(cls, value: Any) -> Any:
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value

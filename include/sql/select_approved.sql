@@ -7,9 +7,11 @@
 -- description             up to 256 characters; NULL: "Refund <order id>"
 -- amount                  integer, in minor units (4999 is 49.99 USD)
 -- currency                ISO 4217, such as USD
--- name_on_account, account_type (checking, savings), sec_code (ppd, ccd, web, tel), routing_number, account_number:
---                         the payee's bank account, as text; NULL when secure_token is given
+-- name_on_account, routing_number, account_number: the payee's bank account, as text; NULL when secure_token is given
 -- secure_token            Payroc's token of the payee's account, the recommended way: then no account number is kept
+-- account_type            checking or savings
+-- sec_code                ppd for a consumer, ccd for a business; NULL: that of PAYROC_REFUNDS_SEC_CODE. web is refused unless
+--                         PAYROC_REFUNDS_ALLOW_SEC_WEB is true, tel always
 -- email                   NULL unless Payroc shall notify the payee
 -- requested_by, approved_by, approved_at: two different people, and an instant with its time zone (without one: UTC)
 --

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,13 @@ def built(**changes: Any) -> Any:
         ("routing_number", "12345678", "9 digits"),
         ("routing_number", 53200983, "string"),
         ("account_number", "12-34567", "digits"),
-        ("sec_code", "xyz", "'web', 'tel', 'ccd' or 'ppd'"),
-        ("sec_code", None, "'web', 'tel', 'ccd' or 'ppd'"),
+        ("routing_number", "000000000", "nine zeros"),
+        ("sec_code", "xyz", "must be ppd for a consumer or ccd for a business"),
+        ("sec_code", " ", "must be ppd for a consumer or ccd for a business"),
+        ("sec_code", 7, "must be ppd for a consumer or ccd for a business"),
+        ("sec_code", "tel", "debits only"),
+        ("sec_code", "TEL", "debits only"),
+        ("sec_code", "web", "PAYROC_REFUNDS_ALLOW_SEC_WEB"),
         ("account_type", "loan", "'checking' or 'savings'"),
         ("name_on_account", "x" * 51, "1 to 50"),
         ("order_id", "x" * 25, "at most 24"),
@@ -83,8 +89,8 @@ def test_a_bad_field_is_named_with_what_is_wrong_and_without_its_value(column: s
 
 def test_all_errors_of_a_row_are_named_at_once() -> None:
     with pytest.raises(InvalidRow) as caught:
-        built(amount=None, currency="???", approved_by="ann@example.com")
-    assert set(caught.value.errors) == {"amount", "currency", "approved_by"}
+        built(amount=None, currency="???", approved_by="ann@example.com", sec_code="tel")
+    assert set(caught.value.errors) == {"amount", "currency", "approved_by", "sec_code"}
 
 
 def test_neither_token_nor_account_is_an_error() -> None:
@@ -96,10 +102,62 @@ def test_a_whole_decimal_is_an_amount() -> None:
     assert built(amount=Decimal("4999"))[0].amount == 4999
 
 
-def test_the_aba_check_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_aba_check_can_be_switched_off_but_nine_zeros_are_refused_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PAYROC_REFUNDS_ABA_CHECKSUM", "false")
     settings = Settings()
     assert build(GOOD | {"routing_number": "123456789"}, Cipher(settings), settings)
+    with pytest.raises(InvalidRow, match="nine zeros"):
+        build(GOOD | {"routing_number": "000000000"}, Cipher(settings), settings)
+
+
+ACCOUNT = {column: GOOD[column] for column in ("name_on_account", "account_type", "routing_number", "account_number")}
+TOKEN = dict.fromkeys(ACCOUNT) | {"account_type": "checking", "secure_token": "296753123456"}
+
+
+@pytest.mark.parametrize("payee", [ACCOUNT, TOKEN])
+@pytest.mark.parametrize(
+    ("given", "default", "sent"),
+    [(None, "ppd", "ppd"), ("", "ccd", "ccd"), (None, "ccd", "ccd"), ("ppd", "ccd", "ppd"), ("ccd", "ppd", "ccd"), ("CCD", "ppd", "ccd")],
+)
+def test_every_body_has_an_sec_code_the_rows_own_or_that_of_the_setting(
+    payee: dict[str, Any], given: str | None, default: str, sent: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PAYROC_REFUNDS_SEC_CODE", default)
+    settings = Settings()
+    _, body = build(GOOD | payee | {"sec_code": given}, Cipher(settings), settings)
+    assert json.loads(body)["refundMethod"]["secCode"] == sent
+
+
+@pytest.mark.parametrize("payee", [ACCOUNT, TOKEN])
+@pytest.mark.parametrize("code", ["tel", "web"])
+def test_a_code_that_is_no_code_of_refunds_is_refused_for_accounts_and_tokens_alike(payee: dict[str, Any], code: str) -> None:
+    with pytest.raises(InvalidRow) as caught:
+        built(**payee, sec_code=code)
+    assert list(caught.value.errors) == ["sec_code"]
+
+
+@pytest.mark.parametrize("payee", [ACCOUNT, TOKEN])
+def test_web_is_accepted_when_the_setting_allows_it_and_tel_is_not(payee: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAYROC_REFUNDS_ALLOW_SEC_WEB", "true")
+    settings = Settings()
+    _, body = build(GOOD | payee | {"sec_code": "web"}, Cipher(settings), settings)
+    assert json.loads(body)["refundMethod"]["secCode"] == "web"
+    with pytest.raises(InvalidRow, match="debits only"):
+        build(GOOD | payee | {"sec_code": "tel"}, Cipher(settings), settings)
+
+
+def test_the_body_of_a_row_that_names_its_code_is_the_same_bytes_for_ever() -> None:
+    assert built()[1] == (
+        b'{"processingTerminalId":"7701001","order":{"orderId":"ORDER-A","description":"Refund ORDER-A","amount":4999,"currency":"USD"},'
+        b'"refundMethod":{"type":"ach","secCode":"ppd","accountType":"checking","nameOnAccount":"Sarah Hopper",'
+        b'"accountNumber":"556677889911","routingNumber":"053200983"},'
+        b'"customFields":[{"name":"refundKey","value":"df81ed10-8bc3-4eab-92e6-59fd05c56b4f"}]}'
+    )
+    assert built(**TOKEN)[1] == (
+        b'{"processingTerminalId":"7701001","order":{"orderId":"ORDER-A","description":"Refund ORDER-A","amount":4999,"currency":"USD"},'
+        b'"refundMethod":{"type":"secureToken","token":"296753123456","accountType":"checking","secCode":"ppd"},'
+        b'"customFields":[{"name":"refundKey","value":"df81ed10-8bc3-4eab-92e6-59fd05c56b4f"}]}'
+    )
 
 
 def test_the_key_is_derived_from_source_and_source_ref_alone() -> None:
@@ -132,6 +190,73 @@ def test_a_bad_row_is_recorded_and_blocks_no_other(world: World) -> None:
     recorded = world.rows("SELECT source_ref, errors FROM refund_ledger.invalid_rows")
     assert [row["source_ref"] for row in recorded] == [bad]
     assert "ABA" in recorded[0]["errors"]["routing_number"]
+
+
+def body_of(world: World, source_ref: str) -> dict[str, Any]:
+    row = world.row(source_ref)
+    body: dict[str, Any] = json.loads(world.cipher.open(bytes(row["request"]), row["request_sha256"], row["id"]))
+    return body
+
+
+def test_a_row_without_an_sec_code_is_frozen_with_that_of_the_setting_and_pulling_again_changes_nothing(world: World) -> None:
+    account, token = world.approve(sec_code=None), world.approve(**TOKEN, sec_code="")
+    pulled = world.pull()
+    assert (pulled.new, pulled.invalid) == (2, {})
+    assert {body_of(world, ref)["refundMethod"]["secCode"] for ref in (account, token)} == {"ppd"}
+    assert world.pull().changed == {}
+
+
+def test_a_code_in_capitals_is_the_same_code(world: World) -> None:
+    ref = world.approve(sec_code="ppd")
+    world.pull()
+    world.change_source(ref, "sec_code = 'PPD'")
+    assert world.pull().standing == [ref]
+
+
+def test_rows_with_tel_and_web_are_recorded_with_what_to_give_instead(world: World) -> None:
+    tel, web = world.approve(sec_code="tel"), world.approve(**TOKEN, sec_code="WEB")
+    assert world.pull().new == 0
+    recorded = {row["source_ref"]: row["errors"] for row in world.rows("SELECT source_ref, errors FROM refund_ledger.invalid_rows")}
+    assert set(recorded) == {tel, web}
+    assert all("ppd for a consumer or ccd for a business" in errors["sec_code"] for errors in recorded.values())
+
+
+def test_a_refund_that_waits_with_a_code_that_is_refused_today_is_not_released_and_stays_as_it_was(world: World) -> None:
+    today, world.settings = world.settings, world.settings.model_copy(update={"allow_sec_web": True})
+    ref = world.approve(sec_code="web")
+    world.pull()
+    before = world.row(ref)
+    world.settings = today
+    assert list(world.pull().invalid) == [ref]
+    assert world.release() == []
+    after = world.row(ref)
+    assert (after["status"], after["request"], after["request_sha256"]) == ("approved", before["request"], before["request_sha256"])
+    [run] = world.rows("SELECT findings FROM refund_ledger.refund_runs")
+    assert run["findings"]["withdrawn"] == {str(after["id"]): "Its source row is invalid now (sec_code)."}
+    world.settings = today.model_copy(update={"allow_sec_web": True})
+    assert world.pull().standing == [ref]
+
+
+def test_a_new_default_shows_as_a_change_of_the_rows_that_wait_and_name_no_code(world: World) -> None:
+    silent, named = world.approve(sec_code=None), world.approve(sec_code="ppd")
+    world.pull()
+    world.settings = world.settings.model_copy(update={"sec_code": "ccd"})
+    pulled = world.pull()
+    assert (pulled.changed, pulled.standing) == ({silent: ["payee's details"]}, [named])
+    assert body_of(world, silent)["refundMethod"]["secCode"] == "ppd"
+
+
+def test_a_routing_number_of_no_documented_range_is_pulled_with_a_warning_that_does_not_hold_it(world: World) -> None:
+    odd = world.approve(routing_number="130000006")
+    world.approve()
+    world.approve(**TOKEN)
+    world.approve(routing_number="130000007")
+    for new in (3, 0):
+        pulled = world.pull()
+        assert (pulled.new, len(pulled.invalid), list(pulled.warnings)) == (new, 1, [odd])
+        assert "first two digits" in pulled.warnings[odd][0]
+        assert "13" not in str(pulled.warnings[odd])
+        assert str(pulled) == f"4 rows in the source: {new} new, 1 invalid, 0 changed, 1 with a warning."
 
 
 def test_a_bad_row_becomes_a_refund_when_the_source_row_is_mended(world: World) -> None:

@@ -122,6 +122,18 @@ def test_a_reissue_takes_two_different_people(world: World) -> None:
     assert again(world, old, "bob") is None
 
 
+def test_a_refund_is_reissued_with_its_sec_code_although_a_new_row_with_it_is_refused_today(world: World) -> None:
+    today, world.settings = world.settings, world.settings.model_copy(update={"allow_sec_web": True})
+    old = world.released("9002", sec_code="web")
+    world.send(old)
+    world.settings = today
+    row = world.row(reissued(world, old))
+    body = json.loads(world.cipher.open(bytes(row["request"]), row["request_sha256"], row["id"]))
+    assert body["refundMethod"]["secCode"] == "web"
+    assert world.release("run-2") == [row["id"]]
+    assert world.send(row["id"]).sent is Sent.REJECTED
+
+
 def test_a_refund_is_reissued_once(world: World) -> None:
     old = returned(world)
     new = reissued(world, old)
