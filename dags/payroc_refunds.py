@@ -5,6 +5,9 @@
 that they may go, `release` lets them through the one door, `send_refund` sends each to Payroc under its own idempotency key,
 `write_back` tells the source what became of them, and `report` shows it all and fails when something needs people.
 
+A run that passes a threshold of the ledger waits at `approve_run` until a person who did not trigger it approves it under
+**Required Actions**.
+
 Nothing that Airflow does sends a refund twice: retries, clears and overlapping runs are harmless, because the ledger
 (connection **refunds_ledger**) decides. A refund that a run did not finish is taken up by the next one.
 
@@ -18,11 +21,10 @@ from datetime import datetime, timedelta
 from typing import Any
 from zoneinfo import ZoneInfo
 
-from airflow.sdk import DAG, Context, CronTriggerTimetable, Param, TriggerRule, conf, get_current_context, result, task
+from airflow.sdk import DAG, CronTriggerTimetable, Param, TriggerRule, conf, get_current_context, result, task
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
-from include.refunds.cipher import Cipher
-from include.refunds.params import RunParams, in_lists
+from include.refunds.params import in_lists
 from include.refunds.pull import pull
 from include.refunds.rehearse import rehearse
 from include.refunds.release import release as release_refunds
@@ -32,9 +34,12 @@ from include.refunds.write_back import write_back as write_back_refunds
 from payroc_airflow.databases import open_ledger, source_of
 from payroc_airflow.gateway import HookGateway
 from payroc_airflow.hooks.payroc import PayrocHook
+from payroc_airflow.keys import cipher_of
+from payroc_airflow.operators.approval import ApproveRunOperator
 from payroc_airflow.operators.refund import PayrocRefundOperator
 from payroc_airflow.pools import POOL, pool_exists
 from payroc_airflow.retry_policy import PayrocRetryPolicy
+from payroc_airflow.task_context import run_params
 
 log = logging.getLogger(__name__)
 settings = get_settings()
@@ -89,11 +94,6 @@ PARAMS = {
 }
 
 
-def run_params(context: Context) -> RunParams:
-    """Return this run's params, checked."""
-    return RunParams.check(dict(context["params"]), context["dag_run"].conf)
-
-
 with DAG(
     "payroc_refunds",
     description="Pays approved refunds through Payroc, each once",
@@ -125,24 +125,15 @@ with DAG(
             )
         if params.dry_run:
             return {"candidates": [], "due": []}
-        source, cipher = source_of(), Cipher(settings)
+        source, cipher = source_of(), cipher_of(settings)
         async with open_ledger(context, settings) as ledger:
             await ledger.return_stale_releases()
             pulled = await pull(source, ledger, cipher, settings)
             candidates = await ledger.candidates(params.selection(), standing=pulled.standing)
-            findings = {"changed": pulled.changed, "withdrawn": pulled.withdrawn}
+            findings = {"changed": pulled.changed, "withdrawn": pulled.withdrawn, "warnings": pulled.warnings}
             await ledger.begin_run(context["run_id"], params.model_dump(mode="json"), candidates, findings, pulled.at)
             log.info("%s %d refunds may be released.", pulled, len(candidates))
             return {"candidates": [item.id for item in candidates], "due": await ledger.due()}
-
-    @task
-    async def approve_run() -> None:
-        """Note in the ledger that exactly these refunds may be released."""
-        context = get_current_context()
-        if run_params(context).dry_run:
-            return
-        async with open_ledger(context, settings) as ledger:
-            await ledger.record_no_approval_needed(context["run_id"])
 
     @task
     async def release(pulled: dict[str, list[int]]) -> list[list[int]]:
@@ -151,7 +142,7 @@ with DAG(
         params = run_params(context)
         if params.dry_run:
             return []
-        source, gateway, cipher = source_of(), HookGateway(PayrocHook()), Cipher(settings)
+        source, gateway, cipher = source_of(), HookGateway(PayrocHook()), cipher_of(settings)
         async with open_ledger(context, settings) as ledger:
             ids = await release_refunds(
                 context["run_id"],
@@ -185,7 +176,7 @@ with DAG(
         params = run_params(context)
         async with open_ledger(context, settings) as ledger:
             if params.dry_run:
-                found = await rehearse(params, source_of(), ledger, Cipher(settings), settings)
+                found = await rehearse(params, source_of(), ledger, cipher_of(settings), settings)
             else:
                 await ledger.finish_run(context["run_id"])
                 found = await run_report(ledger.engine, settings.source, context["run_id"])
@@ -195,6 +186,12 @@ with DAG(
         return found.as_dict()
 
     pulled = pull_approved()
+    # A rejection skips its direct children, whatever their rule: nothing that has to run may be one.
+    approve_run = ApproveRunOperator(
+        task_id="approve_run",
+        approvers=settings.approvers,
+        response_timeout=timedelta(hours=settings.approval_timeout_hours),
+    )
     lists = release(pulled)  # type: ignore[arg-type]  # a task takes the promise of another's result
     send_refund = PayrocRefundOperator.partial(
         task_id="send_refund",
@@ -202,5 +199,5 @@ with DAG(
         map_index_template="{{ refund_label }}",
         execution_timeout=timedelta(hours=6),
     ).expand(refund_ids=lists)
-    pulled >> approve_run() >> lists
+    pulled >> approve_run >> lists
     send_refund >> write_back() >> report()

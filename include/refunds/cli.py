@@ -9,6 +9,7 @@ import json
 import secrets
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -26,17 +27,22 @@ from sqlalchemy.pool import NullPool
 
 from include.payroc.errors import PayrocConfigurationError, PayrocError
 from include.refunds import demo_source
+from include.refunds.audit import Head, HeadError, verify_audit
 from include.refunds.case import DecisionRefused
-from include.refunds.cipher import Cipher
 from include.refunds.classify import EVERYTHING
-from include.refunds.connect import NoGateway, connect
+from include.refunds.connect import NoGateway, cipher_of, connect
 from include.refunds.gateway import Gateway
 from include.refunds.ledger import Ledger, LedgerError, create_ledger_engine
 from include.refunds.ledger_url import UrlError, ledger_url, source_url
+from include.refunds.limits import LIMITS, Limits
+from include.refunds.money import money
 from include.refunds.reissue import reissue as reissue_refund
-from include.refunds.report import details, money, status_report
+from include.refunds.report import details, status_report
 from include.refunds.resolve import resolve as resolve_refund
 from include.refunds.reverse import reverse as reverse_refund
+from include.refunds.roles import RolesMissing
+from include.refunds.rotate import Rotated
+from include.refunds.rotate import rotate_keys as rotate_requests
 from include.refunds.settings import SettingsError, get_settings
 from include.refunds.states import Status
 from include.refunds.verify import Comparison, RangeError, read_range
@@ -51,7 +57,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
-    help="""The refund ledger: migrate it, look into it, stop and resume the sending, decide about single refunds, compare it with Payroc.
+    help="""The refund ledger: migrate it, look into it, stop and resume the sending, set its limits, decide about single refunds,
+compare it with Payroc, check its audit trail.
 
 The ledger is --ledger-url, else PAYROC_REFUNDS_LEDGER_URL, else AIRFLOW_CONN_REFUNDS_LEDGER (a URI or JSON). Exit codes:
 0 all is well, 1 something needs people (for status: a refund is sending, unknown or in review, or the sending is paused;
@@ -72,6 +79,8 @@ By = Annotated[str, typer.Option("--by", help="Who does this, for the audit trai
 Why = Annotated[str, typer.Option("--reason", help="Why, for the audit trail.", callback=_not_blank)]
 RefundId = Annotated[int, typer.Argument(help="The ledger's id, as `show` prints it.")]
 PayrocConnId = Annotated[str, typer.Option("--payroc-conn-id", help="Airflow connection to Payroc.")]
+
+LimitName = StrEnum("LimitName", {name.upper(): name for name in LIMITS})  # type: ignore[misc]  # made from the ledger's own list
 
 console = Console()
 
@@ -170,6 +179,54 @@ def resume(
     console.print(f"The sending goes on{f' for terminal {terminal}' if terminal else ''}.")
 
 
+@app.command()
+def limits(url: LedgerUrl = None, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show the limits of the sending. All are unset at first, and what is unset lets pass."""
+    found = _with_ledger(url, "limits", lambda ledger: ledger.limits())
+    if as_json:
+        typer.echo(json.dumps(asdict(found)))
+        return
+    console.print(_limits(found))
+
+
+@app.command()
+def limit(
+    name: Annotated[LimitName, typer.Argument(help="As `limits` lists them.", show_default=False)],
+    value: Annotated[str, typer.Argument(help="Minor units, a number of refunds or days; or none, which lets pass.")],
+    reason: Why,
+    by: By,
+    url: LedgerUrl = None,
+) -> None:
+    """
+    Set a limit of the sending, or take it away. It holds from the next refund that passes the door.
+
+    Amounts are in minor units (100000 is 1,000.00 USD) and hold for each currency by itself. Set payee_days before the caps per payee.
+    """
+    if value != "none" and not value.isdecimal():
+        raise typer.BadParameter("must be a whole number or none.", param_hint="VALUE")
+    number = None if value == "none" else int(value)
+    _with_ledger(url, by, lambda ledger: ledger.set_limit(name.value, number, reason))
+    console.print(f"The limit {name.value} is {'taken away' if number is None else _limit(name.value, number)}.", highlight=False)
+
+
+@app.command()
+def release(refund_id: RefundId, reason: Why, by: By, url: LedgerUrl = None) -> None:
+    """
+    Let a held refund pass: the next run sends it, and it is not held for the same reason again.
+
+    Whoever requested the refund can't release it.
+    """
+    _with_ledger(url, by, lambda ledger: ledger.release_hold(refund_id, reason))
+    console.print(f"Refund {refund_id} is approved again; the next run of payroc_refunds takes it through the door.", highlight=False)
+
+
+@app.command()
+def cancel(refund_id: RefundId, reason: Why, by: By, url: LedgerUrl = None) -> None:
+    """End a refund that was not sent, held or not. It is never sent; pay it by a new row with a source_ref of its own."""
+    _with_ledger(url, by, lambda ledger: ledger.cancel(refund_id, reason))
+    console.print(f"Refund {refund_id} is cancelled.", highlight=False)
+
+
 class Outcome(StrEnum):
     """How a review may end."""
 
@@ -222,7 +279,7 @@ def reissue(refund_id: RefundId, reason: Why, by: By, conn_id: PayrocConnId = "p
     It takes two people: the first proposes, and a different one runs the same command within 7 days.
     """
     settings = get_settings()
-    cipher = Cipher(settings)
+    cipher = cipher_of(settings)
     new = _with_payroc(
         url,
         by,
@@ -281,6 +338,63 @@ def verify(
         raise typer.Exit(EXIT_TROUBLE)
 
 
+@app.command("verify-audit")
+def check_audit(
+    heads: Annotated[
+        list[str] | None, typer.Option("--head", help="A head that a report showed, such as 1234:9f86d081884c7d65; repeatable.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    url: LedgerUrl = None,
+) -> None:
+    """
+    Check that no event of the audit trail was changed, removed or inserted. It only reads.
+
+    Give heads that reports or Airflow's logs show: they tell a trail that was written anew, or cut off, from the one that was there.
+    """
+    known = [Head.read(head) for head in heads or ()]
+    found = _with_engine(url, lambda engine: verify_audit(engine, known))
+    if as_json:
+        head = str(found.head) if found.head else None
+        typer.echo(json.dumps({"events": found.events, "head": head, "findings": found.findings}))
+    else:
+        for finding in found.findings:
+            typer.echo(finding)
+        typer.echo(
+            f"{found.events} events, head {found.head or 'none'}: " + (f"{len(found.findings)} findings." if found.findings else "intact.")
+        )
+    if found.findings:
+        raise typer.Exit(EXIT_TROUBLE)
+
+
+@app.command("rotate-keys")
+def rotate_keys(url: LedgerUrl = None) -> None:
+    """
+    Encrypt all requests anew with the first of PAYROC_REFUNDS_ENCRYPTION_KEYS, while the service goes on.
+
+    Give every process the new key first and the old one after it, then run this; then take the old one away. Cut off, it goes on where
+    it stopped.
+    """
+    cipher = cipher_of(get_settings())
+    first, *others = cipher.key_ids
+
+    async def work(ledger: Ledger) -> tuple[Rotated, dict[str, int]]:
+        waiting = sum(count for key, count in (await ledger.requests_by_key()).items() if key != first)
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task("Encrypting", total=waiting)
+            rotated = await rotate_requests(ledger, cipher, advance=lambda count: progress.advance(task, count))
+        return rotated, await ledger.requests_by_key()
+
+    rotated, by_key = _with_ledger(url, "rotate-keys", work)
+    for sentence in rotated.unreadable:
+        console.print(sentence, style="red", highlight=False)
+    console.print(f"{rotated.done} requests were encrypted anew with the key {first}.", highlight=False)
+    for key, count in by_key.items():
+        role = "the first" if key == first else "another one that is set" if key in others else "not set here"
+        console.print(f"  key {key} ({role}): {count} requests", highlight=False)
+    if set(by_key) - {first}:
+        raise typer.Exit(EXIT_TROUBLE)
+
+
 @app.command("generate-keys")
 def generate_keys() -> None:
     """Print fresh keys for PAYROC_REFUNDS_ENCRYPTION_KEYS and PAYROC_REFUNDS_FINGERPRINT_KEY. Keep them outside the database."""
@@ -302,6 +416,8 @@ def main() -> None:
         PayrocConfigurationError,
         PayrocError,
         RangeError,
+        HeadError,
+        RolesMissing,
     ) as error:
         _fail(str(error))
     except (DBAPIError, OSError) as error:
@@ -339,6 +455,36 @@ def _with_payroc(url: str | None, by: str, conn_id: str, work: Callable[[Ledger,
 def _proposed(command: str) -> NoReturn:
     typer.echo(f"Proposed. It takes two: a different person has to run `python -m include.refunds {command} --by … --reason …`.")
     raise typer.Exit(EXIT_TROUBLE)
+
+
+_MEANING = {
+    "largest_refund": "one refund; a larger one is held",
+    "run_total": "sum of one run; the rest waits",
+    "run_count": "refunds of one run; the rest waits",
+    "day_total": "sum of one day; the rest waits",
+    "day_count": "refunds of one day; the rest waits",
+    "payee_total": "sum for one payee within payee_days; what goes over it is held",
+    "payee_count": "refunds for one payee within payee_days; what goes over it is held",
+    "payee_days": "days of the caps per payee",
+    "duplicate_days": "days within which the same payee and amount is held as a possible duplicate",
+    "approval_total": "sum released in a day without a person; above it a person approves the run",
+    "approval_count": "refunds released in a day without a person; above it a person approves the run",
+}
+
+
+def _limit(name: str, value: int) -> str:
+    if name.endswith(("_days", "_count")):
+        return f"{value:,} {'days' if name.endswith('_days') else 'refunds'}"
+    return f"{value:,} minor units of each currency ({money(value, 'USD')})"
+
+
+def _limits(found: Limits) -> Table:
+    table = Table(title="Limits of the sending", title_justify="left", box=SIMPLE_HEAD)
+    for name in ("name", "value", "what it means"):
+        table.add_column(name, overflow="fold")
+    for name, value in asdict(found).items():
+        table.add_row(name, "unset" if value is None else _limit(name, value), _MEANING[name])
+    return table
 
 
 # What people look for first stands first; the rest follows.

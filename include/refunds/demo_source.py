@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from sqlalchemy import URL, create_engine, text
 from sqlalchemy.exc import DBAPIError, ProgrammingError
 
+from include.refunds.roles import APPROVER, PAYER, REQUESTER, create_roles, told_in_one_sentence
 from include.refunds.source import COLUMNS
 
 _TABLE = """
@@ -37,6 +38,31 @@ CREATE TABLE IF NOT EXISTS public.refund_requests (
     updated_at             timestamptz
 )"""
 
+# Rows of a table that is older than this rule stay as they are. The pull calls such a row invalid, and as every UPDATE checks the rule
+# anew, the write-back has to be let say so.
+_TWO_PEOPLE = """
+DO $$ BEGIN
+    IF NOT EXISTS (SELECT FROM pg_constraint
+                   WHERE conrelid = 'public.refund_requests'::regclass AND conname = 'approver_is_not_requester') THEN
+        ALTER TABLE public.refund_requests ADD CONSTRAINT approver_is_not_requester CHECK (
+            approved_by IS NULL OR lower(btrim(requested_by)) <> lower(btrim(approved_by)) OR status IS NOT DISTINCT FROM 'invalid')
+            NOT VALID;
+    END IF;
+END $$"""
+
+_ENTERED = "source_ref, processing_terminal_id, order_id, description, amount, currency, name_on_account, account_type, sec_code"
+_ACCOUNT = "routing_number, account_number, secure_token"
+_WRITTEN_BACK = "status, payroc_refund_id, payroc_status, reason, updated_at"
+
+# Who enters a refund can't approve it, who approves sees no account, and who pays changes neither.
+_GRANTS = (
+    f"GRANT USAGE ON SCHEMA public TO {REQUESTER}, {APPROVER}, {PAYER}",
+    f"GRANT INSERT ({_ENTERED}, {_ACCOUNT}, email, requested_by) ON public.refund_requests TO {REQUESTER}",
+    f"GRANT SELECT ({_ENTERED}, email, requested_by, approved_by, approved_at, withdrawn_at, {_WRITTEN_BACK}), "
+    f"UPDATE (approved_by, approved_at, withdrawn_at) ON public.refund_requests TO {APPROVER}",
+    f"GRANT SELECT, UPDATE ({_WRITTEN_BACK}) ON public.refund_requests TO {PAYER}",
+)
+
 
 class ImportFailed(Exception):
     """A file can't be imported at all; the message says why."""
@@ -52,11 +78,23 @@ class Imported:
 
 
 def create_table(url: URL) -> None:
-    """Create the table when it is not there."""
+    """
+    Create the table when it is not there, and give the roles that work with it their rights. Harmless to run again.
+
+    :raises RolesMissing: when this login may not do so.
+    """
     engine = create_engine(url)
     try:
-        with engine.begin() as connection:
-            connection.execute(text(_TABLE))
+        with (
+            engine.begin() as connection,
+            told_in_one_sentence(
+                "This login may not create public.refund_requests or give rights on it: run this as the owner of the table, or of the "
+                "source's database."
+            ),
+        ):
+            create_roles(connection, (REQUESTER, APPROVER, PAYER), join=False)
+            for statement in (_TABLE, _TWO_PEOPLE, *_GRANTS):
+                connection.execute(text(statement))
     finally:
         engine.dispose()
 

@@ -23,6 +23,8 @@ FOLLOWED_FOR_BUSINESS_DAYS = 12
 # One refund that stays in review for a year must not have a year listed every two hours.
 _LISTED_BACK = timedelta(days=60)
 
+_EMPTIED_AT_ONCE = 1000
+
 # Payroc's clock and the ledger's may differ, and whether dateFrom is inclusive is not documented.
 _DATE_MARGIN = timedelta(days=1)
 
@@ -34,13 +36,15 @@ async def follow_up(ledger: Ledger, gateway: Gateway, settings: Settings) -> Cou
     Every listed object that is ours is compared, whatever our row says: a second object for one key, or one for a refund that we call
     rejected, is recorded as the contradiction that it is.
 
-    :returns: how many refunds each of ``looked up``, ``found``, ``followed``, ``changed`` and ``returned to approved`` counts. What
-        failed is left for the next time: a look-up or a list (``failed``). An object that can't be understood is skipped (``not
-        understood``): it would fail for ever. A refund that hides behind one is reported when it was not looked at for too long.
+    :returns: how many refunds each of ``looked up``, ``found``, ``followed``, ``changed``, ``returned to approved`` and ``emptied``
+        (their requests, some days after they ended) counts. What failed is left for the next time: a look-up or a list (``failed``).
+        An object that can't be understood is skipped (``not understood``): it would fail for ever. A refund that hides behind one is
+        reported when it was not looked at for too long.
     :raises PayrocError: when Payroc gives no token.
     """
     counts: Counter[str] = Counter()
     counts["returned to approved"] = await ledger.return_stale_releases()
+    counts["emptied"] = await _empty_requests(ledger, settings)
     now = await ledger.now()
     in_doubt = await ledger.in_doubt()
     followed = await ledger.followed(now - business_days_before(now, FOLLOWED_FOR_BUSINESS_DAYS))
@@ -63,6 +67,13 @@ async def follow_up(ledger: Ledger, gateway: Gateway, settings: Settings) -> Cou
         except PayrocError:
             counts["failed"] += 1
     return counts
+
+
+async def _empty_requests(ledger: Ledger, settings: Settings) -> int:
+    emptied = 0
+    while count := await ledger.empty_requests(timedelta(days=settings.request_days), _EMPTIED_AT_ONCE):
+        emptied += count
+    return emptied
 
 
 async def _look_up(refund: Refund, ledger: Ledger, gateway: Gateway, settings: Settings) -> bool:

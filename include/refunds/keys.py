@@ -46,3 +46,8 @@ def keyed_sha256(key: str, value: bytes) -> str:
     is not in the database it can't.
     """
     return hmac.new(key.encode(), value, hashlib.sha256).hexdigest()
+
+
+def key_id(key: str) -> str:
+    """Return the name of an encryption key: the first 8 hex digits of its SHA-256, which tell nothing of a key that is long and random."""
+    return hashlib.sha256(key.encode()).hexdigest()[:8]

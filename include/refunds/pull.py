@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from include.payroc.models import REFUND_KEY_FIELD, RefundRequest, explain
+from include.refunds.bank_rules import routing_number_error, routing_number_warning, sec_code, sec_code_error
 from include.refunds.cipher import Cipher
 from include.refunds.keys import default_order_id, idempotency_key
 from include.refunds.ledger import NAMELESS, Ledger, NewRefund, differences
@@ -19,7 +20,7 @@ from include.refunds.settings import Settings
 from include.refunds.source import Source, SourceRow
 
 _BATCH = 1000
-_ACCOUNT_COLUMNS = ("name_on_account", "account_type", "sec_code", "routing_number", "account_number")
+_ACCOUNT_COLUMNS = ("name_on_account", "account_type", "routing_number", "account_number")
 
 
 class InvalidRow(Exception):
@@ -46,6 +47,7 @@ class Pulled:
     :param changed: source_refs whose row differs from the refund it once became, each with what differs.
     :param standing: source_refs of the rows that are valid and not changed: the source stands by these refunds.
     :param withdrawn: ids of refunds that wait and that the source no longer returns, each with a sentence.
+    :param warnings: by source_ref of a row in ``standing``, sentences about what is odd of it though no rule refuses it.
     """
 
     at: datetime
@@ -55,9 +57,11 @@ class Pulled:
     changed: dict[str, list[str]] = field(default_factory=dict)
     standing: list[str] = field(default_factory=list)
     withdrawn: dict[int, str] = field(default_factory=dict)
+    warnings: dict[str, list[str]] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f"{self.rows} rows in the source: {self.new} new, {len(self.invalid)} invalid, {len(self.changed)} changed."
+        counts = f"{self.new} new, {len(self.invalid)} invalid, {len(self.changed)} changed, {len(self.warnings)} with a warning"
+        return f"{self.rows} rows in the source: {counts}."
 
 
 async def pull(source: Source, ledger: Ledger, cipher: Cipher, settings: Settings) -> Pulled:
@@ -68,9 +72,10 @@ async def pull(source: Source, ledger: Ledger, cipher: Cipher, settings: Setting
 
     :returns: what was found; nothing in it holds bank data.
     :raises SourceError: when the source can't be read.
-    :raises LedgerError: when the ledger belongs to another source.
+    :raises LedgerError: when the ledger belongs to another source, or its fingerprints were made with another key.
     """
     await ledger.check_source()
+    await ledger.check_fingerprint_key(cipher.fingerprint_check)
     began = await ledger.now()
     rows = await source.select_approved()
     pulled = Pulled(at=began, rows=len(rows))
@@ -78,6 +83,7 @@ async def pull(source: Source, ledger: Ledger, cipher: Cipher, settings: Setting
     for start in range(0, len(valid), _BATCH):
         await _store(valid[start : start + _BATCH], ledger, cipher, pulled)
     await ledger.note_invalid(pulled.invalid, [refund.source_ref for refund, _ in valid if refund.source_ref not in pulled.invalid])
+    pulled.warnings = warnings(rows, frozenset(pulled.standing))
     aside = await ledger.set_aside(pulled.standing)
     named = {*pulled.changed, *pulled.invalid}
     pulled.withdrawn = {key: "Its source row is no longer approved." for key, ref in aside.items() if ref not in named}
@@ -108,6 +114,17 @@ def validate(
     return valid
 
 
+def warnings(rows: Sequence[SourceRow], source_refs: Collection[str]) -> dict[str, list[str]]:
+    """
+    Return what is odd of rows though no rule refuses it, in sentences without bank data.
+
+    :param source_refs: the rows in question.
+    :returns: sentences by source_ref, for the rows of which there is something to say.
+    """
+    asked = [row for row in rows if row["source_ref"] in source_refs]
+    return {row["source_ref"]: [warning] for row in asked if (warning := routing_number_warning(row["routing_number"]))}
+
+
 def build(row: SourceRow, cipher: Cipher, settings: Settings) -> tuple[NewRefund, bytes]:
     """
     Return the refund that a source row stands for, and the body that is sent for it, now and in every attempt.
@@ -133,7 +150,7 @@ def build(row: SourceRow, cipher: Cipher, settings: Settings) -> tuple[NewRefund
                     "amount": amount if amount is not None else 1,
                     "currency": row["currency"],
                 },
-                "refund_method": _method(row, errors),
+                "refund_method": _method(row, settings, errors),
                 "customer": {"contact_methods": [{"type": "email", "value": row["email"]}]} if _given(row["email"]) else None,
                 "custom_fields": [{"name": REFUND_KEY_FIELD, "value": str(key)}],
             },
@@ -193,18 +210,23 @@ def _column_of(path: str) -> str:
     return "secure_token" if name == "token" else name
 
 
-def _method(row: SourceRow, errors: dict[str, str]) -> dict[str, Any] | None:
+def _method(row: SourceRow, settings: Settings, errors: dict[str, str]) -> dict[str, Any] | None:
+    code = sec_code(row["sec_code"], settings.sec_code)
+    if problem := sec_code_error(code, allow_web=settings.allow_sec_web):
+        errors["sec_code"] = problem
     has_token = _given(row["secure_token"])
     if has_token and any(_given(row[name]) for name in ("routing_number", "account_number")):
         errors["secure_token"] = "is given together with a bank account; give one of the two"  # noqa: S105 - a message
         return None
     if has_token:
-        names = {"secure_token": "token", "account_type": "account_type", "sec_code": "sec_code"}
-        return {"type": "secureToken"} | {field: row[column] for column, field in names.items() if _given(row[column])}
+        account_type = row["account_type"] if _given(row["account_type"]) else None
+        return {"type": "secureToken", "token": row["secure_token"], "account_type": account_type, "sec_code": code}
     if not any(_given(row[name]) for name in ("routing_number", "account_number")):
         errors["account_number"] = "is missing, and so is secure_token; give one of the two"
         return None
-    return {"type": "ach"} | {name: row[name] for name in _ACCOUNT_COLUMNS}
+    if problem := routing_number_error(row["routing_number"]):
+        errors["routing_number"] = problem
+    return {"type": "ach", "sec_code": code} | {name: row[name] for name in _ACCOUNT_COLUMNS}
 
 
 def _people_errors(row: SourceRow) -> dict[str, str]:

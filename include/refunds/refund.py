@@ -24,6 +24,7 @@ class Refund:
     idempotency_key: UUID
     request: bytes | None
     request_sha256: str
+    request_key: str | None
     sent_with: str | None
     status: Status
     reason: str | None

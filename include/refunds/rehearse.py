@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from include.refunds.cipher import Cipher
-from include.refunds.ledger import Ledger, totals
+from include.refunds.ledger import Candidate, Ledger
+from include.refunds.limits import Door
 from include.refunds.params import RunParams
 from include.refunds.pull import pull
-from include.refunds.report import Line, Report, Total
+from include.refunds.report import Line, Report, totals_of, warning_notes
 from include.refunds.settings import Settings
 from include.refunds.source import Source
+
+# A name that no run of Airflow has; its row is rolled back.
+_RUN = "dry run"
 
 
 async def rehearse(params: RunParams, source: Source, ledger: Ledger, cipher: Cipher, settings: Settings) -> Report:
@@ -20,18 +24,28 @@ async def rehearse(params: RunParams, source: Source, ledger: Ledger, cipher: Ci
     async with ledger.rehearsal() as rehearsal:
         pulled = await pull(source, rehearsal, cipher, settings)
         candidates = await rehearsal.candidates(params.selection(), standing=pulled.standing)
+        await rehearsal.begin_run(_RUN, params.model_dump(mode="json"), candidates, {}, pulled.at)
+        question = await rehearsal.ask_approval(_RUN)
+        door = await rehearsal.at_the_door([item.id for item in candidates])
         pauses = await rehearsal.pauses()
     report = Report("Dry run: this is what would be sent. Nothing was stored, sent or written back.")
-    report.refunds = [
-        Line(item.id, item.order_id, item.amount, item.currency, item.payee_last4, "would send", None, item.attempts, None)
-        for item in candidates
-    ]
-    sums = totals((item.currency, item.amount) for item in candidates)
-    report.totals = [Total("would send", currency, entry["count"], entry["amount"]) for currency, entry in sorted(sums.items())]
+    report.refunds = [_line(item, door) for item in candidates]
+    report.totals = totals_of(report.refunds)
     report.invalid = pulled.invalid
-    report.notes = [
+    report.notes = [question.why] if question else []
+    report.notes += [
         f"Source row {source_ref} changed after it was pulled ({', '.join(names)}); give it a new source_ref."
         for source_ref, names in pulled.changed.items()
     ]
+    report.notes += warning_notes(pulled.warnings)
     report.notes += [f"The sending is paused for {'everything' if scope == '*' else scope}: {why}" for scope, why in pauses.items()]
     return report
+
+
+def _line(item: Candidate, door: Door) -> Line:
+    would, why = "would send", None
+    if item.id in door.held:
+        would, why = "would hold", door.held[item.id].reason
+    elif item.id in door.waiting:
+        would, why = "would wait", f"The limit {door.waiting[item.id]} leaves no room."
+    return Line(item.id, item.order_id, item.amount, item.currency, item.payee_last4, would, None, item.attempts, why)

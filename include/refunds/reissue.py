@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from include.payroc.errors import PayrocError
 from include.payroc.models import REFUND_KEY_FIELD, AccessToken, CustomField, RefundRequest
 from include.refunds.case import Case, DecisionRefused
-from include.refunds.cipher import Cipher, UnreadableRequest
+from include.refunds.cipher import Cipher, Sealed, UnreadableRequest
 from include.refunds.gateway import Gateway
 from include.refunds.keys import default_order_id, idempotency_key
 from include.refunds.look_up import look_up
@@ -33,7 +33,7 @@ class Reissue:
     source_ref: str
     order_id: str
     idempotency_key: str
-    request: bytes
+    request: Sealed
     request_sha256: str
 
     @property
@@ -63,7 +63,7 @@ async def reissue(refund_id: int, reason: str, *, ledger: Ledger, gateway: Gatew
     if paid is not None:
         raise DecisionRefused(paid)
     try:
-        body = cipher.open(case.refund.request or b"", case.refund.request_sha256, refund_id)
+        body = cipher.open(case.refund.request or b"", case.refund.request_sha256, refund_id, case.refund.request_key)
     except UnreadableRequest as error:
         raise DecisionRefused(str(error)) from None
     source_ref = next_source_ref(case)

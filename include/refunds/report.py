@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import text
+from sqlalchemy import RowMapping, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from include.refunds.audit import Head, head_of
 from include.refunds.business_days import business_days_between
+from include.refunds.ledger.write_backs import NEWEST
+from include.refunds.money import money, sums
 from include.refunds.states import IN_DOUBT
 
 # A report stays readable: of more refunds than this, only those that did not go as expected are listed.
@@ -61,6 +64,7 @@ class Report:
     :param invalid: errors of source rows, by source_ref and column.
     :param notes: sentences about anything else that asks for attention.
     :param unfinished: sentences for which a run counts as failed.
+    :param audit_head: the end of the audit trail, for people to keep.
     """
 
     title: str
@@ -69,6 +73,7 @@ class Report:
     invalid: dict[str, dict[str, str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     unfinished: list[str] = field(default_factory=list)
+    audit_head: Head | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the totals and sentences as JSON: counts and sums, no refund and no bank data."""
@@ -77,6 +82,7 @@ class Report:
             "invalid_rows": len(self.invalid),
             "notes": self.notes,
             "unfinished": self.unfinished,
+            "audit_head": str(self.audit_head) if self.audit_head else None,
         }
 
     def __str__(self) -> str:
@@ -96,26 +102,16 @@ class Report:
             parts[-1] = "No refunds: nothing was approved, so nothing was sent." if not self.unfinished else "No refunds."
         parts += [f"Note: {note}" for note in self.notes]
         parts += [f"Unfinished: {what}" for what in self.unfinished]
+        if self.audit_head:
+            parts += [f"Audit trail: {self.audit_head.position} events, head {self.audit_head}"]
         return "\n".join(parts)
-
-
-def money(amount: int, currency: str) -> str:
-    """Return an amount in minor units as people write it; currencies without minor units are shown as they are."""
-    decimals = _DECIMALS.get(currency, 2)
-    return f"{amount / 10**decimals:,.{decimals}f} {currency}"
-
-
-# ISO 4217: currencies whose minor unit is not a hundredth.
-_DECIMALS = dict.fromkeys(
-    ("BIF", "CLP", "DJF", "GNF", "ISK", "JPY", "KMF", "KRW", "PYG", "RWF", "UGX", "UYI", "VND", "VUV", "XAF", "XOF", "XPF"), 0
-) | dict.fromkeys(("BHD", "IQD", "JOD", "KWD", "LYD", "OMR", "TND"), 3)
 
 
 # One branch per index: a single OR over them would read the whole ledger.
 _OF_RUN = """id IN (
-    SELECT id FROM refund_ledger.refunds WHERE released_run = :run_id
+    SELECT id FROM refund_ledger.refunds_masked WHERE released_run = :run_id
     UNION SELECT refund_id FROM refund_ledger.refund_attempts WHERE run_id = :run_id
-    UNION SELECT id FROM refund_ledger.refunds WHERE status IN ('held', 'sending', 'unknown', 'review'))"""
+    UNION SELECT id FROM refund_ledger.refunds_masked WHERE status IN ('held', 'sending', 'unknown', 'review'))"""
 
 
 async def run_report(engine: AsyncEngine, source: str, run_id: str) -> Report:
@@ -131,14 +127,13 @@ async def run_report(engine: AsyncEngine, source: str, run_id: str) -> Report:
         report = Report(f"Refund run {run_id}")
         since = row["started_at"] if row else None
         report.refunds = await _lines(connection, _OF_RUN, {"source": source, "run_id": run_id})
-        report.totals = _totals(report.refunds)
+        report.totals = totals_of(report.refunds)
         report.invalid = await _invalid(connection, source, since)
         if row is None:
             report.unfinished.append("The run stored no candidates: pull_approved did not finish.")
         else:
+            _note_approval(report, row)
             _note_findings(report, row["findings"])
-            if row["released"] is None:
-                report.unfinished.append("Nothing was released: approve_run or release did not finish, its log says why.")
             if unsent := sum(line.status == "released" for line in report.refunds):
                 report.unfinished.append(f"{unsent} released and not sent: the log of send_refund says why; the next run takes them up.")
         await _note_state(connection, source, report)
@@ -171,7 +166,7 @@ async def _ledger_report(engine: AsyncEngine, source: str, *, following: bool) -
             connection, "status IN ('approved', 'held', 'released', 'sending', 'unknown', 'review')", {"source": source}
         )
         query = text("""
-            SELECT status, currency, count(*) AS count, sum(amount)::bigint AS amount FROM refund_ledger.refunds
+            SELECT status, currency, count(*) AS count, sum(amount)::bigint AS amount FROM refund_ledger.refunds_masked
             WHERE source = :source GROUP BY status, currency ORDER BY status, currency""")
         report.totals = [Total(**row) for row in (await connection.execute(query, {"source": source})).mappings()]
         report.invalid = await _invalid(connection, source, now - timedelta(days=7))
@@ -188,7 +183,7 @@ async def details(engine: AsyncEngine, source: str, which: str) -> dict[str, Any
     async with engine.connect() as connection:
         await connection.execute(text("SET LOCAL TIME ZONE 'UTC'"))
         query = text("""
-            SELECT to_jsonb(r) - 'request' - 'request_sha256' - 'payee_fingerprint' - 'sent_with' FROM refund_ledger.refunds AS r
+            SELECT to_jsonb(r) - 'payee_fingerprint' - 'has_request' - 'request_key' FROM refund_ledger.refunds_masked AS r
             WHERE source = :source AND :which IN (id::text, order_id, source_ref, payroc_refund_id)
             ORDER BY id::text = :which DESC, id LIMIT 1""")
         found = (await connection.execute(query, {"source": source, "which": which})).scalar_one_or_none()
@@ -202,7 +197,7 @@ async def details(engine: AsyncEngine, source: str, which: str) -> dict[str, Any
 
 async def _lines(connection: AsyncConnection, condition: str, values: dict[str, Any]) -> list[Line]:
     columns = ", ".join(Line.__slots__)
-    query = text(f"SELECT {columns} FROM refund_ledger.refunds WHERE source = :source AND ({condition}) ORDER BY approved_at, id")
+    query = text(f"SELECT {columns} FROM refund_ledger.refunds_masked WHERE source = :source AND ({condition}) ORDER BY approved_at, id")
     return [Line(**row) for row in (await connection.execute(query, values)).mappings()]
 
 
@@ -214,7 +209,8 @@ async def _invalid(connection: AsyncConnection, source: str, since: datetime | N
     return {row.source_ref: row.errors for row in result}
 
 
-def _totals(lines: Iterable[Line]) -> list[Total]:
+def totals_of(lines: Iterable[Line]) -> list[Total]:
+    """Return count and sum per status and currency."""
     sums: dict[tuple[str, str], list[int]] = {}
     for line in lines:
         entry = sums.setdefault((line.status, line.currency), [0, 0])
@@ -223,13 +219,38 @@ def _totals(lines: Iterable[Line]) -> list[Total]:
     return [Total(status, currency, count, amount) for (status, currency), (count, amount) in sorted(sums.items())]
 
 
+def _note_approval(report: Report, run: RowMapping) -> None:
+    if run["approved_by"]:
+        report.notes.append(f"{run['approved_by']} approved the run.")
+    if run["rejected_by"]:
+        report.notes.append(f"{run['rejected_by']} rejected the run: nothing was sent, {sums(run['candidate_totals'])} stay approved.")
+    elif run["released"] is None and run["approval_needed"] and not run["approved_by"]:
+        report.unfinished.append("Nobody approved the run, so nothing was sent: clear approve_run to ask again.")
+    elif run["released"] is None:
+        report.unfinished.append("Nothing was released: approve_run or release did not finish, its log says why.")
+
+
 def _note_findings(report: Report, findings: dict[str, Any]) -> None:
     for source_ref, names in findings.get("changed", {}).items():
         report.notes.append(f"Source row {source_ref} changed after it was pulled ({', '.join(names)}); give it a new source_ref.")
     for refund_id, what in findings.get("withdrawn", {}).items():
         report.notes.append(f"Refund {refund_id} was not released. {what}")
+    for cap, waiting in findings.get("waiting", {}).items():
+        report.notes.append(
+            f"Waiting: {sums(waiting)}. The limit {cap} leaves no room; the next runs go on, oldest first, "
+            "and what is larger than the limit itself waits until it is raised."
+        )
+    report.notes += warning_notes(findings.get("warnings", {}))
     for source_ref in findings.get("untouched", []):
         report.notes.append(f"Source row {source_ref} was not written back: the UPDATE of write_back.sql touched no row.")
+
+
+def warning_notes(warnings: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the warnings about source rows as notes, by source_ref; of very many only the first."""
+    notes = [f"Source row {source_ref}: {what}" for source_ref, said in warnings.items() for what in said]
+    if len(notes) > _MOST_NOTES:
+        notes[_MOST_NOTES:] = [f"{len(notes) - _MOST_NOTES} more warnings like these."]
+    return notes
 
 
 async def _note_state(connection: AsyncConnection, source: str, report: Report, *, following: bool = False) -> None:
@@ -238,7 +259,7 @@ async def _note_state(connection: AsyncConnection, source: str, report: Report, 
         scope = "The sending" if row.scope == "*" else f"The sending for terminal {row.scope}"
         report.unfinished.append(f"{scope} is paused by {row.paused_by}: {row.pause_reason}")
     counts = text(
-        "SELECT status, count(*) AS count FROM refund_ledger.refunds WHERE source = :source "
+        "SELECT status, count(*) AS count FROM refund_ledger.refunds_masked WHERE source = :source "
         "AND status IN ('sending', 'unknown', 'review', 'held') GROUP BY status"
     )
     found = {row.status: row.count for row in await connection.execute(counts, {"source": source})}
@@ -248,10 +269,13 @@ async def _note_state(connection: AsyncConnection, source: str, report: Report, 
             kind = report.notes if following and status in IN_DOUBT else report.unfinished
             kind.append(f"{found[status]} {sentence}")
     if "held" in found:
-        report.notes.append(f"{found['held']} held: a person has to release or cancel them.")
+        report.notes.append(
+            f"{found['held']} held: `python -m include.refunds release ID` lets one pass, `cancel ID` ends it; a person who did not "
+            "request it decides."
+        )
     open_ = text("""
         SELECT id, order_id, status, payroc_status, COALESCE(first_sent_at, payroc_seen_at, updated_at) AS first_sent_at,
-               payroc_seen_at, clock_timestamp() AS now FROM refund_ledger.refunds
+               payroc_seen_at, clock_timestamp() AS now FROM refund_ledger.refunds_masked
         WHERE source = :source AND status IN ('accepted', 'sending', 'unknown') ORDER BY id""")
     late = [
         f"Refund {row.id} (order {row.order_id}) {what}."
@@ -262,8 +286,8 @@ async def _note_state(connection: AsyncConnection, source: str, report: Report, 
         late[_MOST_NOTES:] = [f"{len(late) - _MOST_NOTES} more refunds are late like these."]
     (report.unfinished if following else report.notes).extend(late)
     stuck = text("""
-        SELECT r.id, r.replaces, replaced.status FROM refund_ledger.refunds AS r
-        JOIN refund_ledger.refunds AS replaced ON replaced.id = r.replaces
+        SELECT r.id, r.replaces, replaced.status FROM refund_ledger.refunds_masked AS r
+        JOIN refund_ledger.refunds_masked AS replaced ON replaced.id = r.replaces
         WHERE r.source = :source AND r.status IN ('approved', 'held', 'released', 'sending', 'unknown')
           AND NOT refund_ledger.ended_unpaid(r.replaces)
         ORDER BY r.id""")
@@ -271,11 +295,12 @@ async def _note_state(connection: AsyncConnection, source: str, report: Report, 
         report.notes.append(
             f"Refund {row.id} is not sent: refund {row.replaces}, which it replaces, is {row.status}, and one of its chain may be paid."
         )
-    due = text("""
-        SELECT count(*) FROM refund_ledger.refunds AS r WHERE source = :source AND written_back_at IS DISTINCT FROM updated_at
-          AND NOT EXISTS (SELECT FROM refund_ledger.refunds AS newer WHERE newer.replaces = r.id)""")
+    due = text(f"""
+        SELECT count(*) FROM refund_ledger.refunds_masked AS r
+        WHERE source = :source AND written_back_at IS DISTINCT FROM updated_at AND {NEWEST}""")
     if missing := (await connection.execute(due, {"source": source})).scalar_one():
         report.notes.append(f"{missing} refunds have news that the source does not have yet; the next write_back tries again.")
+    report.audit_head = await head_of(connection)
 
 
 _UNFINISHED = {

@@ -82,7 +82,7 @@ async def send_refund(refund_id: int, task: Task, *, ledger: Ledger, gateway: Ga
     # Read after the token arrived, so that its real end can only be earlier than this.
     token_expires_at = await ledger.now() + timedelta(seconds=token.expires_in)
     try:
-        body = cipher.open(refund.request or b"", refund.request_sha256, refund.id)
+        body = cipher.open(refund.request or b"", refund.request_sha256, refund.id, refund.request_key)
     except UnreadableRequest as error:
         return Result(refund_id, refund.order_id, Sent.CONFIGURATION, str(error))
 

@@ -24,7 +24,7 @@ class Status(StrEnum):
 
 _NEXT: dict[Status, tuple[Status, ...]] = {
     Status.APPROVED: (Status.HELD, Status.RELEASED, Status.CANCELLED, Status.REVIEW),
-    Status.HELD: (Status.APPROVED, Status.CANCELLED),
+    Status.HELD: (Status.APPROVED, Status.CANCELLED, Status.REVIEW),
     Status.RELEASED: (Status.SENDING, Status.APPROVED, Status.HELD),
     Status.SENDING: (
         Status.ACCEPTED,

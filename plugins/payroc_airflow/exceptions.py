@@ -1,4 +1,4 @@
-"""How the sending of refunds ends in Airflow's terms."""
+"""How the approval and the sending of refunds end in Airflow's terms."""
 
 from __future__ import annotations
 
@@ -24,3 +24,7 @@ class RefundsInDoubt(AirflowException):
 
 class RefundsNotPaid(AirflowFailException):
     """A refund was rejected, waits for people, or is not released: trying again changes nothing."""
+
+
+class RunNotApproved(AirflowFailException):
+    """Nobody has approved the run in a way that counts: nothing is sent, and only a person can change that."""

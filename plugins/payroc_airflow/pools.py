@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from payroc_airflow.task_context import in_dag_test
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
@@ -29,7 +31,7 @@ def pool_exists(name: str) -> bool | None:
     :return: ``None`` when it can't be told: under ``airflow dags test``, which ignores pools, and where no API server with our
         plugin answers within a few seconds.
     """
-    if _in_dag_test():
+    if in_dag_test():
         return None
     import requests  # 0.1 s that only the task which asks should pay
 
@@ -86,9 +88,3 @@ def _api_servers() -> Iterator[tuple[str, str | bool]]:
         if base not in seen:
             seen.add(base)
             yield base, verify
-
-
-def _in_dag_test() -> bool:
-    from airflow.sdk.execution_time import task_runner
-
-    return type(getattr(task_runner, "SUPERVISOR_COMMS", None)).__name__ == "InProcessSupervisorComms"

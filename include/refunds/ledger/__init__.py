@@ -8,7 +8,8 @@ give a clock of its own.
 from include.refunds.ledger.base import LedgerError, LedgerUnavailable, NoSuchRefund, create_ledger_engine
 from include.refunds.ledger.decisions import Decisions
 from include.refunds.ledger.intake import NAMELESS, Intake, NewRefund, differences
-from include.refunds.ledger.runs import RELEASE_VALID, Candidate, Runs, Selection, totals
+from include.refunds.ledger.requests import KeptRequest, Requests
+from include.refunds.ledger.runs import RELEASE_VALID, Candidate, Runs, Selection
 from include.refunds.ledger.sending import Claim, Sending, Task
 from include.refunds.ledger.write_backs import WriteBack, WriteBacks
 
@@ -17,6 +18,7 @@ __all__ = [
     "RELEASE_VALID",
     "Candidate",
     "Claim",
+    "KeptRequest",
     "Ledger",
     "LedgerError",
     "LedgerUnavailable",
@@ -27,11 +29,10 @@ __all__ = [
     "WriteBack",
     "create_ledger_engine",
     "differences",
-    "totals",
 ]
 
 
-class Ledger(Intake, Runs, Sending, Decisions, WriteBacks):
+class Ledger(Intake, Runs, Sending, Decisions, Requests, WriteBacks):
     """
     The refund ledger.
 

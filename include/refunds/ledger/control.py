@@ -1,8 +1,9 @@
-"""Stopping and resuming the sending, the ledger's environment, and events that belong to no change of status."""
+"""Stopping and resuming the sending, its limits, what the ledger is bound to, and the events that the database does not write itself."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -10,6 +11,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from include.refunds.ledger.base import LedgerBase, LedgerError
+from include.refunds.limits import LIMITS, Limits
 
 # True of a row of refunds whose sending is not paused, neither for all nor for its terminal.
 NOT_PAUSED = """NOT EXISTS (
@@ -51,6 +53,19 @@ class Control(LedgerBase):
                 "another name the same refunds would be paid again; another source needs a ledger of its own."
             )
 
+    async def check_fingerprint_key(self, check: str) -> None:
+        """
+        Make sure that the ledger's fingerprints were made with this key, or bind it when it has none yet.
+
+        :param check: hash that only the same key gives (see :attr:`Cipher.fingerprint_check`).
+        :raises LedgerError: when they were made with another one.
+        """
+        if await self._bond("fingerprint_check", check, bind=True) not in (None, check):
+            raise LedgerError(
+                "PAYROC_REFUNDS_FINGERPRINT_KEY is not the key with which this ledger's fingerprints were made: set the old one again; "
+                "with another key no refund would be recognised, and no duplicate found."
+            )
+
     async def _bond(self, column: str, value: str, *, bind: bool) -> str | None:
         """Return what the ledger was bound to before; one that was bound to nothing is bound to ``value`` if told so."""
         query = text(f"SELECT {column} FROM refund_ledger.refund_control WHERE scope = '*'" + (" FOR UPDATE" if bind else ""))
@@ -58,8 +73,8 @@ class Control(LedgerBase):
         async with self._transaction() as (connection, now):
             found: str | None = (await connection.execute(query)).scalar_one()
             if found is None and bind:
+                await self._because(connection, now, value)
                 await connection.execute(update, {"value": value})
-                await self._event(connection, now, column, reason=value)
         return found
 
     async def pause(self, scope: str, reason: str) -> None:
@@ -77,10 +92,8 @@ class Control(LedgerBase):
             UPDATE refund_ledger.refund_control SET paused_at = NULL, paused_by = NULL, pause_reason = NULL
             WHERE scope = :scope AND paused_at IS NOT NULL""")
         async with self._transaction() as (connection, now):
-            if (await connection.execute(update, {"scope": scope})).rowcount == 0:
-                return False
-            await self._event(connection, now, "resume", reason=reason, detail={"scope": scope})
-            return True
+            await self._because(connection, now, reason)
+            return (await connection.execute(update, {"scope": scope})).rowcount > 0
 
     async def pauses(self) -> dict[str, str]:
         """Return the reason of each pause, by scope."""
@@ -88,15 +101,52 @@ class Control(LedgerBase):
         async with self._transaction() as (connection, _):
             return {row.scope: row.pause_reason for row in await connection.execute(query)}
 
+    async def limits(self) -> Limits:
+        """Return the limits of the sending."""
+        async with self._transaction() as (connection, _):
+            return await self._limits(connection)
+
+    async def set_limit(self, name: str, value: int | None, reason: str) -> None:
+        """
+        Set a limit; ``None`` takes it away. A run that is just passing the door is waited for.
+
+        :param name: one of :data:`~include.refunds.limits.LIMITS`.
+        :param value: minor units, a number of refunds, or days; at least 1, for thresholds of approval at least 0.
+        :raises LedgerError: when there is no such limit, or the value can't be.
+        """
+        if name not in LIMITS:
+            raise LedgerError(f"There is no limit {name!r}; there are {', '.join(LIMITS)}.")
+        smallest = 0 if name.startswith("approval_") else 1
+        largest = 366 if name.endswith("_days") else 10**15
+        if value is not None and not smallest <= value <= largest:
+            raise LedgerError(f"The limit {name} must lie between {smallest} and {largest}.")
+        update = text(f"UPDATE refund_ledger.refund_control SET {name} = :value WHERE scope = '*'")
+        async with self._transaction() as (connection, now):
+            before = await self._limits(connection, for_update=True)
+            after = replace(before, **{name: value})
+            if after.payee_days is None and (after.payee_total, after.payee_count) != (None, None):
+                raise LedgerError("A cap per payee needs its days: set payee_days first, and take it away last.")
+            await self._because(connection, now, reason)
+            await connection.execute(update, {"value": value})
+
+    async def _limits(self, connection: AsyncConnection, *, for_update: bool = False) -> Limits:
+        query = text(
+            f"SELECT {', '.join(LIMITS)} FROM refund_ledger.refund_control WHERE scope = '*'" + (" FOR UPDATE" if for_update else "")
+        )
+        return Limits(**(await connection.execute(query)).mappings().one())
+
     async def _pause(self, connection: AsyncConnection, scope: str, reason: str, now: datetime) -> None:
         upsert = text("""
             INSERT INTO refund_ledger.refund_control AS control (scope, paused_at, paused_by, pause_reason)
             VALUES (:scope, :now, :actor, :reason)
             ON CONFLICT (scope) DO UPDATE SET paused_at = :now, paused_by = :actor, pause_reason = :reason
             WHERE control.paused_at IS NULL""")
-        values = {"scope": scope, "now": now, "actor": self._actor, "reason": reason}
-        if (await connection.execute(upsert, values)).rowcount:
-            await self._event(connection, now, "pause", reason=reason, detail={"scope": scope})
+        await connection.execute(upsert, {"scope": scope, "now": now, "actor": self._actor, "reason": reason})
+
+    async def _because(self, connection: AsyncConnection, now: datetime, reason: str) -> None:
+        """Tell the database when and why: it writes the events of ``refund_control`` itself, so that no change can forget its event."""
+        settings = text("SELECT set_config('refund_ledger.at', :at, true), set_config('refund_ledger.reason', :reason, true)")
+        await connection.execute(settings, {"at": now.isoformat(), "reason": reason})
 
     async def _event(
         self,
@@ -107,9 +157,10 @@ class Control(LedgerBase):
         reason: str,
         refund_id: int | None = None,
         detail: dict[str, Any] | None = None,
+        actor: str | None = None,
     ) -> None:
         insert = text("""
             INSERT INTO refund_ledger.refund_events (at, event, refund_id, actor, reason, detail)
             VALUES (:now, :event, :refund_id, :actor, :reason, CAST(:detail AS jsonb))""")
-        values = {"now": now, "event": event, "refund_id": refund_id, "actor": self._actor, "reason": reason}
+        values = {"now": now, "event": event, "refund_id": refund_id, "actor": actor or self._actor, "reason": reason}
         await connection.execute(insert, {**values, "detail": json.dumps(detail) if detail else None})

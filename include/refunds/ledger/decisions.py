@@ -8,6 +8,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from include.refunds.case import Case, DecisionRefused, Proposal, is_confirmed
+from include.refunds.hold import check_hold, way_to_cancelled
 from include.refunds.ledger.control import Control
 from include.refunds.ledger.rows import select_refund, stands_elsewhere
 from include.refunds.refund import Refund
@@ -76,10 +77,10 @@ class Decisions(Control):
         """
         insert = text("""
             INSERT INTO refund_ledger.refunds (source, source_ref, processing_terminal_id, order_id, description, amount, currency,
-                payee_last4, payee_fingerprint, request, request_sha256, requested_by, approved_by, approved_at,
+                payee_last4, payee_fingerprint, request, request_key, request_sha256, requested_by, approved_by, approved_at,
                 idempotency_key, replaces, reason, created_at, updated_at)
             SELECT source, :source_ref, processing_terminal_id, :order_id, description, amount, currency,
-                payee_last4, payee_fingerprint, :request, :request_sha256, :requested_by, :approved_by, :now,
+                payee_last4, payee_fingerprint, :request, :request_key, :request_sha256, :requested_by, :approved_by, :now,
                 :key, id, :reason, :now, :now
             FROM refund_ledger.refunds WHERE id = :id
             ON CONFLICT DO NOTHING
@@ -95,7 +96,8 @@ class Decisions(Control):
                 "id": case.refund.id,
                 "source_ref": new.source_ref,
                 "order_id": new.order_id,
-                "request": new.request,
+                "request": new.request.token,
+                "request_key": new.request.key_id,
                 "request_sha256": new.request_sha256,
                 "requested_by": case.proposal.by,
                 "approved_by": self._actor,
@@ -107,6 +109,42 @@ class Decisions(Control):
             if stored is None:
                 raise DecisionRefused(f"The ledger holds a refund {new.source_ref!r} that the source made itself: pay this one anew there.")
             return stored
+
+    async def release_hold(self, refund_id: int, reason: str) -> None:
+        """
+        Release the holds of a refund: the next run takes it through the door, and the same holds are not put on again.
+
+        :raises DecisionRefused: when it is not held, or the same person requested it.
+        """
+        update = text("""
+            UPDATE refund_ledger.refunds SET status = 'approved', reason = :reason, updated_at = :now,
+                released_holds = released_holds || holds, holds = '{}'
+            WHERE id = :id""")
+        async with self._transaction() as (connection, now):
+            refund = await select_refund(connection, refund_id, for_update=True)
+            check_hold(refund, await self._requested_by(connection, refund_id), self._actor)
+            await connection.execute(update, {"id": refund_id, "reason": f"Released by {self._actor}: {reason}", "now": now})
+
+    async def cancel(self, refund_id: int, reason: str) -> None:
+        """
+        Cancel a refund that was never sent. It ends, and its source_ref is never paid.
+
+        :raises DecisionRefused: when it may have been sent, or has ended.
+        """
+        update = text("UPDATE refund_ledger.refunds SET status = :status, reason = :reason, updated_at = :now WHERE id = :id")
+        # The source has one row for a refund and its reissues; now it shows the one before again.
+        touch = text("UPDATE refund_ledger.refunds SET updated_at = :now WHERE id = :id")
+        async with self._transaction() as (connection, now):
+            refund = await select_refund(connection, refund_id, for_update=True)
+            for status in way_to_cancelled(refund):
+                values = {"id": refund_id, "status": status.value, "reason": f"Cancelled by {self._actor}: {reason}", "now": now}
+                await connection.execute(update, values)
+            if refund.replaces is not None:
+                await connection.execute(touch, {"id": refund.replaces, "now": now})
+
+    async def _requested_by(self, connection: AsyncConnection, refund_id: int) -> str:
+        query = text("SELECT requested_by FROM refund_ledger.refunds WHERE id = :id")
+        return str((await connection.execute(query, {"id": refund_id})).scalar_one())
 
     async def intend_reverse(self, refund_id: int, reason: str) -> Refund:
         """

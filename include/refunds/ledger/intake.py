@@ -9,6 +9,7 @@ from datetime import datetime
 
 from sqlalchemy import RowMapping, text
 
+from include.refunds.cipher import Sealed
 from include.refunds.ledger.base import LedgerBase
 
 # How the source_ref of a row that has none begins in invalid_rows.
@@ -69,7 +70,7 @@ class Intake(LedgerBase):
             result = await connection.execute(query, {"source": self._settings.source, "refs": list(source_refs)})
             return {row["source_ref"]: row for row in result.mappings()}
 
-    async def store(self, rows: Sequence[tuple[NewRefund, bytes]]) -> set[str]:
+    async def store(self, rows: Sequence[tuple[NewRefund, Sealed]]) -> set[str]:
         """
         Store new refunds. A row that exists already is left as it is.
 
@@ -78,14 +79,14 @@ class Intake(LedgerBase):
         """
         insert = text("""
             INSERT INTO refund_ledger.refunds (source, source_ref, processing_terminal_id, order_id, description, amount, currency,
-                payee_last4, payee_fingerprint, request, request_sha256, requested_by, approved_by, approved_at,
+                payee_last4, payee_fingerprint, request, request_key, request_sha256, requested_by, approved_by, approved_at,
                 idempotency_key, created_at, updated_at)
             SELECT :source, source_ref, processing_terminal_id, order_id, description, amount, currency,
-                payee_last4, payee_fingerprint, convert_to(request, 'UTF8'), request_sha256, requested_by, approved_by, approved_at,
-                idempotency_key, :now, :now
+                payee_last4, payee_fingerprint, convert_to(request, 'UTF8'), request_key, request_sha256, requested_by, approved_by,
+                approved_at, idempotency_key, :now, :now
             FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS row (source_ref text, processing_terminal_id text, order_id text,
                 description text, amount bigint, currency text, payee_last4 text, payee_fingerprint text, request text,
-                request_sha256 text, requested_by text, approved_by text, approved_at timestamptz, idempotency_key uuid)
+                request_key text, request_sha256 text, requested_by text, approved_by text, approved_at timestamptz, idempotency_key uuid)
             ON CONFLICT DO NOTHING
             RETURNING source_ref""")
         async with self._transaction() as (connection, now):
@@ -135,14 +136,15 @@ class Intake(LedgerBase):
             return {row.id: row.source_ref for row in await connection.execute(query, values)}
 
 
-def _as_json(rows: Sequence[tuple[NewRefund, bytes]]) -> str:
+def _as_json(rows: Sequence[tuple[NewRefund, Sealed]]) -> str:
     return json.dumps(
         [
             {
                 **{name: getattr(row, name) for name in NewRefund.__slots__},
                 "approved_at": row.approved_at.isoformat(),
-                "request": request.decode("ascii"),
+                "request": sealed.token.decode("ascii"),
+                "request_key": sealed.key_id,
             }
-            for row, request in rows
+            for row, sealed in rows
         ]
     )

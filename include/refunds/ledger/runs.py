@@ -9,11 +9,16 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import text
+from sqlalchemy import Row, TextClause, text
+from sqlalchemy.ext.asyncio import AsyncConnection
 
+from include.refunds.approval import Question
+from include.refunds.case import DecisionRefused, same_person
 from include.refunds.classify import EVERYTHING
-from include.refunds.ledger.base import LedgerBase, LedgerError
-from include.refunds.ledger.control import NOT_PAUSED
+from include.refunds.ledger.base import LedgerError
+from include.refunds.ledger.control import NOT_PAUSED, Control
+from include.refunds.limits import LIMITS, AtTheDoor, Door, Limits, Totals, added, day_start, open_door, totals, who_to_ask
+from include.refunds.states import Status
 
 # A release is good for so long; what was not sent by then has to pass the door again.
 RELEASE_VALID = timedelta(hours=24)
@@ -58,22 +63,12 @@ class Candidate:
     replaces: int | None = None
 
 
-def totals(amounts: Iterable[tuple[str, int]]) -> dict[str, dict[str, int]]:
-    """Return count and sum per currency, of (currency, amount in minor units) pairs."""
-    result: dict[str, dict[str, int]] = {}
-    for currency, amount in amounts:
-        entry = result.setdefault(currency, {"count": 0, "amount": 0})
-        entry["count"] += 1
-        entry["amount"] += amount
-    return result
-
-
 def hash_of_ids(ids: Iterable[int]) -> str:
     """Return the hash under which exactly these refunds are approved and released."""
     return hashlib.sha256(json.dumps(sorted(ids)).encode()).hexdigest()
 
 
-class Runs(LedgerBase):
+class Runs(Control):
     """What a run reads and writes before and after the sending."""
 
     async def return_stale_releases(self) -> int:
@@ -141,14 +136,18 @@ class Runs(LedgerBase):
         :param at: when the run's pull began.
         """
         upsert = text("""
-            INSERT INTO refund_ledger.refund_runs (run_id, params, candidates, candidate_totals, candidates_hash, findings, started_at)
-            VALUES (:run_id, CAST(:params AS jsonb), :candidates, CAST(:totals AS jsonb), :hash, CAST(:findings AS jsonb), :at)
+            INSERT INTO refund_ledger.refund_runs
+                (run_id, params, candidates, candidate_totals, candidates_hash, approval_basis, findings, started_at)
+            VALUES (:run_id, CAST(:params AS jsonb), :candidates, CAST(:totals AS jsonb), :hash, CAST(:basis AS jsonb),
+                CAST(:findings AS jsonb), :at)
             ON CONFLICT (run_id) DO UPDATE SET params = EXCLUDED.params, candidates = EXCLUDED.candidates,
                 candidate_totals = EXCLUDED.candidate_totals, candidates_hash = EXCLUDED.candidates_hash,
-                findings = EXCLUDED.findings, started_at = EXCLUDED.started_at, finished_at = NULL,
-                approval_needed = NULL, approved_by = NULL, approved_at = NULL, approved_hash = NULL,
+                approval_basis = EXCLUDED.approval_basis, findings = EXCLUDED.findings, started_at = EXCLUDED.started_at,
+                finished_at = NULL, approval_needed = NULL, asked_hash = NULL, approved_by = NULL, approved_at = NULL,
+                approved_hash = NULL, counted_before = refund_runs.counted, rejected_by = NULL, rejected_at = NULL,
                 released = NULL, released_totals = NULL""")
         async with self._transaction() as (connection, _):
+            ids = [item.id for item in candidates]
             await connection.execute(
                 upsert,
                 {
@@ -156,28 +155,90 @@ class Runs(LedgerBase):
                     "params": json.dumps(params),
                     "candidates": len(candidates),
                     "totals": json.dumps(totals((item.currency, item.amount) for item in candidates)),
-                    "hash": hash_of_ids(item.id for item in candidates),
+                    "hash": hash_of_ids(ids),
+                    "basis": json.dumps(await _approval_basis(connection, ids)),
                     "findings": json.dumps(findings),
                     "at": at,
                 },
             )
 
-    async def record_no_approval_needed(self, run_id: str) -> None:
+    async def ask_approval(self, run_id: str) -> Question | None:
         """
-        Note that a run's candidates may be released without asking a person.
+        Find out whether a person has to approve a run, and note the answer.
 
+        :returns: ``None`` when nobody has to be asked: the run stays under the thresholds, or a person approved exactly these candidates.
         :raises LedgerError: when no pull of this run stored its candidates.
         """
-        update = text(
+        pass_by_itself = text(
             "UPDATE refund_ledger.refund_runs SET approval_needed = false, approved_hash = candidates_hash WHERE run_id = :run_id"
         )
-        async with self._transaction() as (connection, _):
-            if (await connection.execute(update, {"run_id": run_id})).rowcount == 0:
-                raise _no_run(run_id)
+        ask = text("""
+            UPDATE refund_ledger.refund_runs SET approval_needed = true, asked_hash = candidates_hash,
+                approved_by = NULL, approved_at = NULL, approved_hash = NULL, rejected_by = NULL, rejected_at = NULL
+            WHERE run_id = :run_id""")
+        async with self._transaction() as (connection, now):
+            limits = await self._limits(connection, for_update=True)
+            run = await self._run(connection, run_id)
+            if run.approved_by is not None and run.approved_hash == run.candidates_hash:
+                return None
+            today = await self._released_without_a_person(connection, run, now)
+            why = who_to_ask(limits, today=today, run=run.approval_basis["totals"])
+            await connection.execute(ask if why else pass_by_itself, {"run_id": run_id})
+            return Question(why, run.approval_basis, today) if why else None
+
+    async def record_approval(self, run_id: str, *, by: str, triggered_by: str | None) -> None:
+        """
+        Note that a person approved exactly the candidates that were asked about.
+
+        :param by: who approved.
+        :param triggered_by: who triggered the run, ``None`` when the schedule did.
+        :raises DecisionRefused: when it is the same person.
+        :raises LedgerError: when the run has other candidates by now.
+        """
+        if triggered_by is not None and same_person(by, triggered_by):
+            raise DecisionRefused(
+                f"{by} triggered run {run_id} and can't approve it, so nothing is sent: clear approve_run, and let another person answer."
+            )
+        update = text("""
+            UPDATE refund_ledger.refund_runs SET approved_by = :by, approved_at = :now, approved_hash = candidates_hash,
+                rejected_by = NULL, rejected_at = NULL
+            WHERE run_id = :run_id AND asked_hash = candidates_hash""")
+        await self._answered(run_id, update, "approval", by)
+
+    async def record_rejection(self, run_id: str, *, by: str) -> None:
+        """
+        Note that a person rejected a run: none of its candidates is released.
+
+        :raises LedgerError: when the run has other candidates by now.
+        """
+        update = text("""
+            UPDATE refund_ledger.refund_runs SET rejected_by = :by, rejected_at = :now,
+                approved_by = NULL, approved_at = NULL, approved_hash = NULL
+            WHERE run_id = :run_id AND asked_hash = candidates_hash""")
+        await self._answered(run_id, update, "rejection", by)
+
+    async def _answered(self, run_id: str, update: TextClause, event: str, by: str) -> None:
+        async with self._transaction() as (connection, now):
+            run = await self._run(connection, run_id)
+            if (await connection.execute(update, {"run_id": run_id, "by": by, "now": now})).rowcount == 0:
+                raise LedgerError(
+                    f"Run {run_id} has other candidates than those that {by} was asked about, so the answer counts for nothing: "
+                    "clear approve_run to ask again."
+                )
+            detail = {"run_id": run_id, "candidates_hash": run.candidates_hash, **run.approval_basis}
+            await self._event(connection, now, event, reason=f"Answered by {by} in Airflow.", detail=detail, actor=by)
+
+    async def at_the_door(self, ids: Sequence[int]) -> Door:
+        """Return what the door would do with refunds now, in a run of their own. Nothing is changed."""
+        async with self._transaction() as (connection, now):
+            control = await self._control(connection, lock=False)
+            return await self._open_door(connection, control, ids, {}, now)
 
     async def release(self, run_id: str, candidate_ids: Sequence[int], standing_ids: Sequence[int], withdrawn: dict[int, str]) -> list[int]:
         """
         Release refunds for sending: the one door, in one transaction under a lock on ``refund_control``.
+
+        What is paused stays as it is. What breaks a limit by itself is held, what finds no room under a cap of the run or the day waits.
 
         :param run_id: the run that releases. Its row has to hold an approval of exactly these candidates.
         :param candidate_ids: ids of the run's candidates.
@@ -188,55 +249,113 @@ class Runs(LedgerBase):
         :returns: ids that may be sent now, oldest approval first; paused terminals' are left out.
         :raises LedgerError: when the run holds no answer about its approval, or one about other candidates.
         """
-        # One release at a time: what is counted against a cap or held against a pause stays true until the commit.
-        lock = text("SELECT scope, paused_at IS NOT NULL AS paused FROM refund_ledger.refund_control ORDER BY scope FOR UPDATE")
-        run_query = text("SELECT approval_needed, approved_hash FROM refund_ledger.refund_runs WHERE run_id = :run_id FOR UPDATE")
         take_back = text("""
             UPDATE refund_ledger.refunds SET status = 'approved', reason = :reason, updated_at = :now
             WHERE id = :id AND status = 'released'""")
-        release = text(f"""
-            UPDATE refund_ledger.refunds AS r SET status = 'released', reason = NULL,
+        release = text("""
+            UPDATE refund_ledger.refunds SET status = 'released', reason = NULL, holds = '{}', first_released_approver = :approver,
                 released_by = :actor, released_run = :run_id, released_at = :now, updated_at = :now
-            WHERE id = ANY(:ids) AND source = :source AND status = 'approved' AND processing_terminal_id <> ALL(:paused)
-              AND {REPLACED_STANDS}""")
-        query = text(f"""
-            SELECT id, amount, currency FROM refund_ledger.refunds AS r
-            WHERE id = ANY(:ids) AND source = :source AND status = 'released' AND processing_terminal_id <> ALL(:paused)
-              AND {REPLACED_STANDS}
-            ORDER BY approved_at, id""")
+            WHERE id = ANY(:ids) AND status = 'approved'""")
+        hold = text("""
+            UPDATE refund_ledger.refunds SET status = 'held', holds = :holds, reason = :reason, updated_at = :now
+            WHERE id = :id AND status IN ('approved', 'released')""")
+        query = text(
+            "SELECT id, amount, currency FROM refund_ledger.refunds WHERE id = ANY(:ids) AND status = 'released' ORDER BY approved_at, id"
+        )
         note = text("""
             UPDATE refund_ledger.refund_runs SET released = :released, released_totals = CAST(:totals AS jsonb),
-                findings = findings || jsonb_build_object('withdrawn', COALESCE(findings -> 'withdrawn', '{}') || CAST(:withdrawn AS jsonb))
+                counted = CAST(:counted AS jsonb), findings = findings || CAST(:findings AS jsonb)
+                || jsonb_build_object('withdrawn', COALESCE(findings -> 'withdrawn', '{}') || CAST(:withdrawn AS jsonb))
             WHERE run_id = :run_id""")
         async with self._transaction() as (connection, now):
-            paused = {row.scope for row in await connection.execute(lock) if row.paused}
-            run = (await connection.execute(run_query, {"run_id": run_id})).one_or_none()
-            if run is None:
-                raise _no_run(run_id)
-            if run.approved_hash != hash_of_ids(candidate_ids):
-                raise LedgerError(
-                    f"Run {run_id} holds no approval of exactly these {len(candidate_ids)} refunds, so none is released: "
-                    "clear pull_approved and let the run go on from there."
-                )
+            # One release at a time: what is counted against a cap or held against a pause stays true until the commit.
+            control = await self._control(connection, lock=True)
+            run = await self._run(connection, run_id)
+            await self._check_approval(connection, run, candidate_ids, control.limits, now)
             for refund_id, finding in withdrawn.items():
                 await connection.execute(take_back, {"id": refund_id, "reason": finding, "now": now})
-            values = {
-                "ids": [] if EVERYTHING in paused else sorted({*standing_ids} & {*candidate_ids}),
-                "source": self._settings.source,
-                "paused": list(paused),
-            }
-            await connection.execute(release, {**values, "actor": self._actor, "run_id": run_id, "now": now})
-            released = (await connection.execute(query, values)).all()
+            ids = sorted({*standing_ids} & {*candidate_ids})
+            door = await self._open_door(connection, control, ids, run.counted, now)
+            await connection.execute(
+                release, {"ids": door.released, "actor": self._actor, "approver": run.approved_by, "run_id": run_id, "now": now}
+            )
+            for refund_id, held in door.held.items():
+                await connection.execute(hold, {"id": refund_id, "holds": list(held.names), "reason": held.reason, "now": now})
+            released = (await connection.execute(query, {"ids": door.released})).all()
             await connection.execute(
                 note,
                 {
                     "run_id": run_id,
                     "released": len(released),
                     "totals": json.dumps(totals((row.currency, row.amount) for row in released)),
+                    "counted": json.dumps(added(run.counted, door.counted)),
+                    "findings": json.dumps({"waiting": await _waiting(connection, door.waiting)}),
                     "withdrawn": json.dumps({str(key): value for key, value in withdrawn.items()}),
                 },
             )
             return [row.id for row in released]
+
+    async def _control(self, connection: AsyncConnection, *, lock: bool) -> _State:
+        query = "SELECT *, paused_at IS NOT NULL AS paused FROM refund_ledger.refund_control ORDER BY scope"
+        rows = (await connection.execute(text(query + (" FOR UPDATE" if lock else "")))).mappings().all()
+        limits = next(Limits(**{name: row[name] for name in LIMITS}) for row in rows if row["scope"] == EVERYTHING)
+        return _State({row["scope"] for row in rows if row["paused"]}, limits)
+
+    async def _run(self, connection: AsyncConnection, run_id: str) -> Row[Any]:
+        query = text("""
+            SELECT run_id, candidates_hash, approved_hash, approved_by, approval_basis, counted, counted_before
+            FROM refund_ledger.refund_runs WHERE run_id = :run_id FOR UPDATE""")
+        run = (await connection.execute(query, {"run_id": run_id})).one_or_none()
+        if run is None:
+            raise _no_run(run_id)
+        return run
+
+    async def _check_approval(
+        self, connection: AsyncConnection, run: Row[Any], candidate_ids: Sequence[int], limits: Limits, now: datetime
+    ) -> None:
+        if run.approved_hash != hash_of_ids(candidate_ids):
+            raise LedgerError(
+                f"Run {run.run_id} holds no approval of exactly these {len(candidate_ids)} refunds, so none is released: "
+                "clear pull_approved and let the run go on from there."
+            )
+        if run.approved_by is None:
+            # Another run may have passed the door since nobody had to be asked.
+            today = await self._released_without_a_person(connection, run, now)
+            if why := who_to_ask(limits, today=today, run=run.approval_basis["totals"]):
+                raise LedgerError(f"{why} That was not so when run {run.run_id} was let pass: clear approve_run, and it asks a person.")
+
+    async def _open_door(self, connection: AsyncConnection, control: _State, ids: Sequence[int], counted: Totals, now: datetime) -> Door:
+        columns = """id, order_id, amount, currency, payee_fingerprint AS payee, status, released_holds, first_released_at"""
+        asking = text(f"""
+            SELECT {columns} FROM refund_ledger.refunds AS r
+            WHERE id = ANY(:ids) AND source = :source AND status IN ('approved', 'released')
+              AND processing_terminal_id <> ALL(:paused) AND {REPLACED_STANDS}
+            ORDER BY approved_at, id""")
+        earlier = text(f"""
+            SELECT {columns} FROM refund_ledger.refunds
+            WHERE source = :source AND payee_fingerprint = ANY(:payees) AND first_released_at > :since""")
+        day = text("""
+            SELECT currency, count(*) AS count, sum(amount)::bigint AS amount FROM refund_ledger.refunds
+            WHERE source = :source AND updated_at >= :day AND first_released_at >= :day GROUP BY currency""")
+        source = self._settings.source
+        wanted = [] if EVERYTHING in control.paused else list(ids)
+        rows = _at_the_door(await connection.execute(asking, {"ids": wanted, "source": source, "paused": list(control.paused)}))
+        before: list[AtTheDoor] = []
+        if control.limits.looks_back:
+            since, payees = now - control.limits.looks_back, list({row.payee for row in rows})
+            before = _at_the_door(await connection.execute(earlier, {"source": source, "payees": payees, "since": since}))
+        today = await _sums(connection, day, {"source": source, "day": day_start(now, self._settings.timezone)})
+        return open_door(rows, control.limits, run=counted, day=today, earlier=before, now=now)
+
+    async def _released_without_a_person(self, connection: AsyncConnection, run: Row[Any], now: datetime) -> dict[str, dict[str, int]]:
+        """Return what other runs released today without a person, and this one before it was pulled anew."""
+        query = text("""
+            SELECT currency, count(*) AS count, sum(amount)::bigint AS amount FROM refund_ledger.refunds
+            WHERE source = :source AND updated_at >= :day AND first_released_at >= :day
+              AND first_released_run IS DISTINCT FROM :but AND first_released_approver IS NULL
+            GROUP BY currency""")
+        values = {"source": self._settings.source, "day": day_start(now, self._settings.timezone), "but": run.run_id}
+        return added(await _sums(connection, query, values), run.counted_before)
 
     async def terminals(self, refund_ids: Sequence[int]) -> set[str]:
         """Return the processing terminals of refunds."""
@@ -257,5 +376,48 @@ class Runs(LedgerBase):
             await connection.execute(update, {"run_id": run_id, "now": now})
 
 
+@dataclass(frozen=True, slots=True)
+class _State:
+    """What ``refund_control`` says: the paused scopes and the limits."""
+
+    paused: set[str]
+    limits: Limits
+
+
 def _no_run(run_id: str) -> LedgerError:
     return LedgerError(f"The ledger holds no candidates of run {run_id}: clear pull_approved and let the run go on from there.")
+
+
+async def _approval_basis(connection: AsyncConnection, ids: Sequence[int]) -> dict[str, Any]:
+    """Return what a run would release for the first time, and to how many payees to whom nothing was released before."""
+    sums = text("""
+        SELECT currency, count(*) AS count, sum(amount)::bigint AS amount, max(amount) AS largest FROM refund_ledger.refunds
+        WHERE id = ANY(:ids) AND first_released_at IS NULL GROUP BY currency""")
+    payees = text("""
+        SELECT count(DISTINCT payee_fingerprint) FROM refund_ledger.refunds AS r
+        WHERE id = ANY(:ids) AND first_released_at IS NULL AND NOT EXISTS (
+            SELECT FROM refund_ledger.refunds AS before
+            WHERE before.payee_fingerprint = r.payee_fingerprint AND before.first_released_at IS NOT NULL)""")
+    return {
+        "totals": await _sums(connection, sums, {"ids": list(ids)}),
+        "new_payees": (await connection.execute(payees, {"ids": list(ids)})).scalar_one(),
+    }
+
+
+async def _sums(connection: AsyncConnection, query: TextClause, values: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """Return the figures of each row, by its currency."""
+    rows = (await connection.execute(query, values)).mappings()
+    return {row["currency"]: {name: row[name] for name in row if name != "currency"} for row in rows}
+
+
+async def _waiting(connection: AsyncConnection, waiting: dict[int, str]) -> dict[str, dict[str, dict[str, int]]]:
+    """Return counts and sums per cap and currency of what waits for room."""
+    query = text("SELECT id, currency, amount FROM refund_ledger.refunds WHERE id = ANY(:ids)")
+    by_cap: dict[str, list[tuple[str, int]]] = {}
+    for row in await connection.execute(query, {"ids": list(waiting)}):
+        by_cap.setdefault(waiting[row.id], []).append((row.currency, row.amount))
+    return {cap: totals(amounts) for cap, amounts in by_cap.items()}
+
+
+def _at_the_door(rows: Iterable[Row[Any]]) -> list[AtTheDoor]:
+    return [AtTheDoor(**{**row._mapping, "status": Status(row.status), "released_holds": tuple(row.released_holds)}) for row in rows]

@@ -27,6 +27,10 @@ class WriteBack:
     updated_at: datetime
 
 
+# True of a row r of refunds that the source's row shows: of a refund and its reissues the newest that was not cancelled.
+NEWEST = """(r.replaces IS NULL OR r.status <> 'cancelled') AND NOT EXISTS (
+    SELECT FROM refund_ledger.refunds_masked AS newer WHERE newer.replaces = r.id AND newer.status <> 'cancelled')"""
+
 # Longer than a write-back of thousands of refunds takes.
 _LOCK_SECONDS = 60
 
@@ -67,21 +71,22 @@ class WriteBacks(LedgerBase):
         """
         Return changes that the source does not have yet, ordered by source_ref.
 
-        Of a refund and its reissues the source has one row, which shows the newest; the others are not written back any more.
+        Of a refund and its reissues the source has one row, which shows the newest that was not cancelled; the others are not written
+        back any more.
 
         :param limit: at most so many.
         :param after: only those with a greater source_ref.
         """
-        query = text("""
+        query = text(f"""
             (SELECT source_ref, status, payroc_refund_id, payroc_status, reason, updated_at FROM refund_ledger.refunds AS r
              WHERE source = :source AND written_back_at IS DISTINCT FROM updated_at AND source_ref > :after
-               AND replaces IS NULL AND NOT EXISTS (SELECT FROM refund_ledger.refunds AS newer WHERE newer.replaces = r.id)
+               AND replaces IS NULL AND {NEWEST}
              ORDER BY source_ref LIMIT :limit)
             UNION ALL
             (SELECT first.source_ref, status, payroc_refund_id, payroc_status, reason, updated_at FROM refund_ledger.refunds AS r
              CROSS JOIN LATERAL (SELECT refund_ledger.first_source_ref(r.id) AS source_ref) AS first
              WHERE source = :source AND written_back_at IS DISTINCT FROM updated_at AND first.source_ref > :after
-               AND replaces IS NOT NULL AND NOT EXISTS (SELECT FROM refund_ledger.refunds AS newer WHERE newer.replaces = r.id)
+               AND replaces IS NOT NULL AND {NEWEST}
              ORDER BY first.source_ref LIMIT :limit)
             UNION ALL
             (SELECT source_ref, 'invalid', NULL, NULL,

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import BaseOperator
 
-from include.refunds.cipher import Cipher
 from include.refunds.ledger import Task
 from include.refunds.send import Result, Sent, send_refunds
 from include.refunds.settings import Settings, get_settings
@@ -16,6 +15,7 @@ from payroc_airflow.databases import LEDGER_CONN_ID, open_ledger
 from payroc_airflow.exceptions import RefundsInDoubt, RefundsNotPaid, RefundsStopped
 from payroc_airflow.gateway import HookGateway
 from payroc_airflow.hooks.payroc import PayrocHook
+from payroc_airflow.keys import cipher_of
 from payroc_airflow.retry_policy import PayrocRetryPolicy
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class PayrocRefundOperator(BaseOperator):
         async with open_ledger(context, settings, self.ledger_conn_id) as ledger:
             context["refund_label"] = _label(await ledger.labels(self.refund_ids))  # type: ignore[typeddict-unknown-key]
             gateway = HookGateway(PayrocHook(payroc_conn_id=self.payroc_conn_id))
-            return await send_refunds(self.refund_ids, task, ledger=ledger, gateway=gateway, cipher=Cipher(settings), settings=settings)
+            return await send_refunds(self.refund_ids, task, ledger=ledger, gateway=gateway, cipher=cipher_of(settings), settings=settings)
 
 
 def _label(order_ids: Sequence[str]) -> str:

@@ -1,0 +1,77 @@
+"""The frozen requests at rest: emptied when nobody needs them any more, encrypted anew when the key changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+from sqlalchemy import text
+
+from include.refunds.cipher import Sealed
+from include.refunds.ledger.control import Control
+
+
+@dataclass(frozen=True, slots=True)
+class KeptRequest:
+    """An encrypted request as the ledger holds it."""
+
+    id: int
+    request: bytes
+    request_key: str | None
+    request_sha256: str
+
+
+class Requests(Control):
+    """The column ``request`` of ``refunds``."""
+
+    async def empty_requests(self, kept_for: timedelta, limit: int) -> int:
+        """
+        Empty the requests of refunds that ended long ago, and return how many. What was emptied stays empty.
+
+        :param kept_for: how long a request is kept after the refund has ended.
+        :param limit: at most so many, the oldest first.
+        """
+        update = text("""
+            UPDATE refund_ledger.refunds SET request = NULL WHERE id IN (
+                SELECT id FROM refund_ledger.refunds
+                WHERE source = :source AND request IS NOT NULL AND updated_at <= :before
+                  AND status IN ('settled', 'returned', 'reversed', 'rejected', 'cancelled')
+                ORDER BY updated_at, id LIMIT :limit)""")
+        async with self._transaction() as (connection, now):
+            values = {"source": self._settings.source, "before": now - kept_for, "limit": limit}
+            return (await connection.execute(update, values)).rowcount
+
+    async def requests_by_key(self) -> dict[str, int]:
+        """Return how many requests each key encrypted; ``unknown`` counts those from before the ledger noted it."""
+        query = text("""
+            SELECT COALESCE(request_key, 'unknown') AS key, count(*) AS requests FROM refund_ledger.refunds
+            WHERE source = :source AND request IS NOT NULL GROUP BY 1 ORDER BY 1""")
+        async with self._transaction() as (connection, _):
+            return {row.key: row.requests for row in await connection.execute(query, {"source": self._settings.source})}
+
+    async def requests_to_rotate(self, key_id: str, *, after: int, limit: int) -> list[KeptRequest]:
+        """Return requests that another key encrypted, by id."""
+        query = text("""
+            SELECT id, request, request_key, request_sha256 FROM refund_ledger.refunds
+            WHERE source = :source AND request IS NOT NULL AND request_key IS DISTINCT FROM :key_id AND id > :after
+            ORDER BY id LIMIT :limit""")
+        async with self._transaction() as (connection, _):
+            values = {"source": self._settings.source, "key_id": key_id, "after": after, "limit": limit}
+            return [KeptRequest(**row) for row in (await connection.execute(query, values)).mappings()]
+
+    async def store_rotated(self, rows: Sequence[tuple[KeptRequest, Sealed]]) -> int:
+        """Put newly encrypted requests in the place of the old ones, and return how many; one that was emptied meanwhile stays empty."""
+        update = text("""
+            UPDATE refund_ledger.refunds SET request = :new, request_key = :key_id WHERE id = :id AND request = :old""")
+        stored = 0
+        async with self._transaction() as (connection, _):
+            for kept, sealed in rows:
+                values = {"id": kept.id, "old": kept.request, "new": sealed.token, "key_id": sealed.key_id}
+                stored += (await connection.execute(update, values)).rowcount
+        return stored
+
+    async def note_rotation(self, key_id: str, requests: int) -> None:
+        """Leave an event of a finished rotation."""
+        async with self._transaction() as (connection, now):
+            await self._event(connection, now, "rotation", reason=f"{requests} requests are encrypted with the key {key_id} now.")
