@@ -137,7 +137,7 @@ def ledger_url(shared_ledger: URL, postgres: PostgresServer) -> URL:
         connection.execute("SET session_replication_role = replica")
         connection.execute(
             "TRUNCATE refund_ledger.refunds, refund_ledger.refund_attempts, refund_ledger.refund_events, refund_ledger.refund_runs, "
-            "refund_ledger.refund_control, refund_ledger.invalid_rows RESTART IDENTITY"
+            "refund_ledger.refund_event_chain, refund_ledger.refund_control, refund_ledger.invalid_rows RESTART IDENTITY"
         )
         connection.execute("INSERT INTO refund_ledger.refund_control (scope) VALUES ('*')")
         connection.execute("UPDATE refund_ledger.schema_version SET version_num = %s", [REVISION])
@@ -152,6 +152,25 @@ def source_url(shared_source: URL, postgres: PostgresServer) -> URL:
         connection.execute("CREATE SCHEMA public")
     create_table(shared_source)
     return shared_source
+
+
+Login = Callable[[URL, str], URL]
+
+
+@pytest.fixture(scope="session")
+def login(postgres: PostgresServer) -> Login:
+    """A function that returns a database's URL for a login that is granted one of the roles, and nothing else."""
+    made: set[str] = set()
+
+    def url_of(url: URL, role: str) -> URL:
+        name = f"{role}_login"
+        if name not in made:
+            with postgres.connect() as connection:
+                connection.execute(f"CREATE ROLE {name} LOGIN PASSWORD '{name}' IN ROLE {role}")
+            made.add(name)
+        return url.set(username=name, password=name)
+
+    return url_of
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import http.client
 import json
 import ssl
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,11 +24,12 @@ _CREATE = "/v1/bank-transfer-refunds"
 
 @dataclass(frozen=True)
 class Post:
-    """A create as it passed."""
+    """A create as it passed; ``at`` is the monotonic clock's."""
 
     order_id: str
     key: str
     body: bytes
+    at: float
 
 
 class Line:
@@ -82,7 +84,7 @@ class Line:
         with self._lock:
             self.requests.append(f"{method} {path}")
             if is_create:
-                self.posts.append(Post(json.loads(body)["order"]["orderId"], key, body))
+                self.posts.append(Post(json.loads(body)["order"]["orderId"], key, body, time.monotonic()))
                 self._in_flight[key] += 1
                 if self._in_flight[key] > 1:
                     self.overlapping.append(key)

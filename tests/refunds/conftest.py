@@ -87,6 +87,11 @@ class World:
         with self.source_engine.begin() as connection:
             connection.execute(text(f"UPDATE refund_requests SET {assignment} WHERE source_ref = :ref"), {"ref": source_ref})
 
+    def limit(self, **limits: int | None) -> None:
+        """Set limits, in the order given."""
+        for name, value in limits.items():
+            self.run(self.ledger.set_limit(name, value, "A test sets it."))
+
     def fault(self, refund_id: int | None, kind: str, operation: str = "create", **more: Any) -> None:
         """Queue a failure at the local Payroc, for this refund's order or for the next request of all."""
         about = {"orderId": self.row(refund_id)["order_id"]} if refund_id is not None else {}
@@ -101,7 +106,7 @@ class World:
         async def work() -> list[int]:
             candidates = await self.ledger.candidates(selection or Selection())
             await self.ledger.begin_run(run_id, {}, candidates, {}, datetime.now(UTC))
-            await self.ledger.record_no_approval_needed(run_id)
+            await self.ledger.ask_approval(run_id)
             return await self.release_only(run_id, [item.id for item in candidates])
 
         return self.run(work())
@@ -169,7 +174,7 @@ class World:
 
     def lose_the_ledger(self) -> None:
         """The ledger's refunds are gone, as after its loss."""
-        tables = ", ".join(f"refund_ledger.{name}" for name in ("refunds", "refund_attempts", "refund_events"))
+        tables = ", ".join(f"refund_ledger.{name}" for name in ("refunds", "refund_attempts", "refund_events", "refund_event_chain"))
         with self.ledger_engine.begin() as connection:
             connection.exec_driver_sql("SET session_replication_role = replica")
             connection.exec_driver_sql(f"TRUNCATE {tables} RESTART IDENTITY")

@@ -34,6 +34,7 @@ REFUND = Refund(
     idempotency_key=KEY,
     request=b"sealed",
     request_sha256="hash",
+    request_key=None,
     sent_with="hash of URL and key",
     status=Status.SENDING,
     reason=None,

@@ -206,7 +206,7 @@ def test_a_command_that_can_not_reach_payroc_says_what_is_wrong_in_one_sentence(
 
 def test_without_the_installed_package_a_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("include.refunds.connect.entry_points", lambda group: [])
-    with pytest.raises(NoGateway, match=r"No way to Payroc is installed .*: run `pip install --no-deps --editable \.`"):
+    with pytest.raises(NoGateway, match=r"Nothing that knows Airflow is installed .*: run `pip install --no-deps --editable \.`"):
         connect("payroc_default")
 
 
@@ -241,10 +241,28 @@ def test_generated_keys_are_usable() -> None:
     cipher = Cipher(
         Settings(encryption_keys=keys["PAYROC_REFUNDS_ENCRYPTION_KEYS"], fingerprint_key=keys["PAYROC_REFUNDS_FINGERPRINT_KEY"])
     )
-    assert cipher.open(cipher.seal(b"body"), cipher.sha256(b"body"), 1) == b"body"
+    assert cipher.open(cipher.seal(b"body").token, cipher.sha256(b"body"), 1) == b"body"
 
 
-COMMANDS = ("migrate", "import", "status", "show", "pause", "resume", "resolve", "reissue", "reverse", "verify", "generate-keys")
+COMMANDS = (
+    "migrate",
+    "import",
+    "status",
+    "show",
+    "pause",
+    "resume",
+    "limits",
+    "limit",
+    "release",
+    "cancel",
+    "resolve",
+    "reissue",
+    "reverse",
+    "verify",
+    "verify-audit",
+    "rotate-keys",
+    "generate-keys",
+)
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])

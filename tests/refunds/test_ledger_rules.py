@@ -30,7 +30,7 @@ def change(world: World, refund_id: int, assignments: str) -> None:
 
 ANY_STATE = (
     "attempts = 1, first_sent_at = now(), sent_with = 'x', lease_until = now(), next_attempt_at = now(), "
-    "payroc_refund_id = 'ABCDEFGHIJ', released_by = 'x', released_at = now()"
+    "payroc_refund_id = 'ABCDEFGHIJ', released_by = 'x', released_at = now(), holds = '{largest_refund}'"
 )
 
 

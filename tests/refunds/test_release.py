@@ -68,7 +68,7 @@ def test_what_was_paused_when_the_source_was_read_is_not_released_though_the_pau
     async def work() -> list[int]:
         candidates = await world.ledger.candidates(Selection())
         await world.ledger.begin_run("run-1", {}, candidates, {}, datetime.now(UTC))
-        await world.ledger.record_no_approval_needed("run-1")
+        await world.ledger.ask_approval("run-1")
         await world.ledger.pause("7701001", "Something is wrong with it.")
         world.source.select_approved = select_while_the_pause_ends  # type: ignore[method-assign]
         return await world.release_only("run-1", ids)
@@ -108,7 +108,7 @@ def test_without_an_approval_of_exactly_these_candidates_nothing_is_released(wor
     async def edited() -> None:
         candidates = await world.ledger.candidates(Selection(source_refs=(one,)))
         await world.ledger.begin_run("run-1", {}, candidates, {}, datetime.now(UTC))
-        await world.ledger.record_no_approval_needed("run-1")
+        await world.ledger.ask_approval("run-1")
         await world.release_only("run-1", ids)
 
     with pytest.raises(LedgerError, match="holds no approval of exactly these 2 refunds"):
@@ -201,7 +201,7 @@ def test_two_releases_at_a_time_release_each_refund_once(world: World) -> None:
         for run_id in ("run-1", "run-2"):
             candidates = await world.ledger.candidates(Selection())
             await world.ledger.begin_run(run_id, {}, candidates, {}, datetime.now(UTC))
-            await world.ledger.record_no_approval_needed(run_id)
+            await world.ledger.ask_approval(run_id)
         ids = [item.id for item in candidates]
         await asyncio.gather(world.release_only("run-1", ids), world.release_only("run-2", ids))
 

@@ -50,12 +50,13 @@ def test_a_missing_or_malformed_key_says_what_to_run(monkeypatch: pytest.MonkeyP
 def test_any_of_the_keys_opens_a_request_and_a_lost_one_is_told_with_the_refund(monkeypatch: pytest.MonkeyPatch) -> None:
     old = Settings().encryption_keys[0].get_secret_value()
     sealed, digest = Cipher(Settings()).seal(b"body"), Cipher(Settings()).sha256(b"body")
+    token, key_id = sealed.token, sealed.key_id
     new = "bmV3LWZlcm5ldC1rZXktb2YtdGhlLXRlc3RzLTEyMyE="
     monkeypatch.setenv("PAYROC_REFUNDS_ENCRYPTION_KEYS", f"{new}, {old}")
-    assert Cipher(Settings()).open(sealed, digest, 7) == b"body"
+    assert Cipher(Settings()).open(token, digest, 7, key_id) == b"body"
     monkeypatch.setenv("PAYROC_REFUNDS_ENCRYPTION_KEYS", new)
-    with pytest.raises(UnreadableRequest, match="request of refund 7 can't be opened"):
-        Cipher(Settings()).open(sealed, digest, 7)
+    with pytest.raises(UnreadableRequest, match=f"request of refund 7 was encrypted with the key {key_id}, which is not among"):
+        Cipher(Settings()).open(token, digest, 7, key_id)
 
 
 def test_keys_show_in_no_repr() -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from include.payroc.errors import PayrocError
+from include.refunds.case import DecisionRefused
 from include.refunds.cipher import Cipher
 from include.refunds.follow_up import follow_up
 from include.refunds.ledger import LedgerError, LedgerUnavailable, Selection, Task
@@ -29,8 +30,23 @@ from tests.simulation.worker import SteppedLedger
 HEARTBEAT_TIMEOUT = 5 * MINUTE
 
 
+_FINANCE = ("carl", "dora")
+_REJECTED = "rejected"
+
+
+class NobodyApproved(Exception):
+    """Nobody answered in time: the task fails, and is not tried again."""
+
+
 # How a task may fail; anything else is a mistake in the code.
-_EXPECTED: tuple[type[Exception], ...] = (LedgerError, SourceError, PayrocError, PreflightFailed)
+_EXPECTED: tuple[type[Exception], ...] = (
+    LedgerError,
+    SourceError,
+    PayrocError,
+    PreflightFailed,
+    DecisionRefused,
+    NobodyApproved,
+)
 
 
 class FollowUpFailed(PayrocError):
@@ -63,7 +79,7 @@ class TaskInstance:
     :param then: called once with what the task returned, or ``None`` when it failed or was marked a success.
     """
 
-    __slots__ = ("_airflow", "_then", "actor", "name", "tries", "tries_left", "work")
+    __slots__ = ("_airflow", "_downstream", "_then", "actor", "name", "tries", "tries_left", "work")
 
     def __init__(
         self, airflow: Airflow, name: str, work: Callable[[int], Coroutine[Any, Any, Any]], then: Callable[[Any], None] | None
@@ -71,7 +87,7 @@ class TaskInstance:
         self._airflow = airflow
         self.name = name
         self.work = work
-        self._then = then
+        self._then = self._downstream = then
         self.tries = 0
         self.tries_left = airflow.deployment.settings.retries
         self.actor: Actor | None = None
@@ -81,8 +97,14 @@ class TaskInstance:
         self.tries += 1
         self.actor = self._airflow.deployment.engine.start(f"{self.name} try {self.tries}", self.work(self.tries), self._ended)
 
-    def clear(self) -> None:
-        """A person clears it, whatever its state: it runs again, with fresh retries. A running try is ended first, or only nearly so."""
+    def clear(self, *, downstream: bool = False) -> None:
+        """
+        A person clears it, whatever its state: it runs again, with fresh retries. A running try is ended first, or only nearly so.
+
+        :param downstream: what comes after it runs again, too.
+        """
+        if downstream:
+            self._then = self._downstream
         self.tries_left = self._airflow.deployment.settings.retries
         if self.actor is not None and self.actor.running:
             if self._airflow.deployment.engine.chance() < 0.5:
@@ -144,6 +166,8 @@ class Airflow:
         self.deployment = deployment
         self.tasks: list[TaskInstance] = []
         self.runs = 0
+        # From here on nobody does anything odd.
+        self.calm = False
         # How often a person marks a task a success before it has started.
         self.skips = 0.0
 
@@ -185,7 +209,9 @@ class Airflow:
             if isinstance(result, list) and result and isinstance(result[0], Result):
                 return _wait_of(result)
             return None
-        if isinstance(error, PreflightRefused) or (isinstance(error, LedgerError) and not isinstance(error, LedgerUnavailable)):
+        if isinstance(error, PreflightRefused | DecisionRefused | NobodyApproved) or (
+            isinstance(error, LedgerError) and not isinstance(error, LedgerUnavailable)
+        ):
             return None
         return delay
 
@@ -212,18 +238,28 @@ class Run:
         self.selection = selection
         self.batch_size = batch_size
         self.waiting_for = 0
+        # What pull_approved handed on last: a pull that is cleared hands on anew.
+        self.pulled: tuple[list[int], list[int]] | None = None
+        self.triggered_by = None if airflow.calm else airflow.deployment.engine.rng.choice((None, *_FINANCE))
 
     def pull(self) -> None:
-        self.airflow._task(f"{self.run_id} pull_approved", lambda _: self._pull(), self.approve)
+        self.airflow._task(f"{self.run_id} pull_approved", lambda _: self._pull(), lambda _: self.approve())
 
-    def approve(self, pulled: Any) -> None:
-        self.airflow._task(f"{self.run_id} approve_run", lambda _: self._approve(), lambda _: self.release(pulled))
+    def approve(self) -> None:
+        self.airflow._task(f"{self.run_id} approve_run", lambda _: self._approve(), self._answered)
 
-    def release(self, pulled: Any) -> None:
-        if pulled is None:
+    def _answered(self, answer: Any) -> None:
+        # When it was rejected, release is skipped; now and then a person clears it all the same.
+        if answer == _REJECTED and self.d.engine.chance() < 0.7:
+            self.write_back()
+        else:
+            self.release()
+
+    def release(self) -> None:
+        if self.pulled is None:
             self.write_back()
             return
-        self.airflow._task(f"{self.run_id} release", lambda _: self._release(*pulled), self.send)
+        self.airflow._task(f"{self.run_id} release", lambda _: self._release(*self.pulled), self.send)
 
     def send(self, ids: Any) -> None:
         lists = [ids[start : start + self.batch_size] for start in range(0, len(ids), self.batch_size)] if ids else []
@@ -247,11 +283,24 @@ class Run:
         pulled = await pull(d.source, d.ledger, d.cipher, d.settings)
         candidates = await d.ledger.candidates(self.selection, standing=pulled.standing)
         await d.ledger.begin_run(self.run_id, {}, candidates, {}, pulled.at)
-        return [item.id for item in candidates], await d.ledger.due()
+        self.pulled = [item.id for item in candidates], await d.ledger.due()
+        return self.pulled
 
-    async def _approve(self) -> bool:
-        await self.d.ledger.record_no_approval_needed(self.run_id)
-        return True
+    async def _approve(self) -> str:
+        d = self.d
+        question = await d.ledger.ask_approval(self.run_id)
+        if question is None:
+            return "approved"
+        await d.engine.sleep(d.engine.rng.choice((MINUTE, 30 * MINUTE)))
+        answer = d.engine.rng.choice(("approved", "approved", "approved", _REJECTED, "nothing"))
+        if answer == "nothing":
+            raise NobodyApproved
+        who = d.engine.rng.choice(_FINANCE)
+        if answer == _REJECTED:
+            await d.ledger.record_rejection(self.run_id, by=who)
+        else:
+            await d.ledger.record_approval(self.run_id, by=who, triggered_by=self.triggered_by)
+        return answer
 
     async def _release(self, candidates: list[int], due: list[int]) -> list[int]:
         d = self.d

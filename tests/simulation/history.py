@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import SecretStr
 
 from include.payroc.errors import PayrocNoAnswer
-from include.refunds.cipher import Cipher, UnreadableRequest
+from include.refunds.cipher import Cipher, Sealed, UnreadableRequest
 from include.refunds.ledger import LedgerUnavailable
 from include.refunds.settings import Settings
 from include.refunds.source import SourceUnavailable
@@ -51,9 +51,24 @@ SETTINGS = Settings(
 )
 
 
-_WAITING = (Status.RELEASED, Status.SENDING, Status.UNKNOWN)
-_THEMES = ("", "", "", "", "", "people", "configuration", "write-backs", "reissues", "late workers", "the door")
-_WHERE_OF_THEME = {"write-backs": IN_A_WRITE_BACK, "late workers": AROUND_THE_POST, "the door": AT_THE_DOOR}
+_WAITING = (Status.HELD, Status.RELEASED, Status.SENDING, Status.UNKNOWN)
+_THEMES = (
+    "",
+    "",
+    "",
+    "",
+    "",
+    "people",
+    "configuration",
+    "write-backs",
+    "reissues",
+    "late workers",
+    "the door",
+    "limits",
+    "limits",
+    "approval",
+)
+_WHERE_OF_THEME = {"write-backs": IN_A_WRITE_BACK, "late workers": AROUND_THE_POST, "the door": AT_THE_DOOR, "limits": AT_THE_DOOR}
 _FAULTS_OF_THEME = {"people": MURKY, "configuration": MISCONFIGURED}
 
 
@@ -63,10 +78,14 @@ class PlainCipher(Cipher):
     def __init__(self) -> None:
         pass
 
-    def seal(self, body: bytes) -> bytes:
-        return body
+    @property
+    def fingerprint_check(self) -> str:
+        return "plain"
 
-    def open(self, sealed: bytes, expected_sha256: str, refund_id: int) -> bytes:
+    def seal(self, body: bytes) -> Sealed:
+        return Sealed(body, "plain")
+
+    def open(self, sealed: bytes, expected_sha256: str, refund_id: int, sealed_with: str | None = None) -> bytes:
         if self.sha256(sealed) != expected_sha256:
             raise UnreadableRequest(f"The request of refund {refund_id} was changed.")
         return sealed
@@ -165,7 +184,10 @@ class History:
             self.payroc.temper.which, self.payroc.temper.faults = _FAULTS_OF_THEME[self.theme], 0.6
         if self.theme in ("people", "configuration"):
             self.payroc.temper.list_lag = rng.choice((HOUR, LONGEST_LAG))
-        self._may_restore = temper is None and not self.jumpy and not self.payroc.temper.racy and rng.random() < 0.3
+        # What people set and release is forgotten with a restored ledger: docs/safety.md says what to do first.
+        self._may_restore = (
+            temper is None and self.theme not in _THEMES_OF_LIMITS and not self.jumpy and not self.payroc.temper.racy and rng.random() < 0.3
+        )
         # A ledger that was lost altogether is one restored from before its first day.
         self._backup = self.ledger.backup() if self._may_restore else None
 
@@ -185,6 +207,12 @@ class History:
         self.large = large = rng.random() < 0.3
         for number in range(1, rng.choice((1, 2, 2, 3) if large else (1, 1, 2)) + 1):
             self._approve(number)
+        if self.theme in _THEMES_OF_LIMITS:
+            for _ in range(rng.choice((1, 2, 3))):
+                self._approve_another()
+            for _ in range(rng.choice((1, 2, 3))):
+                self._limit()
+            self.payroc.temper.faults = min(self.payroc.temper.faults, 0.2)
         # A ledger may have been lost for longer than Payroc knows its keys.
         horizon = rng.choice(
             (3 * HOUR, 1 * DAY, 8 * DAY, 8 * DAY) if self._may_restore else (20 * MINUTE, 3 * HOUR, 3 * HOUR, 1 * DAY, 8 * DAY)
@@ -196,7 +224,7 @@ class History:
             critical=rng.choice((1.0, 5.0, 15.0)),
             where=_WHERE_OF_THEME.get(self.theme, AROUND_THE_POST | IN_A_WRITE_BACK),
         )
-        if self.theme in _WHERE_OF_THEME:
+        if self.theme in _WHERE_OF_THEME and (self.theme != "limits" or rng.random() < 0.5):
             # Nothing but processes that stand still, at the points of the theme.
             engine.trouble = Trouble(freeze=0.02, critical=15.0, where=_WHERE_OF_THEME[self.theme])
         for act, times in _EVENTS_OF_THEME.get(self.theme, ()):
@@ -253,6 +281,9 @@ class History:
             columns["order_id"] = None
         elif kind < 0.3:
             columns["amount"] = 0
+        if self.theme in _THEMES_OF_LIMITS and number > 1 and kind >= 0.3 and rng.random() < 0.5:
+            # The payee of the first one, and sometimes its amount.
+            columns |= {"account_number": "5566700001", "amount": rng.choice((1001, 1000 + number))}
         item = self.merchant.approve(number, **columns)
         if columns.get("amount") == 0:
             self.merchant.invalid.add(item.source_ref)
@@ -291,12 +322,17 @@ class History:
     def _is_possible(self, name: str) -> bool:
         if name == "the database's clock jumps":
             return self.jumpy
-        # A restored ledger has forgotten under which API key it sent: docs/safety.md says so.
-        return not (name == "another API key" and self._may_restore)
+        # A restored ledger has forgotten under which API key it sent, and what people decided: docs/safety.md says so.
+        return not (name in _FORGOTTEN and self._may_restore)
 
     def _clear(self) -> None:
         if self.airflow.tasks:
-            self.rng.choice(self.airflow.tasks).clear()
+            self.rng.choice(self.airflow.tasks).clear(downstream=self.rng.random() < 0.3)
+
+    def _clear_a_pull(self) -> None:
+        pulls = [task for task in self.airflow.tasks if "pull" in task.name]
+        if pulls:
+            self.rng.choice(pulls).clear(downstream=True)
 
     def _mark_success(self) -> None:
         if self.airflow.tasks:
@@ -336,6 +372,24 @@ class History:
         scope = self.rng.choice(TERMINALS)
         self.ledger.pause(scope, "A person paused it.")
         self._at(200.0 * self.rng.random(), lambda: self._resume_one(scope))
+
+    def _limit(self) -> None:
+        name = self.rng.choice(_THRESHOLDS if self.theme == "approval" else tuple(_LIMITS))
+        if name in ("payee_total", "payee_count"):
+            self.ledger.set_limit("payee_days", self.memory.limited.payee_days or self.rng.choice((1, 3)), "The simulation sets it.")
+        value = self.rng.choice(_LIMITS[name])
+        self.engine.tell(f"the limit {name} is {value}")
+        self.ledger.set_limit(name, value, "The simulation sets it.")
+
+    def _people_look_at_holds(self) -> None:
+        for row in self.memory.rows.values():
+            if row.status is Status.HELD and self.rng.random() < 0.7:
+                self.people.release(row.id)
+                self._limit()
+
+    def _cancel_one(self) -> None:
+        if self.memory.rows:
+            self.people.cancel(self.rng.choice(list(self.memory.rows)))
 
     def _follow_up(self) -> None:
         self.airflow.follow_up()
@@ -427,7 +481,7 @@ class History:
         engine, temper = self.engine, self.payroc.temper
         engine.tell("═══ from here on all is calm ═══")
         engine.trouble = Trouble()
-        self.merchant.read_only, self.airflow.skips = False, 0.0
+        self.merchant.read_only, self.airflow.skips, self.airflow.calm = False, 0.0, True
         temper.faults = temper.list_faults = temper.token_faults = 0.0
         engine.run()
         self.host.environment = HOST
@@ -440,6 +494,7 @@ class History:
                 break
             engine.time += DAY
             self._resume()
+            self._let_pass()
             self._new_run()
             engine.run()
         if self.people_decide and not self._may_restore:
@@ -451,6 +506,16 @@ class History:
             self.airflow.write_back()
             engine.run()
         self.invariants.at_the_end(self._verified() if self.invariants.restored else [])
+
+    def _let_pass(self) -> None:
+        """No limit is left, and people release what is held, or end it."""
+        for name in (*_LIMITS, "payee_days"):
+            if getattr(self.memory.limited, name) is not None:
+                self.ledger.set_limit(name, None, "All is calm.")
+        for row in list(self.memory.rows.values()):
+            if row.status is Status.HELD:
+                (self.people.release if self.rng.random() < 0.8 else self.people.cancel)(row.id)
+        self.engine.run()
 
     def _decide_everything(self) -> None:
         """People look at all that waits for them, and what they approved anew is sent."""
@@ -464,6 +529,7 @@ class History:
                 self._payroc_moves()
                 self._follow_up_a_day_later()
             self._resume()
+            self._let_pass()
             self._new_run()
             self.engine.run()
 
@@ -530,6 +596,9 @@ _EVENTS: dict[str, Callable[[History], None]] = {
     "a person pauses": History._pause,
     "a person resumes": History._resume,
     "people decide what waits for them": History._people_decide,
+    "people look at what is held": History._people_look_at_holds,
+    "a person cancels a refund": History._cancel_one,
+    "a person sets a limit": History._limit,
     "another API key": History._change_api_key,
     "a wrong API key for an hour": History._wrong_api_key,
     "another Payroc for an hour": History._wrong_host,
@@ -541,7 +610,28 @@ _EVENTS: dict[str, Callable[[History], None]] = {
 }
 
 
+_FORGOTTEN = ("another API key", "people look at what is held", "a person cancels a refund", "a person sets a limit")
+
+# The limits that people set, in amounts of which the refunds of a history make one to a few.
+_LIMITS: dict[str, tuple[int | None, ...]] = {
+    "largest_refund": (1001, 1002, 5000, None),
+    "run_total": (1002, 2005, 3010, None),
+    "run_count": (1, 2, None),
+    "day_total": (1002, 2005, 3010, None),
+    "day_count": (1, 2, 3, None),
+    "payee_total": (1001, 2002, 3010, None),
+    "payee_count": (1, 2, None),
+    "duplicate_days": (1, 5, None),
+    "approval_total": (0, 1001, 2005, None),
+    "approval_count": (0, 1, 2, None),
+}
+
+_THRESHOLDS = ("approval_total", "approval_count")
+_THEMES_OF_LIMITS = ("limits", "approval")
+
 _EVENTS_OF_THEME: dict[str, tuple[tuple[Callable[[History], None], int], ...]] = {
+    "limits": ((History._new_run, 3), (History._limit, 3), (History._people_look_at_holds, 4), (History._approve_another, 2)),
+    "approval": ((History._new_run, 3), (History._approve_another, 3), (History._clear, 2), (History._clear_a_pull, 2)),
     "the door": ((History._new_run, 2), (History._pause_for_a_moment, 8), (History._edit, 4)),
     "write-backs": ((History._payroc_moves, 2), (History._follow_up, 1)),
 }

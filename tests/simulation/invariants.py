@@ -13,6 +13,7 @@ from include.refunds.states import PAID, REPLACEABLE, Status
 from include.refunds.verify import Difference
 from tests.simulation.engine import HOUR, Engine, Violation
 from tests.simulation.ledger import MemoryLedger, Row
+from tests.simulation.limits import LimitsKept
 from tests.simulation.merchant import Approved, Merchant
 from tests.simulation.payroc import ASKS_PEOPLE, KEY_KEPT, Existing, Payroc, Post
 
@@ -50,13 +51,20 @@ class Invariants:
         self._named: set[str | None] = set()
         self._taken_over: dict[int, str] = {}
         self._paused_since: dict[str, float] = {}
-        self._approvals: set[tuple[str, str]] = set()
+        # Who approved exactly these candidates of a run; nobody, when it passed by itself.
+        self._approvals: dict[tuple[str, str], str | None] = {}
+        self._asked: dict[str, str] = {}
+        self.limits = LimitsKept(ledger)
         self._bodies: dict[str, bytes] = {}
         self._first: dict[str, tuple[float, str]] = {}
-        self._checks: dict[str, Callable[[tuple[Any, ...], Any], None]] = {
+        self._checks: dict[str, Callable[[tuple[Any, ...], dict[str, Any], Any], None]] = {
             "resolve": self._resolved,
             "reissue": self._reissued,
-            "record_no_approval_needed": self._approved,
+            "ask_approval": self._passed_or_asked,
+            "record_approval": self._approved,
+            "record_rejection": self._rejected,
+            "release_hold": self.limits.hold_released,
+            "cancel": self._cancelled,
             "begin_run": self._begun,
             "claim": self._claimed,
             "record": self._recorded,
@@ -153,42 +161,61 @@ class Invariants:
 
     # -- at the ledger ---------------------------------------------------------------------------------------------
 
-    def called(self, name: str, args: tuple[Any, ...], result: Any) -> None:
+    def called(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """A worker's call of the ledger has had its effect."""
         check = self._checks.get(name)
         if check is not None:
-            check(args, result)
+            check(args, kwargs, result)
         if self.ledger.paused or self._paused_since:
             self._paused_since = {scope: self._paused_since.get(scope, self.engine.time) for scope in self.ledger.paused}
         if self.engine.current is not None:
             self.engine.current.looked_at = self.engine.time
 
-    def _resolved(self, args: tuple[Any, ...], done: bool) -> None:
+    def _resolved(self, args: tuple[Any, ...], kwargs: dict[str, Any], done: bool) -> None:
         case, resolution = args[0], args[1]
         if done and resolution.sighting is not None:
             # What people took over counts as the refund's own from here on.
             self._taken_over[case.refund.id] = resolution.sighting.payroc_refund_id
         self._check_record(self.ledger.rows[case.refund.id])
 
-    def _reissued(self, args: tuple[Any, ...], new: int | None) -> None:
+    def _reissued(self, args: tuple[Any, ...], kwargs: dict[str, Any], new: int | None) -> None:
         if new is not None:
             row = self.ledger.rows[new]
             if row.requested_by == row.approved_by:
                 raise Violation(f"{row.source_ref} is approved anew by {row.approved_by} alone.")
             self.merchant.reissued(row.source_ref, row.order_id)
 
-    def _approved(self, args: tuple[Any, ...], result: None) -> None:
-        self._approvals.add((args[0], self.ledger.runs[args[0]].candidates_hash))
+    def _passed_or_asked(self, args: tuple[Any, ...], kwargs: dict[str, Any], question: Any) -> None:
+        run_id, candidates = args[0], self.ledger.runs[args[0]].candidates_hash
+        if question is None:
+            self._approvals.setdefault((run_id, candidates), None)
+        else:
+            self._asked[run_id] = candidates
+            self._approvals.pop((run_id, candidates), None)
 
-    def _begun(self, args: tuple[Any, ...], result: None) -> None:
+    def _approved(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: None) -> None:
+        if kwargs["by"] == kwargs["triggered_by"]:
+            raise Violation(f"{kwargs['by']} triggered {args[0]} and approves it.")
+        # What a person saw is what was asked about, whatever the run is about by now.
+        self._approvals[args[0], self._asked[args[0]]] = kwargs["by"]
+
+    def _rejected(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: None) -> None:
+        self._approvals.pop((args[0], self._asked[args[0]]), None)
+
+    def _begun(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: None) -> None:
         # A pull that is repeated takes the run's approval back.
-        self._approvals = {item for item in self._approvals if item[0] != args[0]}
+        self._approvals = {key: by for key, by in self._approvals.items() if key[0] != args[0]}
 
-    def _claimed(self, args: tuple[Any, ...], claim: Claim | None) -> None:
+    def _cancelled(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: None) -> None:
+        row = self.ledger.rows[args[0]]
+        if self.payroc.by_key.get(row.key):
+            raise Violation(f"{row.source_ref} is cancelled, and Payroc holds it.")
+
+    def _claimed(self, args: tuple[Any, ...], kwargs: dict[str, Any], claim: Claim | None) -> None:
         if claim is not None and not self.ledger.paused.keys().isdisjoint((EVERYTHING, claim.refund.processing_terminal_id)):
             raise Violation(f"{claim.refund.source_ref} is claimed while the sending is paused.")
 
-    def _recorded(self, args: tuple[Any, ...], result: Any) -> None:
+    def _recorded(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         self._check_record(self.ledger.rows[args[0]])
 
     def _check_record(self, row: Row) -> None:
@@ -199,12 +226,15 @@ class Invariants:
         if row.status in (Status.REJECTED, Status.RELEASED) and held and not self.restored:
             raise Violation(f"LOST: {row.source_ref} is called {row.status}, and Payroc holds {held[0].refund_id} for it.")
 
-    def _released(self, args: tuple[Any, ...], refund_ids: list[int]) -> None:
+    def _released(self, args: tuple[Any, ...], kwargs: dict[str, Any], refund_ids: list[int]) -> None:
         run_id, candidate_ids = args[0], args[1]
         actor = self.engine.current
         assert actor is not None
-        if (run_id, hash_of_ids(candidate_ids)) not in self._approvals:
+        approval = (run_id, hash_of_ids(candidate_ids))
+        if approval not in self._approvals:
             raise Violation(f"{run_id} releases refunds that approve_run did not approve.")
+        if not self.restored:
+            self.limits.released(run_id, refund_ids, by=self._approvals[approval])
         for refund_id in refund_ids:
             row = self.ledger.rows[refund_id]
             if row.replaces is not None:
@@ -266,6 +296,9 @@ class Invariants:
                 raise Violation(f"{ref} is {row.status} with {row.amount}, and Payroc pays {objects[0].amount}.")
             if _STATUS_OF_WORD.get(objects[0].word) is not row.status:
                 raise Violation(f"{ref} is {row.status}, and Payroc says {objects[0].word}.")
+        elif row.status is Status.CANCELLED:
+            if objects:
+                raise Violation(f"{ref} is cancelled, and Payroc holds {objects[0].refund_id} for it.")
         elif row.status is Status.REJECTED:
             if any(not found.declined for found in objects):
                 raise Violation(f"LOST: {ref} is rejected, and Payroc holds {objects[0].refund_id} for it.")
@@ -284,7 +317,7 @@ class Invariants:
 
     def _newest_of_chain(self, row: Row) -> Row:
         for other in self.ledger.rows.values():
-            if other.replaces == row.id:
+            if other.replaces == row.id and other.status is not Status.CANCELLED:
                 return self._newest_of_chain(other)
         return row
 

@@ -11,14 +11,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from operator import attrgetter
 from typing import Any
 from uuid import UUID
 
-from include.refunds.case import Case, DecisionRefused, Proposal, is_confirmed
+from include.refunds.approval import Question
+from include.refunds.case import Case, DecisionRefused, Proposal, is_confirmed, same_person
+from include.refunds.cipher import Sealed
 from include.refunds.classify import EVERYTHING, Outcome, Verdict
+from include.refunds.hold import check_hold, way_to_cancelled
 from include.refunds.ledger import (
     NAMELESS,
     RELEASE_VALID,
@@ -32,6 +35,7 @@ from include.refunds.ledger import (
     WriteBack,
 )
 from include.refunds.ledger.runs import DUE_WITHIN, hash_of_ids
+from include.refunds.limits import AtTheDoor, Door, Limits, Totals, added, day_start, open_door, totals, who_to_ask
 from include.refunds.refund import History, Refund
 from include.refunds.reissue import Reissue, check_replaceable
 from include.refunds.resolve import Resolution, check_case
@@ -56,7 +60,8 @@ class Row:
     currency: str
     payee_last4: str | None
     payee_fingerprint: str
-    request: bytes
+    request: bytes | None
+    request_key: str | None
     request_sha256: str
     requested_by: str
     approved_by: str
@@ -70,6 +75,11 @@ class Row:
     released_by: str | None = None
     released_run: str | None = None
     released_at: datetime | None = None
+    first_released_at: datetime | None = None
+    first_released_run: str | None = None
+    first_released_approver: str | None = None
+    holds: tuple[str, ...] = ()
+    released_holds: tuple[str, ...] = ()
     attempts: int = 0
     first_sent_at: datetime | None = None
     lease_until: datetime | None = None
@@ -103,7 +113,13 @@ class Run:
     """One row of ``refund_runs``."""
 
     candidates_hash: str
+    basis: dict[str, Any]
+    asked_hash: str | None = None
     approved_hash: str | None = None
+    approved_by: str | None = None
+    rejected_by: str | None = None
+    counted: dict[str, dict[str, int]] = field(default_factory=dict)
+    counted_before: dict[str, dict[str, int]] = field(default_factory=dict)
     released: int | None = None
 
 
@@ -135,7 +151,6 @@ _FIXED = (
     "order_id",
     "amount",
     "payee_fingerprint",
-    "request",
     "request_sha256",
     "idempotency_key",
     "replaces",
@@ -162,6 +177,8 @@ class MemoryLedger:
         self.paused: dict[str, str] = {}
         self.environment: str | None = None
         self.source: str | None = None
+        self.fingerprint_key: str | None = None
+        self.limited = Limits()
         self.events: list[Event] = []
         # Who acts, as the events name it.
         self.actor = "simulation"
@@ -180,6 +197,8 @@ class MemoryLedger:
             "paused": dict(self.paused),
             "environment": self.environment,
             "source": self.source,
+            "fingerprint_key": self.fingerprint_key,
+            "limited": self.limited,
             "events": list(self.events),
             "next_id": self.next_id,
         }
@@ -211,6 +230,21 @@ class MemoryLedger:
         elif self.source != self.settings.source:
             raise LedgerError(f"This ledger belongs to the source {self.source}.")
 
+    def check_fingerprint_key(self, check: str) -> None:
+        if self.fingerprint_key is None:
+            self.fingerprint_key = check
+        elif self.fingerprint_key != check:
+            raise LedgerError("The fingerprints of this ledger were made with another key.")
+
+    def limits(self) -> Limits:
+        return self.limited
+
+    def set_limit(self, name: str, value: int | None, reason: str) -> None:
+        after = replace(self.limited, **{name: value})
+        if after.payee_days is None and (after.payee_total, after.payee_count) != (None, None):
+            raise LedgerError("A cap per payee needs its days.")
+        self.limited = after
+
     def pause(self, scope: str, reason: str) -> None:
         self.paused.setdefault(scope, reason)
 
@@ -228,10 +262,10 @@ class MemoryLedger:
     def stored(self, source_refs: Sequence[str]) -> dict[str, Any]:
         return {ref: _as_mapping(self.by_ref[ref]) for ref in source_refs if ref in self.by_ref}
 
-    def store(self, rows: Sequence[tuple[NewRefund, bytes]]) -> set[str]:
+    def store(self, rows: Sequence[tuple[NewRefund, Sealed]]) -> set[str]:
         now = self.clock()
         stored = set()
-        for new, request in rows:
+        for new, sealed in rows:
             key = UUID(new.idempotency_key)
             collides = new.source_ref in self.by_ref or any(
                 row.idempotency_key == key or (row.processing_terminal_id, row.order_id) == (new.processing_terminal_id, new.order_id)
@@ -251,7 +285,8 @@ class MemoryLedger:
                 new.currency,
                 new.payee_last4,
                 new.payee_fingerprint,
-                request,
+                sealed.token,
+                sealed.key_id,
                 new.request_sha256,
                 new.requested_by,
                 new.approved_by,
@@ -345,32 +380,113 @@ class MemoryLedger:
     def begin_run(
         self, run_id: str, params: dict[str, Any], candidates: Sequence[Candidate], findings: dict[str, Any], at: datetime
     ) -> None:
-        self.runs[run_id] = Run(hash_of_ids(item.id for item in candidates))
+        counted = self.runs[run_id].counted if run_id in self.runs else {}
+        ids = [item.id for item in candidates]
+        self.runs[run_id] = Run(hash_of_ids(ids), self._approval_basis(ids), counted=counted, counted_before=counted)
 
-    def record_no_approval_needed(self, run_id: str) -> None:
+    def ask_approval(self, run_id: str) -> Question | None:
         run = self._run(run_id)
-        run.approved_hash = run.candidates_hash
+        if run.approved_by is not None and run.approved_hash == run.candidates_hash:
+            return None
+        today = self._released_without_a_person(run_id)
+        why = who_to_ask(self.limited, today=today, run=run.basis["totals"])
+        if why is None:
+            run.approved_hash = run.candidates_hash
+            return None
+        run.asked_hash, run.approved_hash, run.approved_by, run.rejected_by = run.candidates_hash, None, None, None
+        return Question(why, run.basis, today)
+
+    def record_approval(self, run_id: str, *, by: str, triggered_by: str | None) -> None:
+        if triggered_by is not None and same_person(by, triggered_by):
+            raise DecisionRefused(f"{by} triggered the run.")
+        run = self._asked(run_id)
+        run.approved_by, run.approved_hash, run.rejected_by = by, run.candidates_hash, None
+
+    def record_rejection(self, run_id: str, *, by: str) -> None:
+        run = self._asked(run_id)
+        run.rejected_by, run.approved_by, run.approved_hash = by, None, None
+
+    def _asked(self, run_id: str) -> Run:
+        run = self._run(run_id)
+        if run.asked_hash != run.candidates_hash:
+            raise LedgerError(f"Run {run_id} has other candidates than those that were asked about.")
+        return run
+
+    def _approval_basis(self, ids: Sequence[int]) -> dict[str, Any]:
+        rows = [self.rows[refund_id] for refund_id in ids if self.rows[refund_id].first_released_at is None]
+        sums: dict[str, dict[str, int]] = totals((row.currency, row.amount) for row in rows)
+        for currency, entry in sums.items():
+            entry["largest"] = max(row.amount for row in rows if row.currency == currency)
+        known = {row.payee_fingerprint for row in self.rows.values() if row.first_released_at is not None}
+        return {"totals": sums, "new_payees": len({row.payee_fingerprint for row in rows} - known)}
+
+    def _released_without_a_person(self, but: str) -> dict[str, dict[str, int]]:
+        """Return what other runs released today without a person, and this one before it was pulled anew."""
+        by_itself = (row for row in self._released_today() if row.first_released_run != but and row.first_released_approver is None)
+        return added(totals((row.currency, row.amount) for row in by_itself), self._run(but).counted_before)
+
+    def _released_today(self) -> list[Row]:
+        start = day_start(self.clock(), self.settings.timezone)
+        return [row for row in self.rows.values() if row.first_released_at is not None and row.first_released_at >= start]
 
     def release(self, run_id: str, candidate_ids: Sequence[int], standing_ids: Sequence[int], withdrawn: dict[int, str]) -> list[int]:
         now = self.clock()
         run = self._run(run_id)
-        if run.approved_hash != hash_of_ids(candidate_ids):
-            raise LedgerError(f"Run {run_id} holds no approval of exactly these refunds.")
+        self._check_approval(run_id, candidate_ids)
         for refund_id, finding in withdrawn.items():
             if self.rows[refund_id].status is Status.RELEASED:
                 self._write(self.rows[refund_id], now, status=Status.APPROVED, reason=finding)
-        released = []
-        for refund_id in candidate_ids:
-            row = self.rows.get(refund_id)
-            if row is None or refund_id not in standing_ids or self._is_paused(row) or not self._replaced_stands(row):
-                continue
-            if row.status is Status.APPROVED:
-                self._write(row, now, status=Status.RELEASED, reason=None, released_by="simulation", released_run=run_id, released_at=now)
-            if row.status is Status.RELEASED:
-                released.append(row)
-        released.sort(key=_oldest_first)
-        run.released = len(released)
-        return [row.id for row in released]
+        door = self._open_door([item for item in candidate_ids if item in standing_ids], run.counted)
+        for refund_id in door.released:
+            if self.rows[refund_id].status is Status.APPROVED:
+                released: dict[str, Any] = {"released_by": "simulation", "released_run": run_id, "released_at": now}
+                if self.rows[refund_id].first_released_at is None:
+                    released["first_released_approver"] = run.approved_by
+                self._write(self.rows[refund_id], now, status=Status.RELEASED, reason=None, holds=(), **released)
+        for refund_id, hold in door.held.items():
+            self._write(self.rows[refund_id], now, status=Status.HELD, holds=hold.names, reason=hold.reason)
+        run.counted = added(run.counted, door.counted)
+        run.released = len(door.released)
+        return door.released
+
+    def _check_approval(self, run_id: str, candidate_ids: Sequence[int]) -> None:
+        run = self._run(run_id)
+        if run.approved_hash != hash_of_ids(candidate_ids):
+            raise LedgerError(f"Run {run_id} holds no approval of exactly these refunds.")
+        if run.approved_by is None and who_to_ask(self.limited, today=self._released_without_a_person(run_id), run=run.basis["totals"]):
+            raise LedgerError(f"Run {run_id} takes a person by now.")
+
+    def _open_door(self, ids: Sequence[int], counted: Totals) -> Door:
+        asking = [
+            row
+            for refund_id in ids
+            if (row := self.rows.get(refund_id)) is not None
+            and row.status in (Status.APPROVED, Status.RELEASED)
+            and not self._is_paused(row)
+            and self._replaced_stands(row)
+        ]
+        asking.sort(key=_oldest_first)
+        return open_door(
+            [_at_the_door(row) for row in asking],
+            self.limited,
+            run=counted,
+            day=self._counted_today(),
+            earlier=self._let_through_before(asking),
+            now=self.clock(),
+        )
+
+    def _counted_today(self) -> dict[str, dict[str, int]]:
+        return totals((row.currency, row.amount) for row in self._released_today())
+
+    def _let_through_before(self, asking: Sequence[Row]) -> list[AtTheDoor]:
+        if not self.limited.looks_back:
+            return []
+        since, payees = self.clock() - self.limited.looks_back, {row.payee_fingerprint for row in asking}
+        return [
+            _at_the_door(row)
+            for row in self.rows.values()
+            if row.payee_fingerprint in payees and row.first_released_at is not None and row.first_released_at > since
+        ]
 
     def terminals(self, refund_ids: Sequence[int]) -> set[str]:
         return {self.rows[item].processing_terminal_id for item in refund_ids if item in self.rows}
@@ -405,7 +521,7 @@ class MemoryLedger:
     def claim(self, refund_id: int, task: Task, *, environment: str, sent_with: str, token_expires_at: datetime) -> Claim | None:
         now = self.clock()
         row = self.rows.get(refund_id)
-        if row is None or not self._may_claim(row, now, environment, sent_with):
+        if row is None or row.request is None or not self._may_claim(row, now, environment, sent_with):
             return None
         self._claim(row, now, token_expires_at + timedelta(seconds=self.settings.lease_margin_seconds), sent_with)
         self.attempts[row.id].append(Attempt(row.id, row.attempts, task.run_id, now))
@@ -593,6 +709,27 @@ class MemoryLedger:
             now=self.clock(),
         )
 
+    def release_hold(self, refund_id: int, reason: str) -> None:
+        row = self._row(refund_id)
+        check_hold(_refund(row), row.requested_by, self.actor)
+        released = {"released_holds": row.released_holds + row.holds, "holds": ()}
+        self._write(row, self.clock(), status=Status.APPROVED, reason=f"Released by {self.actor}: {reason}", **released)
+
+    def cancel(self, refund_id: int, reason: str) -> None:
+        row, now = self._row(refund_id), self.clock()
+        for status in way_to_cancelled(_refund(row)):
+            self._write(row, now, status=status, reason=f"Cancelled by {self.actor}: {reason}")
+        if row.replaces is not None:
+            self._write(self.rows[row.replaces], now)
+
+    def empty_requests(self, kept_for: timedelta, limit: int) -> int:
+        before = self.clock() - kept_for
+        ended = [row for row in self.rows.values() if row.request is not None and row.status in _FINAL and row.updated_at <= before]
+        ended.sort(key=lambda row: (row.updated_at, row.id))
+        for row in ended[:limit]:
+            row.request = row.as_refund = None
+        return len(ended[:limit])
+
     def resolve(self, read: Case, resolution: Resolution, reason: str) -> bool:
         case = self._unchanged(read)
         row = self.rows[case.refund.id]
@@ -636,7 +773,8 @@ class MemoryLedger:
             raise DecisionRefused(f"The ledger holds a refund {new.source_ref!r} that the source made itself.")
         row.source_ref, row.order_id, row.idempotency_key = new.source_ref, new.order_id, UUID(new.idempotency_key)
         row.key = new.idempotency_key
-        row.request, row.request_sha256 = new.request, new.request_sha256
+        row.request, row.request_key, row.request_sha256 = new.request.token, new.request.key_id, new.request_sha256
+        row.holds = row.released_holds = ()
         row.requested_by, row.approved_by, row.approved_at = case.proposal.by, self.actor, case.now
         row.replaces, row.reason = replaced.id, f"Reissue of refund {replaced.id}: {reason}"
         row.created_at, row.updated_at = case.now, max(case.now, replaced.updated_at + _MICROSECOND)
@@ -669,11 +807,12 @@ class MemoryLedger:
                 self.write_back_free = True
 
     def due_write_backs(self, limit: int, after: str = "") -> list[WriteBack]:
-        replaced = {row.replaces for row in self.rows.values()}
+        replaced = {row.replaces for row in self.rows.values() if row.status is not Status.CANCELLED}
         due = []
         for row in self.rows.values():
             ref = self._first_of_chain(row).source_ref
-            if row.written_back_at != row.updated_at and ref > after and row.id not in replaced:
+            cancelled_reissue = row.replaces is not None and row.status is Status.CANCELLED
+            if row.written_back_at != row.updated_at and ref > after and row.id not in replaced and not cancelled_reissue:
                 due.append(WriteBack(ref, row.status.value, row.payroc_refund_id, row.payroc_status, row.reason, row.updated_at))
         for ref, bad in self.invalid.items():
             if bad.written_back_at != bad.updated_at and ref > after and not ref.startswith(NAMELESS) and ref not in self.by_ref:
@@ -711,6 +850,8 @@ class MemoryLedger:
                 raise _refused("first_sent_at and sent_with never change")
         if new_status is not old_status or "attempts" in values:
             self.events.append(Event(row.id, "status", self.actor, now, {}))
+        if new_status is Status.RELEASED and row.first_released_at is None:
+            row.first_released_at, row.first_released_run = values["released_at"], values["released_run"]
         previous = row.updated_at
         row.as_refund = None
         for name, value in values.items():
@@ -719,6 +860,8 @@ class MemoryLedger:
             row.updated_at = max(now, previous + _MICROSECOND)
         if new_status in IN_DOUBT and None in (row.first_sent_at, row.sent_with, row.lease_until, row.next_attempt_at):
             raise _refused("sent says when and with what")
+        if new_status is Status.HELD and not row.holds:
+            raise _refused("held says for what")
         if new_status in PAID and row.payroc_refund_id is None:
             raise _refused("paid has Payroc's refund id")
         if sum(other.payroc_refund_id == row.payroc_refund_id for other in self.rows.values() if row.payroc_refund_id) > 1:
@@ -730,6 +873,9 @@ _UNSENT = (
     "released_by",
     "released_run",
     "released_at",
+    "first_released_at",
+    "first_released_run",
+    "first_released_approver",
     "first_sent_at",
     "lease_until",
     "next_attempt_at",
@@ -739,6 +885,7 @@ _UNSENT = (
     "written_back_at",
     "as_refund",
 )
+_FINAL = frozenset({Status.SETTLED, Status.RETURNED, Status.REVERSED, Status.REJECTED, Status.CANCELLED})
 _NOTHING_BEFORE = History()
 _refund_columns = attrgetter(*(field.name for field in fields(Refund)))
 
@@ -755,6 +902,12 @@ def _copied(items: dict[Any, Any]) -> dict[Any, Any]:
 
 def _as_mapping(row: Row) -> dict[str, Any]:
     return {name: getattr(row, name) for name in Row.__slots__}
+
+
+def _at_the_door(row: Row) -> AtTheDoor:
+    return AtTheDoor(
+        row.id, row.order_id, row.amount, row.currency, row.payee_fingerprint, row.status, row.released_holds, row.first_released_at
+    )
 
 
 def _oldest_first(row: Row) -> tuple[datetime, int]:

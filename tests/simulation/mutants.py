@@ -17,9 +17,10 @@ from unittest.mock import patch
 from uuid import UUID
 
 from include.payroc.errors import PayrocError, PayrocNoAnswer
-from include.refunds import classify, look_up, pull, release, resolve, send, transitions
+from include.refunds import classify, limits, look_up, pull, release, resolve, send, transitions
 from include.refunds.classify import Outcome, Sighting, Verdict
-from include.refunds.ledger import Claim
+from include.refunds.ledger import Claim, LedgerError
+from include.refunds.ledger.runs import hash_of_ids
 from include.refunds.refund import History, Refund
 from include.refunds.states import IN_DOUBT, Status
 from tests.simulation import history as simulated
@@ -128,7 +129,7 @@ def _nothing_stored(self: MemoryLedger, source_refs: Any) -> dict[str, Any]:
     return {}
 
 
-def _open_rebuilt(self: PlainCipher, sealed: bytes, expected_sha256: str, refund_id: int) -> bytes:
+def _open_rebuilt(self: PlainCipher, sealed: bytes, expected_sha256: str, refund_id: int, sealed_with: str | None = None) -> bytes:
     """The body is made anew for each attempt, with the time in its description."""
     _COUNTER[0] += 1
     return sealed.replace(b'"description":"', b'"description":"%d ' % _COUNTER[0], 1)
@@ -310,11 +311,6 @@ def _no_changes(*anything: Any) -> dict[str, str]:
     return {}
 
 
-def _release_unapproved(self: MemoryLedger, run_id: str, *rest: Any) -> list[int]:
-    self.record_no_approval_needed(run_id)
-    return _release(self, run_id, *rest)
-
-
 def _release_what_was_not_looked_up(self: MemoryLedger, run_id: str, candidate_ids: Any, standing_ids: Any, withdrawn: Any) -> list[int]:
     return _release(self, run_id, candidate_ids, [item for item in candidate_ids if item not in withdrawn], withdrawn)
 
@@ -324,6 +320,73 @@ _release = MemoryLedger.release
 
 def _status_is(*statuses: int) -> Callable[[PayrocError, Refund, History], bool]:
     return lambda error, refund, history: error.http_status in statuses
+
+
+# -- the limits ----------------------------------------------------------------------------------------------------------
+
+
+def _candidates_and_caps(self: MemoryLedger, selection: Any, *, standing: Any = None, ids: Any = None) -> Any:
+    if ids is not None:
+        self.run_totals = _counted_today(self)
+    return _candidates(self, selection, standing=standing, ids=ids)
+
+
+_candidates, _counted_today = MemoryLedger.candidates, MemoryLedger._counted_today
+
+
+def _counted_before(self: MemoryLedger) -> Any:
+    return getattr(self, "run_totals", {})
+
+
+def _candidates_and_door(self: MemoryLedger, selection: Any, *, standing: Any = None, ids: Any = None) -> Any:
+    if ids is not None:
+        self.__dict__.setdefault("doors", {})[tuple(sorted(ids))] = _open_door(self, ids, {})
+    return _candidates(self, selection, standing=standing, ids=ids)
+
+
+_open_door = MemoryLedger._open_door
+
+
+def _door_of_before(self: MemoryLedger, ids: Any, counted: Any) -> Any:
+    door = self.__dict__.get("doors", {}).get(tuple(sorted(ids)))
+    return _open_door(self, ids, counted) if door is None else door
+
+
+def _hold_nothing_more(item: Any, *rest: Any) -> Any:
+    return None if item.released_holds else _hold(item, *rest)
+
+
+_hold = limits._hold
+
+
+def _check_hash_only(self: MemoryLedger, run_id: str, candidate_ids: Any) -> None:
+    if self._run(run_id).approved_hash != hash_of_ids(candidate_ids):
+        raise LedgerError("no approval")
+
+
+def _without_what_was_counted_before(self: MemoryLedger, but: str) -> Any:
+    run = self._run(but)
+    counted, run.counted_before = run.counted_before, {}
+    try:
+        return _released_without_a_person(self, but)
+    finally:
+        run.counted_before = counted
+
+
+_released_without_a_person = MemoryLedger._released_without_a_person
+
+
+def _reject_is_approve(self: MemoryLedger, run_id: str, *, by: str) -> None:
+    run = self._asked(run_id)
+    run.approved_hash, run.approved_by = run.candidates_hash, by
+
+
+def _may_post_while_paused(self: MemoryLedger, claim: Claim, seconds: float) -> bool:
+    paused, self.paused = self.paused, {}
+    try:
+        return _may_post(self, claim, seconds)
+    finally:
+        self.paused = paused
 
 
 # -- people --------------------------------------------------------------------------------------------------------------
@@ -401,7 +464,32 @@ MUTANTS = (
     Mutant("a pause stops no claim", ((MemoryLedger, "_may_claim", _may_claim_while_paused),)),
     Mutant("a worker that woke up late records", ((ledger, "decide", _decide_as_current),)),
     Mutant("a refusal of the configuration forgets what went before", ((ledger, "decide", _decide_without_history),)),
-    Mutant("a release asks for no approval", ((MemoryLedger, "release", _release_unapproved),)),
+    Mutant(
+        "a pause is looked at only at the door",
+        ((MemoryLedger, "_may_claim", _may_claim_while_paused), (MemoryLedger, "may_post", _may_post_while_paused)),
+    ),
+    Mutant("the approval is taken from what Airflow hands on", ((MemoryLedger, "_check_approval", lambda self, run_id, ids: None),)),
+    Mutant("an approval counts for whatever the run is about by now", ((MemoryLedger, "_asked", MemoryLedger._run),)),
+    Mutant("the threshold is looked at only when the run asks", ((MemoryLedger, "_check_approval", _check_hash_only),)),
+    Mutant(
+        "a run that is pulled anew forgets what it released",
+        ((MemoryLedger, "_released_without_a_person", _without_what_was_counted_before),),
+    ),
+    Mutant("a rejection counts as an approval", ((MemoryLedger, "record_rejection", _reject_is_approve),)),
+    Mutant("whoever triggered a run approves it", ((ledger, "same_person", lambda one, other: False),)),
+    Mutant(
+        "the caps are read before the lock",
+        ((MemoryLedger, "candidates", _candidates_and_caps), (MemoryLedger, "_counted_today", _counted_before)),
+    ),
+    Mutant(
+        "the door decides without the lock",
+        ((MemoryLedger, "candidates", _candidates_and_door), (MemoryLedger, "_open_door", _door_of_before)),
+    ),
+    Mutant("a day's cap counts one run only", ((MemoryLedger, "_counted_today", lambda self: {}),)),
+    Mutant("the door forgets whom it let through before", ((MemoryLedger, "_let_through_before", lambda self, asking: []),)),
+    Mutant("the largest refund is not looked at", ((limits, "_too_large", lambda item, limited: {}),)),
+    Mutant("a hold that was released lets everything pass", ((limits, "_hold", _hold_nothing_more),)),
+    Mutant("whoever requested a refund releases its hold", ((ledger, "check_hold", lambda refund, requested_by, by: None),)),
     Mutant("what was paused when the source was read is released", ((MemoryLedger, "release", _release_what_was_not_looked_up),)),
     Mutant("the source is not read again before the release", ((release, "source_changes", _no_changes),)),
     Mutant("write-backs overtake one another", ((MemoryLedger, "write_back_lock", _no_lock),)),

@@ -455,6 +455,8 @@ class SimulatedGateway:
             raise PayrocNoAnswer("get refund", "no answer came")
         if not self._payroc._is_live(token.text):
             raise _problem(401, problems.NOT_AUTHORIZED)
+        if refund_id not in self._payroc.refunds:
+            raise _problem(404, "not-found")
         return self._payroc.show(self._payroc.refunds[refund_id])
 
     def _evict_refused(self, token: Token, error: PayrocError) -> None:

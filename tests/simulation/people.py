@@ -47,6 +47,15 @@ class People:
                 for person in (first, self._rng.choice(_PEOPLE), self._rng.choice(_PEOPLE)):
                     self._start(f"{person} reissues {row.source_ref}", partial(self._reissue, person, row.id))
 
+    def release(self, refund_id: int) -> None:
+        """Somebody releases a hold: also the one who requested the refund tries."""
+        person = self._rng.choice(("ann", "bob", "erin", "erin"))
+        self._start(f"{person} releases refund {refund_id}", partial(self._decided, person, "release_hold", refund_id))
+
+    def cancel(self, refund_id: int) -> None:
+        """Somebody cancels a refund, whatever its state."""
+        self._start(f"erin cancels refund {refund_id}", partial(self._decided, "erin", "cancel", refund_id))
+
     def _start(self, what: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         # One after the other, as people do; whether the second comes before the first has been heard is chance.
         engine = self._deployment.engine
@@ -60,6 +69,12 @@ class People:
     def _ledger_of(self, person: str) -> SteppedLedger:
         d = self._deployment
         return SteppedLedger(d.ledger.ledger, d.engine, d.ledger.watch, actor=person)
+
+    async def _decided(self, person: str, what: str, refund_id: int) -> None:
+        try:
+            await getattr(self._ledger_of(person), what)(refund_id, "as the simulation pleases")
+        except (DecisionRefused, LedgerError) as refused:
+            self._deployment.engine.tell(f"refused: {refused}")
 
     async def _resolve(self, person: str, refund_id: int, outcome: Status) -> None:
         d = self._deployment

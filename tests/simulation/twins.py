@@ -18,7 +18,7 @@ from include.refunds.settings import Settings
 from tests.simulation.engine import Engine, Violation
 from tests.simulation.ledger import MemoryLedger, Row
 
-_TABLES = ("refund_attempts", "refund_events", "refund_runs", "invalid_rows", "refund_control", "refunds")
+_TABLES = ("refund_attempts", "refund_event_chain", "refund_events", "refund_runs", "invalid_rows", "refund_control", "refunds")
 
 # What the two are compared by after each call. The events and the runs' reports are the database's own.
 _COMPARED = tuple(name for name in Row.__slots__ if name not in ("released_by", "request", "as_refund", "key"))
@@ -26,6 +26,7 @@ _READS = frozenset(
     {
         "now",
         "pauses",
+        "limits",
         "stored",
         "candidates",
         "due",
@@ -77,7 +78,7 @@ class PostgresLedger:
             return {
                 name: await self._rows(f"SELECT to_jsonb(t)::text AS row FROM refund_ledger.{name} AS t")
                 for name in _TABLES
-                if name != "refund_events"
+                if name not in ("refund_events", "refund_event_chain")
             }
 
         return self._run(work())

@@ -23,7 +23,9 @@ class SteppedLedger:
     :param watch: told of each call that has had its effect: name, arguments, result.
     """
 
-    def __init__(self, ledger: Any, engine: Engine, watch: Callable[[str, tuple[Any, ...], Any], None], actor: str = "simulation") -> None:
+    def __init__(
+        self, ledger: Any, engine: Engine, watch: Callable[[str, tuple[Any, ...], dict[str, Any], Any], None], actor: str = "simulation"
+    ) -> None:
         self.actor = actor
         self.ledger = ledger
         self.engine = engine
@@ -59,7 +61,7 @@ def _stepped(name: str) -> Callable[..., Any]:
         if name == "claim":
             assert engine.current is not None
             engine.current.attempt = (result.refund.id, result.attempt) if isinstance(result, Claim) else None
-        self.watch(name, args, result)
+        self.watch(name, args, kwargs, result)
         if scripted or not before:
             yield after_label
         return result
@@ -83,7 +85,15 @@ for _name in (
     "candidates",
     "due",
     "begin_run",
-    "record_no_approval_needed",
+    "ask_approval",
+    "record_approval",
+    "record_rejection",
+    "limits",
+    "set_limit",
+    "check_fingerprint_key",
+    "release_hold",
+    "cancel",
+    "empty_requests",
     "release",
     "terminals",
     "note",

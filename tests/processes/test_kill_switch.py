@@ -1,0 +1,66 @@
+"""A person pauses while several workers are in the middle of their lists: no POST goes out any more, and nothing is lost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests.processes.books import check_books
+from tests.processes.conftest import bring_to_an_end, open_run
+from tests.processes.line import Handler, Line
+from tests.processes.scheduler import Scheduler
+from tests.processes.worker import Try
+from tests.refunds.conftest import World
+
+_REFUNDS, _WORKERS = 80, 4
+_ANSWER_SECONDS = 0.05
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("scope", ["*", "7701001"])
+def test_a_pause_stops_every_worker_in_the_middle_of_its_list_before_its_next_post(
+    world: World, line: Line, scheduler: Scheduler, figures: Callable[..., None], scope: str
+) -> None:
+    for number in range(_REFUNDS):
+        world.approve(processing_terminal_id="7701001" if scope == "*" or number % 2 else "7701002")
+    refund_ids = open_run(world, "run-1")
+    paused_at: list[float] = []
+
+    def slowly(handler: Handler, answer_of_payroc: Callable[[], bytes | None]) -> None:
+        if handler.command == "POST" and handler.path.endswith("refunds"):
+            time.sleep(_ANSWER_SECONDS)
+        handler.wfile.write(answer_of_payroc() or b"")
+
+    def pause_in_the_middle() -> None:
+        if len(line.posts) >= _REFUNDS // 4 and not paused_at:
+            world.run(world.ledger.pause(scope, "The bank called."))
+            paused_at.append(time.monotonic())
+
+    line.fault = slowly
+    each = _REFUNDS // _WORKERS
+    tries = [Try("run-1", index, tuple(refund_ids[index * each : (index + 1) * each])) for index in range(_WORKERS)]
+    ended = scheduler.run(tries, meanwhile=pause_in_the_middle)
+
+    paused_orders = {
+        row["order_id"] for row in world.rows("SELECT * FROM refund_ledger.refunds") if scope in ("*", row["processing_terminal_id"])
+    }
+    late = [post.at - paused_at[0] for post in line.posts if post.at > paused_at[0] and post.order_id in paused_orders]
+    assert len(late) <= _WORKERS, "a worker sends more than what it had on its way already"
+    assert all(seconds < 1 for seconds in late)
+    assert [ending.outcome for _, ending in ended] == ["RefundsStopped"] * _WORKERS
+    waiting = world.rows("SELECT processing_terminal_id FROM refund_ledger.refunds WHERE status = 'released'")
+    assert waiting
+    assert {row["processing_terminal_id"] for row in waiting} == {"7701001"}, "only what is paused waits"
+
+    line.fault = None
+    assert world.run(world.ledger.resume(scope, "All is well."))
+    bring_to_an_end(world, scheduler)
+    figures(
+        f"A pause of {'everything' if scope == '*' else 'one terminal'} in the middle of {_WORKERS} lists",
+        refunds=_REFUNDS,
+        POSTs=check_books(world, line),
+        POSTs_that_left_within_a_moment_of_the_pause=len(late),
+        seconds_after_the_pause_at_most=round(max(late, default=0.0), 3),
+    )

@@ -1,0 +1,103 @@
+"""The limits, watched from outside: what passed the door is counted here once more, by rules written down once more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+from zoneinfo import ZoneInfo
+
+from include.refunds.states import Status
+from tests.simulation.engine import Violation
+from tests.simulation.ledger import MemoryLedger, Row
+
+_UNPAID = (Status.REJECTED, Status.RETURNED, Status.REVERSED)
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """A refund's first way through the door."""
+
+    id: int
+    at: datetime
+    run_id: str
+    by: str | None
+
+
+class LimitsKept:
+    """
+    Keeps the books of the door.
+
+    :param ledger: whose rows and limits are looked at.
+    """
+
+    def __init__(self, ledger: MemoryLedger) -> None:
+        self._ledger = ledger
+        self._counted: dict[int, Counted] = {}
+        self._released_holds: dict[int, set[str]] = {}
+
+    def hold_released(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: None) -> None:
+        """Somebody released a hold."""
+        row = self._ledger.rows[args[0]]
+        if self._ledger.actor == row.requested_by:
+            raise Violation(f"{row.requested_by} requested {row.source_ref} and releases its hold.")
+        self._released_holds[row.id] = set(row.released_holds)
+
+    def released(self, run_id: str, refund_ids: Sequence[int], *, by: str | None) -> None:
+        """
+        A run lets refunds pass.
+
+        :param by: who approved exactly this run; nobody, when it passed by itself.
+        """
+        now = self._ledger.clock()
+        new = [refund_id for refund_id in refund_ids if refund_id not in self._counted]
+        for refund_id in refund_ids:
+            row = self._ledger.rows[refund_id]
+            self._check_own(row, now)
+            self._counted.setdefault(refund_id, Counted(refund_id, now, run_id, by))
+        if new:
+            self._check_sums(run_id, now, by)
+
+    def _check_own(self, row: Row, now: datetime) -> None:
+        limits, pardoned = self._ledger.limited, self._released_holds.get(row.id, set())
+        if limits.largest_refund is not None and row.amount > limits.largest_refund and "largest_refund" not in pardoned:
+            raise Violation(f"{row.source_ref} passes the door with {row.amount}, and {limits.largest_refund} is the most.")
+        others = [(item, self._ledger.rows[item.id]) for item in self._counted.values() if item.id != row.id]
+        same_payee = [(item, other) for item, other in others if other.payee_fingerprint == row.payee_fingerprint]
+        if limits.payee_days is not None:
+            within = [other for item, other in same_payee if item.at > now - timedelta(days=limits.payee_days)]
+            self._check_payee(row, within, pardoned)
+        if limits.duplicate_days is not None:
+            for item, other in same_payee:
+                near = item.at > now - timedelta(days=limits.duplicate_days)
+                pardon = f"duplicate of {other.id}" in pardoned
+                if near and other.amount == row.amount and other.status not in _UNPAID and not pardon:
+                    raise Violation(f"{row.source_ref} passes the door, and nobody looked at its likeness to {other.source_ref}.")
+
+    def _check_payee(self, row: Row, within: Sequence[Row], pardoned: set[str]) -> None:
+        limits = self._ledger.limited
+        amount = row.amount + sum(other.amount for other in within)
+        if limits.payee_total is not None and amount > limits.payee_total and "payee_total" not in pardoned:
+            raise Violation(f"With {row.source_ref} {amount} pass the door for one payee, and {limits.payee_total} is the most.")
+        if limits.payee_count is not None and len(within) + 1 > limits.payee_count and "payee_count" not in pardoned:
+            raise Violation(f"With {row.source_ref} {len(within) + 1} refunds pass the door for one payee.")
+
+    def _check_sums(self, run_id: str, now: datetime, by: str | None) -> None:
+        limits = self._ledger.limited
+        midnight = now.astimezone(ZoneInfo(self._ledger.settings.timezone)).replace(hour=0, minute=0, second=0, microsecond=0)
+        today = [item for item in self._counted.values() if item.at >= midnight]
+        self._check_sum(
+            f"{run_id} lets", (item for item in self._counted.values() if item.run_id == run_id), limits.run_count, limits.run_total
+        )
+        self._check_sum("A day lets", today, limits.day_count, limits.day_total)
+        if by is None:
+            alone = [item for item in today if item.by is None]
+            self._check_sum(f"With {run_id} and without a person, a day lets", alone, limits.approval_count, limits.approval_total)
+
+    def _check_sum(self, who: str, items: Iterable[Counted], most_refunds: int | None, most: int | None) -> None:
+        amounts = [self._ledger.rows[item.id].amount for item in items]
+        if most_refunds is not None and len(amounts) > most_refunds:
+            raise Violation(f"{who} {len(amounts)} refunds pass the door, and {most_refunds} is the most.")
+        if most is not None and sum(amounts) > most:
+            raise Violation(f"{who} {sum(amounts)} pass the door, and {most} is the most.")
