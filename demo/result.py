@@ -70,6 +70,11 @@ def count_by_status(ledger: psycopg.Connection) -> dict[str, int]:
     return dict(ledger.execute("SELECT status, count(*) FROM refund_ledger.refunds GROUP BY status").fetchall())
 
 
+def sent(counts: dict[str, int]) -> int:
+    """Return how many refunds have been sent, or are being sent, of the counts by status."""
+    return sum(count for status, count in counts.items() if status not in ("approved", "held", "released", "cancelled"))
+
+
 def table_of(rows: list[Row]) -> Table:
     """Return the table of all refunds, for a terminal of 100 columns or more."""
     table = Table(title="Every approved refund", title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
@@ -157,6 +162,7 @@ _WORDS = {
     "unknown": "no answer",
     "unknown 201": "unreadable answer",
     "unknown 429": "Payroc is busy (429)",
+    "not_sent": "stopped by the pause",
     "": "cut off",
 }
 

@@ -9,15 +9,20 @@ from collections.abc import Callable
 from demo import processes
 from demo.console import console, say, step
 from demo.errors import DemoError
-from demo.result import UNFINISHED, compare_with_payroc, count_by_status, read_rows, table_of, totals_of
+from demo.result import UNFINISHED, compare_with_payroc, count_by_status, money, read_rows, sent, table_of, totals_of
 from demo.stack import Stack, telling_lines
 from demo.state import State
 
 DAG = "payroc_refunds"
 
-# What the retries of one run leave over, the next run does, as the schedule would have it. Three are enough for anything
-# that the local Payroc can do to a refund of the sample, or that a cut-off run left behind.
-_MOST_RUNS = 3
+# What the retries of one run leave over, the next run does, as the schedule would have it. One run is paused, and three more are
+# enough for anything that the local Payroc can do to a refund of the sample, or that a cut-off run left behind.
+_MOST_RUNS = 4
+# One refund of the sample is larger.
+_LARGEST_REFUND = 500_000
+# While refunds go out, a person pauses the sending: after so many.
+_PAUSE_AFTER = 8
+_BY = "Fiona (finance)"
 _LONGEST_WAIT_SECONDS = 60
 _REPORT_EVERY_SECONDS = 5
 
@@ -30,13 +35,41 @@ def run(state: State) -> int:
     """
     with state.locked("make demo"), Stack(state) as stack:
         received_before = _requests_at_payroc(stack)
+        _resume(stack)
+        _set_limit(stack)
         for number in range(1, _MOST_RUNS + 1):
             succeeded = _run_dag(stack, number)
+            if _resume(stack):
+                continue
             if not _unfinished(stack):
                 break
             if number < _MOST_RUNS:
                 _wait_until_due(stack)
         return _show_result(stack, succeeded=succeeded, received_before=received_before)
+
+
+def _set_limit(stack: Stack) -> None:
+    """Let no refund pass by itself that is larger than this; a person decides about it."""
+    with stack.ledger() as ledger:
+        row = ledger.execute("SELECT largest_refund FROM refund_ledger.refund_control WHERE scope = '*'").fetchone()
+    if row == (None,):
+        with step(f"{_BY} sets a limit: a refund over {money(_LARGEST_REFUND, 'USD')} is held until a person has looked at it"):
+            _command(stack, "limit", "largest_refund", str(_LARGEST_REFUND), "--reason", "Larger ones are looked at.")
+
+
+def _resume(stack: Stack) -> bool:
+    """Let the sending go on after the demo's own pause; ``False`` when there is none."""
+    with stack.ledger() as ledger:
+        query = "SELECT 1 FROM refund_ledger.refund_control WHERE scope = '*' AND paused_by = %s"
+        if ledger.execute(query, [_BY]).fetchone() is None:
+            return False
+    with step(f"{_BY} resumes the sending; the next run goes on where the paused one stopped"):
+        _command(stack, "resume", "--reason", "All is well.")
+    return True
+
+
+def _command(stack: Stack, name: str, *arguments: str) -> None:
+    stack.run(f"command-{name}", "include.refunds", name, *arguments, "--by", _BY)
 
 
 def _run_dag(stack: Stack, number: int) -> bool:
@@ -46,7 +79,7 @@ def _run_dag(stack: Stack, number: int) -> bool:
     begin = time.monotonic()
     process = stack.start(log, "airflow", "dags", "test", DAG)
     try:
-        _follow(stack, process)
+        _follow(stack, process, may_pause=number == 1)
     finally:
         processes.stop(process)
     took = time.monotonic() - begin
@@ -57,12 +90,17 @@ def _run_dag(stack: Stack, number: int) -> bool:
     return False
 
 
-def _follow(stack: Stack, process: subprocess.Popen[bytes]) -> None:
+def _follow(stack: Stack, process: subprocess.Popen[bytes], *, may_pause: bool) -> None:
     """Show how many refunds have which status until the run has ended."""
     show = _status_line() if console.is_terminal else _occasional_lines()
     with stack.ledger() as ledger, console.status("Airflow is starting …") as status:
+        to_pause = sent(count_by_status(ledger)) + _PAUSE_AFTER
         while not processes.has_ended(process):
             counts = count_by_status(ledger)
+            if may_pause and sent(counts) >= to_pause:
+                say(f"{_BY} pauses the sending: no POST goes out any more, in the middle of the run")
+                _command(stack, "pause", "--reason", "A look at the first ones.")
+                may_pause = False
             if counts:
                 text = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
                 status.update(f"{sum(counts.values())} refunds: {text}")
@@ -117,7 +155,8 @@ def _show_result(stack: Stack, *, succeeded: bool, received_before: int) -> int:
     theirs = stack.sandbox_get("/_sandbox/refunds")["refunds"]
     received = _requests_at_payroc(stack) - received_before
     complaints = compare_with_payroc(rows, theirs)
-    open_refunds = [row for row in rows if row.status in (*UNFINISHED, "review", "held", "approved")]
+    open_refunds = [row for row in rows if row.status in (*UNFINISHED, "review", "approved")]
+    held = [row for row in rows if row.status == "held"]
 
     say()
     console.print(table_of(rows))
@@ -132,6 +171,8 @@ def _show_result(stack: Stack, *, succeeded: bool, received_before: int) -> int:
         declined = sum(refund["status"] == "declined" for refund in theirs)
         exist = f"{len(theirs)} refunds exist at Payroc" + (f" ({declined} of them declined)" if declined else "")
         say(f"[green]✓[/] {exist}, none twice. Each is in the ledger with the same order and amount.")
+    for row in held:
+        say(f"[yellow]•[/] {row.order_id} is held, {money(row.amount, row.currency)}, until a person releases or cancels it.")
     if open_refunds:
         say(f"[bold yellow]•[/] {len(open_refunds)} refunds have not ended: {', '.join(row.order_id for row in open_refunds)}.")
     if not succeeded:

@@ -154,6 +154,7 @@ class Stack:
             if preparation:
                 processes.stop(preparation)
         self._close_interrupted_runs()
+        self._let_runs_pass()
 
     def _stop(self) -> None:
         self.ignore_signals()
@@ -224,6 +225,14 @@ class Stack:
                 "AND task_instance.state NOT IN ('success', 'failed', 'skipped', 'upstream_failed', 'removed')"
             )
             connection.execute("UPDATE dag_run SET state = 'failed', end_date = now() WHERE state IN ('queued', 'running')")
+
+    def _let_runs_pass(self) -> None:
+        """Take the thresholds of `make up` away: in `make demo` nobody could be asked to approve a run."""
+        for limit in ("approval_total", "approval_count"):
+            with self.ledger() as ledger:
+                row = ledger.execute(f"SELECT {limit} FROM refund_ledger.refund_control WHERE scope = '*'").fetchone()  # noqa: S608 - ours
+            if row != (None,):
+                self.run("limit", "include.refunds", "limit", limit, "none", "--reason", "Only `make up` asks.", "--by", "make up")
 
 
 def telling_lines(log: Path) -> str:

@@ -12,7 +12,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO
 
@@ -43,7 +43,6 @@ class Keys:
     airflow_fernet: str
     airflow_jwt: str
     airflow_session: str
-    admin_password: str
     ledger_encryption: str
     ledger_fingerprint: str
     payroc_api_key: str
@@ -55,7 +54,6 @@ class Keys:
             airflow_fernet=_fernet_key(),
             airflow_jwt=secrets.token_hex(32),
             airflow_session=secrets.token_hex(32),
-            admin_password=secrets.token_urlsafe(9),
             ledger_encryption=_fernet_key(),
             ledger_fingerprint=secrets.token_hex(32),
             payroc_api_key=secrets.token_hex(24),
@@ -114,8 +112,10 @@ class State:
         if not self._keys.exists():
             write_private(self._keys, json.dumps(asdict(Keys.draw()), indent=2))
         try:
-            return Keys(**json.loads(self._keys.read_text()))
-        except (ValueError, TypeError):
+            kept = json.loads(self._keys.read_text())
+            # An earlier version of the demo may have kept others beside them.
+            return Keys(**{field.name: kept[field.name] for field in fields(Keys)})
+        except (ValueError, TypeError, KeyError):
             raise DemoError(f"{self._keys} is damaged. `make clean` removes the demo's data, and the next start makes it anew.") from None
 
     def note(self, name: str) -> str | None:

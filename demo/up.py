@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import secrets
 import shlex
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from demo import processes
@@ -15,11 +17,15 @@ from demo.console import say, step
 from demo.errors import DemoError
 from demo.files import write_private
 from demo.postgres import HOST, free_port, port_is_free
+from demo.result import count_by_status, money
 from demo.stack import AIRFLOW_DATABASE, WITHOUT_PROXY, Stack, telling_lines
 from demo.state import State
 
 DAGS = ("payroc_refunds", "payroc_refunds_followup")
-USER = "admin"
+# Who can log in, with their roles. Both may trigger a run and approve one; nobody may do both with the same.
+USERS = {"olivia": "op", "fiona": "user"}
+# In minor units: a run that passes it asks.
+THRESHOLD = 100_000
 
 _USUAL_PORT = 8080
 _READY_SECONDS = 180
@@ -37,13 +43,16 @@ def up(state: State) -> int:
     with state.locked("make up"), Stack(state) as stack:
         port = _USUAL_PORT if port_is_free(_USUAL_PORT) else free_port()
         address = f"http://{HOST}:{port}"
+        passwords = _passwords(state)
         env = _environment(stack, address, port)
         with step("Storing the three connections in Airflow", "Connections are in Airflow: payroc_default, refunds_ledger, refunds_source"):
             _store_connections(stack)
+        with step("Setting a threshold in the ledger", f"A day's refunds over {money(THRESHOLD, 'USD')} wait for a second person's yes"):
+            _set_threshold(stack)
         with _components(stack, env) as components:
             with step("Starting Airflow: scheduler, triggerer, DAG processor, API server", "Airflow is running"):
                 _wait_until_ready(stack, components, address)
-            _welcome(stack, address)
+            _welcome(stack, address, passwords)
             try:
                 _watch(stack, components)
             except KeyboardInterrupt:
@@ -52,17 +61,29 @@ def up(state: State) -> int:
     return 0
 
 
+def _passwords(state: State) -> dict[str, str]:
+    """Return the users' passwords, each drawn once, and keep them where Airflow looks for them."""
+    file = _passwords_file(state)
+    known = json.loads(file.read_text()) if file.exists() else {}
+    passwords = {user: known.get(user) or secrets.token_urlsafe(9) for user in USERS}
+    write_private(file, json.dumps(passwords))
+    return passwords
+
+
+def _passwords_file(state: State) -> Path:
+    return state.airflow / "passwords.json"
+
+
 def _environment(stack: Stack, address: str, port: int) -> dict[str, str]:
-    passwords = stack.state.airflow / "passwords.json"
-    write_private(passwords, json.dumps({USER: stack.keys.admin_password}))
     return stack.environment(connections_in_environment=False) | {
         "AIRFLOW__API__HOST": HOST,
         "AIRFLOW__API__PORT": str(port),
         "AIRFLOW__API__BASE_URL": address,
         "AIRFLOW__API__WORKERS": "1",
         "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"{address}/execution/",
-        "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS": f"{USER}:admin",
-        "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE": str(passwords),
+        "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS": ",".join(f"{user}:{role}" for user, role in USERS.items()),
+        "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE": str(_passwords_file(stack.state)),
+        "PAYROC_REFUNDS_APPROVERS": ",".join(USERS),
         # A slot is held for a whole interval when a task ends at the wrong moment: a second is less to wait than five.
         "AIRFLOW__WORKERS__MIN_HEARTBEAT_INTERVAL": "1",
         # A task that was killed is noticed, and tried again, while a person watches.
@@ -80,6 +101,11 @@ def _store_connections(stack: Stack) -> None:
         stack.run("airflow-connections", "airflow", "connections", "import", "--overwrite", file)
     finally:
         file.unlink()
+
+
+def _set_threshold(stack: Stack) -> None:
+    reason = "A second person looks at what a day releases above it."
+    stack.run("limit", "include.refunds", "limit", "approval_total", str(THRESHOLD), "--reason", reason, "--by", "make up")
 
 
 @contextmanager
@@ -134,21 +160,39 @@ def _watch(stack: Stack, components: dict[str, subprocess.Popen[bytes]]) -> None
         time.sleep(1)
 
 
-def _welcome(stack: Stack, address: str) -> None:
+def _welcome(stack: Stack, address: str, passwords: dict[str, str]) -> None:
     variables = stack.state.folder / "demo.env"
     names = ("PAYROC_REFUNDS_LEDGER_URL", "PAYROC_REFUNDS_SOURCE_URL", "PAYROC_REFUNDS_ENCRYPTION_KEYS", "PAYROC_REFUNDS_FINGERPRINT_KEY")
     env = stack.environment()
     write_private(variables, "".join(f"export {name}={shlex.quote(env[name])}\n" for name in names))
+    one, other = USERS
     say()
     say(f"  Airflow           [bold]{address}[/]")
-    say(f"  Login             [bold]{USER}[/]  password [bold]{stack.keys.admin_password}[/]")
+    for user, password in passwords.items():
+        say(f"  Login             [bold]{user}[/]  password [bold]{password}[/]")
     say(f"  Local Payroc      {stack.sandbox_url}  (a page with the refunds that exist there)")
     say(f"  Logs              {stack.state.logs}")
     say()
     say("[bold]What to do[/]")
-    say(f"  1. Open {address}/dags/{DAGS[0]} and log in.")
+    say(f"  1. Open {address}/dags/{DAGS[0]} and log in as {one}.")
     say("  2. Press Trigger. With dry_run on, the run only reports what it would send; without it, it pays the sample refunds.")
-    say("  3. Open the run, and in it the task send_refund: one row per refund, named by its order. The task report sums up.")
-    say(f"  4. Look into the ledger from another terminal:  . {variables} && .venv/bin/python -m include.refunds status")
+    say(f"  3. Above {money(THRESHOLD, 'USD')} the run waits at approve_run. Who triggered it can't approve it: log in as {other}")
+    say(f"     in a private window, open {address}/required_actions and answer.")
+    say("  4. Open the run, and in it the task send_refund: one row per refund, named by its order. The task report sums up.")
+    say(f"  5. Look into the ledger from another terminal:  . {variables} && .venv/bin/python -m include.refunds status")
     say()
+    if hint := _nothing_to_send(stack):
+        say(hint)
     say("Nothing runs by itself here: both DAGs have no schedule. Ctrl-C stops everything, and so does `make down`.")
+
+
+def _nothing_to_send(stack: Stack) -> str | None:
+    """Return what can be done to see a run that is about something, when the next one would be about nothing."""
+    with stack.ledger() as ledger:
+        counts = count_by_status(ledger)
+        held = ledger.execute("SELECT min(id) FROM refund_ledger.refunds WHERE status = 'held'").fetchone()
+    if not counts or "approved" in counts:
+        return None
+    if held and held[0]:
+        return f"All but the held refunds have been sent: with `release {held[0]} --reason …` in place of `status`, a run has one to send."
+    return "The sample refunds have been sent, so a run is about nothing. `make clean` removes the data, and then it starts afresh."

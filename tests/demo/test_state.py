@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -46,6 +47,13 @@ def test_damaged_keys_are_not_replaced_silently(folder: Path) -> None:
     (folder / "keys.json").write_text("{")
     with pytest.raises(DemoError, match="make clean"):
         state.keys()
+
+
+def test_keys_of_an_earlier_version_are_kept_and_what_it_kept_beside_them_is_left(folder: Path) -> None:
+    keys = State.open().keys()
+    kept = json.loads((folder / "keys.json").read_text())
+    (folder / "keys.json").write_text(json.dumps(kept | {"admin_password": "of earlier days"}))
+    assert State.open().keys() == keys
 
 
 def test_notes_are_kept(folder: Path) -> None:
