@@ -180,6 +180,11 @@ with DAG(
             else:
                 await ledger.finish_run(context["run_id"])
                 found = await run_report(ledger.engine, settings.source, context["run_id"])
+                # The run's state is this task's. A run that was cleared has left a row behind, whatever failed this time.
+                for task_id in ("pull_approved", "release"):
+                    if not found.rejected and context["ti"].xcom_pull(task_ids=task_id) is None:
+                        found.unfinished.append(f"{task_id} did not finish, its log says why.")
+                        break
         log.info("%s", found)
         if found.unfinished:
             raise AirflowFailException(" ".join(found.unfinished))

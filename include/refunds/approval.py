@@ -15,12 +15,14 @@ class Question:
     What a person has to know to approve a run.
 
     :param why: which threshold is passed, one sentence.
+    :param candidates_hash: of exactly which refunds.
     :param basis: what the run would release for the first time: ``totals`` with count, amount and largest per currency, and
-        ``new_payees``, to whom nothing was released before.
+        ``new_payees``, to whom nothing was released before; ``again`` counts what was released before and not sent.
     :param today: what the day has released without a person before, per currency.
     """
 
     why: str
+    candidates_hash: str
     basis: dict[str, Any]
     today: Totals
 
@@ -40,9 +42,12 @@ class Question:
                 "",
                 f"Payees to whom nothing was released before: **{self.basis['new_payees']:,}**",
                 "",
+                *([f"Beside these, {self.basis['again']:,} that were released before and not sent.", ""] if self.basis["again"] else []),
                 f"Released today without a person before: {sums(self.today)}.",
                 "",
                 f"{self.why} Approve releases exactly these refunds; what the source adds meanwhile waits for the next run, and what it "
                 "withdraws or changes is left out. Reject sends nothing, and they stay approved.",
+                "",
+                f"Reference: `{self.candidates_hash[:16]}`",
             ]
         )

@@ -19,6 +19,8 @@ Totals = Mapping[str, Mapping[str, int]]
 
 _MOST_NAMED = 3
 
+_UNPAID = REPLACEABLE | {Status.CANCELLED}
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -131,7 +133,8 @@ def added(one: Totals, other: Totals) -> dict[str, dict[str, int]]:
 
 def day_start(now: datetime, timezone: str) -> datetime:
     """Return when the day of an instant began."""
-    return now.astimezone(ZoneInfo(timezone)).replace(hour=0, minute=0, second=0, microsecond=0)
+    # Where a day has two midnights, it began with the first.
+    return now.astimezone(ZoneInfo(timezone)).replace(hour=0, minute=0, second=0, microsecond=0, fold=0)
 
 
 def open_door(
@@ -155,7 +158,7 @@ def open_door(
     run_so_far, day_so_far = added(run, {}), added(day, {})
     for item in asking:
         others = of_payee.setdefault(item.payee, [])
-        hold = _hold(item, limits, [other for other in others if other.id != item.id], now)
+        hold = _hold(item, limits, [other for other in others if _passed_before(other, item)], now)
         if hold is not None:
             door.held[item.id] = hold
             continue
@@ -171,13 +174,18 @@ def open_door(
     return door
 
 
-def who_to_ask(limits: Limits, *, today: Totals, run: Totals) -> str | None:
+def who_to_ask(limits: Limits, *, today: Totals, run: Totals, rejected: int = 0) -> str | None:
     """
     Return why a person has to approve a run, or ``None`` when nobody has to.
 
+    What a person rejected once takes a person, whatever the thresholds say by then.
+
     :param today: what the day has released without a person before, per currency.
     :param run: what this run would release for the first time, per currency.
+    :param rejected: how many of the run's refunds were in a run that a person rejected.
     """
+    if rejected:
+        return f"{rejected} of these refunds were in a run that was rejected."
     if not run:
         return None
     both = added(today, run)
@@ -233,15 +241,20 @@ def _duplicates(item: AtTheDoor, limits: Limits, others: Sequence[AtTheDoor], no
     same = [
         other
         for other in others
-        if (other.amount, other.currency) == (item.amount, item.currency)
-        # What ended without money at the payee is no reason not to pay.
-        and other.status not in REPLACEABLE
-        and _is_within(other, limits.duplicate_days, now)
+        if (other.amount, other.currency) == (item.amount, item.currency) and _is_within(other, limits.duplicate_days, now)
     ]
     named = ", ".join(f"refund {other.id} (order {other.order_id})" for other in same[:_MOST_NAMED])
     more = f" and {len(same) - _MOST_NAMED} more" if len(same) > _MOST_NAMED else ""
     reason = f"Held: possible duplicate of {named}{more}: the same payee and amount within {limits.duplicate_days} days."
     return {f"duplicate of {other.id}": reason for other in same}
+
+
+def _passed_before(other: AtTheDoor, item: AtTheDoor) -> bool:
+    """Tell whether a refund to the same payee counts against this one: what ended without money at the payee does not."""
+    if other.id == item.id or other.first_released_at is None or other.status in _UNPAID:
+        return False
+    # Of two that passed, the later one answers for the earlier one, and never both for each other.
+    return item.first_released_at is None or (other.first_released_at, other.id) < (item.first_released_at, item.id)
 
 
 def _is_within(other: AtTheDoor, days: int, now: datetime) -> bool:

@@ -64,6 +64,7 @@ class Report:
     :param invalid: errors of source rows, by source_ref and column.
     :param notes: sentences about anything else that asks for attention.
     :param unfinished: sentences for which a run counts as failed.
+    :param rejected: a person rejected the run, so that nothing was released.
     :param audit_head: the end of the audit trail, for people to keep.
     """
 
@@ -73,6 +74,7 @@ class Report:
     invalid: dict[str, dict[str, str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     unfinished: list[str] = field(default_factory=list)
+    rejected: bool = False
     audit_head: Head | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -223,11 +225,12 @@ def _note_approval(report: Report, run: RowMapping) -> None:
     if run["approved_by"]:
         report.notes.append(f"{run['approved_by']} approved the run.")
     if run["rejected_by"]:
+        report.rejected = True
         report.notes.append(f"{run['rejected_by']} rejected the run: nothing was sent, {sums(run['candidate_totals'])} stay approved.")
     elif run["released"] is None and run["approval_needed"] and not run["approved_by"]:
         report.unfinished.append("Nobody approved the run, so nothing was sent: clear approve_run to ask again.")
     elif run["released"] is None:
-        report.unfinished.append("Nothing was released: approve_run or release did not finish, its log says why.")
+        report.unfinished.append("Nothing was released.")
 
 
 def _note_findings(report: Report, findings: dict[str, Any]) -> None:

@@ -120,6 +120,28 @@ def test_a_payee_gets_no_more_refunds_than_its_cap_and_what_passed_longer_ago_do
     assert status(world, three) == ["released"]
 
 
+def test_of_two_that_were_let_through_the_later_one_answers_for_the_earlier_one_and_never_both(world: World) -> None:
+    one, two = world.approve(account_number=ACCOUNT), world.approve(account_number=ACCOUNT)
+    world.pull()
+    world.release("run-1", Selection(source_refs=(one,)))
+    world.release("run-2", Selection(source_refs=(two,)))
+    world.limit(duplicate_days=7, payee_days=7, payee_count=1)
+    world.release("run-3")
+    assert status(world, one, two) == ["released", "held"]
+
+
+def test_a_cancelled_refund_does_not_hold_the_one_that_is_approved_in_its_place(world: World) -> None:
+    wrong = world.approve(account_number=ACCOUNT)
+    world.pull()
+    world.release()
+    world.run(world.ledger.cancel(world.row(wrong)["id"], "A typing error."))
+    world.limit(duplicate_days=7, payee_days=7, payee_count=1)
+    right = world.approve(account_number=ACCOUNT)
+    world.pull()
+    world.release("run-2")
+    assert status(world, right) == ["released"]
+
+
 # -- caps of the run and the day -------------------------------------------------------------------------------------------
 
 
@@ -212,6 +234,24 @@ def test_two_runs_at_once_do_not_exceed_a_cap_together(world: World) -> None:
     assert waited
     assert sorted(len(ids) for ids in released) == [0, 3]
     assert sorted(status(world, *refs)) == ["approved"] * 3 + ["released"] * 3
+
+
+def test_a_pause_waits_neither_for_a_run_at_the_door_nor_for_a_dry_run(world: World) -> None:
+    world.approve()
+    world.pull()
+    ledger = Ledger(world.ledger.engine, world.settings, actor="ann")
+
+    async def pause_beside_a_dry_run_at_the_door() -> None:
+        async with world.ledger.rehearsal() as rehearsal:
+            await rehearsal.check_source()
+            candidates = await rehearsal.candidates(Selection())
+            await rehearsal.begin_run("run-1", {}, candidates, {}, datetime.now(UTC))
+            await rehearsal.ask_approval("run-1")
+            await rehearsal.release("run-1", [item.id for item in candidates], [item.id for item in candidates], {})
+            await asyncio.wait_for(ledger.pause("*", "The bank called."), timeout=5)
+
+    world.run(pause_beside_a_dry_run_at_the_door())
+    assert world.paused() == {"*": "The bank called."}
 
 
 # -- limits and people -----------------------------------------------------------------------------------------------------
@@ -365,6 +405,30 @@ def test_an_answer_about_other_candidates_counts_for_nothing(world: World) -> No
 async def _pulled_anew(world: World, run_id: str, *refs: str) -> None:
     candidates = await world.ledger.candidates(Selection(source_refs=refs))
     await world.ledger.begin_run(run_id, {}, candidates, {}, datetime.now(UTC))
+
+
+def test_a_run_that_asked_once_does_not_ask_about_anything_else_because_airflow_would_show_the_first_question(world: World) -> None:
+    world.limit(approval_count=0)
+    one, two = world.approve(), world.approve()
+    world.pull()
+    begin(world, "run-1", one)
+    with pytest.raises(LedgerError, match=r"asked a person about something else before.*trigger a new run"):
+        begin(world, "run-1", one, two)
+    assert begin(world, "run-1", one)[0] is not None, "the same question may be asked again"
+
+
+def test_what_a_person_rejected_does_not_pass_by_itself_the_next_day_or_under_a_higher_threshold(world: World) -> None:
+    world.limit(approval_count=0)
+    ref = world.approve()
+    world.pull()
+    begin(world, "run-1", ref)
+    world.run(world.ledger.record_rejection("run-1", by="frank"))
+    world.limit(approval_count=None)
+    question, ids = begin(world, "run-2", ref)
+    assert question.why == "1 of these refunds were in a run that was rejected."
+    world.run(world.ledger.record_approval("run-2", by="gina", triggered_by=None))
+    assert world.run(world.release_only("run-2", ids)) == ids
+    assert world.row(ref)["run_rejected_by"] is None
 
 
 def test_a_rejected_run_releases_nothing_and_its_refunds_stay_approved(world: World) -> None:

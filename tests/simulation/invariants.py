@@ -54,6 +54,9 @@ class Invariants:
         # Who approved exactly these candidates of a run; nobody, when it passed by itself.
         self._approvals: dict[tuple[str, str], str | None] = {}
         self._asked: dict[str, str] = {}
+        self._shown: dict[str, str] = {}
+        self._refused: set[str] = set()
+        self._held: set[int] = set()
         self.limits = LimitsKept(ledger)
         self._bodies: dict[str, bytes] = {}
         self._first: dict[str, tuple[float, str]] = {}
@@ -188,9 +191,15 @@ class Invariants:
     def _passed_or_asked(self, args: tuple[Any, ...], kwargs: dict[str, Any], question: Any) -> None:
         run_id, candidates = args[0], self.ledger.runs[args[0]].candidates_hash
         if question is None:
+            refused = any(self.ledger.rows[item].source_ref in self._refused for item in self.ledger.runs[run_id].candidate_ids)
+            if refused and self._approvals.get((run_id, candidates)) is None:
+                raise Violation(f"{run_id} passes by itself with refunds that a person rejected.")
             self._approvals.setdefault((run_id, candidates), None)
         else:
             self._asked[run_id] = candidates
+            # Airflow shows the first question of a task for ever.
+            if self._shown.setdefault(run_id, question.body(run_id)) != question.body(run_id):
+                raise Violation(f"{run_id} asks, and what Airflow shows is the question of before.")
             self._approvals.pop((run_id, candidates), None)
 
     def _approved(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: None) -> None:
@@ -201,6 +210,8 @@ class Invariants:
 
     def _rejected(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: None) -> None:
         self._approvals.pop((args[0], self._asked[args[0]]), None)
+        waiting = [self.ledger.rows[item] for item in self.ledger.runs[args[0]].candidate_ids]
+        self._refused |= {row.source_ref for row in waiting if row.status in (Status.APPROVED, Status.RELEASED)}
 
     def _begun(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: None) -> None:
         # A pull that is repeated takes the run's approval back.
@@ -235,6 +246,11 @@ class Invariants:
             raise Violation(f"{run_id} releases refunds that approve_run did not approve.")
         if not self.restored:
             self.limits.released(run_id, refund_ids, by=self._approvals[approval])
+            for refund_id in candidate_ids:
+                if self.ledger.rows[refund_id].status is Status.HELD and refund_id not in self._held:
+                    self.limits.held(self.ledger.rows[refund_id])
+        self._refused -= {self.ledger.rows[item].source_ref for item in refund_ids}
+        self._held = {row.id for row in self.ledger.rows.values() if row.status is Status.HELD}
         for refund_id in refund_ids:
             row = self.ledger.rows[refund_id]
             if row.replaces is not None:

@@ -78,6 +78,7 @@ class Row:
     first_released_at: datetime | None = None
     first_released_run: str | None = None
     first_released_approver: str | None = None
+    run_rejected_by: str | None = None
     holds: tuple[str, ...] = ()
     released_holds: tuple[str, ...] = ()
     attempts: int = 0
@@ -114,7 +115,9 @@ class Run:
 
     candidates_hash: str
     basis: dict[str, Any]
+    candidate_ids: tuple[int, ...] = ()
     asked_hash: str | None = None
+    question: str | None = None
     approved_hash: str | None = None
     approved_by: str | None = None
     rejected_by: str | None = None
@@ -380,21 +383,36 @@ class MemoryLedger:
     def begin_run(
         self, run_id: str, params: dict[str, Any], candidates: Sequence[Candidate], findings: dict[str, Any], at: datetime
     ) -> None:
-        counted = self.runs[run_id].counted if run_id in self.runs else {}
+        before = self.runs.get(run_id)
+        counted = before.counted if before else {}
         ids = [item.id for item in candidates]
-        self.runs[run_id] = Run(hash_of_ids(ids), self._approval_basis(ids), counted=counted, counted_before=counted)
+        self.runs[run_id] = Run(
+            hash_of_ids(ids),
+            self._approval_basis(ids),
+            tuple(ids),
+            question=before.question if before else None,
+            counted=counted,
+            counted_before=counted,
+        )
 
     def ask_approval(self, run_id: str) -> Question | None:
         run = self._run(run_id)
         if run.approved_by is not None and run.approved_hash == run.candidates_hash:
             return None
         today = self._released_without_a_person(run_id)
-        why = who_to_ask(self.limited, today=today, run=run.basis["totals"])
+        why = self._why_ask(today, run)
         if why is None:
             run.approved_hash = run.candidates_hash
             return None
+        question = Question(why, run.candidates_hash, run.basis, today)
+        if run.question not in (None, question.body(run_id)):
+            raise LedgerError(f"Run {run_id} asked about something else before.")
+        run.question = question.body(run_id)
         run.asked_hash, run.approved_hash, run.approved_by, run.rejected_by = run.candidates_hash, None, None, None
-        return Question(why, run.basis, today)
+        return question
+
+    def _why_ask(self, today: Totals, run: Run) -> str | None:
+        return who_to_ask(self.limited, today=today, run=run.basis["totals"], rejected=run.basis["rejected"])
 
     def record_approval(self, run_id: str, *, by: str, triggered_by: str | None) -> None:
         if triggered_by is not None and same_person(by, triggered_by):
@@ -405,6 +423,9 @@ class MemoryLedger:
     def record_rejection(self, run_id: str, *, by: str) -> None:
         run = self._asked(run_id)
         run.rejected_by, run.approved_by, run.approved_hash = by, None, None
+        for refund_id in run.candidate_ids:
+            if self.rows[refund_id].status in (Status.APPROVED, Status.RELEASED):
+                self.rows[refund_id].run_rejected_by = by
 
     def _asked(self, run_id: str) -> Run:
         run = self._run(run_id)
@@ -413,12 +434,18 @@ class MemoryLedger:
         return run
 
     def _approval_basis(self, ids: Sequence[int]) -> dict[str, Any]:
-        rows = [self.rows[refund_id] for refund_id in ids if self.rows[refund_id].first_released_at is None]
+        found = [self.rows[refund_id] for refund_id in ids]
+        rows = [row for row in found if row.first_released_at is None]
         sums: dict[str, dict[str, int]] = totals((row.currency, row.amount) for row in rows)
         for currency, entry in sums.items():
             entry["largest"] = max(row.amount for row in rows if row.currency == currency)
         known = {row.payee_fingerprint for row in self.rows.values() if row.first_released_at is not None}
-        return {"totals": sums, "new_payees": len({row.payee_fingerprint for row in rows} - known)}
+        return {
+            "totals": sums,
+            "again": len(found) - len(rows),
+            "rejected": sum(row.run_rejected_by is not None for row in found),
+            "new_payees": len({row.payee_fingerprint for row in rows} - known),
+        }
 
     def _released_without_a_person(self, but: str) -> dict[str, dict[str, int]]:
         """Return what other runs released today without a person, and this one before it was pulled anew."""
@@ -442,7 +469,7 @@ class MemoryLedger:
                 released: dict[str, Any] = {"released_by": "simulation", "released_run": run_id, "released_at": now}
                 if self.rows[refund_id].first_released_at is None:
                     released["first_released_approver"] = run.approved_by
-                self._write(self.rows[refund_id], now, status=Status.RELEASED, reason=None, holds=(), **released)
+                self._write(self.rows[refund_id], now, status=Status.RELEASED, reason=None, holds=(), run_rejected_by=None, **released)
         for refund_id, hold in door.held.items():
             self._write(self.rows[refund_id], now, status=Status.HELD, holds=hold.names, reason=hold.reason)
         run.counted = added(run.counted, door.counted)
@@ -453,7 +480,7 @@ class MemoryLedger:
         run = self._run(run_id)
         if run.approved_hash != hash_of_ids(candidate_ids):
             raise LedgerError(f"Run {run_id} holds no approval of exactly these refunds.")
-        if run.approved_by is None and who_to_ask(self.limited, today=self._released_without_a_person(run_id), run=run.basis["totals"]):
+        if run.approved_by is None and self._why_ask(self._released_without_a_person(run_id), run):
             raise LedgerError(f"Run {run_id} takes a person by now.")
 
     def _open_door(self, ids: Sequence[int], counted: Totals) -> Door:
@@ -876,6 +903,7 @@ _UNSENT = (
     "first_released_at",
     "first_released_run",
     "first_released_approver",
+    "run_rejected_by",
     "first_sent_at",
     "lease_until",
     "next_attempt_at",

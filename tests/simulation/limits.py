@@ -12,7 +12,7 @@ from include.refunds.states import Status
 from tests.simulation.engine import Violation
 from tests.simulation.ledger import MemoryLedger, Row
 
-_UNPAID = (Status.REJECTED, Status.RETURNED, Status.REVERSED)
+_UNPAID = (Status.REJECTED, Status.RETURNED, Status.REVERSED, Status.CANCELLED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +63,7 @@ class LimitsKept:
         limits, pardoned = self._ledger.limited, self._released_holds.get(row.id, set())
         if limits.largest_refund is not None and row.amount > limits.largest_refund and "largest_refund" not in pardoned:
             raise Violation(f"{row.source_ref} passes the door with {row.amount}, and {limits.largest_refund} is the most.")
-        others = [(item, self._ledger.rows[item.id]) for item in self._counted.values() if item.id != row.id]
-        same_payee = [(item, other) for item, other in others if other.payee_fingerprint == row.payee_fingerprint]
+        same_payee = self._counted_before(row)
         if limits.payee_days is not None:
             within = [other for item, other in same_payee if item.at > now - timedelta(days=limits.payee_days)]
             self._check_payee(row, within, pardoned)
@@ -72,8 +71,30 @@ class LimitsKept:
             for item, other in same_payee:
                 near = item.at > now - timedelta(days=limits.duplicate_days)
                 pardon = f"duplicate of {other.id}" in pardoned
-                if near and other.amount == row.amount and other.status not in _UNPAID and not pardon:
+                if near and other.amount == row.amount and not pardon:
                     raise Violation(f"{row.source_ref} passes the door, and nobody looked at its likeness to {other.source_ref}.")
+
+    def _counted_before(self, row: Row) -> list[tuple[Counted, Row]]:
+        """Return what passed to the same payee before this one, and did not end without money there."""
+        mine = self._counted.get(row.id)
+        found = []
+        for item in self._counted.values():
+            other = self._ledger.rows[item.id]
+            before = mine is None or (item.at, item.id) < (mine.at, mine.id)
+            if item.id != row.id and before and other.payee_fingerprint == row.payee_fingerprint and other.status not in _UNPAID:
+                found.append((item, other))
+        return found
+
+    def held(self, row: Row) -> None:
+        """A refund is held: something must be wrong with it."""
+        pardoned, self._released_holds[row.id] = self._released_holds.get(row.id, set()), set(row.released_holds)
+        try:
+            self._check_own(row, self._ledger.clock())
+        except Violation:
+            return
+        finally:
+            self._released_holds[row.id] = pardoned
+        raise Violation(f"{row.source_ref} is held, and no limit stands against it: {row.reason}")
 
     def _check_payee(self, row: Row, within: Sequence[Row], pardoned: set[str]) -> None:
         limits = self._ledger.limited

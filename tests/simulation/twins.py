@@ -22,6 +22,17 @@ _TABLES = ("refund_attempts", "refund_event_chain", "refund_events", "refund_run
 
 # What the two are compared by after each call. The events and the runs' reports are the database's own.
 _COMPARED = tuple(name for name in Row.__slots__ if name not in ("released_by", "request", "as_refund", "key"))
+_RUN_COLUMNS = (
+    "candidates_hash",
+    "asked_hash",
+    "question",
+    "approved_hash",
+    "approved_by",
+    "rejected_by",
+    "counted",
+    "counted_before",
+    "released",
+)
 _READS = frozenset(
     {
         "now",
@@ -70,6 +81,11 @@ class PostgresLedger:
     def dump(self) -> list[dict[str, Any]]:
         """Return the rows of ``refunds``."""
         return self._run(self._rows(f"SELECT {', '.join(_COMPARED)} FROM refund_ledger.refunds ORDER BY id"))
+
+    def dump_runs(self) -> dict[str, dict[str, Any]]:
+        """Return what decisions are made from of ``refund_runs``, by run."""
+        rows = self._run(self._rows(f"SELECT run_id, {', '.join(_RUN_COLUMNS)} FROM refund_ledger.refund_runs"))
+        return {row.pop("run_id"): row for row in rows}
 
     def backup(self) -> dict[str, Any]:
         """Return a copy of everything but the events, which no decision is made from."""
@@ -173,6 +189,8 @@ class Twins:
         if name not in _READS:
             rows = [{column: getattr(row, column) for column in _COMPARED} for _, row in sorted(self.memory.rows.items())]
             _same(f"{name}, then the rows", rows, self.postgres.dump())
+            runs = {run_id: {column: getattr(run, column) for column in _RUN_COLUMNS} for run_id, run in self.memory.runs.items()}
+            _same(f"{name}, then the runs", runs, self.postgres.dump_runs())
 
 
 def _same(what: str, ours: Any, theirs: Any) -> None:

@@ -68,13 +68,16 @@ class Control(LedgerBase):
 
     async def _bond(self, column: str, value: str, *, bind: bool) -> str | None:
         """Return what the ledger was bound to before; one that was bound to nothing is bound to ``value`` if told so."""
-        query = text(f"SELECT {column} FROM refund_ledger.refund_control WHERE scope = '*'" + (" FOR UPDATE" if bind else ""))
-        update = text(f"UPDATE refund_ledger.refund_control SET {column} = :value WHERE scope = '*'")
+        # Bound once, for ever: only the first time takes the row's lock, on which a pause would wait.
+        query = text(f"SELECT {column} FROM refund_ledger.refund_control WHERE scope = '*'")
+        update = text(f"UPDATE refund_ledger.refund_control SET {column} = :value WHERE scope = '*' AND {column} IS NULL")
         async with self._transaction() as (connection, now):
             found: str | None = (await connection.execute(query)).scalar_one()
             if found is None and bind:
                 await self._because(connection, now, value)
-                await connection.execute(update, {"value": value})
+                if (await connection.execute(update, {"value": value})).rowcount == 0:
+                    # Another one has bound it a moment ago.
+                    found = (await connection.execute(query)).scalar_one()
         return found
 
     async def pause(self, scope: str, reason: str) -> None:
@@ -122,17 +125,20 @@ class Control(LedgerBase):
             raise LedgerError(f"The limit {name} must lie between {smallest} and {largest}.")
         update = text(f"UPDATE refund_ledger.refund_control SET {name} = :value WHERE scope = '*'")
         async with self._transaction() as (connection, now):
-            before = await self._limits(connection, for_update=True)
+            await self._lock_door(connection)
+            before = await self._limits(connection)
             after = replace(before, **{name: value})
             if after.payee_days is None and (after.payee_total, after.payee_count) != (None, None):
                 raise LedgerError("A cap per payee needs its days: set payee_days first, and take it away last.")
             await self._because(connection, now, reason)
             await connection.execute(update, {"value": value})
 
-    async def _limits(self, connection: AsyncConnection, *, for_update: bool = False) -> Limits:
-        query = text(
-            f"SELECT {', '.join(LIMITS)} FROM refund_ledger.refund_control WHERE scope = '*'" + (" FOR UPDATE" if for_update else "")
-        )
+    async def _lock_door(self, connection: AsyncConnection) -> None:
+        """Let nobody else pass the door or change its limits until the commit. A pause waits for nobody: each claim asks for it."""
+        await connection.execute(text("SELECT pg_advisory_xact_lock(hashtext('refund_ledger.door'))"))
+
+    async def _limits(self, connection: AsyncConnection) -> Limits:
+        query = text(f"SELECT {', '.join(LIMITS)} FROM refund_ledger.refund_control WHERE scope = '*'")
         return Limits(**(await connection.execute(query)).mappings().one())
 
     async def _pause(self, connection: AsyncConnection, scope: str, reason: str, now: datetime) -> None:

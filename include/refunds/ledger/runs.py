@@ -137,10 +137,11 @@ class Runs(Control):
         """
         upsert = text("""
             INSERT INTO refund_ledger.refund_runs
-                (run_id, params, candidates, candidate_totals, candidates_hash, approval_basis, findings, started_at)
-            VALUES (:run_id, CAST(:params AS jsonb), :candidates, CAST(:totals AS jsonb), :hash, CAST(:basis AS jsonb),
+                (run_id, params, candidates, candidate_ids, candidate_totals, candidates_hash, approval_basis, findings, started_at)
+            VALUES (:run_id, CAST(:params AS jsonb), :candidates, :ids, CAST(:totals AS jsonb), :hash, CAST(:basis AS jsonb),
                 CAST(:findings AS jsonb), :at)
             ON CONFLICT (run_id) DO UPDATE SET params = EXCLUDED.params, candidates = EXCLUDED.candidates,
+                candidate_ids = EXCLUDED.candidate_ids,
                 candidate_totals = EXCLUDED.candidate_totals, candidates_hash = EXCLUDED.candidates_hash,
                 approval_basis = EXCLUDED.approval_basis, findings = EXCLUDED.findings, started_at = EXCLUDED.started_at,
                 finished_at = NULL, approval_needed = NULL, asked_hash = NULL, approved_by = NULL, approved_at = NULL,
@@ -154,6 +155,7 @@ class Runs(Control):
                     "run_id": run_id,
                     "params": json.dumps(params),
                     "candidates": len(candidates),
+                    "ids": ids,
                     "totals": json.dumps(totals((item.currency, item.amount) for item in candidates)),
                     "hash": hash_of_ids(ids),
                     "basis": json.dumps(await _approval_basis(connection, ids)),
@@ -167,24 +169,34 @@ class Runs(Control):
         Find out whether a person has to approve a run, and note the answer.
 
         :returns: ``None`` when nobody has to be asked: the run stays under the thresholds, or a person approved exactly these candidates.
-        :raises LedgerError: when no pull of this run stored its candidates.
+        :raises LedgerError: when no pull of this run stored its candidates, or the run asked about something else before.
         """
         pass_by_itself = text(
             "UPDATE refund_ledger.refund_runs SET approval_needed = false, approved_hash = candidates_hash WHERE run_id = :run_id"
         )
         ask = text("""
-            UPDATE refund_ledger.refund_runs SET approval_needed = true, asked_hash = candidates_hash,
+            UPDATE refund_ledger.refund_runs SET approval_needed = true, asked_hash = candidates_hash, question = :question,
                 approved_by = NULL, approved_at = NULL, approved_hash = NULL, rejected_by = NULL, rejected_at = NULL
             WHERE run_id = :run_id""")
         async with self._transaction() as (connection, now):
-            limits = await self._limits(connection, for_update=True)
             run = await self._run(connection, run_id)
             if run.approved_by is not None and run.approved_hash == run.candidates_hash:
                 return None
             today = await self._released_without_a_person(connection, run, now)
-            why = who_to_ask(limits, today=today, run=run.approval_basis["totals"])
-            await connection.execute(ask if why else pass_by_itself, {"run_id": run_id})
-            return Question(why, run.approval_basis, today) if why else None
+            why = _why_ask(await self._limits(connection), today, run)
+            if why is None:
+                await connection.execute(pass_by_itself, {"run_id": run_id})
+                return None
+            question = Question(why, run.candidates_hash, run.approval_basis, today)
+            body = question.body(run_id)
+            if run.question not in (None, body):
+                # Airflow goes on showing the first question of a task, whatever is asked after it was cleared.
+                raise LedgerError(
+                    f"Run {run_id} asked a person about something else before, and Airflow would show that question again: "
+                    "trigger a new run, which asks about what is approved now."
+                )
+            await connection.execute(ask, {"run_id": run_id, "question": body})
+            return question
 
     async def record_approval(self, run_id: str, *, by: str, triggered_by: str | None) -> None:
         """
@@ -215,9 +227,14 @@ class Runs(Control):
             UPDATE refund_ledger.refund_runs SET rejected_by = :by, rejected_at = :now,
                 approved_by = NULL, approved_at = NULL, approved_hash = NULL
             WHERE run_id = :run_id AND asked_hash = candidates_hash""")
-        await self._answered(run_id, update, "rejection", by)
+        # The next run must not let pass by itself what a person has refused.
+        mark = text("""
+            UPDATE refund_ledger.refunds SET run_rejected_by = :by
+            WHERE status IN ('approved', 'released') AND id IN (
+                SELECT unnest(candidate_ids) FROM refund_ledger.refund_runs WHERE run_id = :run_id)""")
+        await self._answered(run_id, update, "rejection", by, mark)
 
-    async def _answered(self, run_id: str, update: TextClause, event: str, by: str) -> None:
+    async def _answered(self, run_id: str, update: TextClause, event: str, by: str, also: TextClause | None = None) -> None:
         async with self._transaction() as (connection, now):
             run = await self._run(connection, run_id)
             if (await connection.execute(update, {"run_id": run_id, "by": by, "now": now})).rowcount == 0:
@@ -225,18 +242,20 @@ class Runs(Control):
                     f"Run {run_id} has other candidates than those that {by} was asked about, so the answer counts for nothing: "
                     "clear approve_run to ask again."
                 )
+            if also is not None:
+                await connection.execute(also, {"run_id": run_id, "by": by})
             detail = {"run_id": run_id, "candidates_hash": run.candidates_hash, **run.approval_basis}
             await self._event(connection, now, event, reason=f"Answered by {by} in Airflow.", detail=detail, actor=by)
 
     async def at_the_door(self, ids: Sequence[int]) -> Door:
         """Return what the door would do with refunds now, in a run of their own. Nothing is changed."""
         async with self._transaction() as (connection, now):
-            control = await self._control(connection, lock=False)
+            control = await self._control(connection)
             return await self._open_door(connection, control, ids, {}, now)
 
     async def release(self, run_id: str, candidate_ids: Sequence[int], standing_ids: Sequence[int], withdrawn: dict[int, str]) -> list[int]:
         """
-        Release refunds for sending: the one door, in one transaction under a lock on ``refund_control``.
+        Release refunds for sending: the one door, in one transaction under a lock of its own.
 
         What is paused stays as it is. What breaks a limit by itself is held, what finds no room under a cap of the run or the day waits.
 
@@ -253,7 +272,8 @@ class Runs(Control):
             UPDATE refund_ledger.refunds SET status = 'approved', reason = :reason, updated_at = :now
             WHERE id = :id AND status = 'released'""")
         release = text("""
-            UPDATE refund_ledger.refunds SET status = 'released', reason = NULL, holds = '{}', first_released_approver = :approver,
+            UPDATE refund_ledger.refunds SET status = 'released', reason = NULL, holds = '{}',
+                first_released_approver = :approver, run_rejected_by = NULL,
                 released_by = :actor, released_run = :run_id, released_at = :now, updated_at = :now
             WHERE id = ANY(:ids) AND status = 'approved'""")
         hold = text("""
@@ -268,8 +288,9 @@ class Runs(Control):
                 || jsonb_build_object('withdrawn', COALESCE(findings -> 'withdrawn', '{}') || CAST(:withdrawn AS jsonb))
             WHERE run_id = :run_id""")
         async with self._transaction() as (connection, now):
-            # One release at a time: what is counted against a cap or held against a pause stays true until the commit.
-            control = await self._control(connection, lock=True)
+            # One release at a time: what is counted against a cap stays true until the commit.
+            await self._lock_door(connection)
+            control = await self._control(connection)
             run = await self._run(connection, run_id)
             await self._check_approval(connection, run, candidate_ids, control.limits, now)
             for refund_id, finding in withdrawn.items():
@@ -295,18 +316,19 @@ class Runs(Control):
             )
             return [row.id for row in released]
 
-    async def _control(self, connection: AsyncConnection, *, lock: bool) -> _State:
-        query = "SELECT *, paused_at IS NOT NULL AS paused FROM refund_ledger.refund_control ORDER BY scope"
-        rows = (await connection.execute(text(query + (" FOR UPDATE" if lock else "")))).mappings().all()
+    async def _control(self, connection: AsyncConnection) -> _State:
+        query = text("SELECT *, paused_at IS NOT NULL AS paused FROM refund_ledger.refund_control")
+        rows = (await connection.execute(query)).mappings().all()
         limits = next(Limits(**{name: row[name] for name in LIMITS}) for row in rows if row["scope"] == EVERYTHING)
         return _State({row["scope"] for row in rows if row["paused"]}, limits)
 
     async def _run(self, connection: AsyncConnection, run_id: str) -> Row[Any]:
         query = text("""
-            SELECT run_id, candidates_hash, approved_hash, approved_by, approval_basis, counted, counted_before
+            SELECT run_id, candidates_hash, approved_hash, approved_by, approval_basis, question, counted, counted_before
             FROM refund_ledger.refund_runs WHERE run_id = :run_id FOR UPDATE""")
         run = (await connection.execute(query, {"run_id": run_id})).one_or_none()
-        if run is None:
+        # An earlier version noted less of a run.
+        if run is None or not run.approval_basis:
             raise _no_run(run_id)
         return run
 
@@ -321,7 +343,7 @@ class Runs(Control):
         if run.approved_by is None:
             # Another run may have passed the door since nobody had to be asked.
             today = await self._released_without_a_person(connection, run, now)
-            if why := who_to_ask(limits, today=today, run=run.approval_basis["totals"]):
+            if why := _why_ask(limits, today, run):
                 raise LedgerError(f"{why} That was not so when run {run.run_id} was let pass: clear approve_run, and it asks a person.")
 
     async def _open_door(self, connection: AsyncConnection, control: _State, ids: Sequence[int], counted: Totals, now: datetime) -> Door:
@@ -388,8 +410,13 @@ def _no_run(run_id: str) -> LedgerError:
     return LedgerError(f"The ledger holds no candidates of run {run_id}: clear pull_approved and let the run go on from there.")
 
 
+def _why_ask(limits: Limits, today: Totals, run: Row[Any]) -> str | None:
+    basis = run.approval_basis
+    return who_to_ask(limits, today=today, run=basis["totals"], rejected=basis["rejected"])
+
+
 async def _approval_basis(connection: AsyncConnection, ids: Sequence[int]) -> dict[str, Any]:
-    """Return what a run would release for the first time, and to how many payees to whom nothing was released before."""
+    """Return what a run would release for the first time, to how many new payees, and how many again, or in spite of a rejection."""
     sums = text("""
         SELECT currency, count(*) AS count, sum(amount)::bigint AS amount, max(amount) AS largest FROM refund_ledger.refunds
         WHERE id = ANY(:ids) AND first_released_at IS NULL GROUP BY currency""")
@@ -398,8 +425,12 @@ async def _approval_basis(connection: AsyncConnection, ids: Sequence[int]) -> di
         WHERE id = ANY(:ids) AND first_released_at IS NULL AND NOT EXISTS (
             SELECT FROM refund_ledger.refunds AS before
             WHERE before.payee_fingerprint = r.payee_fingerprint AND before.first_released_at IS NOT NULL)""")
+    others = text("""
+        SELECT count(*) FILTER (WHERE first_released_at IS NOT NULL) AS again, count(run_rejected_by) AS rejected
+        FROM refund_ledger.refunds WHERE id = ANY(:ids)""")
     return {
         "totals": await _sums(connection, sums, {"ids": list(ids)}),
+        **(await connection.execute(others, {"ids": list(ids)})).mappings().one(),
         "new_payees": (await connection.execute(payees, {"ids": list(ids)})).scalar_one(),
     }
 

@@ -40,6 +40,9 @@ class ApproveRunOperator(ApprovalOperator):
     - **Reject**: the direct downstream tasks are skipped, whatever their trigger rule, and the task succeeds.
     - No answer in time, or one that does not count: the task fails, and nothing is sent. Clearing it asks again.
 
+    Give it retries: an answer within seconds of the question may be lost by Airflow, which then takes the task for killed
+    (https://github.com/apache/airflow/issues/67287), and a retry asks again.
+
     :param approvers: ids of the Airflow users who may answer, as Airflow's auth manager knows them. Empty means everybody who may
         answer for the DAG. Who triggered the run is never among them.
     :param response_timeout: for how long it waits. It waits no longer than until shortly before the next scheduled run.

@@ -30,7 +30,9 @@ ALTER TABLE refund_ledger.refund_control
 
 ALTER TABLE refund_ledger.refund_runs
     ADD COLUMN approval_basis jsonb NOT NULL DEFAULT '{}',
+    ADD COLUMN candidate_ids  bigint[] NOT NULL DEFAULT '{}',
     ADD COLUMN asked_hash     text,
+    ADD COLUMN question       text,
     ADD COLUMN rejected_by    text,
     ADD COLUMN rejected_at    timestamptz,
     ADD COLUMN counted        jsonb NOT NULL DEFAULT '{}',
@@ -51,6 +53,7 @@ ALTER TABLE refund_ledger.refunds
     ADD COLUMN first_released_approver text,
     ADD COLUMN holds              text[] NOT NULL DEFAULT '{}',
     ADD COLUMN released_holds     text[] NOT NULL DEFAULT '{}',
+    ADD COLUMN run_rejected_by    text,
     ADD COLUMN request_key        text;
 UPDATE refund_ledger.refunds SET first_released_at = released_at, first_released_run = released_run WHERE released_at IS NOT NULL;
 UPDATE refund_ledger.refunds SET holds = '{by hand}' WHERE status = 'held';

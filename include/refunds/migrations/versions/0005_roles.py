@@ -14,7 +14,7 @@ MASKED = """
 CREATE VIEW refund_ledger.refunds_masked AS
 SELECT id, source, source_ref, processing_terminal_id, order_id, description, amount, currency, payee_last4, payee_fingerprint,
        requested_by, approved_by, approved_at, idempotency_key, status, reason, released_by, released_run, released_at,
-       first_released_at, first_released_run, first_released_approver, holds, released_holds, attempts, first_sent_at,
+       first_released_at, first_released_run, first_released_approver, run_rejected_by, holds, released_holds, attempts, first_sent_at,
        lease_until, next_attempt_at,
        payroc_refund_id, payroc_status, payroc_seen_at, replaces, created_at, updated_at, written_back_at,
        request IS NOT NULL AS has_request, request_key
@@ -172,8 +172,8 @@ GRANT SELECT ON refund_ledger.refunds_masked, refund_ledger.refund_attempts, ref
 GRANT SELECT ON refund_ledger.refunds TO refunds_payer;
 GRANT INSERT (source, source_ref, processing_terminal_id, order_id, description, amount, currency, payee_last4, payee_fingerprint,
         request, request_sha256, request_key, requested_by, approved_by, approved_at, idempotency_key, created_at, updated_at),
-    UPDATE (status, reason, holds, released_by, released_run, released_at, first_released_approver, attempts, first_sent_at,
-        sent_with, lease_until,
+    UPDATE (status, reason, holds, released_by, released_run, released_at, first_released_approver, run_rejected_by, attempts,
+        first_sent_at, sent_with, lease_until,
         next_attempt_at, payroc_refund_id, payroc_status, payroc_seen_at, request, updated_at, written_back_at)
     ON refund_ledger.refunds TO refunds_payer;
 GRANT INSERT (refund_id, attempt, run_id, map_index, try_number, started_at), UPDATE (finished_at, http_status, problem_type, outcome)
