@@ -57,6 +57,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
+    # A traceback with the values of variables would show bank data.
+    pretty_exceptions_show_locals=False,
     help="""The refund ledger: migrate it, look into it, stop and resume the sending, set its limits, decide about single refunds,
 compare it with Payroc, check its audit trail.
 
@@ -112,8 +114,12 @@ def import_csv(
     The columns are those of include/sql/select_approved.sql, amounts in minor units. A line that can't be stored is named
     with its number and skipped; a source_ref that is there already is left as it is, so a file may be imported again.
     """
-    with file.open(encoding="utf-8-sig", newline="") as opened:
-        lines = list(csv.DictReader(opened))
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as opened:
+            lines = list(csv.DictReader(opened))
+    except (csv.Error, UnicodeDecodeError):
+        # The reader's own words may quote a line.
+        raise demo_source.ImportFailed(f"{file.name} is not a CSV file in UTF-8 that can be read: is a closing quote missing?") from None
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("Importing", total=len(lines))
         result = demo_source.import_lines(source_url(source), lines, advance=lambda: progress.advance(task))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from sqlalchemy import URL, create_engine, text
 from sqlalchemy.exc import DBAPIError, ProgrammingError
 
+from include.refunds.quiet import QUIET
 from include.refunds.roles import APPROVER, PAYER, REQUESTER, create_roles, told_in_one_sentence
 from include.refunds.source import COLUMNS
 
@@ -83,7 +85,7 @@ def create_table(url: URL) -> None:
 
     :raises RolesMissing: when this login may not do so.
     """
-    engine = create_engine(url)
+    engine = create_engine(url, **QUIET)
     try:
         with (
             engine.begin() as connection,
@@ -108,8 +110,16 @@ def import_lines(url: URL, lines: Sequence[dict[str, str]], *, advance: Callable
     :param advance: called after each line.
     :raises ImportFailed: when a column or the table is missing.
     """
-    unknown = sorted({str(name) for line in lines for name in line if name not in COLUMNS})
-    missing = sorted({name for name in COLUMNS if lines and name not in lines[0]})
+    # The reader puts what a line has too much under no name.
+    header = [name for name in lines[0] if name is not None] if lines else []
+    if header and not set(header) & set(COLUMNS):
+        # The first line may be a payee, and is not repeated.
+        raise ImportFailed("The first line of the CSV file names none of the columns of include/sql/select_approved.sql: add a header.")
+    # A value that slipped into the header is not repeated either.
+    unknown = sorted(
+        name if re.fullmatch(r"[A-Za-z_]{1,30}", name) else "a name that is none" for name in set(header) - set(COLUMNS) if name
+    )
+    missing = sorted(set(COLUMNS) - set(header)) if header else []
     if unknown or missing:
         raise ImportFailed(
             "The header of the CSV file does not fit: "
@@ -121,7 +131,7 @@ def import_lines(url: URL, lines: Sequence[dict[str, str]], *, advance: Callable
         "ON CONFLICT (source_ref) DO NOTHING"
     )
     result = Imported()
-    engine = create_engine(url)
+    engine = create_engine(url, **QUIET)
     try:
         with engine.begin() as connection:
             for number, line in enumerate(lines, start=2):
@@ -147,6 +157,8 @@ def import_lines(url: URL, lines: Sequence[dict[str, str]], *, advance: Callable
 
 def _typed(line: dict[str, str]) -> dict[str, str | int | None]:
     values: dict[str, str | int | None] = {name: line[name].strip() or None if line[name] is not None else None for name in COLUMNS}
+    if None in line:
+        raise ValueError("has more fields than the header")
     if None in line.values():
         raise ValueError("has fewer fields than the header")
     if not values["source_ref"]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sqlalchemy import DateTime, Engine, String, bindparam, text
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, OperationalError
 
 from include.refunds.ledger import WriteBack
 
@@ -137,14 +137,23 @@ def _read(path: Path) -> str:
 
 
 def _failed(path: Path, error: DBAPIError) -> SourceError:
-    # A driver's message may quote a value of the row, above all in its DETAIL line: only the first line, without digits.
-    lines = str(error.orig).strip().splitlines() or [type(error.orig).__name__]
     kind = (
         SourceUnavailable
         if error.connection_invalidated or (isinstance(error, OperationalError) and not _is_sqlite(error))
         else SourceError
     )
-    return kind(f"{path.name} failed on the connection refunds_source: {re.sub(r'[0-9]{4,}', '…', lines[0])}")
+    return kind(f"{path.name} failed on the connection refunds_source: {_without_values(error)}")
+
+
+def _without_values(error: DBAPIError) -> str:
+    """Return what a driver says in its first line, unless that may quote a value of the row: names of columns and tables are wanted."""
+    lines = str(error.orig).strip().splitlines() or [type(error.orig).__name__]
+    state = getattr(error.orig, "sqlstate", None)
+    # Classes 22 and 23 of SQLSTATE: a value that does not fit, or that a constraint refuses.
+    if isinstance(error, DataError | IntegrityError) or (state or "").startswith(("22", "23")):
+        column = getattr(getattr(error.orig, "diag", None), "column_name", None)
+        return f"{type(error.orig).__name__}{f', SQLSTATE {state}' if state else ''}{f', column {column}' if column else ''}."
+    return re.sub(r"'[^']*'|[0-9]{4,}", "…", lines[0])
 
 
 def _is_sqlite(error: DBAPIError) -> bool:

@@ -12,6 +12,7 @@ from sqlalchemy import URL
 
 from include.refunds.ledger import Ledger, create_ledger_engine
 from include.refunds.ledger_url import UrlError, as_ledger_url, url_of_connection
+from include.refunds.quiet import QUIET
 from include.refunds.settings import Settings
 from include.refunds.source import SourceError, SqlSource
 
@@ -64,7 +65,7 @@ def source_of(conn_id: str = SOURCE_CONN_ID) -> SqlSource:
     try:
         connection = _connection(conn_id, "a connection to the database in which refunds are approved")
         hook: Any = connection.get_hook()  # type: ignore[no-untyped-call]  # Airflow does not type it
-        return SqlSource(hook.get_sqlalchemy_engine())
+        return SqlSource(hook.get_sqlalchemy_engine(engine_kwargs=dict(QUIET)))
     except UrlError as error:
         raise SourceError(str(error)) from None
     except (AirflowException, AttributeError, NotImplementedError) as error:

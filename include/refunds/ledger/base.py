@@ -11,6 +11,7 @@ from sqlalchemy import URL, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from include.refunds.quiet import QUIET
 from include.refunds.revision import REVISION, VERSION_TABLE
 from include.refunds.settings import Settings
 
@@ -112,4 +113,4 @@ def _not_migrated(found: str | None) -> LedgerError:
 
 def create_ledger_engine(url: URL, **options: Any) -> AsyncEngine:
     """Return an async engine for the ledger, with a connect timeout so that a dead host is an error and not a wait."""
-    return create_async_engine(url, connect_args={"connect_timeout": 10}, pool_pre_ping=True, hide_parameters=True, **options)
+    return create_async_engine(url, connect_args={"connect_timeout": 10}, pool_pre_ping=True, **QUIET, **options)

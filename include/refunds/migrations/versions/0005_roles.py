@@ -55,12 +55,9 @@ BEGIN
        IS DISTINCT FROM (OLD.attempts, OLD.first_sent_at, OLD.sent_with, OLD.released_by, OLD.released_run, OLD.released_at) THEN
         PERFORM refund_ledger.require('what is known of the sending', 'refunds_payer');
     END IF;
-    IF NEW.released_holds <> OLD.released_holds THEN
-        PERFORM refund_ledger.require('the release of a hold', 'refunds_operator');
-        -- That change of status has its event.
-        IF OLD.status <> 'held' OR NEW.status <> 'approved' THEN
-            RAISE EXCEPTION 'refund %: only what is held is released from a hold', OLD.id USING ERRCODE = 'check_violation';
-        END IF;
+    -- Held to approved takes a person, see above, and has its event.
+    IF NEW.released_holds <> OLD.released_holds AND (OLD.status <> 'held' OR NEW.status <> 'approved') THEN
+        RAISE EXCEPTION 'refund %: only what is held is released from a hold', OLD.id USING ERRCODE = 'check_violation';
     END IF;
     -- The payer decides what passes the door, except this: the largest amount that nobody has to look at is people's alone to set.
     IF OLD.status = 'approved' AND NEW.status = 'released' AND 'largest_refund' <> ALL (NEW.released_holds)
