@@ -1,0 +1,637 @@
+"""Each database role can do its work, and the database itself refuses everything else."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from sqlalchemy import URL, Connection, Engine, create_engine, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import NullPool
+from typer.testing import CliRunner
+
+from demo.postgres import PostgresServer
+from include.refunds.approval import Question
+from include.refunds.case import DecisionRefused
+from include.refunds.cli import app
+from include.refunds.demo_source import create_table
+from include.refunds.ledger import Ledger, Selection, create_ledger_engine
+from include.refunds.reissue import reissue
+from include.refunds.report import run_report
+from include.refunds.roles import APPROVER, AUDITOR, KEY_ROTATOR, MIGRATOR, OPERATOR, PAYER, REQUESTER
+from include.refunds.source import SqlSource
+from tests.conftest import Login, NewDatabase
+from tests.dags.conftest import Runner, airflow_connection
+from tests.dags.conftest import run_dag as run_dag
+from tests.refunds.conftest import World
+from tests.refunds.test_follow_up import Listing, object_of
+
+# -- what is forbidden ---------------------------------------------------------------------------------------------------------------
+
+A_REFUND = """INSERT INTO refund_ledger.refunds (source, source_ref, processing_terminal_id, order_id, description, amount, currency,
+    payee_last4, payee_fingerprint, request, request_sha256, requested_by, approved_by, approved_at, idempotency_key, created_at,
+    updated_at{more}) SELECT source, '{ref}', processing_terminal_id, '{ref}', '', amount, currency, payee_last4, payee_fingerprint,
+    'sealed', {sha256}, 'ann', 'bob', now(), gen_random_uuid(), now(), now(){values} FROM refund_ledger.refunds WHERE id = {of}"""
+AN_EVENT = (
+    "INSERT INTO refund_ledger.refund_events (at, event, refund_id, actor, reason) VALUES (now(), '{event}', {{accepted}}, 'ann', 'x')"
+)
+TABLES = ("refunds", "refund_attempts", "refund_events", "refund_event_chain", "refund_runs", "refund_control", "invalid_rows")
+
+
+def refund(kind: str, assignments: str) -> str:
+    return f"UPDATE refund_ledger.refunds SET {assignments} WHERE id = {{{kind}}}"
+
+
+def event(name: str) -> str:
+    return AN_EVENT.format(event=name)
+
+
+def new_refund(of: str, *, sha256: str = "repeat('c', 64)", more: str = "", values: str = "") -> str:
+    return A_REFUND.format(ref="new", of=f"{{{of}}}", sha256=sha256, more=more, values=values)
+
+
+# Whoever may write nothing but by the functions of the ledger's owner.
+EVERYBODY = [
+    *(f"DELETE FROM refund_ledger.{table}" for table in TABLES[:-1]),
+    *(f"TRUNCATE refund_ledger.{table} CASCADE" for table in TABLES),
+    "UPDATE refund_ledger.refund_events SET reason = 'x'",
+    "INSERT INTO refund_ledger.refund_event_chain VALUES (1000000, 1, repeat('0', 64))",
+    "UPDATE refund_ledger.refund_event_chain SET hash = repeat('0', 64)",
+    "UPDATE refund_ledger.schema_version SET version_num = '0001'",
+    "INSERT INTO refund_ledger.refund_events (at, event, actor, login) VALUES (now(), 'contradiction', 'ann', 'somebody_else')",
+    event("status"),
+    event("pause"),
+    event("resume"),
+    event("limit"),
+    event("environment"),
+    refund("accepted", "amount = 1"),
+    refund("accepted", "payee_fingerprint = repeat('0', 64)"),
+    refund("accepted", "payee_last4 = '0000'"),
+    refund("accepted", "requested_by = 'eve'"),
+    refund("accepted", "approved_by = 'eve'"),
+    refund("accepted", "approved_at = now()"),
+    refund("accepted", "idempotency_key = gen_random_uuid()"),
+    refund("accepted", "request_sha256 = repeat('0', 64)"),
+    refund("accepted", "replaces = {rejected}"),
+    refund("accepted", "first_released_at = NULL"),
+    "UPDATE refund_ledger.refund_control SET environment = NULL",
+    "CREATE TABLE refund_ledger.mine (id bigint)",
+    "ALTER TABLE refund_ledger.refunds DISABLE TRIGGER ALL",
+    "ALTER TABLE refund_ledger.refunds DROP CONSTRAINT approver_is_not_requester",
+    "DROP TRIGGER guard ON refund_ledger.refunds",
+    "CREATE OR REPLACE FUNCTION refund_ledger.require(what text, VARIADIC roles text[]) RETURNS void LANGUAGE sql AS 'SELECT'",
+    "CREATE TRIGGER mine BEFORE INSERT ON refund_ledger.refunds FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger()",
+    "SET session_replication_role = replica",
+    "LOCK TABLE refund_ledger.event_chain_lock IN ACCESS SHARE MODE",
+    "SET ROLE refunds_migrator",
+    "SET SESSION AUTHORIZATION postgres",
+    "GRANT refunds_migrator TO CURRENT_USER",
+    # The ledger's own trigger on a table of one's own would write events with the rights of their owner.
+    """CREATE TEMP TABLE mine (id bigint, status text, updated_at timestamptz, reason text);
+       CREATE TRIGGER mine AFTER INSERT ON mine FOR EACH ROW EXECUTE FUNCTION refund_ledger.write_status_event()""",
+    """CREATE TEMP TABLE mine (LIKE refund_ledger.refund_events);
+       CREATE TRIGGER mine AFTER INSERT ON mine FOR EACH ROW EXECUTE FUNCTION refund_ledger.chain_event()""",
+]
+
+FORBIDDEN: dict[str, list[str]] = {
+    PAYER: [
+        refund("held", "status = 'approved', holds = '{{}}'"),
+        refund("held", "status = 'cancelled'"),
+        refund("approved", "status = 'cancelled'"),
+        refund("review", "status = 'accepted', payroc_refund_id = 'ZZZZZZZZZZ'"),
+        refund("review", "status = 'rejected'"),
+        refund("approved", "released_holds = '{{largest_refund}}'"),
+        refund("large", "status = 'released', released_by = 'x', released_at = now()"),
+        refund("approved", "request = NULL"),
+        refund("accepted", "request = NULL"),
+        refund("review", "request = NULL"),
+        refund("rejected", "request = 'other'"),
+        refund("rejected", "request_key = 'other'"),
+        refund("sending", "first_sent_at = now()"),
+        refund("sending", "sent_with = 'other'"),
+        refund("sending", "attempts = 0"),
+        # Another's body under a key of its own would be a second payment.
+        new_refund("approved", sha256="request_sha256"),
+        new_refund("approved", more=", status", values=", 'accepted'"),
+        new_refund("rejected", more=", replaces", values=", id"),
+        event("proposal"),
+        event("reverse"),
+        event("rotation"),
+        "UPDATE refund_ledger.refund_control SET paused_at = NULL, paused_by = NULL, pause_reason = NULL",
+        "UPDATE refund_ledger.refund_control SET pause_reason = 'another' WHERE paused_at IS NOT NULL",
+        "UPDATE refund_ledger.refund_control SET environment = 'https://elsewhere.example.com'",
+        "UPDATE refund_ledger.refund_control SET source = 'elsewhere'",
+        "UPDATE refund_ledger.refund_control SET fingerprint_check = NULL",
+        "UPDATE refund_ledger.refund_control SET largest_refund = NULL",
+        "UPDATE refund_ledger.refund_control SET approval_count = 1000000",
+        "INSERT INTO refund_ledger.refund_control (scope, largest_refund) VALUES ('7701001', 1)",
+        refund("sending", "status = 'released', first_sent_at = NULL, sent_with = NULL"),
+        # Attempts that were never claimed, and another outcome of one that has ended.
+        "INSERT INTO refund_ledger.refund_attempts (refund_id, attempt, run_id, started_at) VALUES ({rejected}, 2, 'run-2', now())",
+        "INSERT INTO refund_ledger.refund_attempts (refund_id, attempt, run_id, started_at) VALUES ({sending}, 2, 'run-2', now())",
+        "UPDATE refund_ledger.refund_attempts SET outcome = 'not_sent' WHERE refund_id = {unknown}",
+        "UPDATE refund_ledger.refund_attempts SET outcome = NULL WHERE refund_id = {accepted}",
+        "UPDATE refund_ledger.refund_attempts SET attempt = 7 WHERE refund_id = {sending}",
+        "SET ROLE refunds_operator",
+        "SET ROLE refunds_key_rotator",
+    ],
+    OPERATOR: [
+        refund("approved", "status = 'released', released_by = 'x', released_at = now()"),
+        refund("again", "status = 'released'"),
+        refund("released", "status = 'sending'"),
+        refund("released", "status = 'held', holds = '{{x}}'"),
+        refund("sending", "status = 'rejected'"),
+        refund("sending", "status = 'unknown'"),
+        refund("unknown", "status = 'rejected'"),
+        refund("unknown", "status = 'review'"),
+        refund("approved", "attempts = 1"),
+        refund("approved", "first_sent_at = now()"),
+        refund("approved", "sent_with = 'x'"),
+        refund("approved", "released_holds = '{{largest_refund}}'"),
+        refund("rejected", "request = NULL"),
+        refund("rejected", "request = 'other'"),
+        new_refund("approved"),
+        new_refund("accepted", more=", replaces", values=", id"),
+        new_refund("rejected", sha256="request_sha256", more=", replaces", values=", id"),
+        event("approval"),
+        event("rejection"),
+        event("rotation"),
+        "UPDATE refund_ledger.refund_control SET environment = 'https://elsewhere.example.com'",
+        "UPDATE refund_ledger.refund_runs SET approved_by = 'eve'",
+        "INSERT INTO refund_ledger.refund_attempts (refund_id, attempt, run_id, started_at) VALUES ({sending}, 2, 'run-2', now())",
+        "UPDATE refund_ledger.refund_attempts SET outcome = 'not_sent' WHERE refund_id = {sending}",
+        "DELETE FROM refund_ledger.invalid_rows",
+        "SET ROLE refunds_payer",
+    ],
+    AUDITOR: [
+        "SELECT * FROM refund_ledger.refunds",
+        "SELECT request FROM refund_ledger.refunds",
+        "SELECT sent_with FROM refund_ledger.refunds",
+        "SELECT id FROM refund_ledger.refunds_masked FOR UPDATE",
+        "UPDATE refund_ledger.refunds_masked SET status = 'cancelled'",
+        refund("approved", "status = 'cancelled'"),
+        event("contradiction"),
+        new_refund("approved"),
+        "INSERT INTO refund_ledger.refund_control (scope, paused_at, paused_by, pause_reason) VALUES ('7701001', now(), 'ann', 'x')",
+        "UPDATE refund_ledger.refund_control SET paused_at = NULL, paused_by = NULL, pause_reason = NULL",
+        "UPDATE refund_ledger.refund_control SET largest_refund = NULL",
+        "UPDATE refund_ledger.refund_runs SET approved_by = 'eve'",
+        "DELETE FROM refund_ledger.invalid_rows",
+        "SET ROLE refunds_operator",
+    ],
+    KEY_ROTATOR: [
+        "SELECT * FROM refund_ledger.refunds",
+        "SELECT amount FROM refund_ledger.refunds",
+        "SELECT payee_last4 FROM refund_ledger.refunds_masked",
+        "SELECT * FROM refund_ledger.refund_events",
+        refund("approved", "status = 'cancelled'"),
+        refund("rejected", "request = NULL, request_key = NULL"),
+        refund("approved", "request = NULL"),
+        event("contradiction"),
+        event("proposal"),
+        "SELECT * FROM refund_ledger.refund_control",
+        "SET ROLE refunds_payer",
+    ],
+    REQUESTER: ["SELECT * FROM refund_ledger.refunds_masked", "SET ROLE refunds_approver"],
+    APPROVER: ["SELECT * FROM refund_ledger.refunds_masked", "SET ROLE refunds_payer"],
+    # Logins of their own, and those from before there were roles.
+    "old login": [
+        refund("approved", "status = 'cancelled'"),
+        refund("approved", "status = 'released', released_by = 'x', released_at = now()"),
+        refund("released", "status = 'approved'"),
+        refund("accepted", "status = 'settled'"),
+        refund("rejected", "request = NULL"),
+        new_refund("approved"),
+        new_refund("rejected", more=", replaces", values=", id"),
+        event("contradiction"),
+        "UPDATE refund_ledger.refund_control SET paused_at = NULL, paused_by = NULL, pause_reason = NULL",
+    ],
+}
+
+ROW = "source_ref, processing_terminal_id, amount, currency, requested_by"
+FORBIDDEN_IN_THE_SOURCE: dict[str, list[str]] = {
+    REQUESTER: [
+        f"INSERT INTO refund_requests ({ROW}, approved_by, approved_at) VALUES ('b', '7701001', 1, 'USD', 'ann', 'bob', now())",
+        f"INSERT INTO refund_requests ({ROW}, approved_at) VALUES ('b', '7701001', 1, 'USD', 'ann', now())",
+        f"INSERT INTO refund_requests ({ROW}, status) VALUES ('b', '7701001', 1, 'USD', 'ann', 'settled')",
+        f"INSERT INTO refund_requests ({ROW}) VALUES ('b', '7701001', 1, 'USD', 'ann') RETURNING account_number",
+        f"INSERT INTO refund_requests ({ROW}) VALUES ('a', '7701001', 1, 'USD', 'ann') ON CONFLICT (source_ref) DO UPDATE SET amount = 1",
+        "SELECT source_ref FROM refund_requests",
+        "UPDATE refund_requests SET amount = 1",
+        "UPDATE refund_requests SET approved_by = 'bob', approved_at = now()",
+        "SET ROLE refunds_approver",
+    ],
+    APPROVER: [
+        "SELECT * FROM refund_requests",
+        "SELECT account_number FROM refund_requests",
+        "SELECT routing_number FROM refund_requests",
+        "SELECT secure_token FROM refund_requests",
+        "SELECT source_ref FROM refund_requests WHERE account_number LIKE '1%'",
+        "SELECT refund_requests::text FROM refund_requests",
+        "UPDATE refund_requests SET amount = 1",
+        "UPDATE refund_requests SET account_number = '1'",
+        "UPDATE refund_requests SET requested_by = 'carol'",
+        "UPDATE refund_requests SET status = 'settled'",
+        "UPDATE refund_requests SET approved_by = ' Ann ', approved_at = now()",
+        f"INSERT INTO refund_requests ({ROW}) VALUES ('b', '7701001', 1, 'USD', 'ann')",
+        "SET ROLE refunds_requester",
+    ],
+    PAYER: [
+        "UPDATE refund_requests SET amount = 1",
+        "UPDATE refund_requests SET account_number = '1'",
+        "UPDATE refund_requests SET approved_by = 'bob', approved_at = now()",
+        "UPDATE refund_requests SET withdrawn_at = NULL",
+        f"INSERT INTO refund_requests ({ROW}) VALUES ('b', '7701001', 1, 'USD', 'ann')",
+        "SET ROLE refunds_approver",
+    ],
+}
+EVERYBODY_IN_THE_SOURCE = [
+    "DELETE FROM refund_requests",
+    "TRUNCATE refund_requests",
+    "ALTER TABLE refund_requests DROP CONSTRAINT approver_is_not_requester",
+    "CREATE TABLE public.mine (id bigint)",
+]
+
+SENDING = "status = 'sending', attempts = 1, first_sent_at = now(), sent_with = 'x', lease_until = now(), next_attempt_at = now()"
+RELEASED = "status = 'released', released_by = 'x', released_run = 'run-1', released_at = now()"
+WAYS: dict[str, tuple[str, ...]] = {
+    "approved": (),
+    "large": (),
+    "held": ("status = 'held', holds = '{largest_refund}'",),
+    "released": (RELEASED,),
+    "again": (RELEASED, "status = 'approved'"),
+    "sending": (RELEASED, SENDING),
+    "unknown": (RELEASED, SENDING, "status = 'unknown'"),
+    "accepted": (RELEASED, SENDING, "status = 'accepted', payroc_refund_id = 'ABCDEFGHIJ'"),
+    "rejected": (RELEASED, SENDING, "status = 'rejected'"),
+    "review": (RELEASED, SENDING, "status = 'review'"),
+}
+IDS = {kind: number for number, kind in enumerate(WAYS, start=1)}
+
+
+def fill(connection: Connection) -> None:
+    """Put a refund of each kind into an empty ledger, a pause, a limit, a run and an invalid row."""
+    for kind, assignments in WAYS.items():
+        connection.exec_driver_sql(f"""
+            INSERT INTO refund_ledger.refunds (source, source_ref, processing_terminal_id, order_id, description, amount, currency,
+                payee_last4, payee_fingerprint, request, request_key, request_sha256, requested_by, approved_by, approved_at,
+                idempotency_key, created_at, updated_at)
+            VALUES ('shop', '{kind}', '7701001', '{kind}', 'Refund', {10**6 if kind == "large" else 4999}, 'USD', '4321',
+                repeat('a', 64), 'sealed', 'first', repeat(md5('{kind}'), 2), 'ann', 'bob', now(), gen_random_uuid(), now(), now())""")
+        for assignment in assignments:
+            connection.exec_driver_sql(f"UPDATE refund_ledger.refunds SET {assignment} WHERE source_ref = '{kind}'")
+            if assignment == SENDING:
+                connection.exec_driver_sql(
+                    "INSERT INTO refund_ledger.refund_attempts (refund_id, attempt, run_id, started_at) "
+                    f"VALUES ({IDS[kind]}, 1, 'run-1', now())"
+                )
+        if kind in ("unknown", "accepted", "rejected"):
+            connection.exec_driver_sql(
+                f"UPDATE refund_ledger.refund_attempts SET finished_at = now(), outcome = '{kind}' WHERE refund_id = {IDS[kind]}"
+            )
+    connection.exec_driver_sql("""
+        UPDATE refund_ledger.refund_control SET environment = 'https://api.example.com', source = 'shop', fingerprint_check = 'x',
+            largest_refund = 100000, paused_at = now(), paused_by = 'ann', pause_reason = 'x'""")
+    connection.exec_driver_sql("""
+        INSERT INTO refund_ledger.refund_runs (run_id, params, candidates, candidate_totals, candidates_hash, started_at)
+        VALUES ('run-1', '{}', 1, '{}', 'hash', now())""")
+    connection.exec_driver_sql("INSERT INTO refund_ledger.invalid_rows VALUES ('shop', 'bad', '{}', now(), now(), now())")
+
+
+@pytest.fixture(scope="module")
+def filled_ledger(new_ledger: NewDatabase) -> URL:
+    """A ledger with a refund of each kind. Only refused statements are run on it, so the tests share it."""
+    url = new_ledger()
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        fill(connection)
+        # As a login of an installation that is older than the roles: it was given the tables.
+        connection.exec_driver_sql("CREATE ROLE old_login LOGIN PASSWORD 'old_login'")
+        connection.exec_driver_sql("GRANT USAGE ON SCHEMA refund_ledger TO old_login")
+        connection.exec_driver_sql("GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA refund_ledger TO old_login")
+    engine.dispose()
+    return url
+
+
+@pytest.fixture(scope="module")
+def filled_source(new_source: NewDatabase) -> URL:
+    url = new_source()
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(f"INSERT INTO refund_requests ({ROW}) VALUES ('a', '7701001', 4999, 'USD', 'ann')")
+    engine.dispose()
+    return url
+
+
+class Connections:
+    """Engines of logins, kept for the module."""
+
+    def __init__(self, login: Login) -> None:
+        self._login = login
+        self._engines: dict[URL, Engine] = {}
+
+    def of(self, url: URL, role: str) -> Engine:
+        name = "old_login"
+        own = url.set(username=name, password=name) if role == "old login" else self._login(url, role)
+        return self._engines.setdefault(own, create_engine(own))
+
+    def close(self) -> None:
+        for engine in self._engines.values():
+            engine.dispose()
+
+
+@pytest.fixture(scope="module")
+def connections(login: Login) -> Iterator[Connections]:
+    connections = Connections(login)
+    yield connections
+    connections.close()
+
+
+def refused(engine: Engine, statement: str) -> str:
+    """Run a statement to its commit, and return with what the database refused it."""
+    with pytest.raises(DBAPIError) as caught, engine.begin() as connection:
+        connection.exec_driver_sql(statement.replace("%", "%%"))
+    return str(caught.value.orig.sqlstate)  # type: ignore[union-attr]
+
+
+# No right, a check or a unique index of the ledger, or a trigger of its. Anything else would be a mistake of the statement.
+REFUSALS = {"42501", "23514", "23505", "23001"}
+
+
+def name_of(statement: str) -> str:
+    return re.sub(r"\s+", " ", statement.replace("refund_ledger.", ""))[:80]
+
+
+@pytest.mark.parametrize(
+    ("role", "statement"),
+    [
+        *((role, statement) for role in (PAYER, OPERATOR, AUDITOR, KEY_ROTATOR) for statement in EVERYBODY),
+        *((role, statement) for role, statements in FORBIDDEN.items() for statement in statements),
+    ],
+    ids=name_of,
+)
+def test_the_ledger_refuses_what_a_role_may_not_do(connections: Connections, filled_ledger: URL, role: str, statement: str) -> None:
+    assert refused(connections.of(filled_ledger, role), statement.format(**IDS)) in REFUSALS
+
+
+@pytest.mark.parametrize(
+    ("role", "statement"),
+    [
+        *((role, statement) for role in (REQUESTER, APPROVER, PAYER) for statement in EVERYBODY_IN_THE_SOURCE),
+        *((role, statement) for role, statements in FORBIDDEN_IN_THE_SOURCE.items() for statement in statements),
+    ],
+    ids=name_of,
+)
+def test_the_source_refuses_what_a_role_may_not_do(connections: Connections, filled_source: URL, role: str, statement: str) -> None:
+    assert refused(connections.of(filled_source, role), statement) in REFUSALS
+
+
+def test_operators_of_a_schema_of_ones_own_do_not_take_the_place_of_those_that_the_guards_use(
+    postgres: PostgresServer, connections: Connections, filled_ledger: URL
+) -> None:
+    payer = connections.of(filled_ledger, PAYER)
+    with postgres.connect(str(filled_ledger.database)) as connection:
+        connection.execute(f"CREATE SCHEMA mine AUTHORIZATION {payer.url.username}")
+    never = "FUNCTION mine.never(text, text) RETURNS boolean LANGUAGE sql AS 'SELECT false'"
+    with payer.begin() as own:
+        own.exec_driver_sql(f"CREATE {never}; CREATE OPERATOR mine.<> (LEFTARG = text, RIGHTARG = text, FUNCTION = mine.never)")
+        own.exec_driver_sql(f"ALTER ROLE CURRENT_USER IN DATABASE {filled_ledger.database} SET search_path = mine, pg_catalog")
+    payer.dispose()
+    forged = refund("approved", "status = 'accepted', payroc_refund_id = 'ZZZZZZZZZZ'").format(**IDS)
+    try:
+        assert refused(payer, forged) == "23514"
+    finally:
+        with payer.begin() as own:
+            own.exec_driver_sql(f"ALTER ROLE CURRENT_USER IN DATABASE {filled_ledger.database} RESET search_path")
+        payer.dispose()
+
+
+def test_all_of_the_ledger_is_the_migrators_and_no_function_of_it_is_everybodys_or_follows_the_callers_search_path(
+    filled_ledger: URL, connections: Connections
+) -> None:
+    owners = """
+        SELECT nspname, pg_get_userbyid(nspowner) FROM pg_namespace WHERE nspname = 'refund_ledger'
+        UNION ALL SELECT relname, pg_get_userbyid(relowner) FROM pg_class
+        WHERE relnamespace = 'refund_ledger'::regnamespace AND relkind IN ('r', 'v', 'S')
+        UNION ALL SELECT proname, pg_get_userbyid(proowner) FROM pg_proc WHERE pronamespace = 'refund_ledger'::regnamespace"""
+    loose = """
+        SELECT proname FROM pg_proc WHERE pronamespace = 'refund_ledger'::regnamespace
+        AND (proacl IS NULL OR has_function_privilege('public', oid, 'EXECUTE')
+             OR proconfig IS DISTINCT FROM ARRAY['search_path=pg_catalog, pg_temp'])"""
+    with connections.of(filled_ledger, AUDITOR).connect() as connection:
+        assert {owner for _, owner in connection.exec_driver_sql(owners)} == {MIGRATOR}
+        assert connection.exec_driver_sql(loose).all() == []
+
+
+# -- what each role can do -----------------------------------------------------------------------------------------------------------
+
+
+def acting(world: World, url: URL, actor: str = "test") -> Ledger:
+    """Return the world's ledger, through another login."""
+    return Ledger(create_ledger_engine(url, poolclass=NullPool), world.settings, actor=actor, clock=world.ledger._clock)
+
+
+def command(url: URL, *arguments: str, by: str | None = None, exit_code: int = 0) -> str:
+    """Run a command in this process, and return what it printed."""
+    who = ("--by", by, "--reason", "seen") if by else ()
+    done = CliRunner().invoke(app, [*arguments, *who, "--ledger-url", url.render_as_string(hide_password=False)])
+    assert done.exit_code == exit_code, (done.output, done.exception)
+    return done.output
+
+
+def enter(source: URL, login: Login, ref: str, **columns: Any) -> None:
+    """Request a refund as a requester, and approve it as an approver."""
+    row = {
+        "source_ref": ref,
+        "processing_terminal_id": "7701001",
+        "order_id": ref,
+        "amount": 4999,
+        "currency": "USD",
+        "name_on_account": "Sarah Hopper",
+        "account_type": "checking",
+        "sec_code": "ppd",
+        "routing_number": "053200983",
+        "account_number": "556670000004321",
+        "requested_by": "ann",
+    } | columns
+    steps = (
+        (REQUESTER, f"INSERT INTO refund_requests ({', '.join(row)}) VALUES ({', '.join(f':{name}' for name in row)})"),
+        (
+            APPROVER,
+            "UPDATE refund_requests SET approved_by = 'bob', approved_at = now() WHERE source_ref = :source_ref AND amount = :amount",
+        ),
+    )
+    for role, statement in steps:
+        engine = create_engine(login(source, role), poolclass=NullPool)
+        with engine.begin() as connection:
+            assert connection.execute(text(statement), row).rowcount == 1
+
+
+def test_both_dags_do_all_their_work_with_the_payers_rights_alone(
+    world: World, run_dag: Runner, ledger_url: URL, source_url: URL, login: Login, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, url in {"LEDGER": ledger_url, "SOURCE": source_url}.items():
+        monkeypatch.setenv(f"AIRFLOW_CONN_REFUNDS_{name}", airflow_connection(login(url, PAYER)))
+    people = login(ledger_url, OPERATOR)
+    command(people, "limit", "largest_refund", "100000", by="erin")
+    enter(source_url, login, "roles-paid")
+    enter(source_url, login, "roles-rejected", account_number="556670000009002")
+    enter(source_url, login, "roles-invalid", routing_number="123456789")
+    enter(source_url, login, "roles-large", amount=100_001)
+    run = run_dag()
+    assert (run.state, run.result["notes"][0][:7]) == ("success", "1 held:")
+    rows = {ref: world.source_row(f"roles-{ref}")["status"] for ref in ("paid", "rejected", "invalid", "large")}
+    assert rows == {"paid": "accepted", "rejected": "rejected", "invalid": "invalid", "large": "held"}
+
+    # A configuration error pauses the sending, people let it go on.
+    world.fault(None, "problem", problem="forbidden")
+    enter(source_url, login, "roles-later")
+    assert run_dag().state == "failed"
+    assert list(world.paused()) == ["*"]
+    command(people, "resume", by="erin")
+    command(people, "release", str(world.row("roles-large")["id"]), by="erin")
+    assert run_dag().state == "success"
+    assert {world.row(f"roles-{ref}")["status"] for ref in ("later", "large")} == {"accepted"}
+
+    # The follow-up reads Payroc, and empties the request of what ended long ago.
+    world.sandbox.patch(f"/_sandbox/refunds/{world.row('roles-paid')['payroc_refund_id']}", {"status": "complete"})
+    with world.ledger_engine.begin() as connection:
+        connection.exec_driver_sql("SET LOCAL session_replication_role = replica")
+        connection.exec_driver_sql("UPDATE refund_ledger.refunds SET updated_at = now() - interval '31 days' WHERE status = 'rejected'")
+    run = run_dag("payroc_refunds_followup")
+    assert run.state == "success", run.log
+    assert world.source_row("roles-paid")["status"] == "settled"
+    assert [world.row(f"roles-{ref}")["request"] is None for ref in ("paid", "rejected")] == [False, True]
+
+    logins = world.rows("SELECT event, login FROM refund_ledger.refund_events GROUP BY event, login ORDER BY event, login")
+    own, theirs = (login(ledger_url, role).username for role in (PAYER, OPERATOR))
+    assert {row["login"] for row in logins} == {own, theirs}
+    assert [row["login"] for row in logins if row["event"] in ("resume", "limit")] == [theirs, theirs]
+    assert "intact" in command(login(ledger_url, AUDITOR), "verify-audit")
+
+
+def test_the_payer_notes_the_answer_about_a_run_and_what_payroc_shows_of_a_held_refund(world: World, ledger_url: URL, login: Login) -> None:
+    world.limit(approval_count=0, largest_refund=5000)
+    small, large = world.approve(), world.approve(amount=5001)
+    world.pull()
+    world.ledger = acting(world, login(ledger_url, PAYER))
+
+    async def work() -> tuple[Question | None, list[int]]:
+        ids = [item.id for item in await world.ledger.candidates(Selection())]
+        await world.ledger.begin_run("run-1", {}, await world.ledger.candidates(Selection()), {}, await world.ledger.now())
+        question = await world.ledger.ask_approval("run-1")
+        await world.ledger.record_rejection("run-1", by="dora")
+        await world.ledger.record_approval("run-1", by="frank", triggered_by=None)
+        return question, await world.release_only("run-1", ids)
+
+    question, released = world.run(work())
+    assert question is not None
+    assert released == [world.row(small)["id"]]
+    held = world.row(large)
+    assert held["status"] == "held"
+    found = object_of(world, held["id"], "FOUND00002")
+    world.gateway = Listing(world, lambda listed: [*listed, found])
+    world.follow_up()
+    assert (world.row(large)["status"], list(world.paused())) == ("review", ["*"])
+
+
+def test_people_do_all_their_commands_with_the_operators_rights_alone(world: World, ledger_url: URL, login: Login) -> None:
+    url = login(ledger_url, OPERATOR)
+    # A terminal of its own: the local Payroc holds the refunds of other tests too.
+    terminal = "7701792"
+    for scope in ((), ("--terminal", terminal)):
+        command(url, "pause", *scope, by="erin")
+        command(url, "resume", *scope, by="erin")
+    command(url, "limit", "largest_refund", "10000", by="erin")
+    held = [world.released(amount=10_001, processing_terminal_id=terminal) for _ in range(2)]
+    assert {world.row(refund_id)["status"] for refund_id in held} == {"held"}
+    command(url, "release", str(held[0]), by="erin")
+    command(url, "cancel", str(held[1]), by="erin")
+    review, paid, waiting = (world.released(ending, processing_terminal_id=terminal) for ending in ("9013", "4321", "4321"))
+    for refund_id in (review, paid):
+        world.send(refund_id)
+    command(url, "cancel", str(waiting), by="erin")
+    command(url, "resolve", str(review), "--as", "accepted", by="erin", exit_code=1)
+    command(url, "resolve", str(review), "--as", "accepted", by="frank")
+    command(url, "reverse", str(paid), by="erin")
+    command(url, "reissue", str(paid), by="erin", exit_code=1)
+    command(url, "reissue", str(paid), by="frank")
+    statuses = [row["status"] for row in world.rows("SELECT status FROM refund_ledger.refunds ORDER BY id")]
+    assert statuses == ["approved", "cancelled", "accepted", "reversed", "cancelled", "approved"]
+    reissue = world.rows("SELECT replaces, requested_by, approved_by FROM refund_ledger.refunds ORDER BY id DESC LIMIT 1")[0]
+    assert tuple(reissue.values()) == (paid, "erin", "frank")
+    today = f"{world.run(world.ledger.now()):%Y-%m-%d}"
+    for arguments in (("status",), ("show", str(paid)), ("limits",), ("verify-audit",), ("verify", "--from", today, "--to", today)):
+        command(url, *arguments)
+
+
+def test_a_reissue_that_finds_the_first_refund_paid_is_refused_and_noted_with_the_operators_rights_alone(
+    world: World, ledger_url: URL, login: Login
+) -> None:
+    refund_id = world.released("9002")
+    world.send(refund_id)
+    found = object_of(world, refund_id, "FOUND00003")
+    world.gateway = Listing(world, lambda listed: [*listed, found])
+    world.ledger = acting(world, login(ledger_url, OPERATOR), "erin")
+    work = reissue(refund_id, "seen", ledger=world.ledger, gateway=world.gateway, cipher=world.cipher, source=world.settings.source)
+    with pytest.raises(DecisionRefused, match="may be paid after all"):
+        world.run(work)
+    assert (world.row(refund_id)["status"], list(world.paused())) == ("review", ["*"])
+
+
+def test_an_auditor_sees_everything_but_requests(world: World, ledger_url: URL, login: Login) -> None:
+    refund_id, invalid = world.released(), world.approve(routing_number="123456789")
+    world.send(refund_id)
+    world.send(world.released("9013"))
+    world.pull()
+    world.run(world.ledger.pause("7701009", "the bank called"))
+    url = login(ledger_url, AUDITOR)
+    assert "1 in review" in command(url, "status", exit_code=1)
+    assert world.row(refund_id)["payroc_refund_id"] in command(url, "show", str(refund_id))
+    assert "largest_refund" in command(url, "limits")
+    assert "intact" in command(url, "verify-audit")
+    report = world.run(run_report(create_ledger_engine(url, poolclass=NullPool), world.settings.source, "run-1"))
+    assert report.audit_head is not None
+    assert invalid in report.invalid
+    shown = json.loads(command(url, "show", str(refund_id), "--json"))
+    assert not {"request", "request_sha256", "sent_with", "payee_fingerprint"} & set(shown)
+
+
+def test_a_changed_limit_and_the_end_of_a_pause_leave_their_events_though_they_are_done_by_hand(
+    world: World, ledger_url: URL, login: Login
+) -> None:
+    world.run(world.ledger.pause("*", "the bank called"))
+    engine = create_engine(login(ledger_url, OPERATOR), poolclass=NullPool)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE refund_ledger.refund_control SET paused_at = NULL, paused_by = NULL, pause_reason = NULL")
+        connection.exec_driver_sql("UPDATE refund_ledger.refund_control SET day_total = 5, approval_count = 0 WHERE scope = '*'")
+    name = engine.url.username
+    events = world.rows("SELECT event, actor, login, reason, detail FROM refund_ledger.refund_events ORDER BY id")
+    assert [tuple(row.values()) for row in events[1:]] == [
+        ("resume", name, name, None, {"scope": "*"}),
+        ("limit", name, name, None, {"limit": "approval_count", "from": None, "to": 0}),
+        ("limit", name, name, None, {"limit": "day_total", "from": None, "to": 5}),
+    ]
+
+
+# -- the source ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_table_that_is_older_than_the_rule_of_two_people_gets_it_and_its_rows_are_still_written_back(
+    postgres: PostgresServer, world: World, source_url: URL, login: Login
+) -> None:
+    with postgres.connect(str(source_url.database)) as connection:
+        connection.execute("ALTER TABLE refund_requests DROP CONSTRAINT approver_is_not_requester")
+    alone, fine = world.approve(requested_by="Bob", approved_by="bob "), world.approve()
+    for _ in range(2):
+        create_table(source_url)
+    world.source = SqlSource(create_engine(login(source_url, PAYER), poolclass=NullPool))
+    world.pull()
+    world.release()
+    assert world.write_back() == (2, [])
+    assert [world.source_row(ref)["status"] for ref in (alone, fine)] == ["invalid", "released"]
+    with pytest.raises(DBAPIError, match="approver_is_not_requester"):
+        world.approve(requested_by="Bob", approved_by="bob ")
