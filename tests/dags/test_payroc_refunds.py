@@ -287,3 +287,25 @@ def test_a_dry_run_leaves_out_what_the_source_withdrew(world: World, run_dag: Ru
     run = run_dag(dry_run=True)
     assert run.result["totals"][0]["count"] == 1
     assert world.row(kept)["order_id"] in run.log
+
+
+def test_a_run_over_a_threshold_asks_a_person_and_where_nobody_can_be_asked_it_fails_and_sends_nothing(
+    world: World, run_dag: Runner
+) -> None:
+    ref = world.approve()
+    world.run(world.ledger.set_limit("approval_count", 0, "test"))
+    run = run_dag()
+    assert run.state == "failed"
+    assert [run.tasks[name] for name in ("approve_run", "release", "write_back", "report")] == [
+        "failed",
+        "upstream_failed",
+        "success",
+        "failed",
+    ]
+    assert "more than 0 take one. Under `airflow dags test` nobody can be asked" in run.log
+    assert (world.row(ref)["status"], world.paid(world.row(ref)["id"])) == ("approved", 0)
+    # A dry run changes nothing, so it asks nobody.
+    assert run_dag(dry_run=True).tasks["approve_run"] == "success"
+    world.run(world.ledger.set_limit("approval_count", 1, "test"))
+    assert run_dag().state == "success"
+    assert world.paid(world.row(ref)["id"]) == 1

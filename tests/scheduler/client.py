@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,12 +40,23 @@ class AirflowClient:
     A client of a running deployment.
 
     :param address: base URL of the API server.
+    :param passwords: the users' passwords.
+    :param user: who asks.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, passwords: Mapping[str, str], user: str) -> None:
+        self._passwords = passwords
+        self._user = user
         # A proxy for the internet has no part in calls to this machine.
         self._http = httpx.Client(base_url=address, trust_env=False, timeout=20)
         self._token = ""
+
+    def as_user(self, user: str) -> AirflowClient:
+        """Return a client of another user, over the same connections."""
+        other = copy(self)
+        other._user = user
+        other._token = ""
+        return other
 
     def close(self) -> None:
         self._http.close()
@@ -135,9 +148,44 @@ class AirflowClient:
         path = f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}" + ("" if map_index is None else f"/{map_index}")
         self._request("PATCH", path, json={"new_state": state})
 
+    # -- the approval of a run -------------------------------------------------------------------------------------
+
+    def question(self, dag_id: str, run_id: str, *, seconds: float = 60) -> dict[str, Any]:
+        """Wait until a run asks for its approval, and return the question."""
+        deadline = time.monotonic() + seconds
+        while (state := self.task_instances(dag_id, run_id)["approve_run", -1].state) != "awaiting_input":
+            waits = state not in ("success", "failed", "upstream_failed") and time.monotonic() < deadline
+            assert waits, f"{dag_id} {run_id} does not ask: approve_run is {state}. {self.errors(dag_id, run_id)}"
+            time.sleep(0.3)
+        return dict(self._request("GET", self._question_path(dag_id, run_id)).json())
+
+    def answer(self, dag_id: str, run_id: str, option: str) -> int:
+        """Answer a run's question, and return the HTTP status."""
+        path, body = self._question_path(dag_id, run_id), {"chosen_options": [option]}
+        return self._request("PATCH", path, may_fail=True, json=body).status_code
+
+    @staticmethod
+    def _question_path(dag_id: str, run_id: str) -> str:
+        return f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/approve_run/-1/hitlDetails"
+
+    # -- what tasks hand on ----------------------------------------------------------------------------------------
+
+    def xcom(self, dag_id: str, run_id: str, task_id: str) -> Any:
+        """Return what a task handed on."""
+        return self._request("GET", self._xcom_path(dag_id, run_id, task_id)).json()["value"]
+
+    def set_xcom(self, dag_id: str, run_id: str, task_id: str, value: Any) -> None:
+        """Change what a task handed on."""
+        self._request("PATCH", self._xcom_path(dag_id, run_id, task_id), json={"value": value})
+
+    @staticmethod
+    def _xcom_path(dag_id: str, run_id: str, task_id: str) -> str:
+        return f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}/xcomEntries/return_value"
+
     def _request(self, method: str, path: str, *, may_fail: bool = False, **more: Any) -> httpx.Response:
         if not self._token:
-            self._token = self._http.get("/auth/token").json()["access_token"]
+            body = {"username": self._user, "password": self._passwords[self._user]}
+            self._token = self._http.post("/auth/token", json=body).json()["access_token"]
         headers = {"Authorization": f"Bearer {self._token}"}
         try:
             answer = self._http.request(method, f"/api/v2{path}", headers=headers, **more)

@@ -56,9 +56,9 @@ class Merchant(World):
         assert attempt is not None, f"{source_ref} was never claimed"
         return self.airflow.client.task_instances(dag_id, attempt["run_id"])["send_refund", attempt["map_index"]]
 
-    def wait_until(self, condition: Callable[[], Any], what: str, *, seconds: float = 60) -> None:
+    def wait_until(self, condition: Callable[[], Any], what: str, *, seconds: float = 60, pause: float = 0.05) -> None:
         """Wait until something is true; fail with the ledger's refunds that have not ended."""
-        if not processes.wait_until(lambda: bool(condition()), seconds=seconds, pause=0.05):
+        if not processes.wait_until(lambda: bool(condition()), seconds=seconds, pause=pause):
             query = "SELECT source_ref, status, attempts, lease_until, reason FROM refund_ledger.refunds WHERE status <> 'accepted'"
             raise AssertionError(f"{what}: not within {seconds} s. {self.rows(query)}")
 
@@ -103,9 +103,11 @@ class Merchant(World):
 
 
 @pytest.fixture(scope="module")
-def airflow(postgres: PostgresServer, new_ledger: NewDatabase, new_source: NewDatabase) -> Iterator[Deployment]:
+def airflow(
+    request: pytest.FixtureRequest, postgres: PostgresServer, new_ledger: NewDatabase, new_source: NewDatabase
+) -> Iterator[Deployment]:
     """A running Airflow with a ledger and a source of its own. It ends with the file, for it takes time from other tests."""
-    folder = SCRATCH / "scheduler"
+    folder = SCRATCH / request.path.stem
     folder.mkdir(mode=0o711)
     # Tokens live so short that leases end while a test waits.
     with running_sandbox(folder / "sandbox.log", "--token-seconds", str(TOKEN_SECONDS)) as sandbox:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -21,9 +23,23 @@ from demo.state import Keys, State
 from tests.conftest import ROOT, Sandbox
 from tests.scheduler.client import AirflowClient, TaskInstance
 
+# Who may do what: the first one drives Airflow in the tests.
+USERS = {"olivia": "op", "frank": "user", "eve": "user"}
+
 DAG = "payroc_refunds"
 # The same DAG, but with runs that may overlap.
 OVERLAPPING_DAG = "payroc_refunds_overlapping"
+# The same DAG, but approvers are named, and Eve is none.
+NAMED_DAG = "payroc_refunds_named"
+# The same DAG, but approval is waited for as short as that.
+IMPATIENT_DAG = "payroc_refunds_impatient"
+PATIENCE_SECONDS = 4
+# What is replaced in the DAG's code to make them.
+_COPIES = {
+    OVERLAPPING_DAG: ("max_active_runs=1", "max_active_runs=4"),
+    NAMED_DAG: ("approvers=settings.approvers", 'approvers=("olivia", "frank")'),
+    IMPATIENT_DAG: ("hours=settings.approval_timeout_hours", f"seconds={PATIENCE_SECONDS}"),
+}
 
 # A token's life and the margin make the lease: the time for which a refund waits whose worker was killed.
 TOKEN_SECONDS = 10
@@ -42,13 +58,17 @@ _SETTINGS = {
     # Shorter than every wait that is measured, so that nothing but the retry policy can have made that wait.
     "PAYROC_REFUNDS_RETRY_DELAY_SECONDS": "2",
     "PAYROC_REFUNDS_RETRIES": "6",
+    # No test lives to see it, but tasks reckon with it.
+    "PAYROC_REFUNDS_SCHEDULE": "0 0 29 2 *",
     "AIRFLOW__CORE__PARALLELISM": str(_SLOTS),
-    "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",
+    "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS": ",".join(f"{name}:{role}" for name, role in USERS.items()),
     "AIRFLOW__WORKERS__MIN_HEARTBEAT_INTERVAL": "1",
     # A supervisor that was killed is noticed while its orphaned task is still at work.
     "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": str(HEARTBEAT_TIMEOUT_SECONDS),
     "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "1",
     "AIRFLOW__SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.2",
+    # How often it looks for questions that nobody answered in time.
+    "AIRFLOW__SCHEDULER__TRIGGER_TIMEOUT_CHECK_INTERVAL": "1",
     "AIRFLOW__API__HOST": HOST,
     "AIRFLOW__API__WORKERS": "1",
 }
@@ -80,18 +100,20 @@ class Deployment:
         self.sandbox = sandbox
         port = free_port()
         address = f"http://{HOST}:{port}"
-        self.client = AirflowClient(address)
-        postgres.create_database("airflow_of_the_scheduler")
+        passwords = {user: secrets.token_urlsafe(9) for user in USERS}
+        self.client = AirflowClient(address, passwords, next(iter(USERS)))
+        database = f"airflow_of_{folder.name}"
+        postgres.create_database(database)
         state = State(folder)
         for private in (state.airflow, state.logs):
             private.mkdir(parents=True)
+        (state.airflow / "passwords.json").write_text(json.dumps(passwords))
         (state.airflow / "config").mkdir()
         (state.airflow / "config" / "airflow_local_settings.py").write_text(_IMPORTED_ONCE)
         self._logs = state.logs
-        self._env = environment(
-            state, Keys.draw(), airflow=postgres.url("airflow_of_the_scheduler"), ledger=ledger, source=source, sandbox=sandbox.url
-        ) | {
+        self._env = environment(state, Keys.draw(), airflow=postgres.url(database), ledger=ledger, source=source, sandbox=sandbox.url) | {
             **_SETTINGS,
+            "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE": str(state.airflow / "passwords.json"),
             "AIRFLOW__API__PORT": str(port),
             "AIRFLOW__API__BASE_URL": address,
             "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"{address}/execution/",
@@ -106,7 +128,7 @@ class Deployment:
         assert migration.returncode == 0, telling_lines(self._logs / "db.log")
         for name in _COMPONENTS:
             self._processes[name] = self._start(name, *_COMPONENTS[name])
-        self._wait_for(lambda: self.client.is_ready(DAG, OVERLAPPING_DAG))
+        self._wait_for(lambda: self.client.is_ready(DAG, *_COPIES))
         self.client.create_pool(POOL, _SLOTS)
 
     def stop(self) -> None:
@@ -141,6 +163,10 @@ class Deployment:
         assert _works_for(supervisor, ti), f"{supervisor.cmdline()} does not supervise {ti}"
         return supervisor
 
+    def is_at_work_on(self, ti: TaskInstance) -> bool:
+        """Tell whether a task or its supervisor still runs."""
+        return any(_works_for(process, ti) for process in psutil.Process(self._processes["scheduler"].pid).children(recursive=True))
+
     def task_processes(self) -> list[psutil.Process]:
         """Return all processes that run a task, orphans included: they stay in the scheduler's session."""
         scheduler = self._processes["scheduler"].pid
@@ -165,18 +191,20 @@ class Deployment:
 
 def _works_for(process: psutil.Process, ti: TaskInstance) -> bool:
     # The end of the title is missing when the space for it is too short.
-    shown = process.cmdline()[0].split()[-1]
+    shown = (process.cmdline() or [""])[0].split(" ")[-1]
     return len(shown) > 24 and ti.id.startswith(shown)
 
 
 def _dags_folder(folder: Path) -> Path:
-    """Make a DAG folder with the DAG as it is, and once more with runs that may overlap."""
+    """Make a DAG folder with the DAG as it is, and its copies."""
     dags = folder / "dags"
     dags.mkdir(parents=True)
-    code = (ROOT / "dags" / f"{DAG}.py").read_text()
-    (dags / f"{DAG}.py").write_text(code)
-    for old, new in ((f'    "{DAG}",\n', f'    "{OVERLAPPING_DAG}",\n'), ("max_active_runs=1", "max_active_runs=4")):
-        assert code.count(old) == 1, f"the DAG has no single {old!r} to replace any more"
-        code = code.replace(old, new)
-    (dags / f"{OVERLAPPING_DAG}.py").write_text(code)
+    original = (ROOT / "dags" / f"{DAG}.py").read_text()
+    (dags / f"{DAG}.py").write_text(original)
+    for dag_id, replaced in _COPIES.items():
+        code = original
+        for old, new in ((f'    "{DAG}",\n', f'    "{dag_id}",\n'), replaced):
+            assert code.count(old) == 1, f"the DAG has no single {old!r} to replace any more"
+            code = code.replace(old, new)
+        (dags / f"{dag_id}.py").write_text(code)
     return dags
