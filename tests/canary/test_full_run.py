@@ -164,6 +164,7 @@ def test_the_scanner_knows_every_payee_of_the_merchants_own_database(story: Stor
     assert by_kind["account number"] + by_kind["secure token"] > LISTED
     assert by_kind["name"] > LISTED
     assert by_kind["e-mail"] > LISTED
+    assert len(story.tokens) > 3
 
 
 # -- nothing leaked --------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import pickle
 import secrets
 import sys
@@ -31,10 +32,10 @@ from payroc_airflow.hooks.payroc import PayrocHook
 from tests.canary import rows
 from tests.canary.payees import WORD_LENGTH, Mint
 from tests.canary.scanner import Scanner, texts
+from tests.canary.story import WHO, keep_tokens
 from tests.conftest import Sandbox
+from tests.processes.line import Line, running
 from tests.refunds.conftest import World
-
-WHO = {who: ("--by", who, "--reason", "looked into it") for who in ("ann", "bob")}
 
 # How long calls that are meant to fail wait for an answer.
 SHORT = 0.3
@@ -96,11 +97,31 @@ def api_key() -> str:
 
 
 @pytest.fixture
+def line(sandbox: Sandbox) -> Iterator[Line]:
+    """The line on which bearer tokens come."""
+    with running(sandbox.url) as line:
+        yield line
+
+
+@pytest.fixture
+def tokens(line: Line) -> list[str]:
+    """Every bearer token that was issued."""
+    return keep_tokens(line)
+
+
+@pytest.fixture
 def world(
-    ledger_url: URL, source_url: URL, sandbox: Sandbox, api_key: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ledger_url: URL,
+    source_url: URL,
+    sandbox: Sandbox,
+    line: Line,
+    tokens: list[str],
+    api_key: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> Iterator[World]:
     """A merchant with keys of his own."""
-    connection = {"conn_type": "payroc", "password": api_key, "host": sandbox.api_url, "extra": {"identity_url": sandbox.url}}
+    connection = {"conn_type": "payroc", "password": api_key, "host": sandbox.api_url, "extra": {"identity_url": line.url}}
     environment = {
         "AIRFLOW_CONN_PAYROC_DEFAULT": json.dumps(connection),
         "PAYROC_REFUNDS_ENCRYPTION_KEYS": f"{Fernet.generate_key().decode()},{Fernet.generate_key().decode()}",
@@ -121,18 +142,18 @@ def world(
 
 @pytest.fixture
 def assert_nothing_leaked(
-    world: World, mint: Mint, talk: Talk, api_key: str, postgres: PostgresServer, record_property: Callable[[str, object], None]
-) -> Callable[..., None]:
+    world: World, mint: Mint, talk: Talk, api_key: str, tokens: list[str], postgres: PostgresServer
+) -> Callable[[], None]:
     """Return a function that searches everything that was said."""
 
-    def check(tokens: list[str] | None = None) -> None:
+    def check() -> None:
         settings = world.settings
         scanner = Scanner(WORD_LENGTH)
         scanner.add_numbers("account number", mint.account_numbers)
         scanner.add_numbers("secure token", mint.secure_tokens)
         scanner.add_words("name", mint.names)
         scanner.add_words("e-mail", mint.emails)
-        scanner.add_secrets("bearer token", tokens or [])
+        scanner.add_secrets("bearer token", tokens)
         scanner.add_secrets("API key", [api_key])
         scanner.add_secrets("encryption key", [key.get_secret_value() for key in settings.encryption_keys])
         scanner.add_secrets("fingerprint key", [settings.fingerprint_key.get_secret_value() if settings.fingerprint_key else ""])
@@ -152,15 +173,45 @@ def request_of(world: World, columns: dict[str, Any]) -> bytes:
     return build(row, world.cipher, world.settings)[1]
 
 
+@pytest.mark.parametrize(
+    "say",
+    [
+        lambda value: logging.getLogger("payroc_airflow.any").debug("paying %s", value),
+        lambda value: logging.getLogger("airflow.task").debug("paying %s", value),
+        lambda value: sys.stdout.write(value),
+        lambda value: os.write(2, value.encode()),
+    ],
+    ids=["logger", "Airflow's logger", "standard output", "standard error"],
+)
+@pytest.mark.parametrize("kind", ["account", "name", "token"])
+def test_what_is_said_anywhere_is_heard(
+    mint: Mint, tokens: list[str], assert_nothing_leaked: Callable[[], None], say: Callable[[str], object], kind: str
+) -> None:
+    payee = mint.payee()
+    tokens.append(secrets.token_urlsafe(32))
+    say({"account": payee.account_number, "name": payee.name, "token": tokens[-1]}[kind])
+    with pytest.raises(AssertionError, match=kind):
+        assert_nothing_leaked()
+
+
+@pytest.mark.parametrize("place", ["message", "cause", "attribute"])
+def test_what_an_exception_holds_is_heard(mint: Mint, talk: Talk, assert_nothing_leaked: Callable[[], None], place: str) -> None:
+    value = mint.payee().account_number
+    error = PayrocError("create refund", value if place == "message" else "refused", instance=value if place == "attribute" else None)
+    with talk.failing("planted", PayrocError):
+        raise error from (ValueError(value) if place == "cause" else None)
+    with pytest.raises(AssertionError, match="account number 0"):
+        assert_nothing_leaked()
+
+
 # -- calls to Payroc -------------------------------------------------------------------------------------------------------
 
 
 def test_calls_that_go_wrong_in_every_way_show_nothing(
-    world: World, mint: Mint, talk: Talk, assert_nothing_leaked: Callable[..., None]
+    world: World, mint: Mint, talk: Talk, tokens: list[str], assert_nothing_leaked: Callable[[], None]
 ) -> None:
     patient, hook = PayrocHook(), PayrocHook(timeout_seconds=SHORT)
     token = patient.get_token()
-    tokens = [token.access_token.get_secret_value()]
     key = "8e03978e-40d5-43e8-bc93-6894a57f93{:02}"
     paid = patient.create_refund(request_of(world, mint.payee().columns()), idempotency_key=key.format(0), token=token)
     calls: dict[str, Callable[[int], object]] = {
@@ -170,7 +221,7 @@ def test_calls_that_go_wrong_in_every_way_show_nothing(
         "get": lambda number: hook.get_refund(paid.refund_id, token=token),
         "list": lambda number: list(hook.list_refunds("7701001", token=token)),
         "reverse": lambda number: hook.reverse_refund(paid.refund_id, idempotency_key=key.format(50 + number), token=token),
-        "authorize": lambda number: tokens.append(hook.get_token(younger_than=0).access_token.get_secret_value()),
+        "authorize": lambda number: hook.get_token(younger_than=0),
     }
     faults = [fault | ({"seconds": 2 * SHORT} if "seconds" in fault else {}) for fault in rows.FAULTS]
     for operation, call in calls.items():
@@ -181,7 +232,8 @@ def test_calls_that_go_wrong_in_every_way_show_nothing(
     assert world.sandbox.get("/_sandbox/faults")["faults"] == []
     assert talk.errors >= len(calls) * (len(rows.FAULTS) - 4), "the calls did not fail"
     assert "urllib3.connectionpool" in talk.heard()["log"]
-    assert_nothing_leaked(tokens)
+    assert len(tokens) > 1
+    assert_nothing_leaked()
 
 
 @pytest.mark.parametrize(
@@ -204,7 +256,7 @@ def test_a_connection_that_can_not_be_used_does_not_show_its_key(
     talk: Talk,
     api_key: str,
     monkeypatch: pytest.MonkeyPatch,
-    assert_nothing_leaked: Callable[..., None],
+    assert_nothing_leaked: Callable[[], None],
     broken: dict[str, Any],
 ) -> None:
     parts = {"conn_type": "payroc", "password": "{key}"} | broken
@@ -222,7 +274,7 @@ def test_a_connection_that_can_not_be_used_does_not_show_its_key(
 # -- what is printed of objects --------------------------------------------------------------------------------------------
 
 
-def test_no_object_shows_what_it_holds(world: World, mint: Mint, talk: Talk, assert_nothing_leaked: Callable[..., None]) -> None:
+def test_no_object_shows_what_it_holds(world: World, mint: Mint, talk: Talk, assert_nothing_leaked: Callable[[], None]) -> None:
     hook = PayrocHook()
     token = hook.get_token()
     for by_token in (False, True):
@@ -256,11 +308,11 @@ def test_no_object_shows_what_it_holds(world: World, mint: Mint, talk: Talk, ass
         world.source,
     ):
         talk.note(type(thing).__name__, thing)
-    assert_nothing_leaked([token.access_token.get_secret_value()])
+    assert_nothing_leaked()
 
 
 def test_rows_that_are_refused_are_explained_without_their_values(
-    world: World, mint: Mint, talk: Talk, assert_nothing_leaked: Callable[..., None]
+    world: World, mint: Mint, talk: Talk, assert_nothing_leaked: Callable[[], None]
 ) -> None:
     for row in rows.invalid_rows(mint):
         with talk.failing("row", InvalidRow, ValidationError):
@@ -278,7 +330,7 @@ def test_rows_that_are_refused_are_explained_without_their_values(
 
 @pytest.mark.parametrize("cast", ["account_number::smallint", "name_on_account::integer", "email::timestamptz", "secure_token::smallint"])
 def test_a_source_that_quotes_a_value_in_its_error_is_not_repeated(
-    world: World, mint: Mint, talk: Talk, source_url: URL, tmp_path: Path, assert_nothing_leaked: Callable[..., None], cast: str
+    world: World, mint: Mint, talk: Talk, source_url: URL, tmp_path: Path, assert_nothing_leaked: Callable[[], None], cast: str
 ) -> None:
     world.approve(**mint.payee(by_token=True).columns())
     world.approve(**mint.payee().columns())
@@ -298,7 +350,7 @@ def test_a_source_that_quotes_a_value_in_its_error_is_not_repeated(
 
 
 def test_a_source_that_quotes_a_row_in_its_error_is_not_repeated(
-    world: World, mint: Mint, talk: Talk, assert_nothing_leaked: Callable[..., None]
+    world: World, mint: Mint, talk: Talk, assert_nothing_leaked: Callable[[], None]
 ) -> None:
     world.send(world.released(**mint.payee().columns()))
     with world.source_engine.begin() as connection:
@@ -310,7 +362,7 @@ def test_a_source_that_quotes_a_row_in_its_error_is_not_repeated(
 
 
 def test_a_ledger_that_quotes_a_row_in_its_error_is_not_repeated(
-    world: World, mint: Mint, talk: Talk, ledger_url: URL, assert_nothing_leaked: Callable[..., None]
+    world: World, mint: Mint, talk: Talk, ledger_url: URL, assert_nothing_leaked: Callable[[], None]
 ) -> None:
     world.approve(**mint.payee().columns())
     engine = create_engine(ledger_url)
@@ -360,7 +412,7 @@ def test_an_import_that_goes_wrong_quotes_no_line(
     tmp_path: Path,
     command: Callable[..., int],
     postgres: PostgresServer,
-    assert_nothing_leaked: Callable[..., None],
+    assert_nothing_leaked: Callable[[], None],
 ) -> None:
     lines = rows.single_rows(mint)
     good = rows.write_csv(tmp_path / "good.csv", lines)
@@ -392,14 +444,14 @@ def test_an_import_that_goes_wrong_quotes_no_line(
 
 
 def test_an_import_of_a_file_without_a_header_does_not_take_the_first_payee_for_one(
-    mint: Mint, tmp_path: Path, command: Callable[..., int], assert_nothing_leaked: Callable[..., None]
+    mint: Mint, tmp_path: Path, command: Callable[..., int], assert_nothing_leaked: Callable[[], None]
 ) -> None:
     assert command("import", str(rows.write_csv(tmp_path / "refunds.csv", rows.single_rows(mint), header=False))) == 2
     assert_nothing_leaked()
 
 
 def test_commands_that_are_used_wrongly_show_no_password_and_no_key(
-    world: World, command: Callable[..., int], postgres: PostgresServer, api_key: str, assert_nothing_leaked: Callable[..., None]
+    world: World, command: Callable[..., int], postgres: PostgresServer, api_key: str, assert_nothing_leaked: Callable[[], None]
 ) -> None:
     password = postgres.password
     key = world.settings.encryption_keys[0].get_secret_value()
@@ -434,7 +486,7 @@ def test_commands_that_are_used_wrongly_show_no_password_and_no_key(
 
 
 def test_commands_about_refunds_show_no_bank_data_whatever_payroc_answers(
-    world: World, mint: Mint, talk: Talk, command: Callable[..., int], assert_nothing_leaked: Callable[..., None]
+    world: World, mint: Mint, talk: Talk, command: Callable[..., int], assert_nothing_leaked: Callable[[], None]
 ) -> None:
     paid, refused, odd = (world.released(ending, **mint.payee(ending).columns()) for ending in ("4321", "9002", "9013"))
     for refund_id in (paid, refused, odd):

@@ -208,6 +208,7 @@ FORBIDDEN: dict[str, list[str]] = {
         new_refund("rejected", more=", replaces", values=", id"),
         event("contradiction"),
         "UPDATE refund_ledger.refund_control SET paused_at = NULL, paused_by = NULL, pause_reason = NULL",
+        "UPDATE refund_ledger.refund_control SET largest_refund = NULL",
     ],
 }
 

@@ -103,6 +103,8 @@ CREATE TRIGGER guard BEFORE INSERT OR UPDATE ON refund_ledger.refund_attempts
     FOR EACH ROW EXECUTE FUNCTION refund_ledger.guard_attempt();
 
 CREATE FUNCTION refund_ledger.guard_control() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE
+    no_limits CONSTANT text[] := '{scope,environment,source,fingerprint_check,paused_at,paused_by,pause_reason}';
 BEGIN
     IF (OLD.environment IS NOT NULL AND NEW.environment IS DISTINCT FROM OLD.environment)
        OR (OLD.source IS NOT NULL AND NEW.source IS DISTINCT FROM OLD.source)
@@ -112,6 +114,9 @@ BEGIN
     IF OLD.paused_at IS NOT NULL AND (NEW.paused_at, NEW.paused_by, NEW.pause_reason)
                                      IS DISTINCT FROM (OLD.paused_at, OLD.paused_by, OLD.pause_reason) THEN
         PERFORM refund_ledger.require('the end or the change of a pause', 'refunds_operator');
+    END IF;
+    IF to_jsonb(NEW) - no_limits <> to_jsonb(OLD) - no_limits THEN
+        PERFORM refund_ledger.require('a limit', 'refunds_operator');
     END IF;
     RETURN NEW;
 END $$;
@@ -209,9 +214,6 @@ DO $$
 DECLARE
     item record;
 BEGIN
-    IF NOT has_database_privilege('refunds_migrator', current_database(), 'CREATE') THEN
-        EXECUTE format('GRANT CREATE ON DATABASE %I TO refunds_migrator', current_database());
-    END IF;
     ALTER SCHEMA refund_ledger OWNER TO refunds_migrator;
     FOR item IN SELECT c.oid::regclass AS name FROM pg_class AS c
                 WHERE c.relnamespace = 'refund_ledger'::regnamespace AND c.relkind IN ('r', 'v') LOOP
