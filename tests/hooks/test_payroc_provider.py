@@ -81,4 +81,4 @@ print(*sorted(new))
 """
     # Where the package is installed, Airflow has read its provider info already.
     loaded = set(run(code, tmp_path).splitlines()[-1].split()) - {"payroc_airflow"}
-    assert loaded == {"payroc_airflow.pools", "payroc_refunds_plugin"}
+    assert loaded == {"payroc_airflow.pools", "payroc_airflow.task_context", "payroc_refunds_plugin"}
