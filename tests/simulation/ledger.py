@@ -412,7 +412,10 @@ class MemoryLedger:
         return question
 
     def _why_ask(self, today: Totals, run: Run) -> str | None:
-        return who_to_ask(self.limited, today=today, run=run.basis["totals"], rejected=run.basis["rejected"])
+        return who_to_ask(self.limited, today=today, run=run.basis["totals"], rejected=self._rejected_before(run))
+
+    def _rejected_before(self, run: Run) -> int:
+        return sum(self.rows[refund_id].run_rejected_by is not None for refund_id in run.candidate_ids)
 
     def record_approval(self, run_id: str, *, by: str, triggered_by: str | None) -> None:
         if triggered_by is not None and same_person(by, triggered_by):
@@ -443,7 +446,6 @@ class MemoryLedger:
         return {
             "totals": sums,
             "again": len(found) - len(rows),
-            "rejected": sum(row.run_rejected_by is not None for row in found),
             "new_payees": len({row.payee_fingerprint for row in rows} - known),
         }
 

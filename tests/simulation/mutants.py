@@ -384,13 +384,6 @@ def _begin_and_forget_the_question(self: MemoryLedger, run_id: str, *rest: Any) 
 _begin_run = MemoryLedger.begin_run
 
 
-def _basis_without_rejections(self: MemoryLedger, ids: Any) -> Any:
-    return _approval_basis(self, ids) | {"rejected": 0}
-
-
-_approval_basis = MemoryLedger._approval_basis
-
-
 def _passed_at_all(other: Any, item: Any) -> bool:
     return other.id != item.id and other.first_released_at is not None
 
@@ -495,7 +488,7 @@ MUTANTS = (
         ((MemoryLedger, "_released_without_a_person", _without_what_was_counted_before),),
     ),
     Mutant("what Airflow still shows is not looked at", ((MemoryLedger, "begin_run", _begin_and_forget_the_question),)),
-    Mutant("what was rejected passes by itself the next time", ((MemoryLedger, "_approval_basis", _basis_without_rejections),)),
+    Mutant("what was rejected passes by itself the next time", ((MemoryLedger, "_rejected_before", lambda self, run: 0),)),
     Mutant("of two that are alike each is held for the other", ((limits, "_passed_before", _passed_at_all),)),
     Mutant("a rejection counts as an approval", ((MemoryLedger, "record_rejection", _reject_is_approve),)),
     Mutant("whoever triggered a run approves it", ((ledger, "same_person", lambda one, other: False),)),

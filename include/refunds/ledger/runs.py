@@ -183,7 +183,7 @@ class Runs(Control):
             if run.approved_by is not None and run.approved_hash == run.candidates_hash:
                 return None
             today = await self._released_without_a_person(connection, run, now)
-            why = _why_ask(await self._limits(connection), today, run)
+            why = await _why_ask(connection, await self._limits(connection), today, run)
             if why is None:
                 await connection.execute(pass_by_itself, {"run_id": run_id})
                 return None
@@ -324,7 +324,7 @@ class Runs(Control):
 
     async def _run(self, connection: AsyncConnection, run_id: str) -> Row[Any]:
         query = text("""
-            SELECT run_id, candidates_hash, approved_hash, approved_by, approval_basis, question, counted, counted_before
+            SELECT run_id, candidate_ids, candidates_hash, approved_hash, approved_by, approval_basis, question, counted, counted_before
             FROM refund_ledger.refund_runs WHERE run_id = :run_id FOR UPDATE""")
         run = (await connection.execute(query, {"run_id": run_id})).one_or_none()
         # An earlier version noted less of a run.
@@ -343,7 +343,7 @@ class Runs(Control):
         if run.approved_by is None:
             # Another run may have passed the door since nobody had to be asked.
             today = await self._released_without_a_person(connection, run, now)
-            if why := _why_ask(limits, today, run):
+            if why := await _why_ask(connection, limits, today, run):
                 raise LedgerError(f"{why} That was not so when run {run.run_id} was let pass: clear approve_run, and it asks a person.")
 
     async def _open_door(self, connection: AsyncConnection, control: _State, ids: Sequence[int], counted: Totals, now: datetime) -> Door:
@@ -410,13 +410,15 @@ def _no_run(run_id: str) -> LedgerError:
     return LedgerError(f"The ledger holds no candidates of run {run_id}: clear pull_approved and let the run go on from there.")
 
 
-def _why_ask(limits: Limits, today: Totals, run: Row[Any]) -> str | None:
-    basis = run.approval_basis
-    return who_to_ask(limits, today=today, run=basis["totals"], rejected=basis["rejected"])
+async def _why_ask(connection: AsyncConnection, limits: Limits, today: Totals, run: Row[Any]) -> str | None:
+    # Counted now and not when the run was pulled: another run with these refunds may have been rejected since.
+    rejected = text("SELECT count(run_rejected_by) FROM refund_ledger.refunds WHERE id = ANY(:ids)")
+    count = (await connection.execute(rejected, {"ids": run.candidate_ids})).scalar_one()
+    return who_to_ask(limits, today=today, run=run.approval_basis["totals"], rejected=count)
 
 
 async def _approval_basis(connection: AsyncConnection, ids: Sequence[int]) -> dict[str, Any]:
-    """Return what a run would release for the first time, to how many new payees, and how many again, or in spite of a rejection."""
+    """Return what a run would release for the first time, to how many new payees, and how many again."""
     sums = text("""
         SELECT currency, count(*) AS count, sum(amount)::bigint AS amount, max(amount) AS largest FROM refund_ledger.refunds
         WHERE id = ANY(:ids) AND first_released_at IS NULL GROUP BY currency""")
@@ -426,7 +428,7 @@ async def _approval_basis(connection: AsyncConnection, ids: Sequence[int]) -> di
             SELECT FROM refund_ledger.refunds AS before
             WHERE before.payee_fingerprint = r.payee_fingerprint AND before.first_released_at IS NOT NULL)""")
     others = text("""
-        SELECT count(*) FILTER (WHERE first_released_at IS NOT NULL) AS again, count(run_rejected_by) AS rejected
+        SELECT count(*) FILTER (WHERE first_released_at IS NOT NULL) AS again
         FROM refund_ledger.refunds WHERE id = ANY(:ids)""")
     return {
         "totals": await _sums(connection, sums, {"ids": list(ids)}),
