@@ -113,11 +113,12 @@ class Story:
             (LOUD_DAG, client.trigger(LOUD_DAG, source_refs=rows.SINGLE_REFS, batch_size=3)),
             (OVERLAPPING_DAG, client.trigger(OVERLAPPING_DAG, dry_run=True)),
         ]
-        assert processes.wait_until(self.has_sent, seconds=150), "nothing is sent"
+        assert processes.wait_until(self.has_sent, seconds=150, pause=0.5), "nothing is sent"
         for fault in rows.FAULTS:
             self.fault("authorize", fault)
+        is_rejected = processes.wait_until(lambda: self.refund(rows.REJECTED)["status"] == "rejected", seconds=150, pause=1)
+        assert is_rejected, self.refund(rows.REJECTED)
         rejected = self.refund(rows.REJECTED)["id"]
-        assert processes.wait_until(lambda: self.refund(rows.REJECTED)["status"] == "rejected", seconds=150), "it is not rejected"
         self.commands([("reissue", f"{rejected}", *WHO[who]) for who in ("ann", "bob")], [("status",), ("show", "S9003")])
         self.wait_for(runs)
 

@@ -468,8 +468,8 @@ def test_commands_that_are_used_wrongly_show_no_password_and_no_key(
     for url in urls:
         for arguments in (("status",), ("migrate",), ("show", "1"), ("pause", *WHO["ann"])):
             assert command(*arguments, PAYROC_REFUNDS_LEDGER_URL=url) == 2
-            assert command(*arguments, "--ledger-url", url) == 2
-            assert command(*arguments, PAYROC_REFUNDS_LEDGER_URL="", AIRFLOW_CONN_REFUNDS_LEDGER=url) == 2
+        assert command("status", "--ledger-url", url) == 2
+        assert command("status", PAYROC_REFUNDS_LEDGER_URL="", AIRFLOW_CONN_REFUNDS_LEDGER=url) == 2
     wrong = [
         {"PAYROC_REFUNDS_ENCRYPTION_KEYS": f"{key}x"},
         {"PAYROC_REFUNDS_ENCRYPTION_KEYS": ""},
