@@ -149,8 +149,10 @@ def _without_values(error: DBAPIError) -> str:
     """Return what a driver says in its first line, unless that may quote a value of the row: names of columns and tables are wanted."""
     lines = str(error.orig).strip().splitlines() or [type(error.orig).__name__]
     state = getattr(error.orig, "sqlstate", None)
-    # Classes 22 and 23 of SQLSTATE: a value that does not fit, or that a constraint refuses.
-    if isinstance(error, DataError | IntegrityError) or (state or "").startswith(("22", "23")):
+    # What is told of these classes of SQLSTATE is about names, rights and the server. Anything else may quote a value: one that does not
+    # fit, one that a constraint refuses, or what a trigger of the merchant's says.
+    is_told = state.startswith(("08", "28", "3D", "42", "53", "57")) if state else not isinstance(error, DataError | IntegrityError)
+    if not is_told:
         column = getattr(getattr(error.orig, "diag", None), "column_name", None)
         return f"{type(error.orig).__name__}{f', SQLSTATE {state}' if state else ''}{f', column {column}' if column else ''}."
     return re.sub(r"'[^']*'|[0-9]{4,}", "…", lines[0])

@@ -361,6 +361,21 @@ def test_a_source_that_quotes_a_row_in_its_error_is_not_repeated(
     assert_nothing_leaked()
 
 
+def test_what_a_trigger_of_the_merchants_says_of_a_payee_is_not_repeated(
+    world: World, mint: Mint, talk: Talk, assert_nothing_leaked: Callable[..., None]
+) -> None:
+    world.approve(**mint.payee().columns())
+    with world.source_engine.begin() as connection:
+        connection.exec_driver_sql("""
+            CREATE FUNCTION block() RETURNS trigger LANGUAGE plpgsql AS
+                $$ BEGIN RAISE EXCEPTION 'payee %% is blocked', NEW.name_on_account; END $$;
+            CREATE TRIGGER block BEFORE UPDATE ON refund_requests FOR EACH ROW EXECUTE FUNCTION block()""")
+    world.pull()
+    with talk.failing("update", SourceError):
+        world.write_back()
+    assert_nothing_leaked()
+
+
 def test_a_ledger_that_quotes_a_row_in_its_error_is_not_repeated(
     world: World, mint: Mint, talk: Talk, ledger_url: URL, assert_nothing_leaked: Callable[[], None]
 ) -> None:
