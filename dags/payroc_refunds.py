@@ -181,10 +181,9 @@ with DAG(
                 await ledger.finish_run(context["run_id"])
                 found = await run_report(ledger.engine, settings.source, context["run_id"])
                 # The run's state is this task's. A run that was cleared has left a row behind, whatever failed this time.
-                for task_id in ("pull_approved", "release"):
-                    if not found.rejected and context["ti"].xcom_pull(task_ids=task_id) is None:
-                        found.unfinished.append(f"{task_id} did not finish, its log says why.")
-                        break
+                failed = [name for name in ("pull_approved", "release") if context["ti"].xcom_pull(task_ids=name) is None]
+                if failed and not found.rejected:
+                    found.unfinished.append(f"{failed[0]} did not finish, its log says why.")
         log.info("%s", found)
         if found.unfinished:
             raise AirflowFailException(" ".join(found.unfinished))

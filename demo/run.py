@@ -50,9 +50,7 @@ def run(state: State) -> int:
 
 def _set_limit(stack: Stack) -> None:
     """Let no refund pass by itself that is larger than this; a person decides about it."""
-    with stack.ledger() as ledger:
-        row = ledger.execute("SELECT largest_refund FROM refund_ledger.refund_control WHERE scope = '*'").fetchone()
-    if row == (None,):
+    if stack.limit("largest_refund") is None:
         with step(f"{_BY} sets a limit: a refund over {money(_LARGEST_REFUND, 'USD')} is held until a person has looked at it"):
             _command(stack, "limit", "largest_refund", str(_LARGEST_REFUND), "--reason", "Larger ones are looked at.")
 

@@ -116,9 +116,7 @@ def import_lines(url: URL, lines: Sequence[dict[str, str]], *, advance: Callable
         # The first line may be a payee, and is not repeated.
         raise ImportFailed("The first line of the CSV file names none of the columns of include/sql/select_approved.sql: add a header.")
     # A value that slipped into the header is not repeated either.
-    unknown = sorted(
-        name if re.fullmatch(r"[A-Za-z_]{1,30}", name) else "a name that is none" for name in set(header) - set(COLUMNS) if name
-    )
+    unknown = sorted(name if re.fullmatch(r"[A-Za-z_]{1,30}", name) else "a name that is none" for name in set(header) - set(COLUMNS))
     missing = sorted(set(COLUMNS) - set(header)) if header else []
     if unknown or missing:
         raise ImportFailed(

@@ -115,19 +115,15 @@ def totals(amounts: Iterable[tuple[str, int]]) -> dict[str, dict[str, int]]:
     """Return count and sum per currency, of (currency, amount in minor units) pairs."""
     result: dict[str, dict[str, int]] = {}
     for currency, amount in amounts:
-        entry = result.setdefault(currency, {"count": 0, "amount": 0})
-        entry["count"] += 1
-        entry["amount"] += amount
+        _add(result, currency, 1, amount)
     return result
 
 
 def added(one: Totals, other: Totals) -> dict[str, dict[str, int]]:
     """Return the sums of both, per currency."""
-    result = {currency: {"count": entry["count"], "amount": entry["amount"]} for currency, entry in one.items()}
-    for currency, entry in other.items():
-        mine = result.setdefault(currency, {"count": 0, "amount": 0})
-        mine["count"] += entry["count"]
-        mine["amount"] += entry["amount"]
+    result: dict[str, dict[str, int]] = {}
+    for currency, entry in (*one.items(), *other.items()):
+        _add(result, currency, entry["count"], entry["amount"])
     return result
 
 
@@ -168,7 +164,7 @@ def open_door(
                 door.waiting[item.id] = cap
                 continue
             for so_far in (run_so_far, day_so_far, door.counted):
-                _count(so_far, item)
+                _add(so_far, item.currency, 1, item.amount)
             others.append(replace(item, status=Status.RELEASED, first_released_at=now))
         door.released.append(item.id)
     return door
@@ -274,7 +270,7 @@ def _full(item: AtTheDoor, limits: Limits, *, run: Totals, day: Totals) -> str |
     return None
 
 
-def _count(so_far: dict[str, dict[str, int]], item: AtTheDoor) -> None:
-    entry = so_far.setdefault(item.currency, {"count": 0, "amount": 0})
-    entry["count"] += 1
-    entry["amount"] += item.amount
+def _add(sums: dict[str, dict[str, int]], currency: str, count: int, amount: int) -> None:
+    entry = sums.setdefault(currency, {"count": 0, "amount": 0})
+    entry["count"] += count
+    entry["amount"] += amount

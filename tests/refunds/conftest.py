@@ -30,6 +30,17 @@ from tests.conftest import Sandbox
 T = TypeVar("T")
 _numbers = itertools.count(1)
 
+# What a source row says of a refund that has nothing special about it.
+PLAIN: dict[str, Any] = {
+    "processing_terminal_id": "7701001",
+    "amount": 4999,
+    "currency": "USD",
+    "name_on_account": "Sarah Hopper",
+    "account_type": "checking",
+    "sec_code": "ppd",
+    "routing_number": "053200983",
+}
+
 
 class World:
     """
@@ -64,14 +75,8 @@ class World:
         number = next(_numbers)
         row = dict.fromkeys(COLUMNS) | {
             "source_ref": f"ref-{number}",
-            "processing_terminal_id": "7701001",
+            **PLAIN,
             "order_id": f"T{number}-{id(self) % 100_000}",
-            "amount": 4999,
-            "currency": "USD",
-            "name_on_account": "Sarah Hopper",
-            "account_type": "checking",
-            "sec_code": "ppd",
-            "routing_number": "053200983",
             "account_number": f"55667{number:06d}{ending}",
             "requested_by": "ann@example.com",
             "approved_by": "bob@example.com",

@@ -322,11 +322,16 @@ def begin(world: World, run_id: str, *refs: str) -> tuple[Any, list[int]]:
     """Begin a run with these refunds, and return its question and its candidates."""
 
     async def work() -> tuple[Any, list[int]]:
-        candidates = await world.ledger.candidates(Selection(source_refs=refs))
-        await world.ledger.begin_run(run_id, {}, candidates, {}, datetime.now(UTC))
-        return await world.ledger.ask_approval(run_id), [item.id for item in candidates]
+        ids = await _pulled(world, run_id, *refs)
+        return await world.ledger.ask_approval(run_id), ids
 
     return world.run(work())
+
+
+async def _pulled(world: World, run_id: str, *refs: str) -> list[int]:
+    candidates = await world.ledger.candidates(Selection(source_refs=refs))
+    await world.ledger.begin_run(run_id, {}, candidates, {}, datetime.now(UTC))
+    return [item.id for item in candidates]
 
 
 def test_a_run_over_a_threshold_is_released_only_with_the_approval_of_another_person_than_who_triggered_it(world: World) -> None:
@@ -393,18 +398,13 @@ def test_an_answer_about_other_candidates_counts_for_nothing(world: World) -> No
     one, two = world.approve(), world.approve()
     world.pull()
     begin(world, "run-1", one)
-    world.run(_pulled_anew(world, "run-1", one, two))
+    world.run(_pulled(world, "run-1", one, two))
     for answer in (
         world.ledger.record_approval("run-1", by="frank", triggered_by=None),
         world.ledger.record_rejection("run-1", by="frank"),
     ):
         with pytest.raises(LedgerError, match="has other candidates than those that frank was asked about"):
             world.run(answer)
-
-
-async def _pulled_anew(world: World, run_id: str, *refs: str) -> None:
-    candidates = await world.ledger.candidates(Selection(source_refs=refs))
-    await world.ledger.begin_run(run_id, {}, candidates, {}, datetime.now(UTC))
 
 
 def test_a_run_that_asked_once_does_not_ask_about_anything_else_because_airflow_would_show_the_first_question(world: World) -> None:

@@ -18,18 +18,12 @@ from include.refunds.ledger import Selection
 from include.refunds.pull import InvalidRow, build, pull
 from include.refunds.settings import Settings, get_settings
 from include.refunds.source import COLUMNS, SQL_FOLDER, SourceError, SqlSource
-from tests.refunds.conftest import World
+from tests.refunds.conftest import PLAIN, World
 
 GOOD: dict[str, Any] = dict.fromkeys(COLUMNS) | {
     "source_ref": "ref-a",
-    "processing_terminal_id": "7701001",
+    **PLAIN,
     "order_id": "ORDER-A",
-    "amount": 4999,
-    "currency": "USD",
-    "name_on_account": "Sarah Hopper",
-    "account_type": "checking",
-    "sec_code": "ppd",
-    "routing_number": "053200983",
     "account_number": "556677889911",
     "requested_by": "ann@example.com",
     "approved_by": "bob@example.com",

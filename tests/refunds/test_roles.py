@@ -26,7 +26,7 @@ from include.refunds.source import SqlSource
 from tests.conftest import Login, NewDatabase
 from tests.dags.conftest import Runner, airflow_connection
 from tests.dags.conftest import run_dag as run_dag
-from tests.refunds.conftest import World
+from tests.refunds.conftest import PLAIN, World
 from tests.refunds.test_follow_up import Listing, object_of
 
 # -- what is forbidden ---------------------------------------------------------------------------------------------------------------
@@ -447,14 +447,8 @@ def enter(source: URL, login: Login, ref: str, **columns: Any) -> None:
     """Request a refund as a requester, and approve it as an approver."""
     row = {
         "source_ref": ref,
-        "processing_terminal_id": "7701001",
+        **PLAIN,
         "order_id": ref,
-        "amount": 4999,
-        "currency": "USD",
-        "name_on_account": "Sarah Hopper",
-        "account_type": "checking",
-        "sec_code": "ppd",
-        "routing_number": "053200983",
         "account_number": "556670000004321",
         "requested_by": "ann",
     } | columns

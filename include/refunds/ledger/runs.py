@@ -356,9 +356,6 @@ class Runs(Control):
         earlier = text(f"""
             SELECT {columns} FROM refund_ledger.refunds
             WHERE source = :source AND payee_fingerprint = ANY(:payees) AND first_released_at > :since""")
-        day = text("""
-            SELECT currency, count(*) AS count, sum(amount)::bigint AS amount FROM refund_ledger.refunds
-            WHERE source = :source AND updated_at >= :day AND first_released_at >= :day GROUP BY currency""")
         source = self._settings.source
         wanted = [] if EVERYTHING in control.paused else list(ids)
         rows = _at_the_door(await connection.execute(asking, {"ids": wanted, "source": source, "paused": list(control.paused)}))
@@ -366,18 +363,24 @@ class Runs(Control):
         if control.limits.looks_back:
             since, payees = now - control.limits.looks_back, list({row.payee for row in rows})
             before = _at_the_door(await connection.execute(earlier, {"source": source, "payees": payees, "since": since}))
-        today = await _sums(connection, day, {"source": source, "day": day_start(now, self._settings.timezone)})
+        today = await self._released_today(connection, now)
         return open_door(rows, control.limits, run=counted, day=today, earlier=before, now=now)
 
     async def _released_without_a_person(self, connection: AsyncConnection, run: Row[Any], now: datetime) -> dict[str, dict[str, int]]:
         """Return what other runs released today without a person, and this one before it was pulled anew."""
-        query = text("""
+        others = "first_released_run IS DISTINCT FROM :run_id AND first_released_approver IS NULL"
+        return added(await self._released_today(connection, now, others, run_id=run.run_id), run.counted_before)
+
+    async def _released_today(
+        self, connection: AsyncConnection, now: datetime, condition: str = "true", **values: str
+    ) -> dict[str, dict[str, int]]:
+        """Return the sums of what passed the door for the first time today, per currency."""
+        # What was released today was changed today, and that has an index.
+        query = text(f"""
             SELECT currency, count(*) AS count, sum(amount)::bigint AS amount FROM refund_ledger.refunds
-            WHERE source = :source AND updated_at >= :day AND first_released_at >= :day
-              AND first_released_run IS DISTINCT FROM :but AND first_released_approver IS NULL
-            GROUP BY currency""")
-        values = {"source": self._settings.source, "day": day_start(now, self._settings.timezone), "but": run.run_id}
-        return added(await _sums(connection, query, values), run.counted_before)
+            WHERE source = :source AND updated_at >= :day AND first_released_at >= :day AND {condition} GROUP BY currency""")
+        day = day_start(now, self._settings.timezone)
+        return await _sums(connection, query, {"source": self._settings.source, "day": day, **values})
 
     async def terminals(self, refund_ids: Sequence[int]) -> set[str]:
         """Return the processing terminals of refunds."""
