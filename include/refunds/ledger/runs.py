@@ -240,7 +240,7 @@ class Runs(Control):
             if (await connection.execute(update, {"run_id": run_id, "by": by, "now": now})).rowcount == 0:
                 raise LedgerError(
                     f"Run {run_id} has other candidates than those that {by} was asked about, so the answer counts for nothing: "
-                    "clear approve_run to ask again."
+                    "trigger a new run, which asks about what is approved now."
                 )
             if also is not None:
                 await connection.execute(also, {"run_id": run_id, "by": by})
