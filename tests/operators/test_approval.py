@@ -245,7 +245,7 @@ def test_an_answer_of_nobody_or_of_no_approver_counts_for_nothing(asked: Approva
 
 def test_an_approval_of_other_refunds_than_those_asked_about_counts_for_nothing(asked: Approval) -> None:
     asked.begin(asked.world.approve())
-    with pytest.raises(LedgerError, match="clear approve_run to ask again"):
+    with pytest.raises(LedgerError, match="trigger a new run"):
         asked.answer("Approve")
     assert asked.row()["approved_hash"] is None
 

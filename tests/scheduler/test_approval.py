@@ -140,7 +140,7 @@ def test_while_a_run_waits_nothing_is_added_and_what_is_withdrawn_or_changed_is_
         assert f"Refund {merchant.row(ref)['id']} was not released." in run.notes()
 
 
-def test_a_rejected_run_sends_nothing_is_green_and_names_who_rejected_it_and_may_be_asked_about_again(merchant: Merchant) -> None:
+def test_a_rejected_run_sends_nothing_and_names_who_rejected_it_and_only_a_new_run_asks_about_the_refunds_again(merchant: Merchant) -> None:
     run = Run(merchant, merchant.approve())
     run.answer(run.frank, "Reject")
     run.ends("success")
@@ -149,10 +149,17 @@ def test_a_rejected_run_sends_nothing_is_green_and_names_who_rejected_it_and_may
     assert run.row()["rejected_by"] == "frank"
     assert "frank" in run.notes()
 
+    # Airflow would show the first question, which says nothing of the rejection.
     run.clear("approve_run")
-    run.wait_for_question()
-    run.answer(run.frank, "Approve")
     run.ends("success")
+    assert run.states() == expected("failed", "upstream_failed", "upstream_failed", "success")
+    assert "trigger a new run, which asks about what is approved now" in run.errors()
+    run.assert_nothing_was_sent()
+
+    again = Run(merchant, *run.source_refs)
+    assert "1 of these refunds were in a run that was rejected." in again.question["body"]
+    again.answer(again.frank, "Approve")
+    again.ends("success")
     merchant.assert_paid_once(*run.source_refs)
 
 
