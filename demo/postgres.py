@@ -115,6 +115,10 @@ class PostgresServer:
                 pid_file.unlink()
         return False
 
+    def program(self, name: str) -> Path:
+        """Return one of Postgres' own programs, such as ``pg_dump``."""
+        return self._binaries() / name
+
     def url(self, database: str) -> URL:
         """Return the URL of a database, with the password."""
         return URL.create("postgresql+psycopg", USER, self.password, HOST, self.port, database)

@@ -30,7 +30,7 @@ from include.refunds import demo_source
 from include.refunds.audit import Head, HeadError, verify_audit
 from include.refunds.case import DecisionRefused
 from include.refunds.classify import EVERYTHING
-from include.refunds.connect import NoGateway, cipher_of, connect
+from include.refunds.connect import NoGateway, cipher_of, connect, connect_source
 from include.refunds.gateway import Gateway
 from include.refunds.ledger import Ledger, LedgerError, create_ledger_engine
 from include.refunds.ledger_url import UrlError, ledger_url, source_url
@@ -39,13 +39,16 @@ from include.refunds.money import money
 from include.refunds.reissue import reissue as reissue_refund
 from include.refunds.report import details, status_report
 from include.refunds.resolve import resolve as resolve_refund
+from include.refunds.restored import Restored
+from include.refunds.restored import restored as after_restore
 from include.refunds.reverse import reverse as reverse_refund
 from include.refunds.roles import RolesMissing
 from include.refunds.rotate import Rotated
 from include.refunds.rotate import rotate_keys as rotate_requests
 from include.refunds.settings import SettingsError, get_settings
+from include.refunds.source import SourceError
 from include.refunds.states import Status
-from include.refunds.verify import Comparison, RangeError, read_range
+from include.refunds.verify import Comparison, RangeError, read_instant, read_range
 from include.refunds.verify import verify as compare
 
 T = TypeVar("T")
@@ -333,14 +336,49 @@ def verify(
     if as_json:
         typer.echo(json.dumps(found.as_dict()))
     else:
-        console.print(_sums(found))
-        for currency, total in sorted(found.elsewhere.items()):
-            amount = money(total.payroc_amount, currency)
-            console.print(f"Made elsewhere, not by this project: {total.payroc_count} refunds, {amount}.", highlight=False)
-        for item in found.differences:
-            typer.echo(item.sentence)
-        typer.echo(f"{len(found.differences)} differences." if found.differences else "The ledger and Payroc agree.")
+        _compared(found)
     if found.differences:
+        raise typer.Exit(EXIT_TROUBLE)
+
+
+@app.command()
+def restored(
+    backup_at: Annotated[str, typer.Option("--backup-at", help="When the backup was made: an instant with its zone, or a day, in UTC.")],
+    reason: Why,
+    by: By,
+    terminals: Annotated[
+        list[str] | None, typer.Option("--terminal", help="Ask for this terminal too, which neither ledger nor source knows; repeatable.")
+    ] = None,
+    conn_id: PayrocConnId = "payroc_default",
+    source_conn_id: Annotated[str, typer.Option("--source-conn-id", help="Airflow connection to the source.")] = "refunds_source",
+    url: LedgerUrl = None,
+) -> None:
+    """
+    The first command after the ledger was restored from a backup: nobody can resume the sending until it has come to its end.
+
+    It pauses the sending, takes over what Payroc has and the ledger has forgotten, and compares both. Cut off, run it again. It sends
+    nothing. Exit codes: 0 ledger and Payroc agree, 1 they differ, 2 it could not be done.
+    """
+    settings = get_settings()
+    at = read_instant(backup_at)
+    source, cipher = connect_source(source_conn_id), cipher_of(settings)
+
+    def work(ledger: Ledger, gateway: Gateway) -> Coroutine[Any, Any, Restored]:
+        return after_restore(
+            at, reason, terminals=terminals or (), source=source, ledger=ledger, gateway=gateway, cipher=cipher, settings=settings
+        )
+
+    found = _with_payroc(url, by, conn_id, work)
+    typer.echo(f"The sending is paused. What happened since {found.since:%Y-%m-%d %H:%M %Z} may be forgotten, and was looked for.")
+    typer.echo(f"{found.pulled} refunds were pulled anew; {len(found.taken_over)} were taken over from Payroc.")
+    for item in found.taken_over:
+        typer.echo(f"  {item}")
+    _compared(found.comparison)
+    typer.echo(
+        "What no comparison brings back, look at it before you resume: limits, pauses, holds, cancellations and resolutions since then. "
+        "`python -m include.refunds resume` lets the sending go on."
+    )
+    if found.comparison.differences:
         raise typer.Exit(EXIT_TROUBLE)
 
 
@@ -421,6 +459,7 @@ def main() -> None:
         NoGateway,
         PayrocConfigurationError,
         PayrocError,
+        SourceError,
         RangeError,
         HeadError,
         RolesMissing,
@@ -495,6 +534,16 @@ def _limits(found: Limits) -> Table:
 
 # What people look for first stands first; the rest follows.
 _FIRST = ("status", "reason", "amount", "order_id", "source_ref", "payroc_refund_id", "payroc_status", "payee_last4", "attempts so far")
+
+
+def _compared(found: Comparison) -> None:
+    console.print(_sums(found))
+    for currency, total in sorted(found.elsewhere.items()):
+        amount = money(total.payroc_amount, currency)
+        console.print(f"Made elsewhere, not by this project: {total.payroc_count} refunds, {amount}.", highlight=False)
+    for item in found.differences:
+        typer.echo(item.sentence)
+    typer.echo(f"{len(found.differences)} differences." if found.differences else "The ledger and Payroc agree.")
 
 
 def _sums(found: Comparison) -> Table:

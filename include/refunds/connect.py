@@ -11,9 +11,11 @@ from typing import Any
 from include.refunds.cipher import Cipher
 from include.refunds.gateway import Gateway
 from include.refunds.settings import Settings
+from include.refunds.source import Source
 
 GATEWAY = "payroc_refunds.gateway"
 KEYS = "payroc_refunds.keys"
+SOURCE = "payroc_refunds.source"
 _INSTALL = "run `pip install --no-deps --editable .` in the project's folder, with the Python that runs this command"
 
 
@@ -31,6 +33,18 @@ def connect(conn_id: str) -> Gateway:
     """
     gateway: Gateway = _call(GATEWAY, conn_id)
     return gateway
+
+
+def connect_source(conn_id: str) -> Source:
+    """
+    Return the source behind a connection.
+
+    :param conn_id: name of the connection.
+    :raises NoGateway: when nothing is installed that knows it.
+    :raises SourceError: when the connection can't be used.
+    """
+    source: Source = _call(SOURCE, conn_id)
+    return source
 
 
 def cipher_of(settings: Settings) -> Cipher:

@@ -11,6 +11,9 @@ from include.refunds.states import EDGES, IN_DOUBT, PAID, REPLACEABLE, Status
 
 _ENDED_UNPAID = REPLACEABLE | {Status.CANCELLED}
 
+# What was not sent, as far as the ledger knows.
+_WAITING = frozenset({Status.APPROVED, Status.HELD, Status.RELEASED})
+
 # A Retry-After is honoured up to this; a longer one must not take a refund out of sight.
 LONGEST_WAIT = timedelta(days=1)
 
@@ -59,6 +62,7 @@ def decide(
     now: datetime,
     unknown_wait: timedelta,
     told: bool = False,
+    restored: bool = False,
 ) -> Change | None:
     """
     Return what a verdict changes, or ``None`` when it changes nothing.
@@ -72,8 +76,13 @@ def decide(
     :param now: the ledger's time.
     :param unknown_wait: shortest wait before an unknown refund is sent again.
     :param told: that the object does not belong to this row was recorded before. People know of it, and a list shows it every time.
+    :param restored: the ledger was restored from a backup, so a refund that waits may have been sent since: that Payroc has it is no
+        contradiction.
     """
     if verdict.sighting is not None:
+        if restored and not foreign_id and refund.status in _WAITING and verdict.sighting.status is not Status.REVIEW:
+            steps = (*_way_to_review(refund.status), verdict.sighting.status)
+            return Change(steps, f"{verdict.reason} Sent before the ledger was restored.", sighting=verdict.sighting)
         return _decide_sighting(refund, verdict, verdict.sighting, foreign_id, told)
     if verdict.contradiction:
         return _contradiction(refund, verdict.reason)
@@ -126,9 +135,14 @@ def _way(start: Status, end: Status) -> tuple[Status, ...]:
 
 
 def _contradiction(refund: Refund, what: str, *, sighting: Sighting | None = None, contradicting_id: str | None = None) -> Change:
-    steps: tuple[Status, ...] = ()
-    if (refund.status, Status.REVIEW) in EDGES:
-        steps = (Status.REVIEW,)
-    elif (refund.status, Status.APPROVED) in EDGES:
-        steps = (Status.APPROVED, Status.REVIEW)
-    return Change(steps, what, sighting=sighting, contradiction=what, contradicting_id=contradicting_id, pause=EVERYTHING)
+    return Change(
+        _way_to_review(refund.status), what, sighting=sighting, contradiction=what, contradicting_id=contradicting_id, pause=EVERYTHING
+    )
+
+
+def _way_to_review(start: Status) -> tuple[Status, ...]:
+    if (start, Status.REVIEW) in EDGES:
+        return (Status.REVIEW,)
+    if (start, Status.APPROVED) in EDGES:
+        return (Status.APPROVED, Status.REVIEW)
+    return ()

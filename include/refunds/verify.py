@@ -90,7 +90,7 @@ def read_range(first: str, last: str) -> tuple[datetime, datetime]:
     :param last: a date, which is included, or an instant with its zone, which is not.
     :raises RangeError: when it is neither, or the range is empty.
     """
-    start, end = _instant(first, timedelta()), _instant(last, timedelta(days=1))
+    start, end = read_instant(first), read_instant(last, whole_day=timedelta(days=1))
     if start >= end:
         raise RangeError(f"The range from {first} to {last} is empty: --from must lie before --to.")
     return start, end
@@ -232,7 +232,14 @@ async def _look_for(row: Refund, token: AccessToken, gateway: Gateway) -> models
     return next(iter([item async for item in listed if is_ours(item, row)]), None)
 
 
-def _instant(text: str, whole_day: timedelta) -> datetime:
+def read_instant(text: str, *, whole_day: timedelta = timedelta()) -> datetime:
+    """
+    Return an instant that people gave.
+
+    :param text: a date, which means midnight UTC, or an instant with its zone.
+    :param whole_day: what is added to a date.
+    :raises RangeError: when it is neither.
+    """
     try:
         if "T" not in text and " " not in text:
             return datetime.combine(date.fromisoformat(text), datetime.min.time(), UTC) + whole_day

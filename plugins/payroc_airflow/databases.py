@@ -15,6 +15,7 @@ from include.refunds.ledger_url import UrlError, as_ledger_url, url_of_connectio
 from include.refunds.quiet import QUIET
 from include.refunds.settings import Settings
 from include.refunds.source import SourceError, SqlSource
+from payroc_airflow.task_context import outside_of_tasks
 
 if TYPE_CHECKING:
     from airflow.sdk import Connection, Context
@@ -73,6 +74,16 @@ def source_of(conn_id: str = SOURCE_CONN_ID) -> SqlSource:
             f"Airflow connection {conn_id!r} has no SQL hook ({type(error).__name__}): give it the type of a SQL database "
             "whose provider is installed."
         ) from None
+
+
+def connect_source(conn_id: str) -> SqlSource:
+    """
+    Return the source behind an Airflow connection: how the commands of ``include/`` reach it, by an entry point.
+
+    :raises SourceError: as :func:`source_of` does.
+    """
+    outside_of_tasks()
+    return source_of(conn_id)
 
 
 def _connection(conn_id: str, what: str) -> Connection:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,3 +27,8 @@ def in_dag_test() -> bool:
     from airflow.sdk.execution_time import task_runner
 
     return type(getattr(task_runner, "SUPERVISOR_COMMS", None)).__name__ == "InProcessSupervisorComms"
+
+
+def outside_of_tasks() -> None:
+    """Let a command read connections from Airflow's own database, which Airflow allows only what it takes for a process of its own."""
+    os.environ.setdefault("_AIRFLOW_PROCESS_CONTEXT", "server")

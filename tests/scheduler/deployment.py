@@ -190,8 +190,13 @@ class Deployment:
 
 
 def _works_for(process: psutil.Process, ti: TaskInstance) -> bool:
+    try:
+        title = (process.cmdline() or [""])[0]
+    except psutil.NoSuchProcess:
+        # It has ended a moment ago.
+        return False
     # The end of the title is missing when the space for it is too short.
-    shown = (process.cmdline() or [""])[0].split(" ")[-1]
+    shown = title.split(" ")[-1]
     return len(shown) > 24 and ti.id.startswith(shown)
 
 

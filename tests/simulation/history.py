@@ -14,6 +14,7 @@ from pydantic import SecretStr
 
 from include.payroc.errors import PayrocNoAnswer
 from include.refunds.cipher import Cipher, Sealed, UnreadableRequest
+from include.refunds.classify import EVERYTHING
 from include.refunds.ledger import LedgerUnavailable
 from include.refunds.settings import Settings
 from include.refunds.source import SourceUnavailable
@@ -190,6 +191,7 @@ class History:
         )
         # A ledger that was lost altogether is one restored from before its first day.
         self._backup = self.ledger.backup() if self._may_restore else None
+        self._backup_at = engine.ledger_time()
 
     def run(self) -> Counts:
         """
@@ -399,6 +401,10 @@ class History:
             self._resume_one(scope)
 
     def _resume_one(self, scope: str) -> None:
+        if scope == EVERYTHING and self.memory.restored_to is not None:
+            # It would be refused.
+            self.people.compare_restored(self._backup_at)
+            return
         self.ledger.resume(scope, "A person resumed it.")
 
     def _change_api_key(self) -> None:
@@ -434,7 +440,7 @@ class History:
     def _make_backup(self) -> None:
         if self.rng.random() < 0.7:
             self._happens("a backup is made")
-            self._backup = self.ledger.backup()
+            self._backup, self._backup_at = self.ledger.backup(), self.engine.ledger_time()
 
     def _restore(self) -> None:
         self._happens("the ledger is restored")
@@ -444,6 +450,9 @@ class History:
             self.engine.kill(actor)
         self.invariants.ledger_is_restored()
         self.ledger.restore(self._backup)
+        # Whoever forgets the command, or never heard of it, pays nothing twice either.
+        if self.rng.random() < 0.7:
+            self.people.compare_restored(self._backup_at)
 
     def _payroc_moves(self) -> None:
         for existing in self.payroc.refunds.values():
@@ -493,6 +502,9 @@ class History:
             if day >= at_least and self._is_quiet():
                 break
             engine.time += DAY
+            if self.memory.restored_to is not None:
+                self._resume()
+                engine.run()
             self._resume()
             self._let_pass()
             self._new_run()

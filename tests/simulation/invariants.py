@@ -225,6 +225,8 @@ class Invariants:
     def _claimed(self, args: tuple[Any, ...], kwargs: dict[str, Any], claim: Claim | None) -> None:
         if claim is not None and not self.ledger.paused.keys().isdisjoint((EVERYTHING, claim.refund.processing_terminal_id)):
             raise Violation(f"{claim.refund.source_ref} is claimed while the sending is paused.")
+        if claim is not None and self.ledger.restored_to is not None:
+            raise Violation(f"{claim.refund.source_ref} is claimed before the restored ledger was compared with Payroc.")
 
     def _recorded(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         self._check_record(self.ledger.rows[args[0]])

@@ -178,6 +178,7 @@ class MemoryLedger:
         self.runs: dict[str, Run] = {}
         self.invalid: dict[str, InvalidRow] = {}
         self.paused: dict[str, str] = {}
+        self.restored_to: datetime | None = None
         self.environment: str | None = None
         self.source: str | None = None
         self.fingerprint_key: str | None = None
@@ -198,6 +199,7 @@ class MemoryLedger:
             "runs": _copied(self.runs),
             "invalid": _copied(self.invalid),
             "paused": dict(self.paused),
+            "restored_to": self.restored_to,
             "environment": self.environment,
             "source": self.source,
             "fingerprint_key": self.fingerprint_key,
@@ -252,7 +254,18 @@ class MemoryLedger:
         self.paused.setdefault(scope, reason)
 
     def resume(self, scope: str, reason: str) -> bool:
+        if scope == EVERYTHING and self.restored_to is not None:
+            raise LedgerError("The ledger was restored from a backup and not compared with Payroc since.")
         return self.paused.pop(scope, None) is not None
+
+    def begin_restore(self, backup_at: datetime, reason: str) -> datetime:
+        known_until = self.restored_to or max((row.updated_at for row in self.rows.values()), default=backup_at)
+        self.restored_to = min(backup_at, known_until)
+        self.paused.setdefault(EVERYTHING, f"The ledger was restored from a backup of {self.restored_to:%Y-%m-%d %H:%M %Z}.")
+        return self.restored_to
+
+    def end_restore(self, reason: str) -> None:
+        self.restored_to = None
 
     def pauses(self) -> dict[str, str]:
         return dict(sorted(self.paused.items()))
@@ -593,7 +606,7 @@ class MemoryLedger:
             and self._replaced_stands(row)
         )
 
-    def record(self, refund_id: int, verdict: Verdict, attempt: int | None = None) -> tuple[Refund, datetime]:
+    def record(self, refund_id: int, verdict: Verdict, attempt: int | None = None, *, restored: bool = False) -> tuple[Refund, datetime]:
         now = self.clock()
         row = self._row(refund_id)
         if attempt is not None:
@@ -610,6 +623,7 @@ class MemoryLedger:
             told=self._is_told(refund_id, verdict),
             now=now,
             unknown_wait=timedelta(seconds=self.settings.unknown_wait_seconds),
+            restored=restored,
         )
         holds = row.attempts == attempt
         in_review = row.status is Status.REVIEW

@@ -423,6 +423,11 @@ def _rejected_whatever(listed: Any, known: Any) -> resolve.Resolution:
     return resolve.Resolution(Status.REJECTED)
 
 
+def _begin_restore_without_a_pause(self: MemoryLedger, backup_at: datetime, reason: str) -> datetime:
+    self.restored_to = backup_at
+    return backup_at
+
+
 MUTANTS = (
     Mutant("a key per attempt", ((send, "_post", _post_under_a_key_per_attempt),)),
     Mutant(
@@ -517,6 +522,7 @@ MUTANTS = (
         "a reissue looks nowhere at what it replaces",
         ((MemoryLedger, "_replaced_stands", lambda self, row: True), (send, "paid_after_all", _nobody_is_paid)),
     ),
+    Mutant("after a restore nothing is paused", ((MemoryLedger, "begin_restore", _begin_restore_without_a_pause),)),
     Mutant(
         "a 401 evicts whatever token is there",
         ((Host, "evict", _evict_all),),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
+from datetime import datetime
 from functools import partial
 from random import Random
 from typing import Any
@@ -12,10 +13,13 @@ from include.refunds.case import DecisionRefused
 from include.refunds.ledger import LedgerError
 from include.refunds.reissue import reissue
 from include.refunds.resolve import resolve
+from include.refunds.restored import restored
+from include.refunds.source import SourceError
 from include.refunds.states import REPLACEABLE, Status
 from tests.simulation.airflow import Deployment
 from tests.simulation.engine import Actor, Mistake
 from tests.simulation.ledger import MemoryLedger
+from tests.simulation.merchant import TERMINALS
 from tests.simulation.worker import SteppedLedger
 
 _PEOPLE = ("ann", "bob")
@@ -56,6 +60,10 @@ class People:
         """Somebody cancels a refund, whatever its state."""
         self._start(f"erin cancels refund {refund_id}", partial(self._decided, "erin", "cancel", refund_id))
 
+    def compare_restored(self, backup_at: datetime) -> None:
+        """Somebody runs the first command after a restore, or runs it again because it was cut off."""
+        self._start("erin runs restored", partial(self._restored, backup_at))
+
     def _start(self, what: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         # One after the other, as people do; whether the second comes before the first has been heard is chance.
         engine = self._deployment.engine
@@ -63,7 +71,7 @@ class People:
         engine.after(60.0 * self._rng.random(), lambda: engine.start(what, work(), self._ended))
 
     def _ended(self, actor: Actor) -> None:
-        if actor.error is not None and not isinstance(actor.error, (LedgerError, PayrocError)):
+        if actor.error is not None and not isinstance(actor.error, (LedgerError, PayrocError, SourceError)):
             raise Mistake(f"{actor.name} fails in a way that nobody foresaw: {actor.error!r}") from actor.error
 
     def _ledger_of(self, person: str) -> SteppedLedger:
@@ -75,6 +83,19 @@ class People:
             await getattr(self._ledger_of(person), what)(refund_id, "as the simulation pleases")
         except (DecisionRefused, LedgerError) as refused:
             self._deployment.engine.tell(f"refused: {refused}")
+
+    async def _restored(self, backup_at: datetime) -> None:
+        d = self._deployment
+        await restored(
+            backup_at,
+            "as the simulation pleases",
+            terminals=TERMINALS,
+            source=d.source,
+            ledger=self._ledger_of("erin"),
+            gateway=d.connect(),
+            cipher=d.cipher,
+            settings=d.settings,
+        )
 
     async def _resolve(self, person: str, refund_id: int, outcome: Status) -> None:
         d = self._deployment

@@ -76,6 +76,8 @@ for _name in (
     "check_source",
     "pause",
     "resume",
+    "begin_restore",
+    "end_restore",
     "pauses",
     "stored",
     "store",

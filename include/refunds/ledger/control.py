@@ -10,6 +10,7 @@ from typing import Any
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from include.refunds.classify import EVERYTHING
 from include.refunds.ledger.base import LedgerBase, LedgerError
 from include.refunds.limits import LIMITS, Limits
 
@@ -90,13 +91,53 @@ class Control(LedgerBase):
             await self._pause(connection, scope, reason, now)
 
     async def resume(self, scope: str, reason: str) -> bool:
-        """Let the sending go on; ``False`` when it was not paused for this scope."""
+        """
+        Let the sending go on; ``False`` when it was not paused for this scope.
+
+        :raises LedgerError: when the ledger was restored from a backup, and not compared with Payroc since.
+        """
         update = text("""
             UPDATE refund_ledger.refund_control SET paused_at = NULL, paused_by = NULL, pause_reason = NULL
             WHERE scope = :scope AND paused_at IS NOT NULL""")
         async with self._transaction() as (connection, now):
+            restored_to = await self._restored_to(connection)
+            if scope == EVERYTHING and restored_to is not None:
+                raise LedgerError(
+                    f"The ledger was restored from a backup of {restored_to:%Y-%m-%d %H:%M %Z} and not compared with Payroc since: run "
+                    "`python -m include.refunds restored` to its end first."
+                )
             await self._because(connection, now, reason)
             return (await connection.execute(update, {"scope": scope})).rowcount > 0
+
+    async def begin_restore(self, backup_at: datetime, reason: str) -> datetime:
+        """
+        Pause the sending, and note that the ledger was restored and is not compared with Payroc yet.
+
+        :param backup_at: when the backup was made.
+        :returns: since when anything may be forgotten: ``backup_at``, or the ledger's newest change of a refund when that is older.
+        """
+        newest_change = text("SELECT max(updated_at) FROM refund_ledger.refunds")
+        update = text("UPDATE refund_ledger.refund_control SET restored_to = :restored_to WHERE scope = '*'")
+        async with self._transaction() as (connection, now):
+            # Begun before and cut off: the newest change is its own.
+            known_until = await self._restored_to(connection) or (await connection.execute(newest_change)).scalar_one()
+            restored_to = min(backup_at, known_until or backup_at)
+            await self._pause(connection, EVERYTHING, f"The ledger was restored from a backup of {restored_to:%Y-%m-%d %H:%M %Z}.", now)
+            await self._because(connection, now, reason)
+            await connection.execute(update, {"restored_to": restored_to})
+            return restored_to
+
+    async def end_restore(self, reason: str) -> None:
+        """Note that the restored ledger was compared with Payroc; whether the sending goes on is for people to decide."""
+        update = text("UPDATE refund_ledger.refund_control SET restored_to = NULL WHERE scope = '*'")
+        async with self._transaction() as (connection, now):
+            await self._because(connection, now, reason)
+            await connection.execute(update)
+
+    async def _restored_to(self, connection: AsyncConnection) -> datetime | None:
+        query = text("SELECT restored_to FROM refund_ledger.refund_control WHERE scope = '*'")
+        found: datetime | None = (await connection.execute(query)).scalar_one()
+        return found
 
     async def pauses(self) -> dict[str, str]:
         """Return the reason of each pause, by scope."""

@@ -133,12 +133,15 @@ class Sending(Control):
             values = {"id": claim.refund.id, "attempt": claim.attempt, "until": now + timedelta(seconds=seconds)}
             return bool((await connection.execute(query, values)).scalar_one())
 
-    async def record(self, refund_id: int, verdict: Verdict, attempt: int | None = None) -> tuple[Refund, datetime]:
+    async def record(
+        self, refund_id: int, verdict: Verdict, attempt: int | None = None, *, restored: bool = False
+    ) -> tuple[Refund, datetime]:
         """
         Record what an attempt, a look-up or the follow-up found.
 
         :param attempt: the attempt it comes from. ``None``: from no attempt; then anything but a Payroc object counts
             only while nobody holds the refund.
+        :param restored: take over what Payroc has of a refund that waits (see :func:`~include.refunds.transitions.decide`).
         :returns: the refund as it is afterwards, and the ledger's time.
         """
         async with self._transaction() as (connection, now):
@@ -158,6 +161,7 @@ class Sending(Control):
                 told=found is not None and await _is_told(connection, refund_id, found),
                 now=now,
                 unknown_wait=timedelta(seconds=self._settings.unknown_wait_seconds),
+                restored=restored,
             )
             # The lease is the attempt's: it ends with the attempt's own record, and stands when somebody else's record takes the
             # refund to people, who must not decide while a POST may still be on its way.
