@@ -25,29 +25,33 @@ A_REFUND = text("""
         payee_fingerprint, request, request_sha256, requested_by, approved_by, approved_at, idempotency_key, created_at, updated_at)
     VALUES ('shop', :ref, '7701001', :ref, 'Refund', 4999, 'USD', '4321', repeat('a', 64), 'sealed', repeat(md5(:ref), 2), 'ann', 'bob',
         now(), gen_random_uuid(), now(), now())""")
+# What a refund goes through, statement by statement.
+_UPDATE = "UPDATE refund_ledger.refunds SET {} WHERE source_ref = '{}'"
 WAYS = {
     "approved": (),
-    "held": ("status = 'held'",),
+    "held": (_UPDATE.format("status = 'held'", "held"),),
     "paid": (
-        "status = 'released', released_by = 'x', released_run = 'run-1', released_at = now()",
-        "status = 'sending', attempts = 1, first_sent_at = now(), sent_with = 'x', lease_until = now(), next_attempt_at = now()",
-        "status = 'accepted', payroc_refund_id = 'ABCDEFGHIJ', payroc_status = 'ready'",
+        _UPDATE.format("status = 'released', released_by = 'x', released_run = 'run-1', released_at = now()", "paid"),
+        _UPDATE.format(
+            "status = 'sending', attempts = 1, first_sent_at = now(), sent_with = 'x', lease_until = now(), next_attempt_at = now()", "paid"
+        ),
+        "INSERT INTO refund_ledger.refund_attempts SELECT id, 1, 'run-1', 0, 1, now(), now(), 201, NULL, 'accepted' "
+        "FROM refund_ledger.refunds WHERE source_ref = 'paid'",
+        _UPDATE.format("status = 'accepted', payroc_refund_id = 'ABCDEFGHIJ', payroc_status = 'ready'", "paid"),
     ),
 }
+REVISIONS = tuple(f"{number:04}" for number in range(1, int(REVISION)))
 TABLES = ("refunds", "refund_attempts", "refund_events", "refund_runs", "refund_control", "invalid_rows")
 
 
-def fill(connection: Connection) -> None:
+def fill(connection: Connection, revision: str) -> None:
     """Put refunds, an attempt, events, a run and an invalid row into a ledger of any revision."""
-    for ref, assignments in WAYS.items():
+    for ref, statements in WAYS.items():
         connection.execute(A_REFUND, {"ref": ref})
-        for assignment in assignments:
-            connection.execute(text(f"UPDATE refund_ledger.refunds SET {assignment} WHERE source_ref = '{ref}'"))
-    connection.execute(
-        text("""
-            INSERT INTO refund_ledger.refund_attempts
-            SELECT id, 1, 'run-1', 0, 1, now(), now(), 201, NULL, 'accepted' FROM refund_ledger.refunds WHERE source_ref = 'paid'""")
-    )
+        for statement in statements:
+            # From then on the ledger knows what a refund is held for.
+            known = statement.replace("'held' WHERE", "'held', holds = '{by hand}' WHERE") if revision >= "0003" else statement
+            connection.execute(text(known))
     connection.execute(
         text("""
             INSERT INTO refund_ledger.refund_runs (run_id, params, candidates, candidate_totals, candidates_hash, started_at)
@@ -70,14 +74,14 @@ def audit(url: URL) -> Audited:
     return asyncio.run(work())
 
 
-@pytest.mark.parametrize("old", ["0001", "0002"])
+@pytest.mark.parametrize("old", REVISIONS)
 def test_a_ledger_of_an_earlier_revision_is_brought_to_this_one_and_keeps_all_its_rows(postgres: PostgresServer, old: str) -> None:
     postgres.create_database(f"ledger_of_{old}")
     url = postgres.url(f"ledger_of_{old}")
     assert migrate(url, old) == old
     engine = create_engine(url)
     with engine.begin() as connection:
-        fill(connection)
+        fill(connection, old)
         columns = {table: ", ".join(connection.execute(text(f"SELECT * FROM refund_ledger.{table} LIMIT 0")).keys()) for table in TABLES}
 
     def everything() -> list[list[tuple[object, ...]]]:

@@ -27,7 +27,9 @@ from tests.conftest import Login, NewDatabase
 from tests.dags.conftest import Runner, airflow_connection
 from tests.dags.conftest import run_dag as run_dag
 from tests.refunds.conftest import PLAIN, World
+from tests.refunds.test_cli import cli
 from tests.refunds.test_follow_up import Listing, object_of
+from tests.refunds.test_ledger_rules import force
 
 # -- what is forbidden ---------------------------------------------------------------------------------------------------------------
 
@@ -561,6 +563,28 @@ def test_people_do_all_their_commands_with_the_operators_rights_alone(world: Wor
     today = f"{world.run(world.ledger.now()):%Y-%m-%d}"
     for arguments in (("status",), ("show", str(paid)), ("limits",), ("verify-audit",), ("verify", "--from", today, "--to", today)):
         command(url, *arguments)
+
+
+def test_what_follows_a_restore_takes_the_rights_of_payer_and_operator_together(
+    world: World, ledger_url: URL, source_url: URL, login: Login, postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AIRFLOW_CONN_REFUNDS_SOURCE", source_url.set(drivername="postgres").render_as_string(hide_password=False))
+    refund_id = world.released(processing_terminal_id="7701793")
+    # As in a ledger that was restored from a backup of before it was sent.
+    world.send(refund_id)
+    force(world, refund_id, "status = 'released', payroc_refund_id = NULL, payroc_status = NULL, attempts = 0, first_sent_at = NULL")
+    arguments = ("restored", "--backup-at", "2026-01-01", "--by", "erin", "--reason", "the disk was lost")
+    for role in (PAYER, OPERATOR):
+        refused = cli(*arguments, ledger=login(ledger_url, role))
+        assert refused.returncode == 2
+        assert "give --ledger-url a login that is granted both" in refused.stderr
+    assert world.paused() == {}
+    with postgres.connect() as connection:
+        connection.execute(f"CREATE ROLE restorer LOGIN PASSWORD 'restorer' IN ROLE {PAYER}, {OPERATOR}")
+    both = ledger_url.set(username="restorer", password="restorer")
+    assert f"Refund {refund_id} " in command(both, *arguments)
+    assert world.row(refund_id)["status"] == "accepted"
+    command(both, "resume", by="erin")
 
 
 def test_a_reissue_that_finds_the_first_refund_paid_is_refused_and_noted_with_the_operators_rights_alone(

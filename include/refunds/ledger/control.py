@@ -115,10 +115,17 @@ class Control(LedgerBase):
 
         :param backup_at: when the backup was made.
         :returns: since when anything may be forgotten: ``backup_at``, or the ledger's newest change of a refund when that is older.
+        :raises LedgerError: when this login lacks a right that the take-over needs.
         """
+        rights = text("SELECT pg_has_role('refunds_payer', 'USAGE') AND pg_has_role('refunds_operator', 'USAGE')")
         newest_change = text("SELECT max(updated_at) FROM refund_ledger.refunds")
         update = text("UPDATE refund_ledger.refund_control SET restored_to = :restored_to WHERE scope = '*'")
         async with self._transaction() as (connection, now):
+            if not (await connection.execute(rights)).scalar_one():
+                raise LedgerError(
+                    "What follows a restore takes the rights of refunds_payer and refunds_operator together: give --ledger-url a login "
+                    "that is granted both, such as the owner of the database."
+                )
             # Begun before and cut off: the newest change is its own.
             known_until = await self._restored_to(connection) or (await connection.execute(newest_change)).scalar_one()
             restored_to = min(backup_at, known_until or backup_at)
