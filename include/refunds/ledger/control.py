@@ -124,7 +124,7 @@ class Control(LedgerBase):
             if not (await connection.execute(rights)).scalar_one():
                 raise LedgerError(
                     "What follows a restore takes the rights of refunds_payer and refunds_operator together: give --ledger-url a login "
-                    "that is granted both, such as the owner of the database."
+                    "that is granted both, or the database's superuser."
                 )
             # Begun before and cut off: the newest change is its own.
             known_until = await self._restored_to(connection) or (await connection.execute(newest_change)).scalar_one()
