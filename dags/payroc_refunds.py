@@ -31,10 +31,13 @@ from include.refunds.release import release as release_refunds
 from include.refunds.report import run_report
 from include.refunds.settings import get_settings
 from include.refunds.write_back import write_back as write_back_refunds
+from payroc_airflow.assets import RUN, has_finished
 from payroc_airflow.databases import open_ledger, source_of
+from payroc_airflow.deadline import deadline_after
 from payroc_airflow.gateway import HookGateway
 from payroc_airflow.hooks.payroc import PayrocHook
 from payroc_airflow.keys import cipher_of
+from payroc_airflow.notify import REPORT, RunEnded, mistakes
 from payroc_airflow.operators.approval import ApproveRunOperator
 from payroc_airflow.operators.refund import PayrocRefundOperator
 from payroc_airflow.pools import POOL, pool_exists
@@ -104,6 +107,7 @@ with DAG(
     max_active_runs=1,
     allowed_run_types=RUN_TYPES,
     params=PARAMS,
+    deadline=deadline_after(timedelta(hours=settings.deadline_hours)),
     default_args={
         "retries": settings.retries,
         "retry_delay": timedelta(seconds=settings.retry_delay_seconds),
@@ -132,6 +136,7 @@ with DAG(
             candidates = await ledger.candidates(params.selection(), standing=pulled.standing)
             findings = {"changed": pulled.changed, "withdrawn": pulled.withdrawn, "warnings": pulled.warnings}
             await ledger.begin_run(context["run_id"], params.model_dump(mode="json"), candidates, findings, pulled.at)
+            await ledger.tell_oldest()
             log.info("%s %d refunds may be released.", pulled, len(candidates))
             return {"candidates": [item.id for item in candidates], "due": await ledger.due()}
 
@@ -169,7 +174,12 @@ with DAG(
         log.info("%d rows written back, %d touched no row.", written, len(untouched))
 
     @result
-    @task(trigger_rule=TriggerRule.ALL_DONE)
+    @task(
+        trigger_rule=TriggerRule.ALL_DONE,
+        outlets=[RUN],
+        on_failure_callback=RunEnded(failed=True),
+        on_success_callback=RunEnded(failed=False),
+    )
     async def report() -> dict[str, Any]:
         """Show what the run did; fail when something needs people. The totals are the result of the run."""
         context = get_current_context()
@@ -184,9 +194,13 @@ with DAG(
                 failed = [name for name in ("pull_approved", "release") if context["ti"].xcom_pull(task_ids=name) is None]
                 if failed and not found.rejected:
                     found.unfinished.append(f"{failed[0]} did not finish, its log says why.")
+        found.notes += mistakes()
+        context[REPORT] = found  # type: ignore[literal-required]
         log.info("%s", found)
         if found.unfinished:
             raise AirflowFailException(" ".join(found.unfinished))
+        if not params.dry_run:
+            has_finished(RUN, context, found)
         return found.as_dict()
 
     pulled = pull_approved()

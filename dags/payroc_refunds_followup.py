@@ -20,9 +20,11 @@ from include.refunds.follow_up import follow_up as follow_up_refunds
 from include.refunds.report import follow_up_report
 from include.refunds.settings import get_settings
 from include.refunds.write_back import write_back as write_back_refunds
+from payroc_airflow.assets import FOLLOWUP_RUN, has_finished
 from payroc_airflow.databases import open_ledger, source_of
 from payroc_airflow.gateway import HookGateway
 from payroc_airflow.hooks.payroc import PayrocHook
+from payroc_airflow.notify import REPORT, RunEnded, mistakes
 from payroc_airflow.retry_policy import PayrocRetryPolicy
 
 log = logging.getLogger(__name__)
@@ -55,6 +57,7 @@ with DAG(
         gateway = HookGateway(PayrocHook())
         async with open_ledger(get_current_context(), settings) as ledger:
             counts = await follow_up_refunds(ledger, gateway, settings)
+            await ledger.tell_oldest()
         log.info("%s", ", ".join(f"{count} {what}" for what, count in counts.items()))
         if counts["failed"]:
             raise AirflowException(f"{counts['failed']} look-ups or lists failed at Payroc; these come again, the others are done.")
@@ -69,17 +72,25 @@ with DAG(
         log.info("%d rows written back, %d touched no row.", written, len(untouched))
 
     @result
-    @task(trigger_rule=TriggerRule.ALL_DONE)
+    @task(
+        trigger_rule=TriggerRule.ALL_DONE,
+        outlets=[FOLLOWUP_RUN],
+        on_failure_callback=RunEnded(failed=True, following=True),
+    )
     async def report() -> dict[str, Any]:
         """Show the whole ledger; fail when a refund is in review or late, the sending is paused, or the follow-up itself failed."""
-        async with open_ledger(get_current_context(), settings) as ledger:
+        context = get_current_context()
+        async with open_ledger(context, settings) as ledger:
             found = await follow_up_report(ledger.engine, settings.source)
         # The run's state is this task's, so what failed before it has to be told here.
-        if get_current_context()["ti"].xcom_pull(task_ids="follow_up") is None:
+        if context["ti"].xcom_pull(task_ids="follow_up") is None:
             found.unfinished.append("follow_up failed, its log says why: what became of refunds at Payroc was not asked, or not of all.")
+        found.notes += mistakes()
+        context[REPORT] = found  # type: ignore[literal-required]
         log.info("%s", found)
         if found.unfinished:
             raise AirflowFailException(" ".join(found.unfinished))
+        has_finished(FOLLOWUP_RUN, context, found)
         return found.as_dict()
 
     follow_up() >> write_back() >> report()

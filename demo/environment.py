@@ -27,6 +27,7 @@ DEMO_SETTINGS = {
     # Nothing runs by itself: in the demo a person presses the button.
     "PAYROC_REFUNDS_SCHEDULE": "",
     "PAYROC_REFUNDS_FOLLOWUP_SCHEDULE": "",
+    "PAYROC_REFUNDS_SUMMARY_SCHEDULE": "",
 }
 TOKEN_SECONDS = 20
 HANG_SECONDS = 8

@@ -65,6 +65,8 @@ class Report:
     :param notes: sentences about anything else that asks for attention.
     :param unfinished: sentences for which a run counts as failed.
     :param rejected: a person rejected the run, so that nothing was released.
+    :param waiting: refunds wait for room under a limit.
+    :param paused: the sending is paused, for all or for a terminal.
     :param audit_head: the end of the audit trail, for people to keep.
     """
 
@@ -75,6 +77,8 @@ class Report:
     notes: list[str] = field(default_factory=list)
     unfinished: list[str] = field(default_factory=list)
     rejected: bool = False
+    waiting: bool = False
+    paused: bool = False
     audit_head: Head | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -239,6 +243,7 @@ def _note_findings(report: Report, findings: dict[str, Any]) -> None:
     for refund_id, what in findings.get("withdrawn", {}).items():
         report.notes.append(f"Refund {refund_id} was not released. {what}")
     for cap, waiting in findings.get("waiting", {}).items():
+        report.waiting = True
         report.notes.append(
             f"Waiting: {sums(waiting)}. The limit {cap} leaves no room; the next runs go on, oldest first, "
             "and what is larger than the limit itself waits until it is raised."
@@ -260,6 +265,7 @@ async def _note_state(connection: AsyncConnection, source: str, report: Report, 
     pauses = text("SELECT scope, pause_reason, paused_by FROM refund_ledger.refund_control WHERE paused_at IS NOT NULL ORDER BY scope")
     for row in await connection.execute(pauses):
         scope = "The sending" if row.scope == "*" else f"The sending for terminal {row.scope}"
+        report.paused = True
         report.unfinished.append(f"{scope} is paused by {row.paused_by}: {row.pause_reason}")
     counts = text(
         "SELECT status, count(*) AS count FROM refund_ledger.refunds_masked WHERE source = :source "

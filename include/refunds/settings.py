@@ -32,7 +32,10 @@ class Settings(BaseSettings):
     followup_schedule: str = Field(
         "0 */2 * * 1-5", description="Cron of the follow-up. ACH moves in days, two hours are soon enough. Empty means manual runs only."
     )
-    timezone: str = Field("America/New_York", description="IANA time zone of both schedules; the ACH calendar runs on Eastern time.")
+    summary_schedule: str = Field(
+        "0 18 * * 1-5", description="Cron of the daily summary. What happens after it is told in the next. Empty means manual runs only."
+    )
+    timezone: str = Field("America/New_York", description="IANA time zone of all schedules; the ACH calendar runs on Eastern time.")
     retries: int = Field(5, ge=0, le=50, description="Airflow retries of a send task. What they do not finish, the next run does.")
     retry_delay_seconds: int = Field(60, ge=1, description="Seconds between tries when no outcome asks for another delay.")
     unknown_wait_seconds: int = Field(
@@ -56,6 +59,23 @@ class Settings(BaseSettings):
     )
     approvers: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Ids of the Airflow users who may approve a run, comma-separated. Unset: everybody who may answer for the DAG."
+    )
+    notifiers: SecretStr | None = Field(
+        None,
+        description="Who is told of a run that needs people, and of the daily summary: a JSON list of Airflow notifiers, each with the "
+        "path of its class under notifier, and its arguments. Unset: nobody. It is read when there is something to tell; a mistake in it "
+        "is told by the report, and stops no refund.",
+    )
+    deadline_hours: float = Field(
+        4,
+        ge=0,
+        le=168,
+        description="Hours after which people are told that a run of payroc_refunds has not ended, from when it was due. 0: never.",
+    )
+    summary_folder: str | None = Field(
+        None,
+        description="Where the daily summaries are kept, as Airflow's object storage names it, such as file:///srv/summaries or "
+        "s3://conn_id@bucket/summaries. Unset: the folder summaries in AIRFLOW_HOME.",
     )
     sec_code: Literal["ppd", "ccd"] = Field(
         "ppd", description="SEC code of rows that name none: ppd for payees who are consumers, ccd for businesses."

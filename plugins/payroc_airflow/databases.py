@@ -10,11 +10,12 @@ from airflow.sdk import BaseHook
 from airflow.sdk.exceptions import AirflowException, AirflowNotFoundException
 from sqlalchemy import URL
 
-from include.refunds.ledger import Ledger, create_ledger_engine
+from include.refunds.ledger import create_ledger_engine
 from include.refunds.ledger_url import UrlError, as_ledger_url, url_of_connection
 from include.refunds.quiet import QUIET
 from include.refunds.settings import Settings
 from include.refunds.source import SourceError, SqlSource
+from payroc_airflow.metered_ledger import MeteredLedger
 from payroc_airflow.task_context import outside_of_tasks
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def ledger_url_of(conn_id: str = LEDGER_CONN_ID) -> URL:
 
 
 @asynccontextmanager
-async def open_ledger(context: Context, settings: Settings, conn_id: str = LEDGER_CONN_ID) -> AsyncIterator[Ledger]:
+async def open_ledger(context: Context, settings: Settings, conn_id: str = LEDGER_CONN_ID) -> AsyncIterator[MeteredLedger]:
     """
     Yield the ledger, once it is known to be reachable and migrated. What is changed is the doing of the DAG run.
 
@@ -48,9 +49,20 @@ async def open_ledger(context: Context, settings: Settings, conn_id: str = LEDGE
     :raises UrlError: when the connection is missing or is not a Postgres one.
     :raises LedgerError: when the ledger can't be used.
     """
+    async with ledger_as(f"{context['ti'].dag_id} {context['run_id']}", settings, conn_id) as ledger:
+        yield ledger
+
+
+@asynccontextmanager
+async def ledger_as(actor: str, settings: Settings, conn_id: str = LEDGER_CONN_ID) -> AsyncIterator[MeteredLedger]:
+    """
+    Yield the ledger as :func:`open_ledger` does, also where there is no task.
+
+    :param actor: whose doing it is what is changed.
+    """
     engine = create_ledger_engine(ledger_url_of(conn_id))
     try:
-        ledger = Ledger(engine, settings, actor=f"{context['ti'].dag_id} {context['run_id']}")
+        ledger = MeteredLedger(engine, settings, actor=actor)
         await ledger.check()
         yield ledger
     finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -11,7 +10,9 @@ from datetime import datetime
 from include.payroc.errors import PayrocError
 from include.payroc.models import AccessToken, Refund
 from include.payroc.problems import NOT_AUTHORIZED
+from payroc_airflow import metrics
 from payroc_airflow.hooks.payroc import PayrocHook
+from payroc_airflow.task_context import outside_of_tasks
 
 
 class HookGateway:
@@ -33,6 +34,7 @@ class HookGateway:
 
     async def create_refund(self, token: AccessToken, idempotency_key: str, body: bytes) -> Refund:
         """POST once."""
+        metrics.count("sent")
         with self._evicting(token):
             return await asyncio.to_thread(self._hook.create_refund, body, idempotency_key=idempotency_key, token=token)
 
@@ -82,6 +84,5 @@ def connect(conn_id: str) -> HookGateway:
     :param conn_id: Airflow connection of type ``payroc``.
     :raises PayrocConfigurationError: when the connection can't be used.
     """
-    # Outside of a task Airflow reads connections from its own database only when it takes the process for one of its own.
-    os.environ.setdefault("_AIRFLOW_PROCESS_CONTEXT", "server")
+    outside_of_tasks()
     return HookGateway(PayrocHook(payroc_conn_id=conn_id))

@@ -22,15 +22,24 @@ def get_provider_info() -> dict[str, Any]:
                 "hook-class-name": "payroc_airflow.hooks.payroc.PayrocHook",
                 "hook-name": "Payroc",
                 "ui-field-behaviour": {
-                    "hidden-fields": ["login", "schema", "port"],
-                    "relabeling": {"password": "API key", "host": "API base URL (only for a Payroc of your own)"},
-                    "placeholders": {"password": "API key from Payroc", "host": "http://127.0.0.1:8089/v1"},
+                    "hidden-fields": ["login", "schema"],
+                    "relabeling": {
+                        "password": "API key",
+                        "host": "API base URL",
+                        # It would be hidden, but Airflow 3.3.2 tests no connection whose port is empty
+                        # (https://github.com/apache/airflow/pull/73298).
+                        "port": "Port (0, or Test fails)",
+                    },
+                    "placeholders": {
+                        "password": "API key from Payroc",
+                        "host": "Only for a Payroc of your own, such as http://127.0.0.1:8089/v1",
+                    },
                 },
                 "conn-fields": {
                     "environment": {
                         "label": "Environment",
                         "description": "uat or production: gives both hosts. Empty means uat, unless the two URLs are set.",
-                        "schema": {"type": ["string", "null"], "enum": ["uat", "production", None]},
+                        "schema": {"type": ["string", "null"], "enum": ["uat", "production"]},
                     },
                     "identity_url": {
                         "label": "Identity URL",

@@ -1,7 +1,10 @@
-"""What both DAGs promise before they run."""
+"""What the DAGs promise before they run."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from datetime import timedelta
 from typing import Any
 
@@ -9,7 +12,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-DAG_IDS = ("payroc_refunds", "payroc_refunds_followup")
+DAG_IDS = ("payroc_refunds", "payroc_refunds_followup", "payroc_refunds_summary")
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +24,7 @@ def dags() -> dict[str, Any]:
     return bag.dags
 
 
-def test_there_are_two_dags_with_their_tasks_in_order(dags: dict[str, Any]) -> None:
+def test_there_are_three_dags_with_their_tasks_in_order(dags: dict[str, Any]) -> None:
     assert set(dags) == set(DAG_IDS)
     order = [task.task_id for task in dags["payroc_refunds"].topological_sort()]
     assert order == ["pull_approved", "approve_run", "release", "send_refund", "write_back", "report"]
@@ -73,3 +76,50 @@ def test_an_empty_schedule_means_manual_runs_only(monkeypatch: pytest.MonkeyPatc
     get_settings.cache_clear()
     dag = DagBag(dag_folder=str(ROOT / "dags" / "payroc_refunds.py")).dags["payroc_refunds"]
     assert dag.timetable.can_be_scheduled is False
+
+
+def test_a_run_has_a_deadline_of_four_hours_and_none_when_the_setting_is_zero(
+    dags: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from airflow.dag_processing.dagbag import DagBag
+
+    from include.refunds.settings import get_settings
+
+    (deadline,) = dags["payroc_refunds"].deadline
+    assert deadline.interval == timedelta(hours=4)
+    assert deadline.callback.path == "payroc_airflow.notify.DeadlineMissed"
+    monkeypatch.setenv("PAYROC_REFUNDS_DEADLINE_HOURS", "0")
+    get_settings.cache_clear()
+    assert not DagBag(dag_folder=str(ROOT / "dags" / "payroc_refunds.py")).dags["payroc_refunds"].deadline
+
+
+def test_a_run_of_airflow_dags_test_has_no_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    from airflow.dag_processing.dagbag import DagBag
+
+    monkeypatch.setattr("sys.argv", ["airflow", "dags", "test", "payroc_refunds"])
+    assert not DagBag(dag_folder=str(ROOT / "dags" / "payroc_refunds.py")).dags["payroc_refunds"].deadline
+
+
+def test_a_mistake_in_the_notifiers_stops_no_dag(monkeypatch: pytest.MonkeyPatch) -> None:
+    from airflow.dag_processing.dagbag import DagBag
+
+    from include.refunds.settings import get_settings
+
+    monkeypatch.setenv("PAYROC_REFUNDS_NOTIFIERS", "finance@example.com")
+    get_settings.cache_clear()
+    bag = DagBag(dag_folder=str(ROOT / "dags"))
+    assert (set(bag.dags), bag.import_errors) == (set(DAG_IDS), {})
+
+
+def test_the_dags_import_nothing_that_only_messages_and_summaries_need() -> None:
+    # Each task's process imports the DAG's file.
+    code = """
+import sys
+import airflow.sdk
+import payroc_refunds, payroc_refunds_followup, payroc_refunds_summary
+late = ("include.refunds.message", "include.refunds.summary", "airflow.providers.smtp.notifications", "payroc_airflow.summary")
+assert [name for name in late if name in sys.modules] == []
+"""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "plugins"), str(ROOT / "dags")])}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr

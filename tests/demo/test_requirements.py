@@ -1,4 +1,4 @@
-"""The three files of requirements fit together."""
+"""The files of requirements fit together."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from packaging.requirements import Requirement
 
 from tests.conftest import ROOT
 
-DIRECT = ("requirements.txt", "requirements-dev.txt")
+DIRECT = ("requirements.txt", "requirements-image.txt", "requirements-dev.txt")
 
 
 def requirements(name: str) -> list[Requirement]:
     lines = (line.strip() for line in (ROOT / name).read_text().splitlines())
-    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return [Requirement(line) for line in lines if line and not line.startswith(("#", "-r "))]
 
 
 @pytest.mark.parametrize("name", [*DIRECT, "constraints.txt"])

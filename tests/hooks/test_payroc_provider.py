@@ -63,6 +63,7 @@ print(json.dumps(meta.model_dump(mode="json")))
     meta = json.loads(run(code, tmp_path, PYTHONPATH=path).splitlines()[-1])
     assert meta["hook_name"] == "Payroc"
     assert meta["standard_fields"]["password"]["title"] == "API key"
+    assert meta["extra_fields"]["environment"]["schema"]["enum"] == ["uat", "production"], "Airflow's form would offer the word null"
     assert set(meta["extra_fields"]) == set(EXTRAS)
 
 

@@ -26,6 +26,7 @@ from include.payroc.errors import (
 from include.payroc.models import AccessToken, Problem, Refund, RefundPage, RefundRequest, explain
 from include.refunds.settings import get_settings
 from payroc_airflow.connection import PayrocConnection, read_connection
+from payroc_airflow.metrics import timed
 from payroc_airflow.token_cache import FileTokenCache, MemoryTokenCache, TokenCache, default_folder
 from payroc_airflow.transport import Answer, exchange, new_session
 
@@ -219,18 +220,22 @@ class PayrocHook(HttpHook):
         return self._pages(params, limit, token)
 
     def test_connection(self) -> tuple[bool, str]:
-        """Fetch a token from Payroc itself, and nothing else; the sentence is shown in Airflow's UI."""
+        """
+        Fetch a token from Payroc itself, and nothing else; the sentence is shown in Airflow's UI.
+
+        It does not name the connection: Airflow tests a copy, with an id that nobody knows.
+        """
         try:
             self._fetch_token()
         except PayrocConfigurationError as error:
-            return False, str(error)
+            return False, str(error).replace(f"Airflow connection {self.payroc_conn_id!r}", "This connection")
         except PayrocNoAnswer as error:
             return False, f"No answer from {self.identity_url}: {error.detail}."
         except PayrocError as error:
             if error.http_status in (401, 403):
                 return False, (
-                    f"Payroc refused the API key (HTTP {error.http_status}): check the password of connection "
-                    f"{self.payroc_conn_id!r}, and that the key belongs to {self.identity_url}."
+                    f"Payroc refused the API key (HTTP {error.http_status}): copy the key again, and check that it belongs to "
+                    f"{self.identity_url}."
                 )
             return False, f"{error}; asked {self.identity_url}."
         return True, f"Payroc accepted the API key at {self.identity_url}."
@@ -284,7 +289,8 @@ class PayrocHook(HttpHook):
     def _fetch_token(self) -> AccessToken:
         operation = "authorize"
         headers = {"x-api-key": self._connection.api_key}
-        answer = exchange(self._session, operation, "POST", f"{self.identity_url}/authorize", timeout=self._timeout, headers=headers)
+        with timed(_latency(operation)):
+            answer = exchange(self._session, operation, "POST", f"{self.identity_url}/authorize", timeout=self._timeout, headers=headers)
         token = _parse(AccessToken, operation, answer, (200,))
         mask_secret(token.access_token.get_secret_value())
         if token.expires_in > MAX_TOKEN_SECONDS:
@@ -310,7 +316,8 @@ class PayrocHook(HttpHook):
             headers["Idempotency-Key"] = _uuid4(idempotency_key)
         if body is not None:
             headers["Content-Type"] = "application/json"
-        return exchange(self._session, operation, method, url, timeout=self._timeout, headers=headers, params=params, body=body)
+        with timed(_latency(operation)):
+            return exchange(self._session, operation, method, url, timeout=self._timeout, headers=headers, params=params, body=body)
 
     def _refund(
         self,
@@ -363,6 +370,10 @@ class PayrocHook(HttpHook):
                 raise PayrocUnexpectedAnswer(operation, "the pages go round in a circle", http_status=answer.status)
             seen.add(url)
         raise PayrocUnexpectedAnswer(operation, f"the list did not end after {MAX_PAGES} pages")
+
+
+def _latency(operation: str) -> str:
+    return f"latency.{operation.replace(' ', '_')}"
 
 
 def _refund_path(refund_id: str) -> str:

@@ -15,6 +15,7 @@ from include.refunds.ledger import LedgerUnavailable
 from include.refunds.settings import Settings, get_settings
 from payroc_airflow.databases import LEDGER_CONN_ID, open_ledger
 from payroc_airflow.exceptions import RunNotApproved
+from payroc_airflow.notify import QUESTION, ApprovalNeeded
 from payroc_airflow.retry_policy import PayrocRetryPolicy
 from payroc_airflow.task_context import in_dag_test, run_params
 
@@ -33,8 +34,8 @@ class ApproveRunOperator(ApprovalOperator):
     """
     Ask a person to approve the run's refunds when the ledger says that one is needed, and note the answer in the ledger.
 
-    The question waits under Airflow's Required Actions and takes no worker. Only what the ledger noted counts at the release:
-    a task that was merely marked as success releases nothing.
+    The question waits under Airflow's Required Actions and takes no worker; people are told of it by the notifiers of the setting.
+    Only what the ledger noted counts at the release: a task that was merely marked as success releases nothing.
 
     - **Approve** by anyone but who triggered the run: the run goes on.
     - **Reject**: the direct downstream tasks are skipped, whatever their trigger rule, and the task succeeds.
@@ -58,6 +59,7 @@ class ApproveRunOperator(ApprovalOperator):
     ) -> None:
         kwargs.setdefault("subject", "Release the refunds of run {{ run_id }}?")
         kwargs.setdefault("retry_policy", PayrocRetryPolicy())
+        kwargs.setdefault("notifiers", [ApprovalNeeded()])
         super().__init__(response_timeout=response_timeout, **kwargs)
         self.approvers = approvers
         self.ledger_conn_id = ledger_conn_id
@@ -75,6 +77,7 @@ class ApproveRunOperator(ApprovalOperator):
                 f"{question.why} Under `airflow dags test` nobody can be asked: let the scheduler run it, or set the threshold with "
                 "`python -m include.refunds limit`."
             )
+        context[QUESTION] = question  # type: ignore[literal-required]
         self.body = question.body(context["run_id"])
         self.assigned_users = [{"id": user, "name": user} for user in self._askable(_triggered_by(context))]
         self.response_timeout = min(self.response_timeout, _until_next_run(get_settings(), utcnow()))

@@ -1,0 +1,15 @@
+"""For how long approved refunds have been waiting."""
+
+from __future__ import annotations
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+
+async def oldest_approved_age(engine: AsyncEngine, source: str) -> float:
+    """Return for how many seconds the refund that was approved first, and is not released or held, has been waiting; 0 without one."""
+    query = text("""
+        SELECT COALESCE(extract(epoch FROM clock_timestamp() - min(approved_at)), 0) FROM refund_ledger.refunds_masked
+        WHERE source = :source AND status = 'approved'""")
+    async with engine.connect() as connection:
+        return float((await connection.execute(query, {"source": source})).scalar_one())

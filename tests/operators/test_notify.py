@@ -1,0 +1,222 @@
+"""Who is told by which notifier, and that no mistake in it disturbs a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from airflow.sdk import BaseNotifier
+
+from include.refunds.report import Report, Total
+from include.refunds.settings import get_settings
+from payroc_airflow.links import question_url, run_url
+from payroc_airflow.notify import REPORT, DeadlineMissed, RunEnded, mistakes
+from tests.dags.conftest import Runner
+from tests.dags.conftest import run_dag as run_dag
+from tests.receivers import Mailbox, body_of
+from tests.refunds.conftest import World
+from tests.refunds.conftest import world as world
+
+SMTP = "airflow.providers.smtp.notifications.smtp.SmtpNotifier"
+HERE = __name__
+
+
+class Chat(BaseNotifier):
+    """A notifier with an argument of another name, which remembers what it was given."""
+
+    template_fields = ("text", "channel")
+    said: list[tuple[str, str]] = []  # noqa: RUF012 - all instances say it here
+
+    def __init__(self, *, channel: str, text: str = "a text of its own", **more: Any) -> None:
+        super().__init__(**more)
+        self.channel = channel
+        self.text = text
+
+    def notify(self, context: Any) -> None:
+        self.said.append((self.channel, self.text))
+
+
+class Broken(BaseNotifier):
+    """A notifier whose service is down; its error quotes what is secret."""
+
+    def notify(self, context: Any) -> None:
+        raise OSError("https://chat.example/hook/s3cret-t0ken refused")
+
+
+@pytest.fixture
+def mailbox(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mailbox]:
+    with Mailbox() as mailbox:
+        monkeypatch.setenv("AIRFLOW_CONN_SMTP_DEFAULT", mailbox.connection)
+        yield mailbox
+
+
+@pytest.fixture(autouse=True)
+def nothing_said() -> None:
+    Chat.said.clear()
+
+
+def configure(monkeypatch: pytest.MonkeyPatch, *entries: dict[str, Any]) -> None:
+    monkeypatch.setenv("PAYROC_REFUNDS_NOTIFIERS", json.dumps(entries))
+    get_settings.cache_clear()
+
+
+def ended(report: Report | None, *, failed: bool, error: BaseException | None = None, dry_run: bool = False) -> None:
+    """Call the notifier as Airflow does at the end of the task report."""
+    ti = SimpleNamespace(dag_id="payroc_refunds", run_id="run-1")
+    context: Any = {"ti": ti, "run_id": "run-1", "params": {"dry_run": dry_run}, "exception": error}
+    if report is not None:
+        context[REPORT] = report
+    RunEnded(failed=failed)(context)
+
+
+def red(**more: Any) -> Report:
+    totals = [Total("held", "USD", 1, 700000), Total("review", "USD", 2, 9998)]
+    return Report("Refund run run-1", totals=totals, unfinished=["2 in review: <people> have to look."], **more)
+
+
+def test_every_notifier_of_the_setting_is_told_once(monkeypatch: pytest.MonkeyPatch, mailbox: Mailbox) -> None:
+    monkeypatch.setenv("AIRFLOW__API__BASE_URL", "https://airflow.example/merchant")
+    configure(
+        monkeypatch,
+        {"notifier": SMTP, "to": ["finance@example.com", "ops@example.com"]},
+        {"notifier": f"{HERE}.Chat", "channel": "#refunds", "text": "{{ refunds.subject }} {{ refunds.url }}"},
+        {"notifier": f"{HERE}.Chat", "channel": "#all"},
+    )
+    ended(red(), failed=True)
+    subject = "Payroc refunds: run failed, 2 in review, 1 held"
+    (mail,) = mailbox.mails
+    assert (mail["subject"], mail["to"]) == (subject, "finance@example.com, ops@example.com")
+    assert "2 in review: &lt;people&gt; have to look." in body_of(mail)
+    (short, whole) = Chat.said
+    assert short == ("#refunds", f"{subject} https://airflow.example/merchant/dags/payroc_refunds/runs/run-1")
+    assert whole[0] == "#all"
+    assert "held            1        7,000.00 USD" in whole[1]
+
+
+@pytest.mark.parametrize(
+    ("report", "subject"),
+    [
+        (Report("x", totals=[Total("accepted", "USD", 3, 1)], notes=["One note."]), None),
+        (Report("x", totals=[Total("held", "USD", 3, 1), Total("held", "EUR", 1, 1)]), "4 held"),
+        (Report("x", rejected=True), "run rejected"),
+        (Report("x", waiting=True), "refunds wait for room"),
+    ],
+)
+def test_of_a_green_run_people_are_told_only_when_something_waits_for_them(
+    monkeypatch: pytest.MonkeyPatch, report: Report, subject: str | None
+) -> None:
+    configure(monkeypatch, {"notifier": f"{HERE}.Chat", "channel": "a", "text": "{{ refunds.subject }}"})
+    ended(report, failed=False)
+    assert Chat.said == ([("a", f"Payroc refunds: {subject}")] if subject else [])
+    Chat.said.clear()
+    ended(report, failed=False, dry_run=True)
+    assert Chat.said == []
+
+
+def test_of_many_notes_a_message_has_the_first_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    configure(monkeypatch, {"notifier": f"{HERE}.Chat", "channel": "a"})
+    ended(red(notes=[f"Source row {number} changed." for number in range(60)]), failed=True)
+    ((_, text),) = Chat.said
+    assert text.count("Source row") == 10
+    assert "Note: 50 more notes stand in the log of the task report." in text
+
+
+MISTAKES = {
+    "no JSON": ("finance@example.com", "PAYROC_REFUNDS_NOTIFIERS is not usable, so nobody is told: it has to be a JSON list such as"),
+    "no list": ('{"notifier": "a.B"}', "it has to be a JSON list such as"),
+    "no path": ('[{"to": "x"}]', "it has to be a JSON list such as"),
+    "no such module": ('[{"notifier": "no.such.Thing", "to": "x"}]', "entry 1: no.such.Thing can't be imported (ModuleNotFoundError)"),
+    "no such class": ('[{"notifier": "json.Thing"}]', "entry 1: json.Thing can't be imported (AttributeError): correct the path"),
+    "no dots": ('[{"notifier": "Smtp"}]', "entry 1: Smtp can't be imported (ValueError)"),
+    "no notifier": ('[{"notifier": "json.JSONDecoder"}]', "entry 1: json.JSONDecoder is no notifier"),
+    "a missing argument": (f'[{{"notifier": "{SMTP}"}}]', "entry 1: SmtpNotifier does not take these arguments"),
+    "an unknown argument": (f'[{{"notifier": "{SMTP}", "to": "x@example.com", "tto": "s3cret"}}]', "unexpected keyword argument 'tto'"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_in_the_setting_is_one_sentence_that_quotes_no_value(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, case: str
+) -> None:
+    value, sentence = MISTAKES[case]
+    monkeypatch.setenv("PAYROC_REFUNDS_NOTIFIERS", value)
+    get_settings.cache_clear()
+    (told,) = mistakes()
+    assert sentence in told
+    assert "s3cret" not in told
+    ended(red(), failed=True)
+    assert sentence in caplog.text
+    assert "Traceback" not in caplog.text
+
+
+def test_a_notifier_that_fails_is_one_sentence_without_its_text_and_the_others_are_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    configure(monkeypatch, {"notifier": f"{HERE}.Broken"}, {"notifier": "no.such.Thing"}, {"notifier": f"{HERE}.Chat", "channel": "a"})
+    ended(red(), failed=True)
+    assert "Broken failed (OSError), so a message was not sent: Payroc refunds: run failed" in caplog.text
+    assert "s3cret" not in caplog.text
+    assert len(Chat.said) == 1
+
+
+def test_a_run_with_broken_notifiers_ends_as_it_would_and_its_report_names_the_mistake(
+    world: World, run_dag: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PAYROC_REFUNDS_NOTIFIERS", '[{"notifier": "no.such.Thing"}]')
+    ref = world.approve()
+    run = run_dag()
+    assert (run.state, world.row(ref)["status"]) == ("success", "accepted")
+    (note,) = run.result["notes"]
+    assert note.startswith("PAYROC_REFUNDS_NOTIFIERS, entry 1: no.such.Thing can't be imported")
+    configure(monkeypatch, {"notifier": f"{HERE}.Broken"})
+    world.approve("9013")
+    run = run_dag()
+    assert (run.state, run.tasks["report"]) == ("failed", "failed")
+    assert "Broken failed (OSError)" in run.log
+    assert "s3cret" not in run.log
+
+
+def test_when_the_ledger_cannot_be_read_the_message_says_so(
+    monkeypatch: pytest.MonkeyPatch, run_dag: Runner, caplog: pytest.LogCaptureFixture
+) -> None:
+    configure(monkeypatch, {"notifier": f"{HERE}.Chat", "channel": "a"})
+    monkeypatch.setenv("AIRFLOW_CONN_REFUNDS_LEDGER", "postgres://refunds:s3cret-password@127.0.0.1:9/refunds")
+    run = run_dag()
+    assert run.state == "failed"
+    ((_, text),) = Chat.said
+    assert "The task report failed: The ledger database at 127.0.0.1:9 can't be used" in text
+    assert "So this message has no counts." in text
+    assert "s3cret" not in text
+
+
+def test_an_error_that_is_not_ours_is_told_by_its_name_alone(world: World, run_dag: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    configure(monkeypatch, {"notifier": f"{HERE}.Chat", "channel": "a"})
+    monkeypatch.setenv("AIRFLOW_CONN_REFUNDS_LEDGER", "postgres://refunds@127.0.0.1:9/refunds")
+    ended(None, failed=True, error=RuntimeError("password=s3cret"))
+    ((_, text),) = Chat.said
+    assert "The task report failed: RuntimeError" in text
+    assert "s3cret" not in text
+
+
+@pytest.mark.parametrize(("state", "told"), [("running", 1), ("queued", 1), ("failed", 0), ("success", 0)])
+def test_a_missed_deadline_is_told_of_a_run_that_has_not_ended(monkeypatch: pytest.MonkeyPatch, state: str, told: int) -> None:
+    configure(monkeypatch, {"notifier": f"{HERE}.Chat", "channel": "a", "text": "{{ refunds.text }}"})
+    monkeypatch.setenv("AIRFLOW_CONN_REFUNDS_LEDGER", "postgres://refunds@127.0.0.1:9/refunds")
+    run = {"state": state, "dag_id": "payroc_refunds", "dag_run_id": "run-1", "logical_date": None, "run_after": "2026-11-20T12:00:00Z"}
+    DeadlineMissed()({"dag_run": run})
+    assert len(Chat.said) == told
+    assert all("It was due to begin" in text and "The ledger could not be read." in text for _, text in Chat.said)
+
+
+def test_links_need_to_know_where_airflow_is_and_keep_a_run_id_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AIRFLOW__API__BASE_URL", raising=False)
+    assert run_url("payroc_refunds", "run-1") == ""
+    assert question_url("payroc_refunds", "run-1", "approve_run") == ""
+    monkeypatch.setenv("AIRFLOW__API__BASE_URL", "https://airflow.example/")
+    assert (
+        question_url("payroc_refunds", "manual__2026-11-23T12:00:00+00:00/1", "approve_run")
+        == "https://airflow.example/dags/payroc_refunds/runs/manual__2026-11-23T12%3A00%3A00%2B00%3A00%2F1/tasks/approve_run/required_actions"
+    )
