@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 from tests.dags.conftest import Runner, run_dag, world  # noqa: F401 - fixtures
 from tests.refunds.conftest import World
 
-DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "include" / "sandbox" / "README.md"]
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "include" / "sandbox" / "README.md"]
 
 
 def blocks(document: Path, language: str) -> list[str]:
