@@ -27,6 +27,11 @@ clean: ## Remove the demo's data, .venv and all caches
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	@echo "Removed .venv and the caches of Python, pytest, mypy, ruff and Hypothesis."
 
+ENV_FILE := .env
+.PHONY: env
+env: ## Write the secrets that docker-compose.yaml needs into .env, each drawn afresh; one that is there is left alone
+	@$(find_python); "$$python" docker/env.py $(ENV_FILE)
+
 .PHONY: test
 test: $(READY) ## Run all tests
 	@$(PYTHON) -m pytest --numprocesses auto --dist loadfile
@@ -95,11 +100,11 @@ endef
 # uv does in seconds what takes pip a minute; where it cannot be had, or finds no way to the packages, pip does it.
 PIP := $(PYTHON) -m pip --quiet --disable-pip-version-check
 REQUIREMENTS := -r requirements.txt -r requirements-dev.txt -c constraints.txt
-$(READY): requirements.txt requirements-dev.txt constraints.txt pyproject.toml
+$(READY): requirements.txt requirements-image.txt requirements-dev.txt constraints.txt pyproject.toml
 	@$(find_python); if [ "$$python" != $(PYTHON) ]; then \
 	  echo "Creating .venv with $$("$$python" --version) …"; "$$python" -m venv --clear .venv; fi
 	@rm -f $(READY)
-	@echo "Installing Airflow, Postgres and what else is needed into .venv: about 160 packages, half a minute to three minutes …"
+	@echo "Installing Airflow, Postgres and what else is needed into .venv: about 220 packages, half a minute to three minutes …"
 	@$(PIP) install --constraint constraints.txt uv || true
 	@$(PYTHON) -m uv pip install --quiet --compile-bytecode --python $(PYTHON) $(REQUIREMENTS) 2>.venv/uv.log \
 	  || { echo "uv could not do it (.venv/uv.log says why). Now pip does, which takes longer …"; $(PIP) install $(REQUIREMENTS); }

@@ -1,0 +1,152 @@
+"""
+What docker-compose.yaml starts works: here natively, with the commands, the environment and the health checks read out of the file.
+
+One deployment with the profile ``demo``, from `make env` to the sample that is paid.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+
+import psycopg
+import pytest
+
+from demo import processes
+from tests.conftest import ROOT, SCRATCH, Sandbox
+from tests.deployment.client import FreshClient
+from tests.deployment.compose import read
+from tests.deployment.native import NativeDeployment
+
+pytestmark = pytest.mark.timeout(600)
+
+DAG = "payroc_refunds"
+# Settings that a person may write into .env: short times, so that what takes minutes in earnest happens while a test waits.
+SHORT = {
+    "PAYROC_REFUNDS_UNKNOWN_WAIT_SECONDS": "3",
+    "PAYROC_REFUNDS_RETRY_DELAY_SECONDS": "2",
+    "PAYROC_REFUNDS_HTTP_TIMEOUT_SECONDS": "2",
+    "PAYROC_REFUNDS_LEASE_MARGIN_SECONDS": "6",
+    # Nothing runs but what the test triggers.
+    "PAYROC_REFUNDS_SCHEDULE": "",
+    "PAYROC_REFUNDS_FOLLOWUP_SCHEDULE": "",
+    "PAYROC_REFUNDS_SUMMARY_SCHEDULE": "",
+}
+
+
+@pytest.fixture(scope="module")
+def deployment(variables: dict[str, str]) -> Iterator[NativeDeployment]:
+    services = read(ROOT / "docker-compose.yaml", variables | SHORT)
+    with NativeDeployment(SCRATCH / "parity", services, profiles={"demo"}) as deployment:
+        yield deployment
+
+
+@pytest.fixture(scope="module")
+def airflow(deployment: NativeDeployment, variables: dict[str, str]) -> Iterator[FreshClient]:
+    """The REST API, as the user that init has made."""
+    client = FreshClient(deployment, variables["AIRFLOW_ADMIN_PASSWORD"])
+    # The DAG processor is healthy before it has read the first DAG.
+    assert processes.wait_until(lambda: client.is_ready(DAG), seconds=60), "Airflow does not know the DAG"
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="module")
+def ledger(deployment: NativeDeployment, variables: dict[str, str]) -> Iterator[psycopg.Connection]:
+    with deployment.connect("refunds", user="postgres", password=variables["POSTGRES_PASSWORD"]) as connection:
+        yield connection
+
+
+def test_every_service_becomes_healthy_by_its_own_check(deployment: NativeDeployment, record_property: Callable[..., None]) -> None:
+    took = {each.service.name: each.healthy_after for each in deployment.running.values() if not each.service.is_one_shot}
+    assert set(took) == {"postgres", "api-server", "scheduler", "dag-processor", "triggerer", "sandbox"}
+    assert None not in took.values()
+    record_property("services healthy after seconds", ", ".join(f"{name} {seconds:.0f}" for name, seconds in took.items() if seconds))
+
+
+def test_init_has_made_the_pool_and_the_web_interface_knows_the_connection_type(airflow: FreshClient) -> None:
+    assert airflow.pool_slots("payroc_api") == 4
+    form = airflow.connection_form("payroc")
+    assert {"environment", "identity_url"} <= set(form["extra_fields"])
+
+
+def test_the_sample_is_paid_with_the_payers_rights_once_a_person_has_unpaused_the_dag(
+    deployment: NativeDeployment, airflow: FreshClient, ledger: psycopg.Connection, record_property: Callable[..., None]
+) -> None:
+    assert airflow.is_paused(DAG)
+    begin = time.monotonic()
+    airflow.unpause(DAG)
+    run_id = airflow.trigger(DAG, batch_size=12)
+    assert airflow.end_of_run(DAG, run_id, seconds=300) == "success", airflow.errors(DAG, run_id)
+    record_property("the run of the sample, seconds", round(time.monotonic() - begin))
+
+    rows = ledger.execute("SELECT source_ref, status, payroc_refund_id, amount FROM refund_ledger.refunds").fetchall()
+    assert Counter(status for _, status, _, _ in rows) == {"accepted": 32, "rejected": 2}
+    theirs = Sandbox(deployment.address("sandbox", 8089)).get("/_sandbox/refunds")["refunds"]
+    paid = {(each["refundId"], each["amount"]) for each in theirs}
+    assert {(refund_id, amount) for _, status, refund_id, amount in rows if status == "accepted"} <= paid
+    assert len(theirs) == len({each["orderId"] for each in theirs}), "a refund exists twice at Payroc"
+    source = ledger.execute("SELECT status, count(*) FROM public.refund_requests GROUP BY status").fetchall()
+    assert dict(source) == {"accepted": 32, "rejected": 2, "invalid": 2}
+
+    # The migrations write events as well, as the owner; none of them is about a refund.
+    logins = ledger.execute("SELECT DISTINCT login FROM refund_ledger.refund_events WHERE refund_id IS NOT NULL").fetchall()
+    assert logins == [("airflow_payer",)]
+
+
+@pytest.mark.parametrize(
+    ("login", "variable", "database", "refused"),
+    [
+        ("airflow", "AIRFLOW_DATABASE_PASSWORD", "refunds", None),
+        ("celery", "CELERY_DATABASE_PASSWORD", "airflow", None),
+        ("airflow_payer", "REFUNDS_PAYER_PASSWORD", "airflow", None),
+        ("airflow_payer", "REFUNDS_PAYER_PASSWORD", "refunds", "UPDATE refund_ledger.refund_control SET largest_refund = 1"),
+        ("airflow_payer", "REFUNDS_PAYER_PASSWORD", "refunds", "UPDATE public.refund_requests SET amount = 1"),
+        ("refunds_operations", "REFUNDS_OPERATOR_PASSWORD", "refunds", "UPDATE refund_ledger.refunds SET amount = 1"),
+        ("refunds_operations", "REFUNDS_OPERATOR_PASSWORD", "celery", None),
+    ],
+)
+def test_each_login_is_refused_what_is_not_its_own(
+    deployment: NativeDeployment, variables: dict[str, str], login: str, variable: str, database: str, refused: str | None
+) -> None:
+    if refused is None:
+        with pytest.raises(psycopg.OperationalError, match="permission denied for database"):
+            deployment.connect(database, user=login, password=variables[variable])
+        return
+    connection = deployment.connect(database, user=login, password=variables[variable])
+    with connection, pytest.raises(psycopg.errors.InsufficientPrivilege):
+        connection.execute(refused)
+
+
+def test_the_ledgers_owner_can_neither_pay_nor_release_once_the_logins_are_there(ledger: psycopg.Connection) -> None:
+    roles = ("refunds_payer", "refunds_operator", "refunds_key_rotator")
+    held = ledger.execute("SELECT role FROM unnest(%s::text[]) AS role WHERE pg_has_role('refunds_owner', role, 'USAGE')", [list(roles)])
+    assert held.fetchall() == []
+
+
+def test_peoples_commands_work_with_the_operators_rights_and_reach_payroc(deployment: NativeDeployment) -> None:
+    today = datetime.now(UTC).date()
+    yesterday, tomorrow = str(today - timedelta(days=1)), str(today + timedelta(days=1))
+    for command in (
+        ["limit", "largest_refund", "500000", "--by", "ann", "--reason", "a test"],
+        ["verify", "--from", yesterday, "--to", tomorrow],
+    ):
+        done = deployment.run("refunds", *command)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_init_can_run_again_and_sets_passwords_that_were_changed(deployment: NativeDeployment, variables: dict[str, str]) -> None:
+    changed = variables | SHORT | {"REFUNDS_OPERATOR_PASSWORD": "another", "AIRFLOW_ADMIN_PASSWORD": "not used"}
+    deployment.use(read(ROOT / "docker-compose.yaml", changed))
+    again = deployment.run("init")
+    assert again.returncode == 0, again.stdout[-2000:] + again.stderr[-2000:]
+    with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
+        deployment.connect("refunds", user="refunds_operations", password=variables["REFUNDS_OPERATOR_PASSWORD"])
+    with deployment.connect("refunds", user="refunds_operations", password="another") as connection:
+        assert connection.execute("SELECT 1").fetchone() == (1,)
+    # People may have changed theirs in Airflow, so init leaves it alone.
+    client = FreshClient(deployment, variables["AIRFLOW_ADMIN_PASSWORD"])
+    assert client.pool_slots("payroc_api") == 4
+    client.close()
