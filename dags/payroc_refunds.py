@@ -179,6 +179,8 @@ with DAG(
         outlets=[RUN],
         on_failure_callback=RunEnded(failed=True),
         on_success_callback=RunEnded(failed=False),
+        # The table above it says it better.
+        show_return_value_in_logs=False,
     )
     async def report() -> dict[str, Any]:
         """Show what the run did; fail when something needs people. The totals are the result of the run."""

@@ -76,6 +76,7 @@ with DAG(
         trigger_rule=TriggerRule.ALL_DONE,
         outlets=[FOLLOWUP_RUN],
         on_failure_callback=RunEnded(failed=True, following=True),
+        show_return_value_in_logs=False,
     )
     async def report() -> dict[str, Any]:
         """Show the whole ledger; fail when a refund is in review or late, the sending is paused, or the follow-up itself failed."""

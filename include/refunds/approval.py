@@ -26,6 +26,13 @@ class Question:
     basis: dict[str, Any]
     today: Totals
 
+    @property
+    def subject(self) -> str:
+        """The question in one line, the sums first: lists cut off its end."""
+        if not self.basis["totals"]:
+            return f"Release {self.basis['again']:,} refunds again?"
+        return f"Release {sums(self.basis['totals'])}?"
+
     def body(self, run_id: str) -> str:
         """Return the question in Markdown."""
         rows = [

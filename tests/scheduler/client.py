@@ -45,7 +45,8 @@ class AirflowClient:
     """
 
     def __init__(self, address: str, passwords: Mapping[str, str], user: str) -> None:
-        self._passwords = passwords
+        self.address = address
+        self.passwords = passwords
         self._user = user
         # A proxy for the internet has no part in calls to this machine.
         self._http = httpx.Client(base_url=address, trust_env=False, timeout=20)
@@ -184,7 +185,7 @@ class AirflowClient:
 
     def _request(self, method: str, path: str, *, may_fail: bool = False, **more: Any) -> httpx.Response:
         if not self._token:
-            body = {"username": self._user, "password": self._passwords[self._user]}
+            body = {"username": self._user, "password": self.passwords[self._user]}
             self._token = self._http.post("/auth/token", json=body).json()["access_token"]
         headers = {"Authorization": f"Bearer {self._token}"}
         try:

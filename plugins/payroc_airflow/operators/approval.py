@@ -57,7 +57,8 @@ class ApproveRunOperator(ApprovalOperator):
     def __init__(
         self, *, response_timeout: timedelta, approvers: Sequence[str] = (), ledger_conn_id: str = LEDGER_CONN_ID, **kwargs: Any
     ) -> None:
-        kwargs.setdefault("subject", "Release the refunds of run {{ run_id }}?")
+        # What is asked is known when it is asked.
+        kwargs.setdefault("subject", "Release refunds?")
         kwargs.setdefault("retry_policy", PayrocRetryPolicy())
         kwargs.setdefault("notifiers", [ApprovalNeeded()])
         super().__init__(response_timeout=response_timeout, **kwargs)
@@ -78,7 +79,7 @@ class ApproveRunOperator(ApprovalOperator):
                 "`python -m include.refunds limit`."
             )
         context[QUESTION] = question  # type: ignore[literal-required]
-        self.body = question.body(context["run_id"])
+        self.subject, self.body = question.subject, question.body(context["run_id"])
         self.assigned_users = [{"id": user, "name": user} for user in self._askable(_triggered_by(context))]
         self.response_timeout = min(self.response_timeout, _until_next_run(get_settings(), utcnow()))
         super().execute(context)
