@@ -97,9 +97,14 @@ def migrate(
     source: SourceUrl = None,
 ) -> None:
     """Create the ledger's schema, or bring it to this version. Harmless to run again."""
-    from include.refunds.migrations import migrate as migrate_ledger  # Alembic takes half a second that only this command needs
+    # Alembic takes half a second that only this command needs.
+    from include.refunds.migrations import NewerLedger
+    from include.refunds.migrations import migrate as migrate_ledger
 
-    revision = migrate_ledger(ledger_url(url))
+    try:
+        revision = migrate_ledger(ledger_url(url))
+    except NewerLedger as error:
+        _fail(str(error))
     console.print(f"The ledger is at revision {revision}.")
     if demo:
         demo_source.create_table(source_url(source))

@@ -332,7 +332,7 @@ def _late(row: Any) -> str | None:
     if row.payroc_status == "pending" and business_days_between(row.first_sent_at, row.now) > _PENDING_DAYS:
         return f"has been pending at Payroc for more than {_PENDING_DAYS} business days: it is held back from settlement there"
     if row.payroc_seen_at is None or business_days_between(row.payroc_seen_at, row.now) > _UNSEEN_DAYS:
-        return f"has not been looked at for more than {_UNSEEN_DAYS} business days: is payroc_refunds_followup running?"
+        return f"has not been looked at for more than {_UNSEEN_DAYS} business days; see that payroc_refunds_followup runs"
     return None
 
 

@@ -2,3 +2,8 @@
 
 REVISION = "0006"
 VERSION_TABLE = "schema_version"
+
+
+def newer(found: str) -> str:
+    """Return the sentence about a ledger that a later version has migrated."""
+    return f"The ledger is at revision {found}, and this version knows {REVISION} at most: install the version that migrated it."

@@ -109,6 +109,19 @@ def test_a_ledger_of_an_earlier_revision_is_brought_to_this_one_and_keeps_all_it
     engine.dispose()
 
 
+def test_a_ledger_that_a_later_version_has_migrated_is_refused_and_left_as_it_is(ledger_url: URL) -> None:
+    engine = create_engine(ledger_url)
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE refund_ledger.schema_version SET version_num = '9999'"))
+    for command in ("status", "migrate"):
+        refused = cli(command, ledger=ledger_url)
+        said = f"The ledger is at revision 9999, and this version knows {REVISION} at most: install the version that migrated it.\n"
+        assert (refused.returncode, refused.stderr) == (2, said)
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT version_num FROM refund_ledger.schema_version")).scalar_one() == "9999"
+    engine.dispose()
+
+
 # -- who may migrate -------------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from include.refunds.quiet import QUIET
-from include.refunds.revision import REVISION, VERSION_TABLE
+from include.refunds.revision import REVISION, VERSION_TABLE, newer
 from include.refunds.settings import Settings
 
 # SQLSTATE of a missing table and of a missing schema.
@@ -106,6 +106,8 @@ class LedgerBase:
 
 
 def _not_migrated(found: str | None) -> LedgerError:
+    if found is not None and found > REVISION:
+        return LedgerError(newer(found))
     return LedgerError(
         f"The ledger is at revision {found or 'none'}, this version needs {REVISION}: run `python -m include.refunds migrate`."
     )

@@ -7,11 +7,16 @@ from pathlib import Path
 from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import URL, Connection, create_engine, text
 
-from include.refunds.revision import VERSION_TABLE
+from include.refunds.revision import VERSION_TABLE, newer
 
 _FOLDER = Path(__file__).parent
+
+
+class NewerLedger(Exception):
+    """A later version has migrated the ledger; nothing was changed."""
 
 
 def migrate(url: URL, revision: str = "head") -> str:
@@ -23,12 +28,16 @@ def migrate(url: URL, revision: str = "head") -> str:
     :param url: URL of the ledger's database, as its owner.
     :param revision: another revision to stop at, for tests of the next one.
     :returns: the revision that the ledger is at now.
+    :raises NewerLedger: when it is at a revision that this version does not know.
     """
     engine = create_engine(url)
     try:
         with engine.begin() as connection:
             connection.execute(text("SELECT pg_advisory_xact_lock(hashtext('refund_ledger.migrate'))"))
+            found = current_revision(connection)
             config = _config()
+            if found is not None and found not in {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}:
+                raise NewerLedger(newer(found))
             config.attributes["connection"] = connection
             command.upgrade(config, revision)
             return current_revision(connection) or ""
