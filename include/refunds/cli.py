@@ -359,7 +359,7 @@ def restored(
     url: LedgerUrl = None,
 ) -> None:
     """
-    The first command after the ledger was restored from a backup: nobody can resume the sending until it has come to its end.
+    The first command after the ledger was restored from a backup. Once it was begun, nobody can resume before it has come to its end.
 
     It pauses the sending, takes over what Payroc has and the ledger has forgotten, and compares both. Cut off, run it again. It sends
     nothing. Exit codes: 0 ledger and Payroc agree, 1 they differ, 2 it could not be done.
@@ -375,7 +375,11 @@ def restored(
 
     found = _with_payroc(url, by, conn_id, work)
     typer.echo(f"The sending is paused. What happened since {found.since:%Y-%m-%d %H:%M %Z} may be forgotten, and was looked for.")
-    typer.echo(f"{found.pulled} refunds were pulled anew; {len(found.taken_over)} were taken over from Payroc.")
+    typer.echo(f"{found.pulled.new} refunds were pulled anew; {len(found.taken_over)} were taken over from Payroc.")
+    for source_ref in sorted({*found.pulled.invalid, *found.pulled.changed}):
+        typer.echo(
+            f"  Source row {source_ref} is {'invalid' if source_ref in found.pulled.invalid else 'changed'}; the next report says how."
+        )
     for item in found.taken_over:
         typer.echo(f"  {item}")
     _compared(found.comparison)

@@ -16,12 +16,13 @@ from datetime import datetime, timedelta
 from include.payroc import models
 from include.payroc.errors import PayrocIncompleteList
 from include.refunds.cipher import Cipher
-from include.refunds.classify import judge_object
+from include.refunds.classify import Outcome, Verdict, judge_object
 from include.refunds.follow_up import follow_up
 from include.refunds.gateway import Gateway
-from include.refunds.ledger import Ledger
+from include.refunds.keys import idempotency_key
+from include.refunds.ledger import Ledger, LedgerError
 from include.refunds.listing import in_batches, known, pairs
-from include.refunds.pull import pull
+from include.refunds.pull import Pulled, pull
 from include.refunds.refund import Refund
 from include.refunds.settings import Settings
 from include.refunds.source import Source
@@ -29,6 +30,9 @@ from include.refunds.verify import Comparison, RangeError, verify
 
 # Payroc's clock and the ledger's may differ, its dates may be cut off at the second, and whether dateFrom is inclusive is not documented.
 _MARGIN = timedelta(days=1)
+
+# A chain of reissues that is longer than this has worried people for a long time.
+_NUMBERS_OF_REISSUES = range(2, 10)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +60,12 @@ class Restored:
     What was found after a restore.
 
     :param since: since when the ledger may have forgotten anything.
-    :param pulled: how many refunds the ledger had lost that the source still has.
+    :param pulled: what the source has; new ones are those that the ledger had lost.
     :param comparison: the ledger and Payroc since then, after everything was taken over.
     """
 
     since: datetime
-    pulled: int
+    pulled: Pulled
     taken_over: list[TakenOver]
     comparison: Comparison
 
@@ -80,42 +84,70 @@ async def restored(
     """
     Pause the sending, take over what Payroc has and the restored ledger does not know, and compare both.
 
-    Until it has come to its end, nobody can resume; cut off, it is run again. It sends nothing.
+    From its begin on, nobody can resume until it has come to its end; cut off, it is run again. It sends nothing.
 
     :param backup_at: when the backup was made.
     :param terminals: processing terminals beside those that ledger and source know.
     :raises RangeError: when the backup is of the future.
     :raises PayrocError: when Payroc did not tell everything.
     :raises SourceError: when the source can't be read.
-    :raises LedgerError: when the ledger belongs to another Payroc or source.
+    :raises LedgerError: when the ledger belongs to another Payroc or source, this login lacks a right, or another one is at work.
     """
     now = await ledger.now()
     if backup_at > now:
         raise RangeError(
             f"The backup can't be of {backup_at:%Y-%m-%d %H:%M %Z}, which is in the future: give the instant when it was made."
         )
-    since = await ledger.begin_restore(backup_at, reason)
-    await ledger.check_environment(gateway.environment)
-    pulled = await pull(source, ledger, cipher, settings)
-    taken_over = []
-    for terminal in sorted({*await ledger.all_terminals(), *terminals}):
-        listed = gateway.list_refunds(await gateway.token(), processing_terminal_id=terminal, date_from=since - _MARGIN)
-        # Of what can't be understood the comparison speaks.
-        with suppress(PayrocIncompleteList):
-            async for batch in in_batches(listed):
-                taken_over += await _take_over(batch, ledger)
-    await follow_up(ledger, gateway, settings)
-    comparison = await verify(since - _MARGIN, now + _MARGIN, terminals=terminals, ledger=ledger, gateway=gateway)
-    await ledger.end_restore(reason)
-    return Restored(since, pulled.new, taken_over, comparison)
+    async with ledger.restore_lock():
+        since = await ledger.begin_restore(backup_at, reason)
+        await ledger.check_environment(gateway.environment)
+        pulled = await pull(source, ledger, cipher, settings)
+        taken_over: list[TakenOver] = []
+        lost: dict[str, str] = {}
+        for terminal in sorted({*await ledger.all_terminals(), *terminals}):
+            listed = gateway.list_refunds(await gateway.token(), processing_terminal_id=terminal, date_from=since - _MARGIN)
+            # Of what can't be understood the comparison speaks.
+            with suppress(PayrocIncompleteList):
+                async for batch in in_batches(listed):
+                    taken_over += await _take_over(batch, lost, ledger)
+        await _set_aside_reissued(lost, ledger, settings)
+        if failed := (await follow_up(ledger, gateway, settings))["failed"]:
+            raise LedgerError(f"{failed} look-ups or lists failed at Payroc, so not everything is known: run it again.")
+        comparison = await verify(since - _MARGIN, now + _MARGIN, terminals=terminals, ledger=ledger, gateway=gateway)
+        await ledger.end_restore(reason)
+    return Restored(since, pulled, taken_over, comparison)
 
 
-async def _take_over(batch: Sequence[models.Refund], ledger: Ledger) -> list[TakenOver]:
+async def _take_over(batch: Sequence[models.Refund], lost: dict[str, str], ledger: Ledger) -> list[TakenOver]:
+    """
+    Take over what Payroc has of refunds that the ledger knows.
+
+    :param lost: Payroc's refund ids by key, of those that it does not know; what is found is put into it.
+    """
     taken = []
     for item, refund in pairs(batch, await known(batch, ledger)):
-        if refund is None or item.refund_id == refund.payroc_refund_id:
-            continue
-        after, _ = await ledger.record(refund.id, judge_object(item, refund), restored=True)
-        if after.status is not refund.status:
-            taken.append(TakenOver(refund, after))
+        if refund is None:
+            if item.refund_key is not None:
+                lost[item.refund_key] = item.refund_id
+        elif item.refund_id != refund.payroc_refund_id:
+            after, _ = await ledger.record(refund.id, judge_object(item, refund), restored=True)
+            if after.status is not refund.status:
+                taken.append(TakenOver(refund, after))
     return taken
+
+
+async def _set_aside_reissued(lost: dict[str, str], ledger: Ledger, settings: Settings) -> None:
+    """
+    Give to people what waits, and of which Payroc has a reissue that the ledger has forgotten: sent as well, it would be paid twice.
+
+    :param lost: Payroc's refund ids by key, of refunds that the ledger does not know.
+    """
+    if not lost:
+        return
+    for refund in await ledger.not_sent():
+        for number in _NUMBERS_OF_REISSUES:
+            found = lost.get(str(idempotency_key(settings.source, f"{refund.source_ref}/{number}")))
+            if found is not None:
+                what = f"Payroc's refund {found} is a reissue of this one, which the ledger has forgotten since its backup."
+                await ledger.record(refund.id, Verdict(Outcome.REVIEW, what, contradiction=True))
+                break

@@ -5,15 +5,18 @@ from __future__ import annotations
 import itertools
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
+from uuid import UUID
 
 import pytest
 from sqlalchemy import URL
 
 from demo.postgres import HOST, PostgresServer
 from include.refunds.audit import verify_audit
+from include.refunds.keys import default_order_id, idempotency_key
 from include.refunds.ledger import LedgerError
 from include.refunds.restored import Restored, restored
 from include.refunds.verify import RangeError
@@ -67,18 +70,20 @@ def restore(world: World, backup: Backup) -> None:
     backup.restore()
 
 
-def run_restored(world: World, backup_at: datetime) -> Restored:
-    return world.run(
-        restored(
-            backup_at,
-            "The disk was lost.",
-            source=world.source,
-            ledger=world.ledger,
-            gateway=world.gateway,
-            cipher=world.cipher,
-            settings=world.settings,
-        )
+def restoring(world: World, backup_at: datetime) -> Coroutine[Any, Any, Restored]:
+    return restored(
+        backup_at,
+        "The disk was lost.",
+        source=world.source,
+        ledger=world.ledger,
+        gateway=world.gateway,
+        cipher=world.cipher,
+        settings=world.settings,
     )
+
+
+def run_restored(world: World, backup_at: datetime) -> Restored:
+    return world.run(restoring(world, backup_at))
 
 
 class Day:
@@ -126,7 +131,7 @@ def test_a_restored_ledger_takes_over_what_payroc_has_and_nothing_is_paid_twice(
     assert world.rows("SELECT FROM refund_ledger.refunds WHERE source_ref = :ref", ref=day.lost) == []
 
     found = run_restored(world, day.backup.at)
-    assert found.pulled == 1
+    assert found.pulled.new == 1
     assert {item.after.id for item in found.taken_over} == {world.row(which)["id"] for which in day.sent}
     assert found.comparison.differences == []
     for which in day.sent:
@@ -233,6 +238,77 @@ def test_a_later_status_at_payroc_is_taken_over_too(world: World, back_up: Calla
     restore(world, backup)
     run_restored(world, backup.at)
     assert world.row(refund_id)["status"] == "settled"
+
+
+def test_what_was_taken_over_counts_for_limits_as_if_it_had_passed_the_door(
+    world: World, back_up: Callable[[], Backup], terminal: str
+) -> None:
+    account = {"account_number": f"5566{terminal}4321"}
+    world.limit(duplicate_days=7, day_total=6000)
+    first = world.approve(**account)
+    world.pull()
+    backup = back_up()
+    world.release("run-1")
+    world.send(int(world.row(first)["id"]))
+    restore(world, backup)
+    run_restored(world, backup.at)
+    assert world.run(world.ledger.resume("*", "Compared."))
+    duplicate, other = world.approve(**account), world.approve()
+    world.pull()
+    world.release("run-2")
+    # The first took 49.99 of the day's 60.00.
+    assert [world.row(ref)["status"] for ref in (duplicate, other)] == ["held", "approved"]
+    assert f"possible duplicate of refund {world.row(first)['id']}" in world.row(duplicate)["reason"]
+
+
+def test_a_refund_whose_reissue_the_ledger_has_forgotten_goes_to_people_instead_of_being_paid_beside_it(
+    world: World, back_up: Callable[[], Backup]
+) -> None:
+    refund_id = world.released()
+    backup = back_up()
+    row = world.row(refund_id)
+    key = str(idempotency_key(world.settings.source, f"{row['source_ref']}/2"))
+    reissue = direct(world, refund_id, fields=[{"name": "refundKey", "value": key}], orderId=default_order_id(UUID(key)))
+    restore(world, backup)
+    run_restored(world, backup.at)
+    row = world.row(refund_id)
+    assert (row["status"], world.posts(refund_id)) == ("review", 0)
+    assert row["reason"] == f"Payroc's refund {reissue} is a reissue of this one, which the ledger has forgotten since its backup."
+
+
+def test_of_two_at_a_time_the_second_is_refused(world: World) -> None:
+    async def work() -> None:
+        async with world.ledger.restore_lock():
+            with pytest.raises(LedgerError, match="Another `restored` is at work"):
+                await restoring(world, datetime.now(UTC))
+        await restoring(world, datetime.now(UTC))
+
+    world.run(work())
+
+
+def test_a_look_up_that_fails_leaves_the_comparison_open(world: World, back_up: Callable[[], Backup]) -> None:
+    # It never reached Payroc, so no list shows it, and it is looked up by itself.
+    refund_id = world.released("9004")
+    world.send(refund_id)
+    backup = back_up()
+    restore(world, backup)
+    world.fault(refund_id, "status", "list", status=503)
+    with pytest.raises(LedgerError, match="1 look-ups or lists failed at Payroc, so not everything is known: run it again"):
+        run_restored(world, backup.at)
+    with pytest.raises(LedgerError, match="not compared with Payroc since"):
+        world.run(world.ledger.resume("*", "It looks fine."))
+    run_restored(world, backup.at)
+    assert world.run(world.ledger.resume("*", "Now it is."))
+
+
+def test_what_was_paused_when_the_backup_was_made_says_so_beside_the_restore(world: World, back_up: Callable[[], Backup]) -> None:
+    world.run(world.ledger.pause("*", "the bank called"))
+    backup = back_up()
+    restore(world, backup)
+    run_restored(world, backup.at)
+    (reason,) = world.paused().values()
+    assert reason.startswith("The ledger was restored from a backup of ")
+    assert reason.endswith(" Before that: the bank called")
 
 
 def test_a_backup_of_the_future_is_a_mistake(world: World) -> None:

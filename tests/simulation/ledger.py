@@ -187,6 +187,7 @@ class MemoryLedger:
         # Who acts, as the events name it.
         self.actor = "simulation"
         self.write_back_free = True
+        self.restore_free = True
         self.next_id = 1
 
     # -- copies ----------------------------------------------------------------------------------------------------
@@ -259,10 +260,22 @@ class MemoryLedger:
         return self.paused.pop(scope, None) is not None
 
     def begin_restore(self, backup_at: datetime, reason: str) -> datetime:
-        known_until = self.restored_to or max((row.updated_at for row in self.rows.values()), default=backup_at)
-        self.restored_to = min(backup_at, known_until)
-        self.paused.setdefault(EVERYTHING, f"The ledger was restored from a backup of {self.restored_to:%Y-%m-%d %H:%M %Z}.")
+        if self.restored_to is not None:
+            return min(backup_at, self.restored_to)
+        self.restored_to = min(backup_at, max((row.updated_at for row in self.rows.values()), default=backup_at))
+        before = f" Before that: {self.paused[EVERYTHING]}" if EVERYTHING in self.paused else ""
+        self.paused[EVERYTHING] = f"The ledger was restored from a backup of {self.restored_to:%Y-%m-%d %H:%M %Z}.{before}"
         return self.restored_to
+
+    @contextmanager
+    def restore_lock(self) -> Iterator[bool]:
+        """Yield whether the lock was free; then it is held."""
+        taken, self.restore_free = self.restore_free, False
+        try:
+            yield taken
+        finally:
+            if taken:
+                self.restore_free = True
 
     def end_restore(self, reason: str) -> None:
         self.restored_to = None
@@ -667,6 +680,9 @@ class MemoryLedger:
     def in_doubt(self) -> list[Refund]:
         return [_refund(row) for row in self.rows.values() if row.status in IN_DOUBT]
 
+    def not_sent(self) -> list[Refund]:
+        return [_refund(row) for row in self.rows.values() if row.status in (Status.APPROVED, Status.HELD, Status.RELEASED)]
+
     def followed(self, changed_within: timedelta) -> dict[str, datetime]:
         since = self.clock() - changed_within
         oldest: dict[str, datetime] = {}
@@ -901,6 +917,8 @@ class MemoryLedger:
             setattr(row, name, value)
         if new_status is not old_status or now != previous:
             row.updated_at = max(now, previous + _MICROSECOND)
+        if new_status in PAID and row.first_released_at is None:
+            row.first_released_at = row.updated_at
         if new_status in IN_DOUBT and None in (row.first_sent_at, row.sent_with, row.lease_until, row.next_attempt_at):
             raise _refused("sent says when and with what")
         if new_status is Status.HELD and not row.holds:

@@ -45,6 +45,7 @@ _READS = frozenset(
         "read",
         "may_post",
         "in_doubt",
+        "not_sent",
         "followed",
         "due_write_backs",
         "known",
@@ -154,6 +155,10 @@ class Twins:
     def write_back_lock(self) -> AbstractContextManager[bool]:
         """Take the memory's lock: a call of the real one would wait for another worker that only this thread can run."""
         return self.memory.write_back_lock()
+
+    def restore_lock(self) -> AbstractContextManager[bool]:
+        """Take the memory's lock, for the same reason."""
+        return self.memory.restore_lock()
 
     def backup(self) -> tuple[Any, Any]:
         """Return a copy of both."""

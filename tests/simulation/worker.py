@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Generator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from include.refunds.ledger import Claim, LedgerUnavailable
+from include.refunds.ledger import Claim, LedgerError, LedgerUnavailable
 from tests.simulation.engine import Engine
 
 _LOCK_POLL = 15.0
@@ -42,6 +42,13 @@ class SteppedLedger:
                     return
             await self.engine.sleep(_LOCK_POLL)
         raise LedgerUnavailable("Another write-back holds the lock.")
+
+    @asynccontextmanager
+    async def restore_lock(self) -> AsyncIterator[None]:
+        with self.ledger.restore_lock() as taken:
+            if not taken:
+                raise LedgerError("Another `restored` is at work.")
+            yield
 
 
 def _stepped(name: str) -> Callable[..., Any]:
@@ -106,6 +113,7 @@ for _name in (
     "record",
     "mark_seen",
     "in_doubt",
+    "not_sent",
     "followed",
     "known",
     "replaced",

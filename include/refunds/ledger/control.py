@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
@@ -119,20 +121,45 @@ class Control(LedgerBase):
         """
         rights = text("SELECT pg_has_role('refunds_payer', 'USAGE') AND pg_has_role('refunds_operator', 'USAGE')")
         newest_change = text("SELECT max(updated_at) FROM refund_ledger.refunds")
-        update = text("UPDATE refund_ledger.refund_control SET restored_to = :restored_to WHERE scope = '*'")
+        # What was paused when the backup was made is paused for another reason now.
+        update = text("""
+            UPDATE refund_ledger.refund_control SET restored_to = :restored_to, paused_at = :now, paused_by = :actor,
+                pause_reason = :reason || COALESCE(' Before that: ' || pause_reason, '')
+            WHERE scope = '*' AND restored_to IS NULL""")
         async with self._transaction() as (connection, now):
             if not (await connection.execute(rights)).scalar_one():
                 raise LedgerError(
                     "What follows a restore takes the rights of refunds_payer and refunds_operator together: give --ledger-url a login "
                     "that is granted both, or the database's superuser."
                 )
-            # Begun before and cut off: the newest change is its own.
-            known_until = await self._restored_to(connection) or (await connection.execute(newest_change)).scalar_one()
+            begun = await self._restored_to(connection)
+            if begun is not None:
+                # It was cut off. The newest change is its own by now.
+                return min(backup_at, begun)
+            known_until = (await connection.execute(newest_change)).scalar_one()
             restored_to = min(backup_at, known_until or backup_at)
-            await self._pause(connection, EVERYTHING, f"The ledger was restored from a backup of {restored_to:%Y-%m-%d %H:%M %Z}.", now)
             await self._because(connection, now, reason)
-            await connection.execute(update, {"restored_to": restored_to})
+            why = f"The ledger was restored from a backup of {restored_to:%Y-%m-%d %H:%M %Z}."
+            await connection.execute(update, {"restored_to": restored_to, "now": now, "actor": self._actor, "reason": why})
             return restored_to
+
+    @asynccontextmanager
+    async def restore_lock(self) -> AsyncIterator[None]:
+        """
+        Hold the lock of what follows a restore. Of two at a time the first to end would let people resume before the other one has.
+
+        :raises LedgerError: when another one is at work.
+        """
+        take = text("SELECT pg_try_advisory_lock(hashtext('refund_ledger.restored'))")
+        async with self.engine.connect() as connection:
+            taken = (await connection.execute(take)).scalar_one()
+            await connection.commit()
+            if not taken:
+                raise LedgerError("Another `restored` is at work on this ledger: wait for its end.")
+            try:
+                yield
+            finally:
+                await connection.execute(text("SELECT pg_advisory_unlock(hashtext('refund_ledger.restored'))"))
 
     async def end_restore(self, reason: str) -> None:
         """Note that the restored ledger was compared with Payroc; whether the sending goes on is for people to decide."""

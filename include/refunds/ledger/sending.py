@@ -226,6 +226,10 @@ class Sending(Control):
         """Return all refunds that are sending or unknown."""
         return await self._refunds("r.status IN ('sending', 'unknown')", {})
 
+    async def not_sent(self) -> list[Refund]:
+        """Return all refunds that wait to be sent: approved, held or released."""
+        return await self._refunds("r.status IN ('approved', 'held', 'released')", {})
+
     async def followed(self, changed_within: timedelta) -> dict[str, datetime]:
         """
         Return the terminals of the refunds whose further way Payroc still has to tell, each with the oldest approval of them.

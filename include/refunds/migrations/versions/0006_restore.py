@@ -55,6 +55,29 @@ END $$;
 """
 
 
+# As before, but a refund that turns out to be paid without having passed the door counts from then on: else a restored ledger would
+# forget it for caps, duplicates and new payees.
+FIRST_RELEASE = """
+CREATE OR REPLACE FUNCTION refund_ledger.note_first_release() RETURNS trigger LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF OLD.first_released_at IS NOT NULL THEN
+        NEW.first_released_at := OLD.first_released_at;
+        NEW.first_released_run := OLD.first_released_run;
+        NEW.first_released_approver := OLD.first_released_approver;
+    ELSIF NEW.status = 'released' THEN
+        NEW.first_released_at := NEW.released_at;
+        NEW.first_released_run := NEW.released_run;
+    ELSE
+        NEW.first_released_at := CASE WHEN NEW.status IN ('accepted', 'settled', 'returned', 'reversed') THEN NEW.updated_at END;
+        NEW.first_released_run := NULL;
+        NEW.first_released_approver := NULL;
+    END IF;
+    RETURN NEW;
+END $$;
+"""
+
+
 def upgrade() -> None:
-    op.execute(CONTROL)
-    op.execute(EVENTS)
+    for part in (CONTROL, EVENTS, FIRST_RELEASE):
+        op.execute(part)
