@@ -30,6 +30,8 @@ _SETTINGS = """
 # The port of Airflow's web interface on this machine, and the address that people use:
 #AIRFLOW_PORT=8080
 #AIRFLOW_BASE_URL=http://localhost:8080
+# The Test button of the Connections page:
+#AIRFLOW_TEST_CONNECTION=Enabled
 # Approved refunds in a database of your own, as include/sql/select_approved.sql reads them:
 #AIRFLOW_CONN_REFUNDS_SOURCE='postgres://login:password@db.example:5432/shop'
 # Each setting PAYROC_REFUNDS_… of include/refunds/settings.py may stand here:
@@ -77,7 +79,7 @@ def content() -> str:
         ),
         ("The broker of Celery.", {"BROKER_PASSWORD": _password()}),
         (
-            "The first user of Airflow, `admin`. Used once, when init makes the user.",
+            "The first user of Airflow, `admin`. Used once: init makes the user when Airflow has none.",
             {"AIRFLOW_ADMIN_PASSWORD": _password()},
         ),
         ("Airflow: connections in its database, tokens of its API, sessions.", _airflow_keys()),

@@ -2,7 +2,7 @@
 What the service ``init`` of docker-compose.yaml does at each start: logins and databases, both migrations, the pool and the first user.
 
 Everything in it can run again. Passwords become what the environment says, so that a new one in ``.env`` is set by the next start; users of
-Airflow, who may have changed theirs, are left alone.
+Airflow, who may have changed theirs or have deleted the first one, are left alone.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ LEDGER_OWNER = "refunds_owner"
 LEDGER = "refunds"
 PAYER_LOGIN = "airflow_payer"
 OPERATOR_LOGIN = "refunds_operations"
+# Databases that every server has.
+COMMON = ("postgres", "template1")
 
 # Login, variable of its password, and the database that is its own.
 OWNERS = (
@@ -63,6 +65,7 @@ def create_logins_and_databases() -> None:
         for login, _, database in OWNERS:
             if connection.execute("SELECT FROM pg_database WHERE datname = %s", [database]).fetchone() is None:
                 connection.execute(SQL("CREATE DATABASE {} OWNER {}").format(Identifier(database), Identifier(login)))
+        for database in (*(each for _, _, each in OWNERS), *COMMON):
             connection.execute(SQL("REVOKE ALL ON DATABASE {} FROM PUBLIC").format(Identifier(database)))
 
 
@@ -90,13 +93,16 @@ def grant_roles() -> None:
 
 
 def prepare_airflow() -> None:
-    """Bring Airflow's database to the newest revision, and make the pool and the first user when they are missing."""
+    """Bring Airflow's database to the newest revision, and make the pool when it is missing, and the first user when there is none."""
     _airflow("db", "migrate")
     try:
         _airflow("pools", "get", POOL[0])
     except SystemExit:
         # It was not found. One that is there may have got another size by people.
         _airflow("pools", "set", *POOL)
+    with _connection("airflow", "airflow", "AIRFLOW_DATABASE_PASSWORD") as connection:
+        if connection.execute("SELECT FROM ab_user LIMIT 1").fetchone() is not None:
+            return
     password = os.environ["AIRFLOW_ADMIN_PASSWORD"]
     names = ("--username", ADMIN, "--email", "admin@localhost", "--firstname", "First", "--lastname", "User")
     _airflow("users", "create", *names, "--role", "Admin", "--password", password)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Mapping
 
@@ -47,6 +48,10 @@ class Cluster:
         found = [name for name, each in self._workers().items() if each.process is not None and each.process.pid in above]
         assert len(found) == 1, f"process {ti.pid} of {ti.task_id} {ti.map_index} belongs to no worker"
         return found[0]
+
+    def tasks_done_by(self, name: str) -> int:
+        """Return how many tasks a worker says that it has ended well."""
+        return len(re.findall(r"Task execute_workload\[\S+\] succeeded", self._workers()[name].log.read_text()))
 
     def kill(self, name: str) -> None:
         """Kill a worker and everything below it, with no chance to say so."""

@@ -56,6 +56,11 @@ class Service:
     volumes: Mapping[str, str]
 
     @property
+    def is_ours(self) -> bool:
+        """Whether it runs the project's image, whichever service builds that."""
+        return self.image.startswith("payroc-refunds:")
+
+    @property
     def is_one_shot(self) -> bool:
         """Whether it does its work and ends."""
         return self.restart == "no"

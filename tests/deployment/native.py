@@ -175,13 +175,24 @@ class NativeDeployment:
         """Take what a changed ``.env`` makes of the file, for what is started from now on."""
         self._services = dict(services)
 
-    def run(self, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Do what ``docker compose run --rm`` does: run a service to its end, with other arguments than its command if some are given."""
+    def run(self, name: str, *arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        """
+        Do what ``docker compose run --rm`` does: run a service to its end.
+
+        :param arguments: other ones than its command, if some are given.
+        :param environment: what ``--env`` adds.
+        """
         service = self._services[name]
         command = self._command(service, f"{name}-run", arguments or service.command)
-        environment = self._environment(service, f"{name}-run")
+        added = {key: self._translated(value, service) for key, value in (environment or {}).items()}
         return subprocess.run(
-            command, env=environment, cwd=self.home, capture_output=True, text=True, timeout=_HEALTHY_SECONDS, check=False
+            command,
+            env=self._environment(service, f"{name}-run") | added,
+            cwd=self.home,
+            capture_output=True,
+            text=True,
+            timeout=_HEALTHY_SECONDS,
+            check=False,
         )
 
     # -- inside ----------------------------------------------------------------------------------------------------
@@ -237,7 +248,7 @@ class NativeDeployment:
         return words
 
     def _environment(self, service: Service, container: str) -> dict[str, str]:
-        said = {**self._image, **service.environment, **self._overrides} if service.built else dict(service.environment)
+        said = {**self._image, **service.environment, **self._overrides} if service.is_ours else dict(service.environment)
         return {
             "PATH": os.pathsep.join([str(self._programs), str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
             "HOME": str(self.home),

@@ -114,7 +114,7 @@ def test_profiles_start_what_they_are_for_and_all_of_airflow_waits_for_init(
     assert {each.name for each in order} == expected
     for each in order:
         waits = {(other.service, other.condition) for other in each.depends_on}
-        if each.built and each.name not in ("init", "sandbox"):
+        if each.is_ours and each.name not in ("init", "sandbox"):
             assert ("init", "service_completed_successfully") in waits, each.name
 
 
@@ -172,6 +172,19 @@ def test_a_secret_is_given_to_those_who_need_it_and_to_nobody_else(
     assert who_sees(services, secret) == allowed
 
 
+def test_where_people_are_told_is_known_to_what_tells_them_and_to_nobody_else(variables: dict[str, str]) -> None:
+    given = {"PAYROC_REFUNDS_NOTIFIERS": "a notifier with its secret", "AIRFLOW_CONN_SMTP_DEFAULT": "smtp://login:password@mail.example"}
+    services = read(FILE, variables | given)
+    for value in given.values():
+        assert who_sees(services, value) == TASKS | {"dag-processor"}
+
+
+def test_passwords_of_connections_stay_here_unless_env_allows_to_test_them(variables: dict[str, str]) -> None:
+    name = "AIRFLOW__CORE__TEST_CONNECTION"
+    assert read(FILE, variables)["api-server"].environment[name] == "Disabled"
+    assert read(FILE, variables | {"AIRFLOW_TEST_CONNECTION": "Enabled"})["api-server"].environment[name] == "Enabled"
+
+
 def test_every_secret_has_its_line_in_the_list_of_who_may_see_it() -> None:
     marks = test_a_secret_is_given_to_those_who_need_it_and_to_nobody_else.pytestmark  # type: ignore[attr-defined]
     assert sorted(case[0] for case in marks[0].args[1]) == SECRETS
@@ -180,7 +193,7 @@ def test_every_secret_has_its_line_in_the_list_of_who_may_see_it() -> None:
 def test_every_setting_of_the_project_reaches_all_of_airflow_when_env_has_it(variables: dict[str, str]) -> None:
     names = {f"{ENV_PREFIX}{field}".upper() for field in Settings.model_fields}
     services = read(FILE, dict.fromkeys(names, "given") | variables)
-    keys = {"PAYROC_REFUNDS_ENCRYPTION_KEYS", "PAYROC_REFUNDS_FINGERPRINT_KEY"}
+    keys = {"PAYROC_REFUNDS_ENCRYPTION_KEYS", "PAYROC_REFUNDS_FINGERPRINT_KEY", "PAYROC_REFUNDS_NOTIFIERS"}
     for name in PARTS | {"worker"}:
         assert names - keys <= set(services[name].environment), name
     # An empty schedule says something, so a setting that env does not have is not set at all.
@@ -239,7 +252,13 @@ def test_image_compose_file_and_requirements_name_the_same_airflow(services: dic
     assert ("ARG", f"AIRFLOW_VERSION={version('apache-airflow')}") in dockerfile
     assert f"apache-airflow=={version('apache-airflow')}\n" in (ROOT / "requirements.txt").read_text()
     assert dict(dockerfile)["FROM"].startswith("apache/airflow:slim-${AIRFLOW_VERSION}-python3.1")
-    assert {each.image for each in services.values() if each.built} == {f"payroc-refunds:{version('apache-airflow')}"}
+    assert {each.image for each in services.values() if each.is_ours} == {f"payroc-refunds:{version('apache-airflow')}"}
+
+
+def test_one_service_alone_builds_the_image_and_all_others_but_database_and_broker_use_it(services: dict[str, Service]) -> None:
+    # Compose builds side by side: of two that make the same image the second fails when it is there already.
+    assert {name for name, each in services.items() if each.built} == {"init"}
+    assert {name for name, each in services.items() if not each.is_ours} == {"postgres", "broker"}
 
 
 def test_database_and_broker_are_of_the_versions_that_the_tests_run_with(services: dict[str, Service]) -> None:

@@ -6,15 +6,18 @@ One deployment with the profile ``demo``, from `make env` to the sample that is 
 
 from __future__ import annotations
 
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import psycopg
 import pytest
 
 from demo import processes
+from demo.postgres import HOST
 from tests.conftest import ROOT, SCRATCH, Sandbox
 from tests.deployment.client import FreshClient
 from tests.deployment.compose import read
@@ -106,6 +109,8 @@ def test_the_sample_is_paid_with_the_payers_rights_once_a_person_has_unpaused_th
         ("airflow_payer", "REFUNDS_PAYER_PASSWORD", "refunds", "UPDATE public.refund_requests SET amount = 1"),
         ("refunds_operations", "REFUNDS_OPERATOR_PASSWORD", "refunds", "UPDATE refund_ledger.refunds SET amount = 1"),
         ("refunds_operations", "REFUNDS_OPERATOR_PASSWORD", "celery", None),
+        ("airflow_payer", "REFUNDS_PAYER_PASSWORD", "postgres", None),
+        ("airflow", "AIRFLOW_DATABASE_PASSWORD", "template1", None),
     ],
 )
 def test_each_login_is_refused_what_is_not_its_own(
@@ -137,16 +142,50 @@ def test_peoples_commands_work_with_the_operators_rights_and_reach_payroc(deploy
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_init_can_run_again_and_sets_passwords_that_were_changed(deployment: NativeDeployment, variables: dict[str, str]) -> None:
+def test_init_can_run_again_and_sets_passwords_that_were_changed_and_makes_no_user_where_there_are_some(
+    deployment: NativeDeployment, airflow: FreshClient, variables: dict[str, str]
+) -> None:
     changed = variables | SHORT | {"REFUNDS_OPERATOR_PASSWORD": "another", "AIRFLOW_ADMIN_PASSWORD": "not used"}
     deployment.use(read(ROOT / "docker-compose.yaml", changed))
-    again = deployment.run("init")
-    assert again.returncode == 0, again.stdout[-2000:] + again.stderr[-2000:]
+    with deployment.connect("airflow", user="airflow", password=variables["AIRFLOW_DATABASE_PASSWORD"]) as connection:
+        # As if people had made their own users and deleted the first one.
+        connection.execute("UPDATE ab_user SET username = 'fiona'")
+        again = deployment.run("init")
+        assert again.returncode == 0, again.stdout[-2000:] + again.stderr[-2000:]
+        assert connection.execute("SELECT username FROM ab_user").fetchall() == [("fiona",)]
     with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
         deployment.connect("refunds", user="refunds_operations", password=variables["REFUNDS_OPERATOR_PASSWORD"])
     with deployment.connect("refunds", user="refunds_operations", password="another") as connection:
         assert connection.execute("SELECT 1").fetchone() == (1,)
-    # People may have changed theirs in Airflow, so init leaves it alone.
-    client = FreshClient(deployment, variables["AIRFLOW_ADMIN_PASSWORD"])
-    assert client.pool_slots("payroc_api") == 4
-    client.close()
+    assert airflow.pool_slots("payroc_api") == 4
+
+
+def test_a_ledger_whose_database_was_lost_is_restored_as_the_page_says(
+    deployment: NativeDeployment, variables: dict[str, str], tmp_path: Path
+) -> None:
+    at = datetime.now(UTC)
+    server = deployment.postgres
+
+    def program(name: str, *arguments: str) -> None:
+        options = ["--host", HOST, "--port", str(server.port), "--username", "postgres"]
+        env = {"PGPASSWORD": variables["POSTGRES_PASSWORD"]}
+        subprocess.run([str(server.program(name)), *options, *arguments], check=True, env=env, timeout=60)
+
+    dump = str(tmp_path / "refunds.dump")
+    program("pg_dump", "--format=custom", "--file", dump, "refunds")
+    with deployment.connect("postgres", user="postgres", password=variables["POSTGRES_PASSWORD"]) as connection:
+        connection.execute("DROP DATABASE refunds WITH (FORCE)")
+    again = deployment.run("init")
+    assert again.returncode == 0, again.stdout[-2000:] + again.stderr[-2000:]
+    program("pg_restore", "--clean", "--if-exists", "--single-transaction", "--dbname", "refunds", dump)
+
+    ledger = f"postgres://postgres:{variables['POSTGRES_PASSWORD']}@postgres:5432/refunds"
+    connections = {"AIRFLOW_CONN_REFUNDS_LEDGER": ledger, "AIRFLOW_CONN_REFUNDS_SOURCE": ledger}
+    for command in (
+        ["pause", "--by", "ann", "--reason", "restored from a backup"],
+        ["restored", "--backup-at", at.isoformat(timespec="seconds"), "--by", "ann", "--reason", "the disk was lost"],
+        ["resume", "--by", "bob", "--reason", "compared"],
+        ["verify", "--from", str(at.date() - timedelta(days=1)), "--to", str(at.date() + timedelta(days=1))],
+    ):
+        done = deployment.run("refunds", *command, environment=connections)
+        assert done.returncode == 0, done.stdout + done.stderr

@@ -20,8 +20,9 @@ from demo.stack import SAMPLE
 from include.refunds.audit import verify_audit
 from include.refunds.demo_source import import_lines
 from include.refunds.ledger import Selection
+from include.refunds.roles import KEY_ROTATOR, OPERATOR
 from include.refunds.settings import get_settings
-from tests.conftest import ROOT, SCRATCH, Sandbox, running_sandbox
+from tests.conftest import ROOT, SCRATCH, Login, Sandbox, running_sandbox
 from tests.runbook.console import Section, Shell, blocks_of
 from tests.scheduler.conftest import Merchant
 from tests.scheduler.deployment import USERS, Deployment
@@ -156,11 +157,21 @@ def shop(airflow: TwoDags, postgres: PostgresServer, ledger_url: URL, source_url
 
 
 @pytest.fixture
-def shell(shop: Shop, tmp_path: Path) -> Iterator[Shell]:
-    """A shell in the shop's environment, in an empty folder."""
+def shell(shop: Shop, login: Login, tmp_path: Path) -> Iterator[Shell]:
+    """A shell in the shop's environment, in an empty folder. Its person may do to the ledger what an operator may."""
     shell = Shell(shop.env, tmp_path)
+    # The shop's own connection has all rights.
+    shell.run("unset AIRFLOW_CONN_REFUNDS_LEDGER")
+    use_ledger(shell, shop.airflow.ledger, login)
     yield shell
     shell.close()
+
+
+def use_ledger(shell: Shell, ledger: URL, login: Login) -> None:
+    """Set the three addresses of the ledger that operations.md tells to set, each with the rights that it names."""
+    logins = {"PAYROC_REFUNDS_LEDGER_URL": login(ledger, OPERATOR), "ROTATOR_URL": login(ledger, KEY_ROTATOR), "OWNER_URL": ledger}
+    for name, url in logins.items():
+        shell.run(f"export {name}='{url.set(drivername='postgresql').render_as_string(hide_password=False)}'")
 
 
 @pytest.fixture

@@ -20,9 +20,9 @@ from demo.postgres import PostgresServer
 from include.refunds.migrations import migrate
 from payroc_airflow.gateway import HookGateway
 from payroc_airflow.hooks.payroc import PayrocHook
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Login
 from tests.refunds.test_migrations import fill
-from tests.runbook.conftest import DOCUMENTS, Shop, find_section, name_of_test
+from tests.runbook.conftest import DOCUMENTS, Shop, find_section, name_of_test, use_ledger
 from tests.runbook.console import ANYTHING, Section, Shell, blocks_of, difference
 from tests.scheduler.deployment import DAG
 
@@ -216,7 +216,7 @@ def test_the_ledger_was_restored_from_a_backup(shop: Shop, shell: Shell, section
     shop.assert_sent_once("RF-2201", "RF-2202", "RF-2203", "RF-2204")
 
 
-def test_the_project_is_upgraded(shop: Shop, shell: Shell, section: Section, postgres: PostgresServer) -> None:
+def test_the_project_is_upgraded(shell: Shell, section: Section, postgres: PostgresServer, login: Login) -> None:
     postgres.create_database("ledger_of_yesterday")
     url = postgres.url("ledger_of_yesterday")
     migrate(url, "0005")
@@ -224,7 +224,7 @@ def test_the_project_is_upgraded(shop: Shop, shell: Shell, section: Section, pos
     with engine.begin() as connection:
         fill(connection, "0005")
     engine.dispose()
-    shell.run(f"export PAYROC_REFUNDS_LEDGER_URL='{url.set(drivername='postgresql').render_as_string(hide_password=False)}'")
+    use_ledger(shell, url, login)
     section.rest()
 
 
