@@ -17,9 +17,8 @@ A manual run takes the params below. Start with **dry_run** to see what would be
 from __future__ import annotations
 
 import logging
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any
-from zoneinfo import ZoneInfo
 
 from airflow.sdk import DAG, CronTriggerTimetable, Param, TriggerRule, conf, get_current_context, result, task
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
@@ -102,7 +101,7 @@ with DAG(
     description="Pays approved refunds through Payroc, each once",
     doc_md=__doc__,
     schedule=CronTriggerTimetable(settings.schedule, timezone=settings.timezone) if settings.schedule else None,
-    start_date=datetime(2026, 1, 1, tzinfo=ZoneInfo(settings.timezone)),
+    # No start_date: with one, a DAG that is unpaused for the first time would at once run the time that was due last.
     catchup=False,
     max_active_runs=1,
     allowed_run_types=RUN_TYPES,

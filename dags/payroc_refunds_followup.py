@@ -9,9 +9,8 @@ review, a pause, or a refund that takes longer than it should.
 from __future__ import annotations
 
 import logging
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any
-from zoneinfo import ZoneInfo
 
 from airflow.sdk import DAG, CronTriggerTimetable, TriggerRule, get_current_context, result, task
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
@@ -24,7 +23,7 @@ from payroc_airflow.assets import FOLLOWUP_RUN, has_finished
 from payroc_airflow.databases import open_ledger, source_of
 from payroc_airflow.gateway import HookGateway
 from payroc_airflow.hooks.payroc import PayrocHook
-from payroc_airflow.notify import REPORT, RunEnded, mistakes
+from payroc_airflow.notify import RunEnded, leave_for_notifier, mistakes
 from payroc_airflow.retry_policy import PayrocRetryPolicy
 
 log = logging.getLogger(__name__)
@@ -38,7 +37,6 @@ with DAG(
     description="Asks Payroc what became of refunds; never sends one",
     doc_md=__doc__,
     schedule=CronTriggerTimetable(settings.followup_schedule, timezone=settings.timezone) if settings.followup_schedule else None,
-    start_date=datetime(2026, 1, 1, tzinfo=ZoneInfo(settings.timezone)),
     catchup=False,
     max_active_runs=1,
     allowed_run_types=RUN_TYPES,
@@ -87,7 +85,7 @@ with DAG(
         if context["ti"].xcom_pull(task_ids="follow_up") is None:
             found.unfinished.append("follow_up failed, its log says why: what became of refunds at Payroc was not asked, or not of all.")
         found.notes += mistakes()
-        context[REPORT] = found  # type: ignore[literal-required]
+        leave_for_notifier(found, context)
         log.info("%s", found)
         if found.unfinished:
             raise AirflowFailException(" ".join(found.unfinished))

@@ -11,11 +11,11 @@ import dataclasses
 import logging
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from zoneinfo import ZoneInfo
 
 from airflow.sdk import DAG, CronTriggerTimetable, get_current_context, result, task
 
 from include.refunds.settings import get_settings
+from payroc_airflow.notify import SummaryFailed
 
 log = logging.getLogger(__name__)
 settings = get_settings()
@@ -27,16 +27,19 @@ with DAG(
     description="Tells once a day what became of refunds",
     doc_md=__doc__,
     schedule=CronTriggerTimetable(settings.summary_schedule, timezone=settings.timezone) if settings.summary_schedule else None,
-    start_date=datetime(2026, 1, 1, tzinfo=ZoneInfo(settings.timezone)),
     catchup=False,
     max_active_runs=1,
     allowed_run_types=RUN_TYPES,
-    default_args={"retries": 2, "retry_delay": timedelta(minutes=5), "execution_timeout": timedelta(minutes=30)},
+    default_args={
+        "retries": settings.retries,
+        "retry_delay": timedelta(seconds=settings.retry_delay_seconds),
+        "execution_timeout": timedelta(minutes=30),
+    },
     tags=["payroc", "refunds"],
 ) as dag:
 
     @result
-    @task
+    @task(on_failure_callback=SummaryFailed())
     async def summary() -> dict[str, Any]:
         """Write the day's summary, and hand it to the notifiers. Where it was written is the result."""
         # Nothing else in this file needs them, and the processor reads it often.
@@ -44,20 +47,28 @@ with DAG(
         from payroc_airflow.databases import open_ledger
         from payroc_airflow.links import run_url
         from payroc_airflow.notify import mistakes, tell
-        from payroc_airflow.summary import ended_as, kept_as, tells_since
+        from payroc_airflow.summary import SummaryNotWritten, ended_as, made_before, tells_since, write
 
         context = get_current_context()
         until = datetime.now(UTC)
-        since = tells_since(settings, until)
+        since = tells_since(settings, until, made_before(context))
         async with open_ledger(context, settings) as ledger:
             found = await read_summary(ledger.engine, settings.source, since=since, until=until, timezone=settings.timezone)
-        state_of = context["ti"].get_dagrun_state
+        ti: Any = context["ti"]
+        state_of = ti.get_dagrun_state
         found.runs = [dataclasses.replace(run, state=ended_as(run, state_of, "payroc_refunds")) for run in found.runs]
         message = as_message(found, url=run_url("payroc_refunds_summary", context["run_id"]))
-        kept = kept_as(settings, f"{found.day:%Y-%m-%d}.html")
-        kept.write_text(message.html, encoding="utf-8")
+        try:
+            kept = write(settings, f"{found.day:%Y-%m-%d}.html", message.html)
+        except SummaryNotWritten:
+            # On the last try: without a file, people have the mail at least.
+            if ti.try_number > ti.max_tries:
+                tell(message, context)
+            raise
         log.info("%s\nWritten to %s", message.text, kept)
         tell(message, context)
-        return {"written_to": str(kept), "subject": message.subject, "mistakes": mistakes()}
+        told = {"written_to": str(kept), "subject": message.subject, "mistakes": mistakes()}
+        # From these the next one knows since when it tells.
+        return told | {"since": since.isoformat(), "until": until.isoformat()}
 
     summary()

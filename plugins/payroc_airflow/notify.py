@@ -1,16 +1,24 @@
 """
 Who is told what: our notifiers, which Airflow calls, build one message and hand it to the notifiers of the setting.
 
-Telling never disturbs the paying. Whatever is wrong with a notifier is one sentence in the log, and in the notes of the report.
+Telling never disturbs the paying. Whatever is wrong with a notifier is one sentence in the log, and in the notes of the report; one that
+hangs is left behind.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+import threading
+import time
+import traceback
 from collections.abc import Iterator
+from contextvars import copy_context
 from datetime import UTC, datetime
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
+from zoneinfo import ZoneInfo
 
 from airflow.sdk import BaseNotifier
 
@@ -25,8 +33,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Under these names a task leaves in its context what its notifier tells.
-REPORT, QUESTION = "refunds_report", "refunds_question"
+# Under these names a task leaves in its context what its notifier tells, and that the run before has told the same.
+REPORT, QUESTION, NO_NEWS = "refunds_report", "refunds_question", "refunds_no_news"
+
+# For so long a notifier is waited for, in seconds, and for so long all of them: Airflow kills a task 20 s after its end.
+EACH_SECONDS, ALL_SECONDS = 8.0, 16.0
+
+# The XCom by which a run of the follow-up tells the next one what was open.
+_OPEN = "open"
 
 # What a notifier is given of a message when the setting says nothing else, by the name of its argument.
 _GIVEN = {"subject": "{{ refunds.subject }}", "html_content": "{{ refunds.html }}", "text": "{{ refunds.text }}"}
@@ -58,9 +72,9 @@ class _OurNotifier(BaseNotifier):
                 tell(message, context)
         except SettingsError as error:
             log.error("Nobody was told of this: %s", error)
-        except Exception as error:  # no message is worth a task, and the text of an error may quote a secret
+        except Exception as error:  # noqa: BLE001 - no message is worth a task, and the text of an error may quote a secret
             log.error("Nobody was told of this: the message could not be made (%s).", type(error).__name__)
-            log.debug("Why the message could not be made", exc_info=error)
+            log.debug("Where the message could not be made:\n%s", _frames(error))
 
     def message(self, context: Context) -> Message | None:
         """Return what to tell; ``None`` when there is nothing."""
@@ -87,6 +101,9 @@ class RunEnded(_OurNotifier):
 
         if not self.failed and context["params"].get("dry_run"):
             return None
+        if context.get(NO_NEWS):
+            log.info("The same was open in the run before, and people were told today.")
+            return None
         run_id = context["run_id"]
         report = context.get(REPORT)
         if not isinstance(report, Report):
@@ -94,7 +111,7 @@ class RunEnded(_OurNotifier):
                 report = _read(run_id, following=self.following)
             except _Unread as error:
                 report = Report(f"{'Follow-up' if self.following else 'Refund run'} {run_id}", unfinished=[str(error)])
-            report.unfinished.insert(0, _why_without_report(context.get("exception")))
+            report.unfinished.insert(0, _why("report", context.get("exception")))
         what = "follow-up" if self.following else "run"
         return run_ended(report, what=what, failed=self.failed, url=run_url(context["ti"].dag_id, run_id))
 
@@ -109,6 +126,19 @@ class ApprovalNeeded(_OurNotifier):
         question: Question = context[QUESTION]  # type: ignore[literal-required]
         ti = context["ti"]
         return approval_needed(question, context["run_id"], question_url(ti.dag_id, context["run_id"], ti.task_id))
+
+
+class SummaryFailed(_OurNotifier):
+    """Tells that there is no summary: a callback of the task ``summary``."""
+
+    def message(self, context: Context) -> Message | None:
+        """Return why."""
+        from include.refunds.message import run_ended
+        from include.refunds.report import Report
+
+        run_id = context["run_id"]
+        report = Report(f"Daily summary {run_id}", unfinished=[_why("summary", context.get("exception"))])
+        return run_ended(report, what="summary", failed=True, url=run_url(context["ti"].dag_id, run_id))
 
 
 class DeadlineMissed(_OurNotifier):
@@ -131,27 +161,74 @@ class DeadlineMissed(_OurNotifier):
         return deadline_missed(report, run_id, due=due, now=datetime.now(UTC), url=run_url(dag_id, run_id))
 
 
+def leave_for_notifier(report: Report, context: Context) -> None:
+    """
+    Leave a report of the follow-up in the context of its task, and whether it is news.
+
+    It is none when the run before ended with the same sentences and the same refunds in review on the same day. So what stays open is
+    told once a day. A run without a logical date knows of no run before, and whoever triggered it is told.
+    """
+    from include.refunds.settings import get_settings
+
+    ti: Any = context["ti"]
+    today = datetime.now(ZoneInfo(get_settings().timezone)).date()
+    in_review = [line.id for line in report.refunds if line.status == "review"]
+    is_open = sha256(json.dumps([str(today), in_review, sorted(report.unfinished)]).encode()).hexdigest()
+    before = ti.get_previous_dagrun()
+    no_news = before is not None and ti.xcom_pull(run_id=before.run_id, task_ids=ti.task_id, key=_OPEN) == is_open
+    ti.xcom_push(key=_OPEN, value=is_open)
+    left: Any = context
+    left[REPORT], left[NO_NEWS] = report, no_news
+
+
 def tell(message: Message, context: Context) -> None:
     """
-    Hand a message to each notifier of the setting. One that fails is logged, and keeps no other from being called.
+    Hand a message to each notifier of the setting. One that fails or hangs is logged, and keeps no other from being called.
 
     :param context: what a notifier's templates may use, with the message as ``refunds`` in it.
     """
-    for notifier, mistake in _configured():
+    until = time.monotonic() + ALL_SECONDS
+    configured = list(_configured())
+    for number, (notifier, mistake) in enumerate(configured):
         if notifier is None:
             log.error("A message was not sent (%s): %s", message.subject, mistake)
             continue
-        name = type(notifier).__name__
-        try:
-            # Not by calling it, which logs the text of an error: that may quote an address with a secret in it.
-            known: Any = {**context, "refunds": message}
-            notifier.render_template_fields(known)
-            notifier.notify(known)
-        except Exception as error:  # a notifier may raise anything
+        # What the earlier ones have not used is for all that come.
+        seconds = min(EACH_SECONDS, (until - time.monotonic()) / (len(configured) - number))
+        handing = _Handing(notifier, {**context, "refunds": message})
+        handing.start()
+        handing.join(seconds)
+        name, error = type(notifier).__name__, handing.error
+        if handing.is_alive():
+            log.error("%s has not ended after %.0f s and is left behind, it may have sent or not: %s.", name, seconds, message.subject)
+        elif error is not None:
             log.error("%s failed (%s), so a message was not sent: %s. Check its connection.", name, type(error).__name__, message.subject)
-            log.debug("Why a notifier failed", exc_info=error)
+            log.debug("Where %s failed:\n%s", name, _frames(error))
         else:
             log.info("%s was given a message: %s", name, message.subject)
+
+
+class _Handing(threading.Thread):
+    """Hands a message to one notifier, in a thread that ends with the process at the latest: a notifier may have no time limit."""
+
+    def __init__(self, notifier: BaseNotifier, context: Any) -> None:
+        super().__init__(daemon=True, name=f"notifier {type(notifier).__name__}")
+        self.error: Exception | None = None
+        self._notifier = notifier
+        self._known = context
+        # Airflow knows by these variables whose log and whose connections they are.
+        self._variables = copy_context()
+
+    def run(self) -> None:
+        try:
+            self._variables.run(self._hand_over)
+        except Exception as error:  # noqa: BLE001 - a notifier may raise anything
+            self.error = error
+
+    def _hand_over(self) -> None:
+        # Not by calling it, which logs the text of an error: that may quote an address with a secret in it.
+        self._notifier.render_template_fields(self._known)
+        self._notifier.notify(self._known)
 
 
 def mistakes() -> list[str]:
@@ -161,8 +238,6 @@ def mistakes() -> list[str]:
 
 def _configured() -> Iterator[tuple[BaseNotifier | None, str]]:
     """Yield each notifier of the setting, or the sentence that says why it is none."""
-    import json
-
     from include.refunds.settings import get_settings
 
     setting = get_settings().notifiers
@@ -238,9 +313,14 @@ async def _report(run_id: str, following: bool) -> Report:
         return await run_report(ledger.engine, settings.source, run_id)
 
 
-def _why_without_report(error: BaseException | str | None) -> str:
+def _why(task_id: str, error: BaseException | str | None) -> str:
     if error is None:
-        return "The task report was ended from outside before it could report."
+        return f"The task {task_id} was ended from outside before it could report."
     # Our own errors are sentences for people; the text of any other one may quote what nobody should read in a mail.
     ours = type(error).__module__.partition(".")[0] in ("include", "payroc_airflow")
-    return f"The task report failed: {error if ours else type(error).__name__}"
+    return f"The task {task_id} failed: {error if ours else type(error).__name__}"
+
+
+def _frames(error: BaseException) -> str:
+    """Return where an error comes from, without its text and without code, which may quote a secret."""
+    return "\n".join(f"{frame.filename}, line {frame.lineno}, in {frame.name}" for frame in traceback.extract_tb(error.__traceback__))

@@ -5,29 +5,53 @@ from __future__ import annotations
 import os
 from datetime import datetime, time, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from zoneinfo import ZoneInfo
 
 from airflow.sdk import ObjectStoragePath
-from airflow.sdk.exceptions import AirflowRuntimeError
+from airflow.sdk.exceptions import AirflowException, AirflowRuntimeError
 from airflow.sdk.timezone import coerce_datetime
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from airflow.sdk import Context
+
     from include.refunds.settings import Settings
     from include.refunds.summary import Run
 
-# A summary never tells more than that; nor does one that comes seldomer.
+# Without one before, a summary never tells more than that; nor does one that comes seldomer.
 _LONGEST = timedelta(days=7)
 
 
-def tells_since(settings: Settings, now: datetime) -> datetime:
+class SummaryNotWritten(AirflowException):
+    """The file of a summary can't be written; the message says what to do."""
+
+
+def tells_since(settings: Settings, now: datetime, before: dict[str, Any] | None) -> datetime:
     """
-    Return since when a summary tells: since the last one that was due on an earlier day, so that one made again tells the same.
+    Return since when a summary tells: since the last one of an earlier day, so that one made again tells the same.
 
     :param now: the moment at which it is made.
+    :param before: what the summary before this one returned, with ``since`` and ``until``; ``None`` when there is none. Then it is since
+        the last one that was due on an earlier day.
     """
+    if before is None or "until" not in before:
+        return _was_due(settings, now)
+    since, until = (datetime.fromisoformat(before[name]) for name in ("since", "until"))
+    zone = ZoneInfo(settings.timezone)
+    return since if until.astimezone(zone).date() == now.astimezone(zone).date() else until
+
+
+def made_before(context: Context) -> dict[str, Any] | None:
+    """Return what the successful summary before this one returned. A run without a logical date knows of none."""
+    ti: Any = context["ti"]
+    before = ti.get_previous_dagrun(state="success")
+    found = ti.xcom_pull(run_id=before.run_id, task_ids=ti.task_id) if before is not None else None
+    return found if isinstance(found, dict) else None
+
+
+def _was_due(settings: Settings, now: datetime) -> datetime:
     today = datetime.combine(now.astimezone(ZoneInfo(settings.timezone)).date(), time(), ZoneInfo(settings.timezone))
     if not settings.summary_schedule:
         return now - timedelta(days=1)
@@ -59,13 +83,23 @@ def ended_as(run: Run, state_of: Callable[[str, str], str], dag_id: str) -> str:
     return str(getattr(state, "value", state))
 
 
-def kept_as(settings: Settings, name: str) -> ObjectStoragePath:
+def write(settings: Settings, name: str, html: str) -> ObjectStoragePath:
     """
-    Return where a summary is kept; its folder exists afterwards.
+    Keep a summary, in a folder that exists afterwards.
 
     :param name: of the file.
+    :returns: where it is kept.
+    :raises SummaryNotWritten: when it can't be written.
     """
     home = Path(os.environ.get("AIRFLOW_HOME") or Path.home() / "airflow")
-    folder = ObjectStoragePath(settings.summary_folder or f"file://{home / 'summaries'}")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / name
+    try:
+        folder = ObjectStoragePath(settings.summary_folder or f"file://{home / 'summaries'}")
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = folder / name
+        kept.write_text(html, encoding="utf-8")
+    except Exception as error:  # an object storage may raise anything
+        raise SummaryNotWritten(
+            f"The file {name} can't be written ({type(error).__name__}): see that PAYROC_REFUNDS_SUMMARY_FOLDER is right and lets the "
+            "workers write, then clear the task."
+        ) from error
+    return kept

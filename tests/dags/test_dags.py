@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -43,6 +43,16 @@ def test_a_dag_serializes_the_same_way_twice(dags: dict[str, Any], dag_id: str) 
     from airflow.serialization.serialized_objects import DagSerialization
 
     assert DagSerialization.to_dict(dags[dag_id]) == DagSerialization.to_dict(dags[dag_id])
+
+
+@pytest.mark.parametrize("dag_id", DAG_IDS)
+def test_a_dag_that_is_unpaused_for_the_first_time_waits_for_the_next_time_and_does_not_run_the_last(
+    dags: dict[str, Any], dag_id: str
+) -> None:
+    from airflow.serialization.serialized_objects import DagSerialization
+
+    stored = DagSerialization.from_dict(DagSerialization.to_dict(dags[dag_id]))
+    assert stored.next_dagrun_info(last_automated_run_info=None).run_after > datetime.now(UTC)
 
 
 def test_the_refund_run_is_scheduled_on_weekday_mornings_in_its_time_zone(dags: dict[str, Any]) -> None:

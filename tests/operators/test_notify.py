@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+import threading
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from airflow.configuration import conf
 from airflow.sdk import BaseNotifier
 
 from include.refunds.report import Report, Total
 from include.refunds.settings import get_settings
 from payroc_airflow.links import question_url, run_url
-from payroc_airflow.notify import REPORT, DeadlineMissed, RunEnded, mistakes
+from payroc_airflow.notify import ALL_SECONDS, EACH_SECONDS, REPORT, DeadlineMissed, RunEnded, mistakes
 from tests.dags.conftest import Runner
 from tests.dags.conftest import run_dag as run_dag
 from tests.receivers import Mailbox, body_of
@@ -44,6 +48,13 @@ class Broken(BaseNotifier):
 
     def notify(self, context: Any) -> None:
         raise OSError("https://chat.example/hook/s3cret-t0ken refused")
+
+
+class Hanging(BaseNotifier):
+    """A notifier whose service takes the connection and never answers."""
+
+    def notify(self, context: Any) -> None:
+        threading.Event().wait(60)
 
 
 @pytest.fixture
@@ -160,6 +171,67 @@ def test_a_notifier_that_fails_is_one_sentence_without_its_text_and_the_others_a
     assert "Broken failed (OSError), so a message was not sent: Payroc refunds: run failed" in caplog.text
     assert "s3cret" not in caplog.text
     assert len(Chat.said) == 1
+
+
+def test_at_level_debug_the_log_has_the_way_to_an_error_and_not_its_text(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", logger="payroc_airflow.notify")
+    configure(monkeypatch, {"notifier": f"{HERE}.Broken"})
+    ended(red(), failed=True)
+    assert re.search(r"test_notify\.py, line \d+, in notify", caplog.text)
+    assert "s3cret" not in caplog.text
+
+
+def test_a_notifier_that_hangs_is_left_behind_and_the_others_are_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("payroc_airflow.notify.EACH_SECONDS", 1.0)
+    monkeypatch.setattr("payroc_airflow.notify.ALL_SECONDS", 1.5)
+    configure(monkeypatch, *[{"notifier": f"{HERE}.Hanging"}] * 3, {"notifier": f"{HERE}.Chat", "channel": "a"})
+    begin = time.monotonic()
+    ended(red(), failed=True)
+    assert 1 < time.monotonic() - begin < 5
+    assert caplog.text.count("Hanging has not ended after") == 3
+    assert [channel for channel, _ in Chat.said] == ["a"]
+
+
+def test_the_time_for_notifiers_is_shorter_than_the_one_that_airflow_gives_a_task_after_its_end() -> None:
+    assert EACH_SECONDS <= ALL_SECONDS < conf.getint("core", "task_success_overtime")
+
+
+def test_what_stays_open_is_told_by_the_first_follow_up_of_a_day_and_what_is_new_by_each(
+    world: World, run_dag: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configure(monkeypatch, {"notifier": f"{HERE}.Chat", "channel": "a"})
+
+    def told() -> int:
+        Chat.said.clear()
+        assert run_dag("payroc_refunds_followup").state == "failed"
+        return len(Chat.said)
+
+    # At any moment these two zones have another day.
+    monkeypatch.setenv("PAYROC_REFUNDS_TIMEZONE", "Pacific/Pago_Pago")
+    world.run(world.ledger.pause("*", "the bank called"))
+    assert [told(), told()] == [1, 0]
+    world.run(world.ledger.pause("7701009", "a terminal of trouble"))
+    assert told() == 1
+    monkeypatch.setenv("PAYROC_REFUNDS_TIMEZONE", "Pacific/Kiritimati")
+    assert told() == 1
+
+
+def test_another_refund_in_review_is_news_though_as_many_are(world: World, run_dag: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    configure(monkeypatch, {"notifier": f"{HERE}.Chat", "channel": "a"})
+    first, second = world.released("9013"), world.released("9013")
+    for refund_id, solved in ((first, None), (second, first)):
+        world.send(refund_id)
+        if solved is not None:
+            with world.ledger_engine.begin() as connection:
+                connection.exec_driver_sql(f"UPDATE refund_ledger.refunds SET status = 'rejected' WHERE id = {solved}")
+        assert run_dag("payroc_refunds_followup").state == "failed"
+    (before, after) = [text for _, text in Chat.said]
+    assert "1 in review" in before
+    assert "1 in review" in after
 
 
 def test_a_run_with_broken_notifiers_ends_as_it_would_and_its_report_names_the_mistake(

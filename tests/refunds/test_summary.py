@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,10 +16,11 @@ from include.refunds.message import Message
 from include.refunds.roles import AUDITOR, PAYER
 from include.refunds.settings import get_settings
 from include.refunds.summary import CHART_DAYS, Day, Run, Summary, as_message, read_summary
-from payroc_airflow.summary import kept_as, tells_since
+from payroc_airflow.summary import tells_since, write
 from tests.conftest import Login
 from tests.dags.conftest import Runner
 from tests.dags.conftest import run_dag as run_dag
+from tests.receivers import Mailbox, body_of
 from tests.refunds.conftest import World
 
 TIMEZONE = "America/New_York"
@@ -154,14 +156,57 @@ def test_the_subject_and_the_text_say_what_matters(world: World) -> None:
         ("", "2026-11-23 18:00", "2026-11-22 18:00"),
     ],
 )
-def test_a_summary_tells_since_the_last_one_of_an_earlier_day(monkeypatch: pytest.MonkeyPatch, schedule: str, now: str, since: str) -> None:
+def test_the_first_summary_tells_since_one_was_due_on_an_earlier_day(
+    monkeypatch: pytest.MonkeyPatch, schedule: str, now: str, since: str
+) -> None:
     monkeypatch.setenv("PAYROC_REFUNDS_SUMMARY_SCHEDULE", schedule)
     get_settings.cache_clear()
 
     def at(instant: str) -> datetime:
         return datetime.fromisoformat(instant).replace(tzinfo=ZoneInfo(TIMEZONE))
 
-    assert tells_since(get_settings(), at(now)) == at(since)
+    assert tells_since(get_settings(), at(now), None) == at(since)
+
+
+def test_a_summary_tells_since_the_last_one_that_was_made_on_an_earlier_day() -> None:
+    zone = ZoneInfo(TIMEZONE)
+    friday, thursday = datetime(2026, 11, 20, 18, 40, tzinfo=zone), datetime(2026, 11, 19, 18, tzinfo=zone)
+    before = {"since": thursday.isoformat(), "until": friday.isoformat()}
+    # Made late on Friday, and on no day since.
+    assert tells_since(get_settings(), datetime(2026, 12, 2, 18, tzinfo=zone), before) == friday
+    assert tells_since(get_settings(), friday + timedelta(hours=1), before) == thursday
+
+
+def test_the_dag_goes_by_the_summary_before_and_not_by_when_one_was_due(
+    world: World, run_dag: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PAYROC_REFUNDS_SUMMARY_FOLDER", f"file://{tmp_path}")
+
+    def since(schedule: str) -> str:
+        monkeypatch.setenv("PAYROC_REFUNDS_SUMMARY_SCHEDULE", schedule)
+        return str(run_dag("payroc_refunds_summary", last_task="summary").result["since"])
+
+    # Both are made on one day.
+    assert since("0 18 * * *") == since("0 6 * * *")
+
+
+def test_a_folder_that_cannot_be_written_loses_no_mail(
+    world: World, run_dag: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a file").touch()
+    monkeypatch.setenv("PAYROC_REFUNDS_SUMMARY_FOLDER", f"file://{tmp_path}/a file")
+    notifier = {"notifier": "airflow.providers.smtp.notifications.smtp.SmtpNotifier", "to": "finance@example.com"}
+    monkeypatch.setenv("PAYROC_REFUNDS_NOTIFIERS", json.dumps([notifier]))
+    with Mailbox() as mailbox:
+        monkeypatch.setenv("AIRFLOW_CONN_SMTP_DEFAULT", mailbox.connection)
+        run = run_dag("payroc_refunds_summary", last_task="summary")
+    assert run.state == "failed"
+    # It was tried again, and told once.
+    subjects = [mail["subject"] for mail in mailbox.mails]
+    assert len(subjects) == 2
+    assert subjects[0].endswith("no refunds accepted")
+    assert subjects[1] == "Payroc refunds: summary failed"
+    assert "see that PAYROC_REFUNDS_SUMMARY_FOLDER is right" in body_of(mailbox.mails[1])
 
 
 def test_the_dag_writes_one_file_a_day_where_the_setting_says(
@@ -182,5 +227,5 @@ def test_the_dag_writes_one_file_a_day_where_the_setting_says(
 
 def test_without_a_setting_summaries_are_kept_in_airflows_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AIRFLOW_HOME", str(tmp_path))
-    assert str(kept_as(get_settings(), "2026-11-23.html")).endswith(f"{tmp_path}/summaries/2026-11-23.html")
-    assert (tmp_path / "summaries").is_dir()
+    assert str(write(get_settings(), "2026-11-23.html", "<p>")).endswith(f"{tmp_path}/summaries/2026-11-23.html")
+    assert (tmp_path / "summaries" / "2026-11-23.html").read_text() == "<p>"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from email.message import EmailMessage
 from typing import Any
 from uuid import uuid4
@@ -25,7 +25,7 @@ from tests.receivers import Mailbox, StatsD, body_of, eventually, receivers
 from tests.scheduler.conftest import Merchant
 from tests.scheduler.deployment import DAG, TOKEN_SECONDS, Deployment
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(240, func_only=True)
 
 # The same DAG, whose tasks are not tried again.
 FRAIL_DAG = "payroc_refunds_frail"
@@ -104,11 +104,11 @@ def the_mail(mailbox: Mailbox, run_id: str) -> EmailMessage:
     return mail
 
 
-def trigger_with_deadline(merchant: Merchant) -> str:
-    """Trigger a run with a logical date, as the web interface does: a deadline counts from there."""
+def trigger_dated(merchant: Merchant, dag_id: str = DAG) -> str:
+    """Trigger a run with a logical date, as the web interface does: a deadline counts from there, and runs have one before."""
     run_id = f"dated-{uuid4()}"
     body = {"dag_run_id": run_id, "logical_date": datetime.now(UTC).isoformat()}
-    merchant.airflow.client._request("POST", f"/dags/{DAG}/dagRuns", json=body)
+    merchant.airflow.client._request("POST", f"/dags/{dag_id}/dagRuns", json=body)
     return run_id
 
 
@@ -132,11 +132,42 @@ def is_over(merchant: Merchant) -> bool:
     return not merchant.airflow.client.has_open_runs() and not merchant.airflow.task_processes()
 
 
-def test_a_green_run_tells_nobody_and_one_that_holds_a_refund_tells_once(merchant: Merchant, mailbox: Mailbox) -> None:
+def test_a_green_run_tells_no_people_but_metrics_and_other_dags_which_a_dry_run_does_not(
+    merchant: Merchant, airflow: TellingDeployment, mailbox: Mailbox
+) -> None:
+    client, statsd = airflow.client, airflow.statsd
+
+    def followed() -> list[Any]:
+        runs = client._request("GET", f"/dags/{FOLLOWER_DAG}/dagRuns").json()["dag_runs"]
+        ended = [run["dag_run_id"] for run in runs if run["state"] == "success"]
+        return [event for run_id in ended for event in client.xcom(FOLLOWER_DAG, run_id, "book")]
+
+    for ending in ("4321", "4321", "9001", "9005"):
+        merchant.approve(ending, currency="USD")
+    dry = client.trigger(DAG, dry_run=True)
+    client.wait_for_run(DAG, dry, "success")
+    statsd.lines.clear()
+    run_id = client.trigger(DAG)
+    client.wait_for_run(DAG, run_id, "success")
+
+    eventually(lambda: sum(statsd.values("accepted")) == 3)
+    assert sum(statsd.values("amount.USD")) == 3 * 4999
+    assert (sum(statsd.values("rejected")), sum(statsd.values("unknown"))) == (1, 1)
+    # The one that was unknown took two.
+    assert sum(statsd.values("sent")) == sum(statsd.values("attempts")) == 5
+    assert len(statsd.values("latency.create_refund")) == 5
+    assert all(0 < milliseconds < 5000 for milliseconds in statsd.values("latency.create_refund"))
+    (age,) = statsd.values("oldest_approved_age")
+    assert age > 3600
+
+    totals = [{"status": status, "currency": "USD", "count": n, "amount": n * 4999} for status, n in (("accepted", 3), ("rejected", 1))]
+    eventually(lambda: {"dag_id": DAG, "run_id": run_id, "totals": totals} in followed(), seconds=60)
+    assert dry not in [event["run_id"] for event in followed()]
+    assert mailbox.about(run_id) == mailbox.about(dry) == []
+
+
+def test_a_green_run_that_holds_a_refund_tells_once(merchant: Merchant, mailbox: Mailbox) -> None:
     client = merchant.airflow.client
-    merchant.approve()
-    plain = client.trigger(DAG)
-    client.wait_for_run(DAG, plain, "success")
     merchant.run(merchant.ledger.set_limit("largest_refund", 100_000, "test"))
     merchant.approve(amount=250_000)
     holding = client.trigger(DAG)
@@ -146,7 +177,6 @@ def test_a_green_run_tells_nobody_and_one_that_holds_a_refund_tells_once(merchan
     assert mail["subject"] == "Payroc refunds: 1 held"
     assert "2,500.00 USD" in body_of(mail)
     assert url_of(merchant, DAG, holding) in body_of(mail)
-    assert mailbox.about(plain) == []
 
 
 def test_a_red_run_is_one_mail_with_counts_and_sums_of_all_that_is_wrong_and_no_bank_data(merchant: Merchant, mailbox: Mailbox) -> None:
@@ -156,7 +186,7 @@ def test_a_red_run_is_one_mail_with_counts_and_sums_of_all_that_is_wrong_and_no_
         merchant.approve(**mint.payee(ending).columns())
     merchant.approve(amount=250_000, **mint.payee().columns())
     merchant.approve(**(mint.payee().columns() | {"routing_number": "021000022"}))
-    run_id = trigger_with_deadline(merchant)
+    run_id = trigger_dated(merchant)
     client.wait_for_run(DAG, run_id, "failed")
     mail = the_mail(mailbox, run_id)
     assert mail["subject"] == "Payroc refunds: run failed, 2 in review, 1 held"
@@ -178,18 +208,26 @@ def test_a_red_run_is_one_mail_with_counts_and_sums_of_all_that_is_wrong_and_no_
     assert len(mailbox.about(run_id)) == 2
 
 
-def test_a_pause_is_told_by_the_run_and_by_the_follow_up(merchant: Merchant, mailbox: Mailbox) -> None:
+def test_while_the_sending_is_paused_each_run_tells_once_and_the_follow_ups_of_a_day_once_and_a_deadline_later_tells_nobody(
+    merchant: Merchant, mailbox: Mailbox, postgres: PostgresServer
+) -> None:
     client = merchant.airflow.client
     merchant.run(merchant.ledger.pause("*", "the bank called"))
-    run_id = client.trigger(DAG)
+    run_id = trigger_dated(merchant)
+    first, second = trigger_dated(merchant, FOLLOWUP_DAG), trigger_dated(merchant, FOLLOWUP_DAG)
     client.wait_for_run(DAG, run_id, "failed")
     mail = the_mail(mailbox, run_id)
     assert mail["subject"] == "Payroc refunds: run failed, sending paused"
     assert "The sending is paused by test: the bank called" in body_of(mail)
-    run_id = client.trigger(FOLLOWUP_DAG)
-    client.wait_for_run(FOLLOWUP_DAG, run_id, "failed")
-    mail = the_mail(mailbox, run_id)
-    assert mail["subject"] == "Payroc refunds: follow-up failed, sending paused"
+    # Airflow removes the deadline of a run that succeeds, and calls back for one that has failed.
+    let_its_deadline_pass(merchant, postgres, run_id)
+    assert len(mailbox.about(run_id)) == 1
+
+    for followup in (first, second):
+        client.wait_for_run(FOLLOWUP_DAG, followup, "failed")
+    assert the_mail(mailbox, first)["subject"] == "Payroc refunds: follow-up failed, sending paused"
+    eventually(lambda: is_over(merchant))
+    assert mailbox.about(second) == []
 
 
 def test_a_run_that_waits_for_approval_tells_once_with_a_link_to_the_question_and_a_missed_deadline_is_another_mail(
@@ -199,7 +237,7 @@ def test_a_run_that_waits_for_approval_tells_once_with_a_link_to_the_question_an
     merchant.run(merchant.ledger.set_limit("approval_count", 0, "test"))
     merchant.approve()
     merchant.approve(amount=120_000)
-    run_id = trigger_with_deadline(merchant)
+    run_id = trigger_dated(merchant)
     client.question(DAG, run_id)
     asking = the_mail(mailbox, run_id)
     assert asking["subject"] == "Payroc refunds: approval needed, 2 refunds, 1,249.99 USD"
@@ -215,18 +253,6 @@ def test_a_run_that_waits_for_approval_tells_once_with_a_link_to_the_question_an
     client.wait_for_run(DAG, run_id, "failed")
     eventually(lambda: is_over(merchant))
     assert len(mailbox.about(run_id)) == 2
-
-
-def test_the_deadline_of_a_run_that_has_failed_before_it_tells_nobody(
-    merchant: Merchant, mailbox: Mailbox, postgres: PostgresServer
-) -> None:
-    merchant.run(merchant.ledger.pause("*", "the bank called"))
-    run_id = trigger_with_deadline(merchant)
-    merchant.airflow.client.wait_for_run(DAG, run_id, "failed")
-    assert the_mail(mailbox, run_id)["subject"] == "Payroc refunds: run failed, sending paused"
-    # Airflow removes the deadline of a run that succeeds, and calls back for one that has failed.
-    let_its_deadline_pass(merchant, postgres, run_id)
-    assert len(mailbox.about(run_id)) == 1
 
 
 def test_a_report_that_was_killed_is_told_by_the_dag_processor(merchant: Merchant, mailbox: Mailbox) -> None:
@@ -254,45 +280,8 @@ def test_a_report_that_was_killed_is_told_by_the_dag_processor(merchant: Merchan
     assert "49.99 USD" in body_of(mail)
 
 
-def test_other_dags_follow_a_finished_run_and_not_a_dry_one(merchant: Merchant) -> None:
-    client = merchant.airflow.client
-
-    def followed() -> list[Any]:
-        runs = client._request("GET", f"/dags/{FOLLOWER_DAG}/dagRuns").json()["dag_runs"]
-        ended = [run["dag_run_id"] for run in runs if run["state"] == "success"]
-        return [event for run_id in ended for event in client.xcom(FOLLOWER_DAG, run_id, "book")]
-
-    merchant.approve()
-    dry = client.trigger(DAG, dry_run=True)
-    client.wait_for_run(DAG, dry, "success")
-    run_id = client.trigger(DAG)
-    client.wait_for_run(DAG, run_id, "success")
-    totals = [{"status": "accepted", "currency": "USD", "count": 1, "amount": 4999}]
-    eventually(lambda: {"dag_id": DAG, "run_id": run_id, "totals": totals} in followed(), seconds=60)
-    assert dry not in [event["run_id"] for event in followed()]
-
-
-def test_a_run_is_told_in_metrics(merchant: Merchant, airflow: TellingDeployment) -> None:
-    client, statsd = airflow.client, airflow.statsd
-    for ending in ("4321", "4321", "9001", "9005"):
-        merchant.approve(ending, currency="USD")
-    statsd.lines.clear()
-    client.wait_for_run(DAG, client.trigger(DAG), "success")
-    eventually(lambda: sum(statsd.values("accepted")) == 3)
-    assert sum(statsd.values("amount.USD")) == 3 * 4999
-    assert (sum(statsd.values("rejected")), sum(statsd.values("unknown"))) == (1, 1)
-    # The one that was unknown took two.
-    assert sum(statsd.values("sent")) == sum(statsd.values("attempts")) == 5
-    assert len(statsd.values("latency.create_refund")) == 5
-    assert all(0 < milliseconds < 5000 for milliseconds in statsd.values("latency.create_refund"))
-    (age,) = statsd.values("oldest_approved_age")
-    assert age > 3600
-
-
 def test_the_summary_is_written_and_mailed(merchant: Merchant, mailbox: Mailbox) -> None:
     client = merchant.airflow.client
-    merchant.approve()
-    client.wait_for_run(DAG, client.trigger(DAG), "success")
     run_id = client.trigger(SUMMARY_DAG)
     client.wait_for_run(SUMMARY_DAG, run_id, "success")
     told = client.xcom(SUMMARY_DAG, run_id, "summary")
@@ -307,10 +296,12 @@ def test_the_summary_is_written_and_mailed(merchant: Merchant, mailbox: Mailbox)
 def test_a_deadline_makes_no_new_version_of_the_dag_each_time_that_it_is_parsed(merchant: Merchant) -> None:
     client = merchant.airflow.client
 
-    def parsed() -> str:
-        return str(client._request("GET", f"/dags/{DAG}").json()["last_parsed_time"])
+    def versions() -> list[dict[str, Any]]:
+        return list(client._request("GET", f"/dags/{DAG}/dagVersions").json()["dag_versions"])
 
-    before = parsed()
-    eventually(lambda: parsed() != before, seconds=40)
-    versions = client._request("GET", f"/dags/{DAG}/dagVersions").json()["dag_versions"]
-    assert [version["version_number"] for version in versions] == [1]
+    def parsed_later() -> bool:
+        last = client._request("GET", f"/dags/{DAG}").json()["last_parsed_time"]
+        return datetime.fromisoformat(last) > datetime.fromisoformat(versions()[-1]["created_at"]) + timedelta(seconds=5)
+
+    eventually(parsed_later, seconds=40)
+    assert [version["version_number"] for version in versions()] == [1]
