@@ -261,12 +261,20 @@ def warning_notes(warnings: Mapping[str, Sequence[str]]) -> list[str]:
     return notes
 
 
-async def _note_state(connection: AsyncConnection, source: str, report: Report, *, following: bool = False) -> None:
-    pauses = text("SELECT scope, pause_reason, paused_by FROM refund_ledger.refund_control WHERE paused_at IS NOT NULL ORDER BY scope")
-    for row in await connection.execute(pauses):
+async def pause_sentences(connection: AsyncConnection) -> list[str]:
+    """Return what is paused, by whom and why, a sentence each."""
+    query = text("SELECT scope, pause_reason, paused_by FROM refund_ledger.refund_control WHERE paused_at IS NOT NULL ORDER BY scope")
+    sentences = []
+    for row in await connection.execute(query):
         scope = "The sending" if row.scope == "*" else f"The sending for terminal {row.scope}"
-        report.paused = True
-        report.unfinished.append(f"{scope} is paused by {row.paused_by}: {row.pause_reason}")
+        sentences.append(f"{scope} is paused by {row.paused_by}: {row.pause_reason}")
+    return sentences
+
+
+async def _note_state(connection: AsyncConnection, source: str, report: Report, *, following: bool = False) -> None:
+    pauses = await pause_sentences(connection)
+    report.paused = bool(pauses)
+    report.unfinished += pauses
     counts = text(
         "SELECT status, count(*) AS count FROM refund_ledger.refunds_masked WHERE source = :source "
         "AND status IN ('sending', 'unknown', 'review', 'held') GROUP BY status"

@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from include.refunds.message import Message, environment
 from include.refunds.money import money, sums
-from include.refunds.report import Total
+from include.refunds.report import Total, pause_sentences
 
 CHART_DAYS = 14
 
@@ -111,10 +111,7 @@ async def read_summary(engine: AsyncEngine, source: str, *, since: datetime, unt
         summary.outcomes = await _outcomes(connection, source, since, until)
         summary.totals = await _totals(connection, source)
         summary.waiting = sorted((t for t in summary.totals if t.status in _WAITING), key=lambda t: _WAITING.index(t.status))
-        pauses = text("SELECT scope, pause_reason, paused_by FROM refund_ledger.refund_control WHERE paused_at IS NOT NULL ORDER BY scope")
-        for row in await connection.execute(pauses):
-            scope = "The sending" if row.scope == "*" else f"The sending for terminal {row.scope}"
-            summary.pauses.append(f"{scope} is paused by {row.paused_by}: {row.pause_reason}")
+        summary.pauses = await pause_sentences(connection)
         oldest = text("SELECT min(approved_at) FROM refund_ledger.refunds_masked WHERE source = :source AND status IN ('approved', 'held')")
         found = (await connection.execute(oldest, {"source": source})).scalar_one()
         summary.oldest = found.astimezone(zone) if found else None
