@@ -10,7 +10,8 @@ from zoneinfo import ZoneInfo
 
 from airflow.sdk import ObjectStoragePath
 from airflow.sdk.exceptions import AirflowException, AirflowRuntimeError
-from airflow.sdk.timezone import coerce_datetime
+
+from payroc_airflow.schedule import next_due
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,18 +56,12 @@ def _was_due(settings: Settings, now: datetime) -> datetime:
     today = datetime.combine(now.astimezone(ZoneInfo(settings.timezone)).date(), time(), ZoneInfo(settings.timezone))
     if not settings.summary_schedule:
         return now - timedelta(days=1)
-    # The scheduler's own reckoning, of daylight saving and @daily too.
-    from airflow.timetables.base import TimeRestriction
-    from airflow.timetables.trigger import CronTriggerTimetable
-
-    timetable = CronTriggerTimetable(settings.summary_schedule, timezone=settings.timezone)
-    last, following = today - _LONGEST, today - _LONGEST
+    last = following = today - _LONGEST
     while True:
-        restriction = TimeRestriction(earliest=coerce_datetime(following), latest=None, catchup=True)
-        due = timetable.next_dagrun_info(last_automated_data_interval=None, restriction=restriction)
-        if due is None or due.run_after >= today:
+        due = next_due(settings.summary_schedule, settings.timezone, following)
+        if due is None or due >= today:
             return last
-        last, following = due.run_after, due.run_after + timedelta(seconds=1)
+        last, following = due, due + timedelta(seconds=1)
 
 
 def ended_as(run: Run, state_of: Callable[[str, str], str], dag_id: str) -> str:

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from airflow.providers.standard.operators.hitl import ApprovalOperator
-from airflow.sdk.timezone import coerce_datetime, utcnow
+from airflow.sdk.timezone import utcnow
 
 from include.refunds.case import DecisionRefused, same_person
 from include.refunds.ledger import LedgerUnavailable
@@ -17,6 +17,7 @@ from payroc_airflow.databases import LEDGER_CONN_ID, open_ledger
 from payroc_airflow.exceptions import RunNotApproved
 from payroc_airflow.notify import QUESTION, ApprovalNeeded
 from payroc_airflow.retry_policy import PayrocRetryPolicy
+from payroc_airflow.schedule import next_due
 from payroc_airflow.task_context import in_dag_test, run_params
 
 if TYPE_CHECKING:
@@ -145,13 +146,7 @@ def _until_next_run(settings: Settings, now: datetime) -> timedelta:
     """Return how long a run may wait without keeping the next one waiting."""
     if not settings.schedule:
         return timedelta.max
-    # The scheduler's own reckoning, of daylight saving and @daily too.
-    from airflow.timetables.base import TimeRestriction
-    from airflow.timetables.trigger import CronTriggerTimetable
-
-    restriction = TimeRestriction(earliest=coerce_datetime(now), latest=None, catchup=True)
-    timetable = CronTriggerTimetable(settings.schedule, timezone=settings.timezone)
-    following = timetable.next_dagrun_info(last_automated_data_interval=None, restriction=restriction)
+    following = next_due(settings.schedule, settings.timezone, now)
     if following is None:
         return timedelta.max
-    return max(timedelta(seconds=following.run_after.timestamp() - now.timestamp()) - MARGIN, SHORTEST)
+    return max(timedelta(seconds=following.timestamp() - now.timestamp()) - MARGIN, SHORTEST)
