@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
 from datetime import datetime
 from typing import Protocol
 
@@ -26,6 +27,9 @@ class Gateway(Protocol):
     @property
     def sent_with(self) -> str:
         """Hash of API base URL and API key: a key's replay is only known to hold for the same two."""
+
+    def turn(self) -> AbstractAsyncContextManager[None]:
+        """Hold one of the places for what is under way to Payroc: entering waits until there is one, before anything is claimed."""
 
     async def token(self, *, younger_than: float | None = None) -> AccessToken:
         """

@@ -1,23 +1,30 @@
-"""The protocol's gateway to Payroc, over :class:`~payroc_airflow.hooks.payroc.PayrocHook`."""
+"""The protocol's gateway to Payroc, over the connection of :class:`~payroc_airflow.hooks.payroc.PayrocHook`."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import datetime
+from types import TracebackType
+from typing import Self
 
 from include.payroc.errors import PayrocError
 from include.payroc.models import AccessToken, Refund
 from include.payroc.problems import NOT_AUTHORIZED
+from include.refunds.settings import get_settings
 from payroc_airflow import metrics
 from payroc_airflow.hooks.payroc import PayrocHook
+from payroc_airflow.limiter import Limiter
 from payroc_airflow.task_context import outside_of_tasks
+from payroc_airflow.token_cache import default_folder
 
 
 class HookGateway:
     """
-    Calls the hook from the protocol's event loop.
+    Calls Payroc from the protocol's event loop.
+
+    As an async context manager it closes its connections and leaves its share of the requests in flight; without, the end of the loop
+    and of the process do.
 
     :param hook: the hook; its connection is read here.
     :raises PayrocConfigurationError: when the connection can't be used.
@@ -25,28 +32,51 @@ class HookGateway:
 
     def __init__(self, hook: PayrocHook) -> None:
         self._hook = hook
+        self._client = hook.client
         self.environment = hook.api_url
         self.sent_with = hook.sent_with
+        settings = get_settings()
+        folder = settings.token_cache_dir or default_folder()
+        self._limiter = Limiter(folder, self.sent_with[:16], settings.requests_in_flight, settings.requests_per_second)
+
+    async def __aenter__(self) -> Self:
+        """Return the gateway."""
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Close the gateway."""
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections of the running event loop, and leave the share of the requests in flight to others."""
+        self._limiter.leave()
+        await self._client.close()
+
+    def turn(self) -> AbstractAsyncContextManager[None]:
+        """Hold one of the places for what is under way to Payroc."""
+        return self._limiter.turn()
 
     async def token(self, *, younger_than: float | None = None) -> AccessToken:
         """Return a token from the hook's cache, or a new one."""
-        return await asyncio.to_thread(self._hook.get_token, younger_than=younger_than)
+        token = await self._client.get_token(younger_than=younger_than)
+        self._hook.mask(token)
+        return token
 
     async def create_refund(self, token: AccessToken, idempotency_key: str, body: bytes) -> Refund:
         """POST once."""
         metrics.count("sent")
-        with self._evicting(token):
-            return await asyncio.to_thread(self._hook.create_refund, body, idempotency_key=idempotency_key, token=token)
+        async with self._heeding(token):
+            return await self._client.create_refund(token, idempotency_key, body)
 
     async def get_refund(self, token: AccessToken, refund_id: str) -> Refund:
         """Return one refund."""
-        with self._evicting(token):
-            return await asyncio.to_thread(self._hook.get_refund, refund_id, token=token)
+        async with self._heeding(token):
+            return await self._client.get_refund(token, refund_id)
 
     async def reverse_refund(self, token: AccessToken, refund_id: str, idempotency_key: str) -> Refund:
         """POST once."""
-        with self._evicting(token):
-            return await asyncio.to_thread(self._hook.reverse_refund, refund_id, idempotency_key=idempotency_key, token=token)
+        async with self._heeding(token):
+            return await self._client.reverse_refund(token, refund_id, idempotency_key)
 
     async def list_refunds(
         self,
@@ -59,22 +89,27 @@ class HookGateway:
         limit: int | None = None,
     ) -> AsyncIterator[Refund]:
         """Yield refunds, each page fetched when it is needed."""
-        refunds = self._hook.list_refunds(
-            processing_terminal_id, order_id=order_id, date_from=date_from, date_to=date_to, limit=limit, token=token
-        )
-        with self._evicting(token):
-            while (refund := await asyncio.to_thread(next, refunds, None)) is not None:
+        pages = self._client.pages(processing_terminal_id, order_id=order_id, date_from=date_from, date_to=date_to, limit=limit)
+        more = True
+        while more:
+            async with self._heeding(token):
+                refunds = await pages.fetch(token)
+            for refund in refunds:
                 yield refund
+            more = pages.advance()
 
-    @contextmanager
-    def _evicting(self, token: AccessToken) -> Iterator[None]:
-        """Forget exactly this token when Payroc refuses it, so that nobody takes it again."""
+    @asynccontextmanager
+    async def _heeding(self, token: AccessToken) -> AsyncIterator[None]:
+        """Forget exactly this token when Payroc refuses it, so that nobody takes it again; go slower when it says so."""
         try:
             yield
         except PayrocError as error:
             if error.http_status == 401 or error.problem_type == NOT_AUTHORIZED:
-                self._hook.evict_token(token)
+                await self._client.evict_token(token)
+            if error.http_status == 429 or (error.http_status == 503 and error.retry_after is not None):
+                self._limiter.refused(error.retry_after)
             raise
+        self._limiter.answered()
 
 
 def connect(conn_id: str) -> HookGateway:

@@ -1,11 +1,13 @@
 """
 Bearer tokens, shared by the processes of one host.
 
-Each task of a run is a process of its own; without sharing, 1,000 refunds would ask Payroc for 1,000 tokens.
+Each task of a run is a process of its own; without sharing, 1,000 refunds would ask Payroc for 1,000 tokens. The file is read again only
+when it has changed: within a process a token costs no more than a look at the file's date.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import fcntl
@@ -16,7 +18,6 @@ import logging
 import os
 import stat
 import tempfile
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from include.payroc.errors import PayrocConfigurationError
 from include.payroc.models import AccessToken
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from payroc_airflow.connection import PayrocConnection
 
@@ -63,7 +64,7 @@ class CachedToken:
 class TokenCache(Protocol):
     """Keeps one token for one Payroc and one API key."""
 
-    def get(self, fetch: Callable[[], AccessToken], *, younger_than: float | None = None) -> AccessToken:
+    async def get(self, fetch: Callable[[], Awaitable[AccessToken]], *, younger_than: float | None = None) -> AccessToken:
         """
         Return the kept token, or fetch one and keep it.
 
@@ -71,7 +72,7 @@ class TokenCache(Protocol):
         :param younger_than: seconds; a token that was received at least so long ago is not returned.
         """
 
-    def evict(self, token: AccessToken) -> None:
+    async def evict(self, token: AccessToken) -> None:
         """Forget exactly this token; another one stays."""
 
 
@@ -79,22 +80,27 @@ class MemoryTokenCache:
     """A cache for one hook."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._entry: CachedToken | None = None
+        self._fetching = False
 
-    def get(self, fetch: Callable[[], AccessToken], *, younger_than: float | None = None) -> AccessToken:
+    async def get(self, fetch: Callable[[], Awaitable[AccessToken]], *, younger_than: float | None = None) -> AccessToken:
         """See :class:`TokenCache`."""
-        with self._lock:
-            if self._entry is None or not self._entry.usable(time.time(), younger_than):
+        while self._fetching:
+            await asyncio.sleep(LOCK_POLL_SECONDS)
+        entry = self._entry
+        if entry is None or not entry.usable(time.time(), younger_than):
+            self._fetching = True
+            try:
                 asked_at = time.time()
-                self._entry = CachedToken(fetch(), asked_at)
-            return self._entry.token
+                entry = self._entry = CachedToken(await fetch(), asked_at)
+            finally:
+                self._fetching = False
+        return entry.token
 
-    def evict(self, token: AccessToken) -> None:
+    async def evict(self, token: AccessToken) -> None:
         """See :class:`TokenCache`."""
-        with self._lock:
-            if self._entry is not None and _same(self._entry.token, token):
-                self._entry = None
+        if self._entry is not None and _same(self._entry.token, token):
+            self._entry = None
 
 
 class FileTokenCache:
@@ -120,39 +126,64 @@ class FileTokenCache:
         self._lock_seconds = lock_seconds
         self._entry_path = folder / f"{name}.token"
         self._lock_path = folder / f"{name}.lock"
-        _own_folder(folder)
+        self._last: tuple[tuple[int, int, int] | None, CachedToken | None] = None, None
+        # What could not be written.
+        self._unshared: CachedToken | None = None
+        own_folder(folder)
 
-    def get(self, fetch: Callable[[], AccessToken], *, younger_than: float | None = None) -> AccessToken:
+    async def get(self, fetch: Callable[[], Awaitable[AccessToken]], *, younger_than: float | None = None) -> AccessToken:
         """See :class:`TokenCache`."""
         entry = self._read()
         if entry is not None and entry.usable(time.time(), younger_than):
             return entry.token
-        with self._locked() as locked:
-            if not locked:
-                return fetch()
+        async with self._locked() as locked:
             entry = self._read()
             if entry is None or not entry.usable(time.time(), younger_than):
                 asked_at = time.time()
-                entry = CachedToken(fetch(), asked_at)
-                self._write(entry)
+                entry = CachedToken(await fetch(), asked_at)
+                self._unshared = None if locked and self._write(entry) else entry
             return entry.token
 
-    def evict(self, token: AccessToken) -> None:
+    async def evict(self, token: AccessToken) -> None:
         """See :class:`TokenCache`."""
-        with self._locked() as locked:
-            entry = self._read()
+        if self._unshared is not None and _same(self._unshared.token, token):
+            self._unshared = None
+        if not self._holds(token):
+            return
+        async with self._locked() as locked:
             # Without the lock a newer token might be written between reading and removing.
-            if locked and entry is not None and _same(entry.token, token):
+            if locked and self._holds(token):
                 self._entry_path.unlink(missing_ok=True)
 
+    def _holds(self, token: AccessToken) -> bool:
+        entry = self._read_file()
+        return entry is not None and _same(entry.token, token)
+
     def _read(self) -> CachedToken | None:
+        entries = [entry for entry in (self._read_file(), self._unshared) if entry is not None]
+        return max(entries, key=lambda entry: entry.received_at, default=None)
+
+    def _read_file(self) -> CachedToken | None:
+        try:
+            found = self._entry_path.stat()
+        except OSError:
+            return None
+        # Each token is a new file.
+        version = found.st_ino, found.st_ctime_ns, found.st_size
+        last_version, last = self._last
+        if version != last_version:
+            last = self._open()
+            self._last = version, last
+        return last
+
+    def _open(self) -> CachedToken | None:
         try:
             content = json.loads(self._fernet.decrypt(self._entry_path.read_bytes()))
             return CachedToken(AccessToken.model_validate(content["token"]), float(content["received_at"]))
         except (OSError, InvalidToken, ValueError, KeyError, TypeError):
             return None
 
-    def _write(self, entry: CachedToken) -> None:
+    def _write(self, entry: CachedToken) -> bool:
         token = entry.token.model_dump() | {"access_token": entry.token.access_token.get_secret_value()}
         content = {"token": token, "received_at": entry.received_at}
         sealed = self._fernet.encrypt(json.dumps(content).encode())
@@ -164,9 +195,11 @@ class FileTokenCache:
             Path(name).replace(self._entry_path)
         except OSError as error:
             log.warning("The token could not be kept for other tasks (%s in %s).", error.strerror, self._entry_path.parent)
+            return False
+        return True
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[bool]:
+    @contextlib.asynccontextmanager
+    async def _locked(self) -> AsyncIterator[bool]:
         """Hold the entry's lock and yield True, or yield False when it can't be had in time."""
         try:
             handle = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -175,12 +208,12 @@ class FileTokenCache:
             yield False
             return
         try:
-            yield _lock_within(handle, self._lock_seconds)
+            yield await _lock_within(handle, self._lock_seconds)
         finally:
             os.close(handle)
 
 
-def _lock_within(handle: int, seconds: float) -> bool:
+async def _lock_within(handle: int, seconds: float) -> bool:
     ends = time.monotonic() + seconds
     while True:
         try:
@@ -189,12 +222,17 @@ def _lock_within(handle: int, seconds: float) -> bool:
             if time.monotonic() >= ends:
                 log.warning("Tokens are not shared this time: another process held the lock for %g s.", seconds)
                 return False
-            time.sleep(LOCK_POLL_SECONDS)
+            await asyncio.sleep(LOCK_POLL_SECONDS)
         else:
             return True
 
 
-def _own_folder(folder: Path) -> None:
+def own_folder(folder: Path) -> None:
+    """
+    Make a folder that only this user can open.
+
+    :raises PayrocConfigurationError: it is a link, belongs to another user or is open to others.
+    """
     remedy = "set PAYROC_REFUNDS_TOKEN_CACHE_DIR to a folder of this user's with rights 0700, or PAYROC_REFUNDS_TOKEN_CACHE to false."
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

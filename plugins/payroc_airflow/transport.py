@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import http.client
-import io
-import socket
-import time
+import asyncio
+import contextlib
+import ssl
+import weakref
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from http.cookiejar import DefaultCookiePolicy
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from math import inf
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlencode
 
-import requests
-from requests.adapters import HTTPAdapter
-from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
-from urllib3.exceptions import HTTPError, NameResolutionError
+import aiohttp
+import certifi
+from aiohttp.http import HttpProcessingError
+from yarl import URL
 
 from include.payroc.errors import PayrocNoAnswer, PayrocUnexpectedAnswer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from aiohttp import ClientHandlerType, ClientRequest, ClientResponse, ClientSession
+    from aiohttp.client_reqrep import ConnectionKey
+    from aiohttp.connector import Connection
+    from aiohttp.tracing import Trace
 
     from payroc_airflow.connection import PayrocConnection
 
@@ -32,10 +38,23 @@ MAX_RETRY_AFTER_SECONDS = 24 * 60 * 60
 """A longer wait that a server asks for is a mistake; it must not put a refund to sleep."""
 
 ANSWER_TIMEOUTS = 2
-"""How many read timeouts a whole answer may take: a server that sends a byte now and then must not hold a worker."""
+"""How many timeouts a whole exchange may take: a server that sends a byte now and then must not hold a worker."""
+
+IDLE_SECONDS = 1.5
+"""
+How long a connection is kept without a request. A server closes an idle one without asking (the hastiest common ones after 2 seconds),
+and a POST that meets the closing has no known outcome: its refund waits for a minute and more. In a list the gaps are milliseconds.
+"""
+
+HEADERS = {
+    "Accept": "application/json, application/problem+json",
+    # A compressed answer could be of any size once unpacked.
+    "Accept-Encoding": "identity",
+    "User-Agent": "payroc-refunds",
+}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Answer:
     """
     An answer that came whole.
@@ -49,117 +68,207 @@ class Answer:
     retry_after: float | None
 
 
-def new_session(connection: PayrocConnection) -> requests.Session:
-    """Return a session that takes nothing from the environment (proxies, netrc, CA bundles) and always verifies TLS."""
-    session = requests.Session()
-    session.trust_env = False
-    session.verify = connection.ca_bundle or True
-    if connection.proxy is not None:
-        session.proxies = {"http": connection.proxy, "https": connection.proxy}
-    session.headers.clear()
-    session.headers.update(
-        {
-            "Accept": "application/json, application/problem+json",
-            # A compressed answer could be of any size once unpacked.
-            "Accept-Encoding": "identity",
-            "User-Agent": "payroc-refunds",
-        }
+class Transport:
+    """
+    The way to one Payroc: it takes nothing from the environment (proxies, netrc, CA bundles) and always verifies TLS.
+
+    It may be used by several event loops, each with connections of its own. They are closed by :meth:`close`, else at the end of
+    :func:`asyncio.run`, or when the transport is forgotten.
+
+    :param connection: gives the proxy and the trusted certificates.
+    :param timeout: seconds to connect, and seconds to wait for more of an answer; a whole exchange may take twice that.
+    """
+
+    def __init__(self, connection: PayrocConnection, timeout: float) -> None:
+        self._connection = connection
+        self._seconds = timeout
+        self._timeout = aiohttp.ClientTimeout(
+            total=timeout * ANSWER_TIMEOUTS,
+            connect=timeout,
+            sock_read=timeout,
+            # Otherwise long timeouts are rounded up to whole seconds of the loop's clock.
+            ceil_threshold=inf,
+        )
+        self._opened: dict[asyncio.AbstractEventLoop, tuple[ClientSession, AsyncGenerator[ClientSession, None]]] = {}
+        # It holds the sessions as well: they are closed before they can be forgotten.
+        weakref.finalize(self, _close_all, self._opened).atexit = False
+
+    async def exchange(
+        self,
+        operation: str,
+        method: str,
+        url: str,
+        *,
+        headers: Mapping[str, str],
+        params: list[tuple[str, str]] | None = None,
+        body: bytes | None = None,
+    ) -> Answer:
+        """
+        Send one request and read its answer.
+
+        :param operation: Payroc's operation in words, for the messages.
+        :param url: sent as it is, so it is quoted already.
+        :raises PayrocNoAnswer: no whole answer came. Payroc may have acted on the request.
+        :raises PayrocUnexpectedAnswer: the answer is larger than 1 MiB.
+        """
+        session = await self._session()
+        if params:
+            url = f"{url}?{urlencode(params)}"
+        response: ClientResponse | None = None
+        try:
+            response = await session.request(
+                method,
+                URL(url, encoded=True),
+                data=body,
+                headers=headers,
+                skip_auto_headers=["Content-Type"] if body is None else None,
+                allow_redirects=False,
+            )
+            return Answer(
+                status=response.status,
+                content_type=response.headers.get("Content-Type", "").partition(";")[0].strip().lower(),
+                body=await _read(response, operation),
+                retry_after=_retry_after(response.headers.get("Retry-After", "")),
+            )
+        except (aiohttp.ClientError, HttpProcessingError, OSError, _Once) as error:
+            why = _why(error, self._seconds, started=response is not None)
+        finally:
+            # What was read to its end has given its connection back already; any other connection is closed.
+            if response is not None:
+                response.close()
+        # Outside of the handler, so that it does not carry the library's exception along: that one holds the URL and the headers.
+        raise PayrocNoAnswer(operation, why)
+
+    async def close(self) -> None:
+        """Close the connections of the running event loop."""
+        _, owner = self._opened.pop(asyncio.get_running_loop(), (None, None))
+        if owner is not None:
+            await owner.aclose()
+
+    async def _session(self) -> ClientSession:
+        loop = asyncio.get_running_loop()
+        session, _ = self._opened.get(loop, (None, None))
+        if session is None:
+            for ended in [each for each in self._opened if each.is_closed()]:
+                del self._opened[ended]
+            owner = _session_of_the_loop(self._connection, self._timeout)
+            session = await anext(owner)
+            self._opened[loop] = session, owner
+        return session
+
+
+def _close_all(opened: dict[asyncio.AbstractEventLoop, tuple[ClientSession, AsyncGenerator[ClientSession, None]]]) -> None:
+    for loop, (_, owner) in opened.items():
+        # A loop that has ended has closed its sessions.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(_close_soon, loop, owner)
+
+
+def _close_soon(loop: asyncio.AbstractEventLoop, owner: AsyncGenerator[ClientSession, None]) -> None:
+    loop.create_task(owner.aclose())
+
+
+async def _session_of_the_loop(connection: PayrocConnection, timeout: aiohttp.ClientTimeout) -> AsyncGenerator[ClientSession, None]:
+    """Yield a session. An event loop closes its generators when it ends, and so the session, also where nobody thought of it."""
+    urls = (connection.api_url, connection.identity_url, connection.proxy or "")
+    connector = _Connector(
+        # Reading the certificates takes as long as a hundred requests.
+        ssl=_trusted(connection.ca_bundle) if any(url.startswith("https:") for url in urls) else True,
+        # How many go out at a time is the limiter's: what is claimed must not wait here.
+        limit=0,
+        keepalive_timeout=IDLE_SECONDS,
     )
-    # Each request stands alone: no cookie of an answer goes into the next one.
-    session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-    adapter = _BoundedAdapter(max_retries=0)
-    session.mount("http://", adapter)
-    session.mount("https://", adapter)
-    return session
+    async with aiohttp.ClientSession(
+        connector=connector,
+        timeout=timeout,
+        headers=HEADERS,
+        # Each request stands alone: no cookie of an answer goes into the next one.
+        cookie_jar=aiohttp.DummyCookieJar(),
+        proxy=connection.proxy,
+        trust_env=False,
+        auto_decompress=False,
+        middlewares=[_once],
+    ) as session:
+        yield session
 
 
-def exchange(
-    session: requests.Session,
-    operation: str,
-    method: str,
-    url: str,
-    *,
-    timeout: float,
-    headers: Mapping[str, str],
-    params: list[tuple[str, str]] | None = None,
-    body: bytes | None = None,
-) -> Answer:
-    """
-    Send one request and read its answer.
+@lru_cache
+def _trusted(ca_bundle: str | None) -> ssl.SSLContext:
+    path = Path(ca_bundle or certifi.where())
+    # Not ssl.create_default_context, which reads the environment: trusted certificates, and a file to write session keys to.
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(**{"capath" if path.is_dir() else "cafile": str(path)})
+    context.set_alpn_protocols(["http/1.1"])
+    return context
 
-    :param operation: Payroc's operation in words, for the messages.
-    :param timeout: seconds to connect and seconds to wait for more of the answer; the whole answer may take twice that.
-    :raises PayrocNoAnswer: no whole answer came. Payroc may have acted on the request.
-    :raises PayrocUnexpectedAnswer: the answer is larger than 1 MiB.
-    """
+
+class _Connector(aiohttp.TCPConnector):
+    async def _get(self, key: ConnectionKey, traces: list[Trace]) -> Connection | None:
+        """Return a connection to use again, but none on which something came that nobody had asked for: it would pass as the answer."""
+        while (connection := await super()._get(key, traces)) is not None:
+            if connection.protocol is not None and not connection.protocol.should_close:
+                return connection
+            connection.close()
+        return None
+
+
+class _Once(Exception):
+    """Carries an error past aiohttp, which sends a GET again when the connection was lost."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+async def _once(request: ClientRequest, send: ClientHandlerType) -> ClientResponse:
     try:
-        response = session.request(
-            method, url, params=params, data=body, headers=dict(headers), timeout=timeout, allow_redirects=False, stream=True
-        )
-    except (requests.RequestException, HTTPError, OSError) as error:
-        raise PayrocNoAnswer(operation, _kind(error, timeout)) from None
-    try:
-        return Answer(
-            status=response.status_code,
-            content_type=response.headers.get("Content-Type", "").partition(";")[0].strip().lower(),
-            body=_read(response, operation),
-            retry_after=_retry_after(response.headers.get("Retry-After", "")),
-        )
-    except (HTTPError, OSError) as error:
-        raise PayrocNoAnswer(operation, _kind(error, timeout, started=True)) from None
-    finally:
-        # Gives the connection back when the answer was read to its end, and closes it otherwise.
-        response.close()
+        return await send(request)
+    except (aiohttp.ClientError, OSError) as error:
+        raise _Once(error) from None
 
 
-def _read(response: requests.Response, operation: str) -> bytes:
+async def _read(response: ClientResponse, operation: str) -> bytes:
     chunks: list[bytes] = []
     size = 0
-    while chunk := response.raw.read(65536, decode_content=False):
+    while chunk := await response.content.readany():
         size += len(chunk)
         if size > MAX_ANSWER_BYTES:
-            raise PayrocUnexpectedAnswer(operation, "the answer is larger than 1 MiB", http_status=response.status_code)
+            raise PayrocUnexpectedAnswer(operation, "the answer is larger than 1 MiB", http_status=response.status)
         chunks.append(chunk)
     return b"".join(chunks)
 
 
-def _kind(error: Exception, timeout: float, *, started: bool = False) -> str:
-    """Say in our own words why there is no answer; the texts of the libraries quote URLs."""
-    causes = list(_causes(error))
-    if any(isinstance(cause, NameResolutionError | socket.gaierror) for cause in causes):
-        return "the host name can't be resolved"
-    if any(isinstance(cause, requests.exceptions.ProxyError) for cause in causes):
-        return "the proxy gave no way through"
-    if any(isinstance(cause, ConnectionRefusedError) for cause in causes):
-        return "connection refused"
-    if any(isinstance(cause, requests.exceptions.ConnectTimeout) for cause in causes):
-        return f"no connection within {timeout:g} s"
-    if any(isinstance(cause, requests.exceptions.SSLError) for cause in causes):
-        untrusted = any("CERTIFICATE_VERIFY_FAILED" in str(cause) for cause in causes)
-        return "TLS certificate not trusted" if untrusted else "TLS could not be set up"
-    if any(isinstance(cause, _DeadlineExceeded) for cause in causes):
-        return f"no complete answer within {timeout * ANSWER_TIMEOUTS:g} s"
-    if any(isinstance(cause, TimeoutError | requests.exceptions.Timeout) for cause in causes):
-        return f"no answer within {timeout:g} s" if not started else f"the answer stopped for {timeout:g} s before its end"
-    if any(isinstance(cause, ConnectionError | http.client.HTTPException) for cause in causes):
-        return "connection closed before the answer's end" if started else "connection closed without an answer"
+def _why(error: Exception, timeout: float, *, started: bool) -> str:
+    """Say in our own words why there is no answer; the texts of the library quote URLs."""
+    match error:
+        case _Once(error=inner):
+            return _why(inner, timeout, started=started)
+        case aiohttp.ClientConnectorDNSError():
+            return "the host name can't be resolved"
+        case aiohttp.ClientProxyConnectionError() | aiohttp.ClientHttpProxyError():
+            return "the proxy gave no way through"
+        case aiohttp.ClientConnectorCertificateError():
+            return "TLS certificate not trusted"
+        case aiohttp.ClientConnectorSSLError():
+            return "TLS could not be set up"
+        case aiohttp.ClientConnectorError():
+            return "connection refused" if isinstance(error.os_error, ConnectionRefusedError) else "no connection could be made"
+        case aiohttp.ConnectionTimeoutError():
+            return f"no connection within {timeout:g} s"
+        case aiohttp.SocketTimeoutError():
+            return f"the answer stopped for {timeout:g} s before its end" if started else f"no answer within {timeout:g} s"
+        case TimeoutError():
+            return f"no complete answer within {timeout * ANSWER_TIMEOUTS:g} s"
+        case aiohttp.ClientConnectionError() | aiohttp.ClientPayloadError() | ConnectionError():
+            return "connection closed before the answer's end" if started else "connection closed without an answer"
+        case aiohttp.ClientResponseError() | HttpProcessingError():
+            return "the answer is not HTTP, or its head is too large"
     return f"no usable answer ({type(error).__name__})"
-
-
-def _causes(error: BaseException | None) -> Any:
-    """Yield an exception and those inside it: requests and urllib3 wrap each other's in args, ``reason`` and the chain."""
-    seen: set[int] = set()
-    todo: list[Any] = [error]
-    while todo:
-        item = todo.pop()
-        if isinstance(item, BaseException) and id(item) not in seen:
-            seen.add(id(item))
-            yield item
-            todo += [item.__cause__, item.__context__, getattr(item, "reason", None), *item.args]
 
 
 def _retry_after(value: str) -> float | None:
     value = value.strip()
+    if not value:
+        return None
     if value.isascii() and value.isdigit():
         return float(min(int(value[:9]), MAX_RETRY_AFTER_SECONDS))
     try:
@@ -169,86 +278,3 @@ def _retry_after(value: str) -> float | None:
     if when.tzinfo is None:
         return None
     return min(max((when - datetime.now(UTC)).total_seconds(), 0.0), float(MAX_RETRY_AFTER_SECONDS))
-
-
-class _DeadlineExceeded(TimeoutError):
-    """The answer as a whole took too long, though each part of it came in time."""
-
-
-class _DeadlineReader(io.RawIOBase):
-    """
-    Reads a socket until a moment.
-
-    A socket's timeout bounds one read only, headers and body come in many.
-
-    :param raw: what ``socket.makefile`` reads from.
-    :param sock: the socket, with the timeout of one read set.
-    """
-
-    def __init__(self, raw: io.RawIOBase, sock: socket.socket) -> None:
-        self._raw = raw
-        self._sock = sock
-        self._timeout = sock.gettimeout()
-        self._ends = None if self._timeout is None else time.monotonic() + self._timeout * ANSWER_TIMEOUTS
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        if self._timeout is None or self._ends is None:
-            return self._raw.readinto(buffer)
-        left = self._ends - time.monotonic()
-        if left <= 0:
-            raise _DeadlineExceeded
-        self._sock.settimeout(min(self._timeout, left))
-        try:
-            return self._raw.readinto(buffer)
-        except TimeoutError:
-            if left < self._timeout:
-                raise _DeadlineExceeded from None
-            raise
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
-
-
-class _BoundedResponse(http.client.HTTPResponse):
-    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
-        super().__init__(sock, *args, **kwargs)
-        buffered = self.fp
-        assert isinstance(buffered, io.BufferedReader)  # noqa: S101 - how http.client makes it
-        self.fp = io.BufferedReader(_DeadlineReader(buffered.detach(), sock))
-
-
-class _BoundedHTTPConnection(HTTPConnection):
-    response_class = _BoundedResponse
-    # http.client prints headers at a higher level, and whoever raises it raises it for all.
-    debuglevel = 0
-
-
-class _BoundedHTTPSConnection(HTTPSConnection):
-    response_class = _BoundedResponse
-    debuglevel = 0
-
-
-class _BoundedHTTPPool(HTTPConnectionPool):
-    ConnectionCls = _BoundedHTTPConnection
-
-
-class _BoundedHTTPSPool(HTTPSConnectionPool):
-    ConnectionCls = _BoundedHTTPSConnection
-
-
-_POOLS = {"http": _BoundedHTTPPool, "https": _BoundedHTTPSPool}
-
-
-class _BoundedAdapter(HTTPAdapter):
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = _POOLS
-
-    def proxy_manager_for(self, *args: Any, **kwargs: Any) -> Any:
-        manager = super().proxy_manager_for(*args, **kwargs)
-        manager.pool_classes_by_scheme = _POOLS
-        return manager

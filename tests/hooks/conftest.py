@@ -116,10 +116,15 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+class Server(ThreadingHTTPServer):
+    # Many connections may come at once.
+    request_queue_size = 128
+    daemon_threads = True
+
+
 def serve(tls: Any = None) -> Iterator[FakePayroc]:
     handler = type("BoundHandler", (Handler,), {})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
+    server = Server(("127.0.0.1", 0), handler)
     # A client that leaves in the middle is what some tests are about.
     server.handle_error = lambda *args: None
     if tls is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-import http.client
+import gzip
 import ipaddress
 import json
 import logging
@@ -163,20 +163,14 @@ def test_cookies_of_an_answer_are_not_sent_back(hook, payroc, reply, refund_body
         lambda hook: hook.run_with_advanced_retry({}, "/v1"),
         lambda hook: hook.run_and_check(None, None, {}),
         lambda hook: hook.check_response(None),
-        lambda hook: hook.get_conn({"X-Header": "1"}),
+        lambda hook: hook.get_conn(),
     ],
-    ids=["run", "run_with_advanced_retry", "run_and_check", "check_response", "get_conn with headers"],
+    ids=["run", "run_with_advanced_retry", "run_and_check", "check_response", "get_conn"],
 )
 def test_the_generic_ways_of_http_hook_are_closed(hook, payroc, call) -> None:
     with pytest.raises(AirflowException, match="create_refund"):
         call(hook)
     assert payroc.seen == []
-
-
-def test_the_session_itself_carries_no_credentials(hook) -> None:
-    assert "authorization" not in {name.lower() for name in hook.get_conn().headers}
-    assert hook.get_conn() is hook.get_conn()
-    assert hook.get_conn().verify is True
 
 
 # --- what comes back ------------------------------------------------------------------------------------------------------
@@ -418,8 +412,8 @@ def test_a_body_of_100_mb_is_not_read(create, payroc, reply, announced) -> None:
     assert sent < 20 * 1024 * 1024
 
 
-def test_a_compressed_answer_is_not_unpacked(create, payroc, reply) -> None:
-    payroc.on("POST", PATH, reply(201, b"\x1f\x8b\x08\x00", {"Content-Encoding": "gzip"}))
+def test_a_compressed_answer_is_not_unpacked(create, payroc, reply, refund_body) -> None:
+    payroc.on("POST", PATH, reply(201, gzip.compress(json.dumps(refund_body).encode()), {"Content-Encoding": "gzip"}))
     with pytest.raises(PayrocUnexpectedAnswer):
         create()
 
@@ -466,6 +460,7 @@ def test_a_certificate_of_the_connections_ca_bundle_is_trusted(tls_payroc, conne
 
 def test_a_tls_server_that_drips_is_left_at_the_deadline(tls_payroc, connect, reply, token, tmp_path) -> None:
     def drip(handler) -> None:
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Word: ")
         while not tls_payroc.stopped.wait(0.1):
             handler.wfile.write(b"H")
 
@@ -612,7 +607,7 @@ def test_pages_that_go_round_in_a_circle_are_found_out(hook, payroc, reply, refu
 
 
 def test_a_list_without_end_is_given_up(hook, payroc, reply, token, monkeypatch) -> None:
-    monkeypatch.setattr("payroc_airflow.hooks.payroc.MAX_PAGES", 3)
+    monkeypatch.setattr("payroc_airflow.client.MAX_PAGES", 3)
     payroc.on("GET", PATH, *[reply(200, page([], f"{PATH}?after={cursor}")) for cursor in "abcdefg"])
     with pytest.raises(PayrocUnexpectedAnswer, match="did not end after 3 pages"):
         list(hook.list_refunds("1234001", token=token))
@@ -736,11 +731,10 @@ def test_the_test_button_names_what_stands_in_the_way(connect, monkeypatch) -> N
 # --- secrecy --------------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_secret_reaches_a_log_or_the_screen_even_at_debug(
-    hook, payroc, reply, refund_body, api_key, key, caplog, capfd, monkeypatch
-) -> None:
-    monkeypatch.setattr(http.client.HTTPConnection, "debuglevel", 1)
+def test_nothing_secret_reaches_a_log_or_the_screen_even_at_debug(hook, payroc, reply, refund_body, api_key, key, caplog, capfd) -> None:
     caplog.set_level(logging.DEBUG)
+    for name in ("aiohttp.client", "asyncio"):
+        caplog.set_level(logging.DEBUG, logger=name)
     payroc.on("POST", PATH, reply(201, refund_body), reply(400, problem("bad-request", 400), PROBLEM_JSON))
     payroc.on("GET", PATH, reply(200, page([refund_body])))
     token = hook.get_token()
@@ -752,7 +746,7 @@ def test_nothing_secret_reaches_a_log_or_the_screen_even_at_debug(
     logging.getLogger("test").error("failed", exc_info=caught.value)
     hook.test_connection()
     shown = caplog.text + "".join(capfd.readouterr()) + repr(hook.__dict__) + repr(caught.value)
-    assert "bank-transfer-refunds" in shown
+    assert "Payroc, create refund: bad-request (HTTP 400)" in shown
     for secret in (api_key, "canary-token-", CANARY, "Canary Payee"):
         assert secret not in shown
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import os
 import stat
@@ -57,13 +58,24 @@ def cache(request, folder):
     return FileTokenCache(folder, CONNECTION, lock_seconds=1) if request.param == "file" else MemoryTokenCache()
 
 
+def get(cache, fetch, **more) -> AccessToken:
+    async def ask() -> AccessToken:
+        return fetch()
+
+    return asyncio.run(cache.get(ask, **more))
+
+
+def evict(cache, token: AccessToken) -> None:
+    asyncio.run(cache.evict(token))
+
+
 def value(token: AccessToken) -> str:
     return token.access_token.get_secret_value()
 
 
 def test_a_token_is_kept(cache) -> None:
     fetch = Fetcher()
-    first, second = cache.get(fetch), cache.get(fetch)
+    first, second = get(cache, fetch), get(cache, fetch)
     assert first == second
     assert (value(second), second.expires_in, second.scope) == ("canary-token-1", 3600, "a b")
     assert fetch.count == 1
@@ -72,21 +84,21 @@ def test_a_token_is_kept(cache) -> None:
 @pytest.mark.parametrize(("expires_in", "margin"), [(3600, 120), (600, 120), (599, 119.8), (100, 20), (1, 0.2)])
 def test_a_token_is_renewed_two_minutes_or_a_fifth_of_its_life_before_its_end(cache, clock, expires_in, margin) -> None:
     fetch = Fetcher(expires_in)
-    cache.get(fetch)
+    get(cache, fetch)
     clock.now += expires_in - margin - 0.01
-    assert value(cache.get(fetch)) == "canary-token-1"
+    assert value(get(cache, fetch)) == "canary-token-1"
     clock.now += 0.02
-    assert value(cache.get(fetch)) == "canary-token-2"
+    assert value(get(cache, fetch)) == "canary-token-2"
 
 
 def test_a_token_received_that_many_seconds_ago_or_more_is_replaced(cache, clock) -> None:
     fetch = Fetcher()
-    cache.get(fetch)
+    get(cache, fetch)
     clock.now += 10
-    assert value(cache.get(fetch, younger_than=10.5)) == "canary-token-1"
-    assert value(cache.get(fetch, younger_than=10)) == "canary-token-2"
-    assert value(cache.get(fetch)) == "canary-token-2"
-    assert value(cache.get(fetch, younger_than=0)) == "canary-token-3"
+    assert value(get(cache, fetch, younger_than=10.5)) == "canary-token-1"
+    assert value(get(cache, fetch, younger_than=10)) == "canary-token-2"
+    assert value(get(cache, fetch)) == "canary-token-2"
+    assert value(get(cache, fetch, younger_than=0)) == "canary-token-3"
 
 
 def test_a_token_counts_from_the_moment_it_was_asked_for(cache, clock) -> None:
@@ -96,27 +108,27 @@ def test_a_token_counts_from_the_moment_it_was_asked_for(cache, clock) -> None:
         clock.now += 30
         return fetch()
 
-    cache.get(slow)
-    assert value(cache.get(fetch, younger_than=30)) == "canary-token-2"
+    get(cache, slow)
+    assert value(get(cache, fetch, younger_than=30)) == "canary-token-2"
 
 
 def test_a_token_from_the_future_is_not_trusted(cache, clock) -> None:
     fetch = Fetcher()
-    cache.get(fetch)
+    get(cache, fetch)
     clock.now -= 1
-    assert value(cache.get(fetch)) == "canary-token-2"
+    assert value(get(cache, fetch)) == "canary-token-2"
 
 
 def test_only_the_very_token_that_was_refused_is_evicted(cache) -> None:
     fetch = Fetcher()
-    refused = cache.get(fetch)
-    newer = cache.get(fetch, younger_than=0)
-    cache.evict(refused)
-    assert cache.get(fetch) == newer
-    cache.evict(newer)
-    assert value(cache.get(fetch)) == "canary-token-3"
-    cache.evict(newer)
-    assert value(cache.get(fetch)) == "canary-token-3"
+    refused = get(cache, fetch)
+    newer = get(cache, fetch, younger_than=0)
+    evict(cache, refused)
+    assert get(cache, fetch) == newer
+    evict(cache, newer)
+    assert value(get(cache, fetch)) == "canary-token-3"
+    evict(cache, newer)
+    assert value(get(cache, fetch)) == "canary-token-3"
 
 
 def test_a_failed_fetch_leaves_nothing_behind_and_lets_the_next_one_try(cache) -> None:
@@ -124,15 +136,15 @@ def test_a_failed_fetch_leaves_nothing_behind_and_lets_the_next_one_try(cache) -
         raise PayrocError("authorize", "no")
 
     with pytest.raises(PayrocError):
-        cache.get(fail)
-    assert value(cache.get(Fetcher())) == "canary-token-1"
+        get(cache, fail)
+    assert value(get(cache, Fetcher())) == "canary-token-1"
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------------
 
 
 def test_the_file_is_encrypted_and_only_the_owner_can_open_it(folder) -> None:
-    FileTokenCache(folder, CONNECTION, lock_seconds=1).get(Fetcher())
+    get(FileTokenCache(folder, CONNECTION, lock_seconds=1), Fetcher())
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     files = sorted(path.suffix for path in folder.iterdir())
     assert files == [".lock", ".token"]
@@ -153,33 +165,33 @@ def test_the_file_is_encrypted_and_only_the_owner_can_open_it(folder) -> None:
 )
 def test_another_key_or_another_payroc_has_another_token_even_if_files_are_copied(folder, other) -> None:
     fetch = Fetcher()
-    FileTokenCache(folder, CONNECTION, lock_seconds=1).get(fetch)
+    get(FileTokenCache(folder, CONNECTION, lock_seconds=1), fetch)
     (written,) = folder.glob("*.token")
-    assert value(FileTokenCache(folder, other, lock_seconds=1).get(fetch)) == "canary-token-2"
+    assert value(get(FileTokenCache(folder, other, lock_seconds=1), fetch)) == "canary-token-2"
     (copied,) = set(folder.glob("*.token")) - {written}
     copied.write_bytes(written.read_bytes())
-    assert value(FileTokenCache(folder, other, lock_seconds=1).get(fetch)) == "canary-token-3"
+    assert value(get(FileTokenCache(folder, other, lock_seconds=1), fetch)) == "canary-token-3"
 
 
 @pytest.mark.parametrize("damage", [b"", b"garbage", b"\xff" * 100])
 def test_a_damaged_file_is_a_miss(folder, damage) -> None:
     fetch = Fetcher()
     cache = FileTokenCache(folder, CONNECTION, lock_seconds=1)
-    cache.get(fetch)
+    get(cache, fetch)
     (path,) = folder.glob("*.token")
     path.write_bytes(damage)
-    assert value(cache.get(fetch)) == "canary-token-2"
-    assert value(cache.get(fetch)) == "canary-token-2"
+    assert value(get(cache, fetch)) == "canary-token-2"
+    assert value(get(cache, fetch)) == "canary-token-2"
 
 
 @pytest.mark.parametrize("content", [b"[]", b"{}", b'{"token": {"access_token": 5, "expires_in": 1}, "received_at": 1}', b"null"])
 def test_a_file_with_odd_content_is_a_miss(folder, content) -> None:
     fetch = Fetcher()
     cache = FileTokenCache(folder, CONNECTION, lock_seconds=1)
-    cache.get(fetch)
+    get(cache, fetch)
     (path,) = folder.glob("*.token")
     path.write_bytes(cache._fernet.encrypt(content))
-    assert value(cache.get(fetch)) == "canary-token-2"
+    assert value(get(cache, fetch)) == "canary-token-2"
 
 
 def test_a_folder_that_others_can_open_is_refused(tmp_path) -> None:
@@ -214,30 +226,85 @@ def test_a_file_instead_of_a_folder_is_refused(tmp_path) -> None:
 def test_a_link_in_place_of_the_lock_is_not_followed(folder, tmp_path) -> None:
     cache = FileTokenCache(folder, CONNECTION, lock_seconds=1)
     cache._lock_path.symlink_to(tmp_path / "elsewhere")
-    assert value(cache.get(Fetcher())) == "canary-token-1"
+    assert value(get(cache, Fetcher())) == "canary-token-1"
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_a_token_that_can_not_be_written_is_still_given_out(folder, monkeypatch, caplog) -> None:
-    def full(*args: object, **kwargs: object) -> None:
-        raise OSError(28, "No space left on device")
+def fail_to_write(*args: object, **kwargs: object) -> None:
+    raise OSError(28, "No space left on device")
 
+
+def test_a_token_that_can_not_be_written_is_still_given_out(folder, monkeypatch, caplog) -> None:
     cache = FileTokenCache(folder, CONNECTION, lock_seconds=1)
-    monkeypatch.setattr("payroc_airflow.token_cache.tempfile.mkstemp", full)
-    assert value(cache.get(Fetcher())) == "canary-token-1"
+    monkeypatch.setattr("payroc_airflow.token_cache.tempfile.mkstemp", fail_to_write)
+    assert value(get(cache, Fetcher())) == "canary-token-1"
     assert "No space left on device" in caplog.text
 
 
 def test_a_process_that_holds_the_lock_for_too_long_is_not_waited_for(folder) -> None:
     holder = FileTokenCache(folder, CONNECTION, lock_seconds=1)
     waiting = FileTokenCache(folder, CONNECTION, lock_seconds=0.2)
-    with holder._locked() as locked:
-        assert locked
-        started = time.monotonic()
-        assert value(waiting.get(Fetcher())) == "canary-token-1"
-        waiting.evict(AccessToken.model_validate({"access_token": "x", "expires_in": 1}))
-        assert time.monotonic() - started < 1.5
-    assert list(folder.glob("*.token")) == []
+    fetch = Fetcher()
+    kept = get(holder, fetch)
+
+    async def ask() -> AccessToken:
+        return fetch()
+
+    async def compete() -> None:
+        async with holder._locked() as locked:
+            assert locked
+            started = time.monotonic()
+            assert value(await waiting.get(ask, younger_than=0)) == "canary-token-2"
+            await waiting.evict(kept)
+            assert time.monotonic() - started < 1.5
+
+    asyncio.run(compete())
+    # It keeps its own to itself, and asks for no other.
+    assert value(get(waiting, fetch)) == "canary-token-2"
+    assert get(FileTokenCache(folder, CONNECTION, lock_seconds=1), fetch) == kept
+
+
+def test_a_token_that_no_other_task_can_have_is_kept_until_payroc_refuses_it(folder, monkeypatch) -> None:
+    monkeypatch.setattr("payroc_airflow.token_cache.tempfile.mkstemp", fail_to_write)
+    cache, fetch = FileTokenCache(folder, CONNECTION, lock_seconds=1), Fetcher()
+    refused = get(cache, fetch)
+    assert get(cache, fetch) is refused
+    evict(cache, refused)
+    assert value(get(cache, fetch)) == "canary-token-2"
+
+
+def test_a_file_is_opened_again_only_when_another_process_has_changed_it(folder, monkeypatch) -> None:
+    fetch = Fetcher()
+    cache, other = FileTokenCache(folder, CONNECTION, lock_seconds=1), FileTokenCache(folder, CONNECTION, lock_seconds=1)
+    first = get(cache, fetch)
+    assert get(cache, fetch) == first
+    opened: list[Path] = []
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: opened.append(path) or read_bytes(path))
+    for _ in range(100):
+        assert get(cache, fetch) == first
+    assert opened == []
+    evict(other, first)
+    second = get(other, fetch)
+    opened.clear()
+    assert [value(get(cache, fetch)) for _ in range(100)] == ["canary-token-2"] * 100
+    assert get(other, fetch) == second
+    assert len(opened) == 2
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_coroutines_that_want_a_token_at_once_ask_payroc_once(folder, shared) -> None:
+    cache = FileTokenCache(folder, CONNECTION, lock_seconds=5) if shared else MemoryTokenCache()
+    fetch = Fetcher()
+
+    async def ask() -> AccessToken:
+        await asyncio.sleep(0.1)
+        return fetch()
+
+    async def work() -> set[str]:
+        return {value(token) for token in await asyncio.gather(*[cache.get(ask) for _ in range(64)])}
+
+    assert (asyncio.run(work()), fetch.count) == ({"canary-token-1"}, 1)
 
 
 def test_the_default_folder_is_this_users_in_the_temporary_directory() -> None:

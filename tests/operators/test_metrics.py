@@ -21,6 +21,14 @@ from tests.refunds.conftest import World
 from tests.refunds.conftest import world as world
 
 
+@pytest.fixture(autouse=True)
+def fresh_configuration() -> Iterator[None]:
+    """Whether metrics are on is read once per process."""
+    metrics.are_on.cache_clear()
+    yield
+    metrics.are_on.cache_clear()
+
+
 @pytest.fixture
 def statsd(monkeypatch: pytest.MonkeyPatch) -> Iterator[StatsD]:
     with StatsD() as statsd:
@@ -59,6 +67,18 @@ def test_the_age_of_the_oldest_approved_refund_is_told_and_zero_without_one(mete
 def test_a_setting_of_airflow_that_is_neither_yes_nor_no_counts_as_no(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AIRFLOW__METRICS__STATSD_ON", "perhaps")
     assert metrics.are_on() is False
+
+
+def test_airflows_configuration_is_read_once_for_all_figures_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    from airflow.sdk.configuration import conf
+
+    asked: list[str] = []
+    monkeypatch.setattr(conf, "getboolean", lambda section, name, **more: asked.append(name))
+    for _ in range(3):
+        metrics.count("sent")
+        with metrics.timed("latency.create_refund"):
+            metrics.gauge("oldest_approved_age", 1)
+    assert asked == ["statsd_on", "statsd_datadog_enabled", "otel_on"]
 
 
 def told(statsd: StatsD, *names: str) -> dict[str, float]:
@@ -127,5 +147,6 @@ def test_where_no_metrics_are_configured_nothing_is_read_for_them(metered: World
     metered.run(metered.ledger.tell_oldest())
     assert asked == []
     monkeypatch.setenv("AIRFLOW__METRICS__OTEL_ON", "True")
+    metrics.are_on.cache_clear()
     metered.run(metered.ledger.tell_oldest())
     assert asked == [metered.settings.source]

@@ -1,0 +1,285 @@
+"""
+How much is under way to Payroc at a time from one worker host, and how fast it may follow.
+
+Payroc documents no rate limit; that it answers 429, perhaps with ``Retry-After``, when there is one is an assumption.
+
+Each task is a process. Those that send share the host's places evenly: each holds the lock of a file of its own as long as it lives,
+and counts the others' locks once a second. What all have to heed beside that, a pause and the next free moment, stands in one small file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import struct
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from pathlib import Path
+from uuid import uuid4
+
+from include.payroc.errors import PayrocConfigurationError
+from payroc_airflow.token_cache import own_folder
+
+log = logging.getLogger(__name__)
+
+COUNT_EVERY_SECONDS = 1.0
+
+MAX_PAUSE_SECONDS = 60.0
+"""
+A task must not sleep in its slot for longer; then the few places that are left find out whether Payroc takes more. The refund that met
+the 429 has a date of its own, which heeds all of ``Retry-After``.
+"""
+
+CATCH_UP_SECONDS = 0.05
+"""As much of what late wake-ups have cost may be made up for."""
+
+LOCK_SECONDS = 1.0
+"""A process that stopped in the middle of a step is not waited for."""
+
+_TIME = struct.Struct("<d")
+_FREE_AT, _PAUSED_UNTIL = 0, _TIME.size
+
+
+class Limiter:
+    """
+    Turns to talk to Payroc, for one event loop at a time.
+
+    A 429 halves the places of this process and lets no turn begin on the host until the pause is over; each other answer gives a
+    little back. Where the folder can't be used, the process is limited by itself.
+
+    :param folder: with owner-only rights, shared by the processes of the host.
+    :param account: what may stand in a file's name; those with another one are limited apart.
+    :param in_flight: places of the host; each process has at least one.
+    :param per_second: turns that the host may begin in a second; ``None`` for no limit.
+    """
+
+    def __init__(self, folder: Path, account: str, in_flight: int, per_second: float | None) -> None:
+        self._host = _Host(folder, account, in_flight, per_second)
+        self._in_flight = in_flight
+        self._places = float(in_flight)
+        self._taken = 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @contextlib.asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Hold a place; entering waits for one, for the end of a pause, and for the moment that the limit per second allows."""
+        await self._take()
+        try:
+            await self._host.ready()
+            yield
+        finally:
+            self._taken -= 1
+            self._hand_on()
+
+    def answered(self) -> None:
+        """Give back a little of what 429s have taken."""
+        self._places = min(self._in_flight, self._places + 1 / self._places)
+
+    def refused(self, retry_after: float | None) -> None:
+        """
+        Slow down, because Payroc says that it is too much.
+
+        :param retry_after: seconds that Payroc asks to wait.
+        """
+        # All that was under way hears the same, and it counts once.
+        if self._host.pause_left() == 0:
+            self._places = max(1.0, self._limit() / 2)
+        self._host.pause(min(max(retry_after or 0.0, 1.0), MAX_PAUSE_SECONDS))
+
+    def leave(self) -> None:
+        """Leave this process's share to the others."""
+        self._host.leave()
+
+    def _limit(self) -> int:
+        return max(1, min(self._in_flight // self._host.processes(), int(self._places)))
+
+    async def _take(self) -> None:
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            # An earlier loop has ended, and gives nothing back any more.
+            self._loop, self._taken = loop, 0
+            self._waiting.clear()
+        if not self._waiting and self._taken < self._limit():
+            self._taken += 1
+            return
+        place = loop.create_future()
+        self._waiting.append(place)
+        if len(self._waiting) == 1:
+            loop.call_later(COUNT_EVERY_SECONDS, self._look_again)
+        try:
+            await place
+        except asyncio.CancelledError:
+            if not place.cancelled():
+                self._taken -= 1
+                self._hand_on()
+            raise
+
+    def _hand_on(self) -> None:
+        while self._waiting and (self._waiting[0].done() or self._taken < self._limit()):
+            place = self._waiting.popleft()
+            if not place.done():
+                self._taken += 1
+                place.set_result(None)
+
+    def _look_again(self) -> None:
+        """Take up what other processes have left, though no turn of this one has ended."""
+        self._hand_on()
+        if self._waiting and self._loop is not None:
+            self._loop.call_later(COUNT_EVERY_SECONDS, self._look_again)
+
+
+class _Host:
+    """What the processes of the host share."""
+
+    def __init__(self, folder: Path, account: str, in_flight: int, per_second: float | None) -> None:
+        self._folder = folder
+        self._account = account
+        self._interval = 1 / per_second if per_second else 0.0
+        # What lies further ahead was written before the host started anew, when its clock began anew as well.
+        self._horizon = MAX_PAUSE_SECONDS + 10 * in_flight * self._interval
+        self._pid = 0
+        self._own: tuple[Path, int] | None = None
+        self._shared: int | None = None
+        self._alone = {_FREE_AT: 0.0, _PAUSED_UNTIL: 0.0}
+        self._count = 1
+        self._counted_at = 0.0
+
+    def __del__(self) -> None:
+        self.leave()
+
+    def processes(self) -> int:
+        """Return how many processes of the host send, this one included."""
+        self._join()
+        now = time.monotonic()
+        if self._own is not None and now - self._counted_at >= COUNT_EVERY_SECONDS:
+            self._counted_at = now
+            self._count = 1 + sum(_alive(path) for path in self._folder.glob(f"{self._account}-*.sending") if path != self._own[0])
+        return self._count
+
+    async def ready(self) -> None:
+        """Wait until a turn may begin."""
+        while True:
+            if self._interval:
+                await asyncio.sleep(await self._reserve())
+            pause = self.pause_left()
+            if pause == 0:
+                return
+            await asyncio.sleep(pause)
+
+    def pause_left(self) -> float:
+        """Return the seconds for which no turn may begin."""
+        return max(0.0, self._get(_PAUSED_UNTIL) - time.monotonic())
+
+    def pause(self, seconds: float) -> None:
+        """Let no turn begin for a while."""
+        self._set(_PAUSED_UNTIL, max(self._get(_PAUSED_UNTIL), time.monotonic() + seconds))
+
+    def leave(self) -> None:
+        """Let go of the files; a forked process leaves what is its parent's."""
+        if self._own is not None:
+            path, handle = self._own
+            if self._pid == os.getpid():
+                path.unlink(missing_ok=True)
+            os.close(handle)
+        if self._shared is not None:
+            os.close(self._shared)
+        self._own, self._shared, self._pid = None, None, 0
+
+    async def _reserve(self) -> float:
+        """Take the next free moment, and return the seconds until then."""
+        ends = time.monotonic() + LOCK_SECONDS
+        while not self._lock() and time.monotonic() < ends:
+            await asyncio.sleep(0.001)
+        now = time.monotonic()
+        begin = max(self._get(_FREE_AT), now - CATCH_UP_SECONDS)
+        self._set(_FREE_AT, begin + self._interval)
+        if self._shared is not None:
+            fcntl.flock(self._shared, fcntl.LOCK_UN)
+        return max(0.0, begin - now)
+
+    def _lock(self) -> bool:
+        self._join()
+        if self._shared is None:
+            return True
+        try:
+            fcntl.flock(self._shared, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _get(self, place: int) -> float:
+        self._join()
+        content = b"" if self._shared is None else os.pread(self._shared, _TIME.size, place)
+        moment = _TIME.unpack(content)[0] if len(content) == _TIME.size else self._alone[place]
+        return moment if moment - time.monotonic() <= self._horizon else 0.0
+
+    def _set(self, place: int, moment: float) -> None:
+        self._alone[place] = moment
+        if self._shared is not None:
+            try:
+                os.pwrite(self._shared, _TIME.pack(moment), place)
+            except OSError as error:
+                self._give_up(error.strerror or "unknown")
+
+    def _join(self) -> None:
+        """Become one of the host's processes, once; anew in a forked process."""
+        if self._pid == os.getpid():
+            return
+        self.leave()
+        self._pid = os.getpid()
+        self._counted_at = 0.0
+        try:
+            own_folder(self._folder)
+            self._own = _locked_file(self._folder, self._account)
+            self._shared = _open(self._folder / f"{self._account}.pace")
+        except OSError as error:
+            self._give_up(error.strerror or "unknown")
+        except PayrocConfigurationError as error:
+            self._give_up(str(error))
+
+    def _give_up(self, why: str) -> None:
+        log.warning("The limits hold for this process alone, not for the host: %s.", why.rstrip("."))
+        self.leave()
+        self._pid = os.getpid()
+        self._count = 1
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+def _locked_file(folder: Path, account: str) -> tuple[Path, int]:
+    """Return a file of our own, locked for as long as this process lives."""
+    while True:
+        path = folder / f"{account}-{uuid4().hex}.sending"
+        handle = _open(path)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(handle).st_nlink:
+                return path, handle
+        except BlockingIOError:
+            pass
+        # Another process looked in between, and took it for one that a dead process has left.
+        os.close(handle)
+        path.unlink(missing_ok=True)
+
+
+def _alive(path: Path) -> bool:
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    else:
+        path.unlink(missing_ok=True)
+        return False
+    finally:
+        os.close(handle)
