@@ -146,8 +146,8 @@ with DAG(
         params = run_params(context)
         if params.dry_run:
             return []
-        source, gateway, cipher = source_of(), HookGateway(PayrocHook()), cipher_of(settings)
-        async with open_ledger(context, settings) as ledger:
+        source, cipher = source_of(), cipher_of(settings)
+        async with open_ledger(context, settings) as ledger, HookGateway(PayrocHook()) as gateway:
             ids = await release_refunds(
                 context["run_id"],
                 pulled["candidates"],

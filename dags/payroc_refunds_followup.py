@@ -52,8 +52,7 @@ with DAG(
     @task
     async def follow_up() -> dict[str, int]:
         """Look up the refunds in doubt, and compare Payroc's lists with the ledger."""
-        gateway = HookGateway(PayrocHook())
-        async with open_ledger(get_current_context(), settings) as ledger:
+        async with open_ledger(get_current_context(), settings) as ledger, HookGateway(PayrocHook()) as gateway:
             counts = await follow_up_refunds(ledger, gateway, settings)
             await ledger.tell_oldest()
         log.info("%s", ", ".join(f"{count} {what}" for what, count in counts.items()))

@@ -87,6 +87,9 @@ def long(pytestconfig: pytest.Config) -> bool:
 def fresh_settings() -> Iterator[None]:
     """Settings are read once per process; a test that changes the environment must not leave them to the next."""
     get_settings.cache_clear()
+    # What Payroc asked for in one test must slow down no other.
+    for pace in (SCRATCH / "tokens").glob("*.pace"):
+        pace.unlink()
     yield
     get_settings.cache_clear()
 

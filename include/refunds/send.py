@@ -1,15 +1,17 @@
 """
-Sending one refund, from top to bottom: token, claim, look-up, last checks, one POST, verdict, record.
+Sending refunds: those of a list side by side, each from top to bottom: token, claim, look-up, last checks, one POST, verdict, record.
 
 Whatever dies in between leaves the refund where another worker can go on, under the same key and with the same bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
+from typing import Any
 
 from include.payroc import models
 from include.payroc.errors import PayrocConfigurationError, PayrocError
@@ -18,7 +20,7 @@ from include.refunds.classify import EVERYTHING, Outcome, Verdict, judge_error, 
 from include.refunds.gateway import Gateway
 from include.refunds.ledger import RELEASE_VALID, Claim, Ledger, LedgerError, NoSuchRefund, Task
 from include.refunds.look_up import look_up, look_up_in_doubt
-from include.refunds.refund import Refund
+from include.refunds.refund import History, Refund
 from include.refunds.reissue import paid_after_all
 from include.refunds.settings import Settings
 from include.refunds.states import IN_DOUBT, PAID, REPLACEABLE, Status
@@ -47,7 +49,7 @@ class Result:
 
     :param reason: one sentence for people.
     :param retry_after: seconds after which a next attempt makes sense, for ``unknown`` and ``busy``.
-    :param stops_all: no other refund can be sent either until people have mended something.
+    :param stops_all: no other refund can be sent now either.
     """
 
     refund_id: int
@@ -58,18 +60,80 @@ class Result:
     stops_all: bool = False
 
 
-async def send_refund(refund_id: int, task: Task, *, ledger: Ledger, gateway: Gateway, cipher: Cipher, settings: Settings) -> Result:
-    """
-    Send one released refund to Payroc, at most one POST, and record what became of it.
+Together = Callable[[Sequence[Coroutine[Any, Any, None]]], Awaitable[object]]
 
-    :param refund_id: id in the ledger.
-    :param task: who sends.
-    :returns: how it ended. A refund that has ended already, or is held by another worker, is not sent.
+
+async def at_once(sendings: Sequence[Coroutine[Any, Any, None]]) -> None:
+    """Run the sendings of a list side by side, until the last one has ended."""
+    await asyncio.gather(*sendings)
+
+
+async def send_refunds(
+    refund_ids: Sequence[int],
+    task: Task,
+    *,
+    ledger: Ledger,
+    gateway: Gateway,
+    cipher: Cipher,
+    settings: Settings,
+    together: Together = at_once,
+) -> list[Result]:
     """
-    try:
-        refund, history, now = await ledger.read(refund_id)
-    except NoSuchRefund as error:
-        return Result(refund_id, "", Sent.NOT_RELEASED, str(error))
+    Send refunds, side by side, as many as the gateway lets go; each has its own claim, POST and record.
+
+    Those that have ended already are skipped. After what stops all sending no further one is begun; those under way are brought to
+    their end. What concerns one refund never keeps the others from being sent.
+
+    :param refund_ids: ids in the ledger, those of one task.
+    :param task: who sends.
+    :param together: runs the sendings, until the last one has ended; none of them raises.
+    :returns: how each ended that was begun, in the order of the ids.
+    :raises LedgerError: the ledger can't be used.
+    :raises PayrocConfigurationError: the connection or the settings can't be used.
+    :raises Exception: what was not foreseen of a refund, after the others of the list have been sent.
+    """
+    results: dict[int, Result] = {}
+    stopping: list[Exception] = []
+    unforeseen: list[Exception] = []
+    stopped = False
+
+    async def send(refund_id: int) -> None:
+        nonlocal stopped
+        try:
+            # Of the whole list at once, before the first one has its turn.
+            read = await ledger.read(refund_id)
+            async with gateway.turn():
+                if stopped:
+                    return
+                sent = await _send(*read, task, ledger, gateway, cipher, settings)
+            results[refund_id] = await _recorded(sent, ledger)
+            stopped = stopped or results[refund_id].stops_all
+        except NoSuchRefund as error:
+            results[refund_id] = Result(refund_id, "", Sent.NOT_RELEASED, str(error))
+        except (LedgerError, PayrocConfigurationError) as error:
+            stopped = True
+            stopping.append(error)
+        except Exception as error:  # noqa: BLE001 - raised below
+            unforeseen.append(error)
+
+    await together([send(refund_id) for refund_id in dict.fromkeys(refund_ids)])
+    for error in (*stopping, *unforeseen):
+        raise error
+    return [results[refund_id] for refund_id in dict.fromkeys(refund_ids) if refund_id in results]
+
+
+async def _send(
+    refund: Refund, history: History, now: datetime, task: Task, ledger: Ledger, gateway: Gateway, cipher: Cipher, settings: Settings
+) -> Result | tuple[Claim, Verdict]:
+    """
+    Send one released refund to Payroc, at most one POST.
+
+    :param refund: as it was read; the claim looks again.
+    :param history: what its attempts had left behind then.
+    :param now: the ledger's time then.
+    :returns: the claim and what its attempt proves, still to be recorded. A refund that has ended already, or is held by another
+        worker, is not sent; then how it stands.
+    """
     if refund.status is not Status.RELEASED and refund.status not in IN_DOUBT:
         return _result(refund, now)
 
@@ -79,18 +143,16 @@ async def send_refund(refund_id: int, task: Task, *, ledger: Ledger, gateway: Ga
         token = await gateway.token(younger_than=age_of_401)
     except PayrocError as error:
         return _no_token(refund, error, settings)
-    # Read after the token arrived, so that its real end can only be earlier than this.
-    token_expires_at = await ledger.now() + timedelta(seconds=token.expires_in)
     try:
         body = cipher.open(refund.request or b"", refund.request_sha256, refund.id, refund.request_key)
     except UnreadableRequest as error:
-        return Result(refund_id, refund.order_id, Sent.CONFIGURATION, str(error))
+        return Result(refund.id, refund.order_id, Sent.CONFIGURATION, str(error))
 
     claim = await ledger.claim(
-        refund_id, task, environment=gateway.environment, sent_with=gateway.sent_with, token_expires_at=token_expires_at
+        refund.id, task, environment=gateway.environment, sent_with=gateway.sent_with, token_seconds=token.expires_in
     )
     if claim is None:
-        return await _not_claimed(refund_id, token, ledger, gateway, settings)
+        return await _not_claimed(refund.id, token, ledger, gateway, settings)
 
     verdict = await _look_up_first(token, claim, refund, now, ledger, gateway, settings)
     if verdict is None:
@@ -98,41 +160,19 @@ async def send_refund(refund_id: int, task: Task, *, ledger: Ledger, gateway: Ga
             verdict = await _post(token, claim, body, gateway)
         else:
             verdict = Verdict(Outcome.NOT_SENT, "Not sent: the sending was paused, or this worker was too slow for its lease.")
+    return claim, verdict
 
-    recorded, now = await ledger.record(refund_id, verdict, claim.attempt)
+
+async def _recorded(sent: Result | tuple[Claim, Verdict], ledger: Ledger) -> Result:
+    if isinstance(sent, Result):
+        return sent
+    claim, verdict = sent
+    recorded, now = await ledger.record(claim.refund.id, verdict, claim.attempt)
     if verdict.outcome is Outcome.CONFIGURATION:
-        return Result(refund_id, refund.order_id, Sent.CONFIGURATION, verdict.reason, stops_all=verdict.pause == EVERYTHING)
+        return Result(recorded.id, recorded.order_id, Sent.CONFIGURATION, verdict.reason, stops_all=verdict.pause == EVERYTHING)
     if verdict.outcome is Outcome.NOT_SENT:
         return await _stopped(recorded, now, ledger)
     return _result(recorded, now)
-
-
-async def send_refunds(
-    refund_ids: Sequence[int], task: Task, *, ledger: Ledger, gateway: Gateway, cipher: Cipher, settings: Settings
-) -> list[Result]:
-    """
-    Send several refunds, each with its own claim, POST and record; those that have ended already are skipped.
-
-    What stops all sending ends the list; what concerns one refund never keeps the others from being sent.
-
-    :raises Exception: what was not foreseen of a refund, after the others of the list have been sent.
-    """
-    results: list[Result] = []
-    unforeseen: list[Exception] = []
-    for refund_id in refund_ids:
-        try:
-            result = await send_refund(refund_id, task, ledger=ledger, gateway=gateway, cipher=cipher, settings=settings)
-        except (LedgerError, PayrocConfigurationError):
-            raise
-        except Exception as error:  # noqa: BLE001 - raised below
-            unforeseen.append(error)
-            continue
-        results.append(result)
-        if result.stops_all:
-            break
-    if unforeseen:
-        raise unforeseen[0]
-    return results
 
 
 async def _look_up_first(
@@ -216,7 +256,8 @@ def _no_token(refund: Refund, error: PayrocError, settings: Settings) -> Result:
         reason = f"{error}; check the API key and the environment of the connection."
         return Result(refund.id, refund.order_id, Sent.CONFIGURATION, reason, stops_all=True)
     wait = error.retry_after or float(settings.retry_delay_seconds)
-    return Result(refund.id, refund.order_id, Sent.BUSY, f"{error}; nothing was sent.", wait)
+    # Each of a long list would wait for its own time-out.
+    return Result(refund.id, refund.order_id, Sent.BUSY, f"{error}; nothing was sent.", wait, stops_all=True)
 
 
 def _result(refund: Refund, now: datetime) -> Result:

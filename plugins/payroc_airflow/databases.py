@@ -60,7 +60,8 @@ async def ledger_as(actor: str, settings: Settings, conn_id: str = LEDGER_CONN_I
 
     :param actor: whose doing it is what is changed.
     """
-    engine = create_ledger_engine(ledger_url_of(conn_id))
+    # A task needs one for each kind of shared transaction, and one more; the rest of a long list waits for its turn.
+    engine = create_ledger_engine(ledger_url_of(conn_id), pool_size=5, max_overflow=0, pool_timeout=300, pool_pre_ping=False)
     try:
         ledger = MeteredLedger(engine, settings, actor=actor)
         await ledger.check()

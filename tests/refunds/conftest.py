@@ -19,7 +19,7 @@ from include.refunds.gateway import Gateway
 from include.refunds.ledger import Ledger, Selection, Task, create_ledger_engine
 from include.refunds.pull import Pulled, pull
 from include.refunds.release import release
-from include.refunds.send import Result, send_refund
+from include.refunds.send import Result, send_refunds
 from include.refunds.settings import get_settings
 from include.refunds.source import COLUMNS, SqlSource
 from include.refunds.write_back import write_back
@@ -131,15 +131,16 @@ class World:
     def send(self, refund_id: int, gateway: Gateway | None = None) -> Result:
         return self.run(self.sending(refund_id, gateway))
 
-    def sending(self, refund_id: int, gateway: Gateway | None = None) -> Coroutine[Any, Any, Result]:
-        return send_refund(
-            refund_id,
+    async def sending(self, refund_id: int, gateway: Gateway | None = None) -> Result:
+        (result,) = await send_refunds(
+            [refund_id],
             Task("run-1", 0, 1),
             ledger=self.ledger,
             gateway=gateway or self.gateway,
             cipher=self.cipher,
             settings=self.settings,
         )
+        return result
 
     def released(self, ending: str = "4321", **columns: Any) -> int:
         """Approve, pull and release one refund, and return its id."""

@@ -8,6 +8,7 @@ import random
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 
 import psycopg
@@ -242,6 +243,24 @@ def test_what_is_no_head_is_refused_with_a_sentence(trail: Engine) -> None:
 
 
 # -- the untouched trail -----------------------------------------------------------------------------------------------------------
+
+
+def test_events_of_one_transaction_and_of_its_savepoints_are_all_chained_and_those_rolled_back_are_not(trail: Engine) -> None:
+    before = audit(trail.url).head
+    event = "INSERT INTO refund_ledger.refund_events (at, event, actor, reason) VALUES (now(), 'resume', 'ann', '{}')"
+    with trail.begin() as connection:
+        connection.exec_driver_sql(event.format("first"))
+        with connection.begin_nested():
+            connection.exec_driver_sql(event.format("in a savepoint"))
+        with suppress(ZeroDivisionError), connection.begin_nested():
+            connection.exec_driver_sql(event.format("rolled back"))
+            raise ZeroDivisionError
+        connection.exec_driver_sql(event.format("last"))
+    audited = audit(trail.url)
+    assert audited.findings == []
+    assert before is not None
+    assert audited.head is not None
+    assert audited.head.position == before.position + 3
 
 
 def test_many_writers_at_once_leave_one_trail_without_gap_and_never_wait_for_one_another_in_a_circle(trail: Engine) -> None:

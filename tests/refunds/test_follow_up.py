@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -277,7 +276,7 @@ async def claimed(world: World, refund_id: int) -> None:
         Task("run-1"),
         environment=gateway.environment,
         sent_with=gateway.sent_with,
-        token_expires_at=await world.ledger.now() + timedelta(hours=1),
+        token_seconds=3600,
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -302,7 +301,7 @@ async def claim(world: World, refund_id: int) -> int:
         Task("run-1"),
         environment=gateway.environment,
         sent_with=gateway.sent_with,
-        token_expires_at=await world.ledger.now() + timedelta(hours=1),
+        token_seconds=3600,
     )
     assert found is not None
     return found.attempt

@@ -54,11 +54,25 @@ class LedgerBase:
         except (DBAPIError, OSError) as error:
             raise self._explained(error) from None
 
+    @asynccontextmanager
+    async def _statement(self) -> AsyncIterator[AsyncConnection]:
+        """Yield a connection for one statement that only reads: it needs no transaction, and none of its round trips."""
+        try:
+            if self._rehearsal is not None:
+                yield self._rehearsal
+            else:
+                async with self.engine.connect() as connection:
+                    yield await connection.execution_options(isolation_level="AUTOCOMMIT")
+        except (DBAPIError, OSError) as error:
+            raise self._explained(error) from None
+
     async def _begin(self, connection: AsyncConnection) -> datetime:
-        # Local to the transaction, so that a connection pooler in front of the ledger does no harm.
+        # Local to the transaction, so that a connection pooler in front of the ledger does no harm. A worker that stands still in the
+        # middle of one must not keep its rows locked until it goes on.
         statement = text("""
             SELECT set_config('refund_ledger.actor', :actor, true), set_config('lock_timeout', '60s', true),
-                   set_config('statement_timeout', '300s', true), clock_timestamp() AS now""")
+                   set_config('statement_timeout', '300s', true), set_config('idle_in_transaction_session_timeout', '300s', true),
+                   clock_timestamp() AS now""")
         row = (await connection.execute(statement, {"actor": self._actor})).one()
         return self._clock() if self._clock is not None else row.now
 
@@ -115,4 +129,5 @@ def _not_migrated(found: str | None) -> LedgerError:
 
 def create_ledger_engine(url: URL, **options: Any) -> AsyncEngine:
     """Return an async engine for the ledger, with a connect timeout so that a dead host is an error and not a wait."""
-    return create_async_engine(url, connect_args={"connect_timeout": 10}, pool_pre_ping=True, **QUIET, **options)
+    defaults = {"connect_args": {"connect_timeout": 10}, "pool_pre_ping": True, "use_native_hstore": False}
+    return create_async_engine(url, **{**defaults, **QUIET, **options})

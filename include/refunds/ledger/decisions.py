@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from include.refunds.case import Case, DecisionRefused, Proposal, is_confirmed
 from include.refunds.hold import check_hold, way_to_cancelled
 from include.refunds.ledger.control import Control
-from include.refunds.ledger.rows import select_refund, stands_elsewhere
+from include.refunds.ledger.rows import select_refund, standing_elsewhere
 from include.refunds.refund import Refund
 from include.refunds.reissue import Reissue, check_replaceable
 from include.refunds.resolve import Resolution, check_case
@@ -49,7 +49,7 @@ class Decisions(Control):
             case = await self._unchanged(connection, read, now)
             check_case(case, Status.REJECTED if resolution.status is Status.REJECTED else Status.ACCEPTED)
             found = resolution.sighting
-            if found is not None and await stands_elsewhere(connection, case.refund.id, found.payroc_refund_id):
+            if found is not None and await standing_elsewhere(connection, {case.refund.id: found.payroc_refund_id}):
                 raise DecisionRefused(f"Payroc's refund {found.payroc_refund_id} stands at another refund of the ledger.")
             confirmed = is_confirmed(case, resolution.decision, self._actor)
             if case.may_have_moved and not confirmed:

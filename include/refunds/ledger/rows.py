@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from sqlalchemy import RowMapping, text
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from include.refunds.ledger.base import NoSuchRefund
@@ -12,9 +15,27 @@ from include.refunds.states import Status
 COLUMNS = ", ".join(f"r.{name}" for name in Refund.__slots__)
 
 
-def as_refund(row: RowMapping) -> Refund:
+_STATUS = Refund.__slots__.index("status")
+
+
+def as_refund(row: Sequence[Any]) -> Refund:
     """Return the refund of a row of :data:`COLUMNS`."""
-    return Refund(**{**row, "status": Status(row["status"])})
+    values = list(row)
+    values[_STATUS] = Status(values[_STATUS])
+    return Refund(*values)
+
+
+async def select_refunds(connection: AsyncConnection, refund_ids: Sequence[int], *, for_update: bool = False) -> dict[int, Refund]:
+    """
+    Return refunds by their id; those that do not exist are left out.
+
+    :param for_update: lock their rows until the end of the transaction, in the order of their ids, so that two workers with the same
+        refunds wait for each other and are not deadlocked.
+    """
+    query = text(
+        f"SELECT {COLUMNS} FROM refund_ledger.refunds AS r WHERE id = ANY(:ids) ORDER BY id" + (" FOR UPDATE" if for_update else "")
+    )
+    return {refund.id: refund for refund in map(as_refund, await connection.execute(query, {"ids": list(refund_ids)}))}
 
 
 async def select_refund(connection: AsyncConnection, refund_id: int, *, for_update: bool = False) -> Refund:
@@ -24,24 +45,43 @@ async def select_refund(connection: AsyncConnection, refund_id: int, *, for_upda
     :param for_update: lock its row until the end of the transaction.
     :raises NoSuchRefund: when there is none.
     """
-    query = text(f"SELECT {COLUMNS} FROM refund_ledger.refunds AS r WHERE id = :id" + (" FOR UPDATE" if for_update else ""))
-    row = (await connection.execute(query, {"id": refund_id})).mappings().one_or_none()
-    if row is None:
+    refund = (await select_refunds(connection, [refund_id], for_update=for_update)).get(refund_id)
+    if refund is None:
         raise NoSuchRefund(f"The ledger holds no refund {refund_id}.")
-    return as_refund(row)
+    return refund
 
 
-async def select_history(connection: AsyncConnection, refund_id: int, *, before: int) -> History:
-    """Return what the attempts before this one left behind."""
-    query = text("""
-        SELECT COALESCE(bool_or(outcome IS NULL OR outcome = 'unknown'), false) AS unresolved,
-               COALESCE(bool_or(problem_type = 'idempotency-key-in-use'), false) AS key_in_use,
-               max(finished_at) FILTER (WHERE http_status = 401 OR problem_type = 'not-authorized') AS unauthorized_at
-        FROM refund_ledger.refund_attempts WHERE refund_id = :id AND attempt < :before""")
-    return History(**(await connection.execute(query, {"id": refund_id, "before": before})).mappings().one())
+async def select_histories(connection: AsyncConnection, before: Mapping[int, int]) -> dict[int, History]:
+    """
+    Return what earlier attempts of refunds left behind.
+
+    :param before: for each refund's id the number of the attempt before which they lie.
+    """
+    histories = dict.fromkeys(before, History())
+    # Most refunds are sent once, and nothing lies before a first attempt.
+    asked = {refund_id: attempt for refund_id, attempt in before.items() if attempt > 1}
+    if asked:
+        query = text("""
+            SELECT asked.id, COALESCE(bool_or(outcome IS NULL OR outcome = 'unknown'), false) AS unresolved,
+                   COALESCE(bool_or(problem_type = 'idempotency-key-in-use'), false) AS key_in_use,
+                   max(finished_at) FILTER (WHERE http_status = 401 OR problem_type = 'not-authorized') AS unauthorized_at
+            FROM unnest(CAST(:ids AS bigint[]), CAST(:before AS integer[])) AS asked (id, before)
+            JOIN refund_ledger.refund_attempts ON refund_id = asked.id AND attempt < asked.before
+            GROUP BY asked.id""")
+        found = await connection.execute(query, {"ids": list(asked), "before": list(asked.values())})
+        histories |= {row.id: History(row.unresolved, row.key_in_use, row.unauthorized_at) for row in found}
+    return histories
 
 
-async def stands_elsewhere(connection: AsyncConnection, refund_id: int, payroc_refund_id: str) -> bool:
-    """Tell whether a refund id of Payroc's stands at another refund of the ledger."""
-    query = text("SELECT EXISTS (SELECT FROM refund_ledger.refunds WHERE payroc_refund_id = :payroc_refund_id AND id <> :id)")
-    return bool((await connection.execute(query, {"payroc_refund_id": payroc_refund_id, "id": refund_id})).scalar_one())
+async def standing_elsewhere(connection: AsyncConnection, payroc_refund_ids: Mapping[int, str]) -> set[int]:
+    """
+    Return which refunds name a refund id of Payroc's that stands at another refund of the ledger.
+
+    :param payroc_refund_ids: Payroc's id by the id of the refund that names it.
+    """
+    if not payroc_refund_ids:
+        return set()
+    query = text("SELECT id, payroc_refund_id FROM refund_ledger.refunds WHERE payroc_refund_id = ANY(:payroc_refund_ids)")
+    found = await connection.execute(query, {"payroc_refund_ids": list(payroc_refund_ids.values())})
+    owner = {row.payroc_refund_id: row.id for row in found}
+    return {refund_id for refund_id, named in payroc_refund_ids.items() if owner.get(named, refund_id) != refund_id}

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import cached_property
 from typing import Any
 
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncConnection
 
-from include.refunds.classify import Outcome, Verdict
-from include.refunds.ledger.control import NOT_PAUSED, Control
-from include.refunds.ledger.rows import COLUMNS, as_refund, select_history, select_refund, stands_elsewhere
+from include.refunds.ledger.base import NoSuchRefund
+from include.refunds.ledger.control import NOT_PAUSED
+from include.refunds.ledger.grouping import Grouped
+from include.refunds.ledger.records import Records
+from include.refunds.ledger.rows import COLUMNS, as_refund, select_histories, select_refunds
 from include.refunds.ledger.runs import RELEASE_VALID, REPLACED_STANDS
 from include.refunds.refund import History, Refund
-from include.refunds.states import IN_DOUBT, Status
-from include.refunds.transitions import Change, decide
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,18 @@ class Claim:
         return self.refund.attempts
 
 
-class Sending(Control):
+@dataclass(frozen=True, slots=True)
+class _Claiming:
+    """A call of :meth:`Sending.claim`."""
+
+    refund_id: int
+    task: Task
+    environment: str
+    sent_with: str
+    token_seconds: float
+
+
+class Sending(Records):
     """What a send task and the follow-up read and write."""
 
     async def labels(self, refund_ids: Sequence[int]) -> list[str]:
@@ -63,11 +74,22 @@ class Sending(Control):
 
         :raises NoSuchRefund: when there is none.
         """
-        async with self._transaction() as (connection, now):
-            refund = await select_refund(connection, refund_id)
-            return refund, await select_history(connection, refund_id, before=refund.attempts + 1), now
+        found = await self._reads(refund_id, refund_id)
+        if found is None:
+            raise NoSuchRefund(f"The ledger holds no refund {refund_id}.")
+        return found
 
-    async def claim(self, refund_id: int, task: Task, *, environment: str, sent_with: str, token_expires_at: datetime) -> Claim | None:
+    @cached_property
+    def _reads(self) -> Grouped[int, tuple[Refund, History, datetime] | None]:
+        return Grouped(self._read)
+
+    async def _read(self, refund_ids: Sequence[int]) -> list[tuple[Refund, History, datetime] | None]:
+        async with self._transaction() as (connection, now):
+            refunds = await select_refunds(connection, refund_ids)
+            histories = await select_histories(connection, {refund.id: refund.attempts + 1 for refund in refunds.values()})
+            return [(refunds[item], histories[item], now) if item in refunds else None for item in refund_ids]
+
+    async def claim(self, refund_id: int, task: Task, *, environment: str, sent_with: str, token_seconds: float) -> Claim | None:
         """
         Claim a refund for one POST: the intent, committed before anything is sent.
 
@@ -75,50 +97,62 @@ class Sending(Control):
 
         :param environment: Payroc's API base URL, which has to be the ledger's.
         :param sent_with: hash of API URL and key, which has to be that of the first attempt.
-        :param token_expires_at: end of the token's life, in the ledger's time.
+        :param token_seconds: whole life of a token that is here already. Counted from the time of the claim, it ends no earlier than
+            the token does.
         :returns: ``None`` when the refund may not be sent now.
         """
-        update = text(f"""
-            UPDATE refund_ledger.refunds AS r
-            SET status = 'sending', attempts = attempts + 1, reason = NULL, lease_until = :lease_until, next_attempt_at = :lease_until,
-                first_sent_at = COALESCE(first_sent_at, :now), sent_with = COALESCE(sent_with, :sent_with), updated_at = :now
-            WHERE id = :id AND source = :source AND request IS NOT NULL AND payroc_refund_id IS NULL
-              AND EXISTS (SELECT FROM refund_ledger.refund_control WHERE scope = '*' AND environment = :environment)
-              AND {NOT_PAUSED} AND {REPLACED_STANDS}
-              AND (first_sent_at IS NULL OR (first_sent_at > :window_start AND sent_with = :sent_with))
-              AND (status = 'released' AND released_at > :oldest_release
-                   OR status IN ('unknown', 'sending') AND lease_until <= :now AND next_attempt_at <= :now)
-            RETURNING {COLUMNS}""")
-        attempt = text("""
-            INSERT INTO refund_ledger.refund_attempts (refund_id, attempt, run_id, map_index, try_number, started_at)
-            VALUES (:id, :attempt, :run_id, :map_index, :try_number, :now)""")
+        return await self._claims(refund_id, _Claiming(refund_id, task, environment, sent_with, token_seconds))
+
+    @cached_property
+    def _claims(self) -> Grouped[_Claiming, Claim | None]:
+        return Grouped(self._claim)
+
+    async def _claim(self, calls: Sequence[_Claiming]) -> list[Claim | None]:
+        claim = text(f"""
+            WITH asked AS (
+                SELECT * FROM unnest(
+                    CAST(:ids AS bigint[]), CAST(:environments AS text[]), CAST(:sent_withs AS text[]),
+                    CAST(:lease_untils AS timestamptz[]), CAST(:run_ids AS text[]), CAST(:map_indexes AS integer[]),
+                    CAST(:try_numbers AS integer[])
+                ) AS asked (refund_id, asked_environment, asked_with, asked_until, run_id, map_index, try_number)
+            ), locked AS (
+                -- In the order of ids, so that two workers with the same refunds are not deadlocked.
+                SELECT id AS locked_id FROM refund_ledger.refunds WHERE id = ANY(:ids) ORDER BY id FOR NO KEY UPDATE
+            ), claimed AS (
+                UPDATE refund_ledger.refunds AS r
+                SET status = 'sending', attempts = attempts + 1, reason = NULL, lease_until = asked_until, next_attempt_at = asked_until,
+                    first_sent_at = COALESCE(first_sent_at, :now), sent_with = COALESCE(sent_with, asked_with), updated_at = :now
+                FROM locked JOIN asked ON refund_id = locked_id
+                WHERE id = ANY(:ids) AND id = locked_id AND source = :source AND request IS NOT NULL AND payroc_refund_id IS NULL
+                  AND EXISTS (SELECT FROM refund_ledger.refund_control WHERE scope = '*' AND environment = asked_environment)
+                  AND {NOT_PAUSED} AND {REPLACED_STANDS}
+                  AND (first_sent_at IS NULL OR (first_sent_at > :window_start AND sent_with = asked_with))
+                  AND (status = 'released' AND released_at > :oldest_release
+                       OR status IN ('unknown', 'sending') AND lease_until <= :now AND next_attempt_at <= :now)
+                RETURNING {COLUMNS}
+            ), attempt AS (
+                INSERT INTO refund_ledger.refund_attempts (refund_id, attempt, run_id, map_index, try_number, started_at)
+                SELECT refund_id, attempts, run_id, map_index, try_number, :now FROM claimed JOIN asked ON refund_id = id
+            )
+            SELECT * FROM claimed""")
         async with self._transaction() as (connection, now):
+            ids = [call.refund_id for call in calls]
             values = {
-                "id": refund_id,
+                "ids": ids,
+                "environments": [call.environment for call in calls],
+                "sent_withs": [call.sent_with for call in calls],
+                "lease_untils": [now + timedelta(seconds=call.token_seconds + self._settings.lease_margin_seconds) for call in calls],
+                "run_ids": [call.task.run_id for call in calls],
+                "map_indexes": [call.task.map_index for call in calls],
+                "try_numbers": [call.task.try_number for call in calls],
                 "source": self._settings.source,
-                "environment": environment,
-                "sent_with": sent_with,
                 "now": now,
-                "lease_until": token_expires_at + timedelta(seconds=self._settings.lease_margin_seconds),
                 "window_start": now - timedelta(days=self._settings.key_window_days),
                 "oldest_release": now - RELEASE_VALID,
             }
-            row = (await connection.execute(update, values)).mappings().one_or_none()
-            if row is None:
-                return None
-            refund = as_refund(row)
-            await connection.execute(
-                attempt,
-                {
-                    "id": refund_id,
-                    "attempt": refund.attempts,
-                    "run_id": task.run_id,
-                    "map_index": task.map_index,
-                    "try_number": task.try_number,
-                    "now": now,
-                },
-            )
-            return Claim(refund, await select_history(connection, refund_id, before=refund.attempts))
+            refunds = {refund.id: refund for refund in map(as_refund, await connection.execute(claim, values))}
+            histories = await select_histories(connection, {refund.id: refund.attempts for refund in refunds.values()})
+            return [Claim(refunds[item], histories[item]) if item in refunds else None for item in ids]
 
     async def may_post(self, claim: Claim, seconds: float) -> bool:
         """
@@ -126,95 +160,29 @@ class Sending(Control):
 
         :param seconds: how long the POST may take; the lease has to last that long.
         """
+        return await self._last_checks(claim.refund.id, (claim, seconds))
+
+    @cached_property
+    def _last_checks(self) -> Grouped[tuple[Claim, float], bool]:
+        return Grouped(self._check_last)
+
+    async def _check_last(self, calls: Sequence[tuple[Claim, float]]) -> list[bool]:
         query = text(f"""
-            SELECT attempts = :attempt AND status = 'sending' AND lease_until > :until AND {NOT_PAUSED} AND {REPLACED_STANDS}
-            FROM refund_ledger.refunds AS r WHERE id = :id""")
-        async with self._transaction() as (connection, now):
-            values = {"id": claim.refund.id, "attempt": claim.attempt, "until": now + timedelta(seconds=seconds)}
-            return bool((await connection.execute(query, values)).scalar_one())
-
-    async def record(
-        self, refund_id: int, verdict: Verdict, attempt: int | None = None, *, restored: bool = False
-    ) -> tuple[Refund, datetime]:
-        """
-        Record what an attempt, a look-up or the follow-up found.
-
-        :param attempt: the attempt it comes from. ``None``: from no attempt; then anything but a Payroc object counts
-            only while nobody holds the refund.
-        :param restored: take over what Payroc has of a refund that waits (see :func:`~include.refunds.transitions.decide`).
-        :returns: the refund as it is afterwards, and the ledger's time.
-        """
-        async with self._transaction() as (connection, now):
-            refund = await select_refund(connection, refund_id, for_update=True)
-            if attempt is not None:
-                await _finish_attempt(connection, refund_id, attempt, verdict, now)
-                current = refund.status is Status.SENDING and refund.attempts == attempt
-            else:
-                current = refund.status in IN_DOUBT and refund.lease_until is not None and refund.lease_until <= now
-            found = verdict.sighting.payroc_refund_id if verdict.sighting else None
-            change = decide(
-                refund,
-                verdict,
-                await select_history(connection, refund_id, before=attempt or refund.attempts + 1),
-                current=current,
-                foreign_id=found is not None and await stands_elsewhere(connection, refund_id, found),
-                told=found is not None and await _is_told(connection, refund_id, found),
-                now=now,
-                unknown_wait=timedelta(seconds=self._settings.unknown_wait_seconds),
-                restored=restored,
-            )
-            # The lease is the attempt's: it ends with the attempt's own record, and stands when somebody else's record takes the
-            # refund to people, who must not decide while a POST may still be on its way.
-            holds = refund.attempts == attempt
-            if change is not None:
-                await self._apply(connection, refund, change, now, ends_lease=holds)
-            if holds and refund.status is Status.REVIEW:
-                await connection.execute(text("UPDATE refund_ledger.refunds SET lease_until = NULL WHERE id = :id"), {"id": refund_id})
-            return await select_refund(connection, refund_id), now
-
-    async def _apply(self, connection: AsyncConnection, refund: Refund, change: Change, now: datetime, *, ends_lease: bool) -> None:
-        update = text("""
-            UPDATE refund_ledger.refunds SET
-                status = :status, reason = COALESCE(CAST(:reason AS text), reason), updated_at = :now,
-                lease_until = CASE WHEN :keeps_lease THEN lease_until ELSE CAST(:wait_until AS timestamptz) END,
-                next_attempt_at = CAST(:wait_until AS timestamptz),
-                first_sent_at = CASE WHEN :never_sent THEN NULL ELSE first_sent_at END,
-                sent_with = CASE WHEN :never_sent THEN NULL ELSE sent_with END,
-                payroc_refund_id = COALESCE(payroc_refund_id, CAST(:payroc_refund_id AS text)),
-                payroc_status = COALESCE(CAST(:payroc_status AS text), payroc_status),
-                payroc_seen_at = CASE WHEN CAST(:payroc_status AS text) IS NULL THEN payroc_seen_at ELSE :now END
-            WHERE id = :id""")
-        seen = text("""
-            UPDATE refund_ledger.refunds SET
-                payroc_refund_id = COALESCE(payroc_refund_id, :payroc_refund_id), payroc_status = :payroc_status, payroc_seen_at = :now,
-                updated_at = CASE WHEN payroc_refund_id = :payroc_refund_id AND payroc_status = :payroc_status THEN updated_at ELSE :now END
-            WHERE id = :id""")
-        sighting = change.sighting
+            SELECT id FROM unnest(CAST(:ids AS bigint[]), CAST(:attempts AS integer[]), CAST(:seconds AS double precision[]))
+                 AS claimed (refund_id, attempt, seconds)
+            JOIN refund_ledger.refunds AS r ON id = refund_id
+            WHERE id = ANY(:ids) AND attempts = attempt AND status = 'sending'
+              AND lease_until > COALESCE(CAST(:now AS timestamptz), clock_timestamp()) + seconds * interval '1 second'
+              AND {NOT_PAUSED} AND {REPLACED_STANDS}""")
         values = {
-            "id": refund.id,
-            "now": now,
-            "payroc_refund_id": sighting.payroc_refund_id if sighting else None,
-            "payroc_status": sighting.payroc_status if sighting else None,
+            "ids": [claim.refund.id for claim, _ in calls],
+            "attempts": [claim.attempt for claim, _ in calls],
+            "seconds": [seconds for _, seconds in calls],
+            "now": self._clock() if self._clock is not None else None,
         }
-        for status in change.steps:
-            await connection.execute(
-                update,
-                {
-                    **values,
-                    "status": status.value,
-                    "reason": change.reason,
-                    "wait_until": change.wait_until,
-                    "keeps_lease": status is Status.REVIEW and not ends_lease,
-                    "never_sent": change.never_sent,
-                },
-            )
-        if sighting and not change.steps:
-            await connection.execute(seen, values)
-        if change.contradiction:
-            detail = {"payroc_refund_id": change.contradicting_id} if change.contradicting_id else None
-            await self._event(connection, now, "contradiction", refund_id=refund.id, reason=change.contradiction, detail=detail)
-        if change.pause:
-            await self._pause(connection, change.pause, change.reason or "", now)
+        async with self._statement() as connection:
+            may = set((await connection.execute(query, values)).scalars())
+            return [claim.refund.id in may for claim, _ in calls]
 
     async def mark_seen(self, refund_ids: Sequence[int]) -> None:
         """Note that Payroc's list showed these refunds, without news."""
@@ -286,29 +254,10 @@ class Sending(Control):
             )
             SELECT {COLUMNS} FROM chain JOIN refund_ledger.refunds AS r ON r.id = chain.id ORDER BY place""")
         async with self._transaction() as (connection, _):
-            return [as_refund(row) for row in (await connection.execute(query, {"id": refund_id})).mappings()]
+            return [as_refund(row) for row in await connection.execute(query, {"id": refund_id})]
 
     async def _refunds(self, condition: str, values: dict[str, Any], limit: int | None = None) -> list[Refund]:
         query = text(f"SELECT {COLUMNS} FROM refund_ledger.refunds AS r WHERE source = :source AND ({condition}) ORDER BY id LIMIT :limit")
         async with self._transaction() as (connection, _):
             result = await connection.execute(query, {**values, "source": self._settings.source, "limit": limit})
-            return [as_refund(row) for row in result.mappings()]
-
-
-async def _is_told(connection: AsyncConnection, refund_id: int, payroc_refund_id: str) -> bool:
-    query = text("""
-        SELECT EXISTS (SELECT FROM refund_ledger.refund_events
-                       WHERE refund_id = :id AND event = 'contradiction' AND detail ->> 'payroc_refund_id' = :payroc_refund_id)""")
-    return bool((await connection.execute(query, {"id": refund_id, "payroc_refund_id": payroc_refund_id})).scalar_one())
-
-
-async def _finish_attempt(connection: AsyncConnection, refund_id: int, attempt: int, verdict: Verdict, now: datetime) -> None:
-    update = text("""
-        UPDATE refund_ledger.refund_attempts
-        SET finished_at = :now, http_status = :http_status, problem_type = :problem_type, outcome = :outcome
-        WHERE refund_id = :id AND attempt = :attempt""")
-    # Not proven to be without effect is unresolved for the attempts that follow, whatever else it is.
-    unproven = verdict.outcome is Outcome.CONFIGURATION and not verdict.not_processed
-    outcome = Outcome.UNKNOWN if unproven else verdict.outcome
-    values = {"id": refund_id, "attempt": attempt, "now": now, "outcome": outcome.value}
-    await connection.execute(update, {**values, "http_status": verdict.http_status, "problem_type": verdict.problem_type})
+            return [as_refund(row) for row in result]

@@ -79,13 +79,13 @@ class WriteBacks(LedgerBase):
         """
         query = text(f"""
             (SELECT source_ref, status, payroc_refund_id, payroc_status, reason, updated_at FROM refund_ledger.refunds AS r
-             WHERE source = :source AND written_back_at IS DISTINCT FROM updated_at AND source_ref > :after
+             WHERE source = :source AND (written_back_at = updated_at) IS NOT TRUE AND source_ref > :after
                AND replaces IS NULL AND {NEWEST}
              ORDER BY source_ref LIMIT :limit)
             UNION ALL
             (SELECT first.source_ref, status, payroc_refund_id, payroc_status, reason, updated_at FROM refund_ledger.refunds AS r
              CROSS JOIN LATERAL (SELECT refund_ledger.first_source_ref(r.id) AS source_ref) AS first
-             WHERE source = :source AND written_back_at IS DISTINCT FROM updated_at AND first.source_ref > :after
+             WHERE source = :source AND (written_back_at = updated_at) IS NOT TRUE AND first.source_ref > :after
                AND replaces IS NOT NULL AND {NEWEST}
              ORDER BY first.source_ref LIMIT :limit)
             UNION ALL

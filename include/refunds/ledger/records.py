@@ -1,0 +1,220 @@
+"""What an attempt, a look-up or the follow-up found, written into the ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import cached_property
+from typing import Any
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from include.refunds.classify import Outcome, Sighting, Verdict
+from include.refunds.ledger.base import NoSuchRefund
+from include.refunds.ledger.control import Control
+from include.refunds.ledger.grouping import Grouped
+from include.refunds.ledger.rows import COLUMNS, as_refund, select_histories, select_refunds, standing_elsewhere
+from include.refunds.refund import Refund
+from include.refunds.states import IN_DOUBT, Status
+from include.refunds.transitions import Change, decide
+
+
+@dataclass(frozen=True, slots=True)
+class _Finding:
+    """A call of :meth:`Sending.record`."""
+
+    refund_id: int
+    verdict: Verdict
+    attempt: int | None
+    restored: bool
+
+    def holds(self, refunds: Mapping[int, Refund]) -> bool:
+        """Whether it comes from the refund's last attempt."""
+        return refunds[self.refund_id].attempts == self.attempt
+
+    def is_current(self, refund: Refund, now: datetime) -> bool:
+        """Whether more than a Payroc object counts: it comes from the attempt that holds the refund, or nobody holds it."""
+        if self.attempt is not None:
+            return refund.status is Status.SENDING and refund.attempts == self.attempt
+        return refund.status in IN_DOUBT and refund.lease_until is not None and refund.lease_until <= now
+
+
+@dataclass(frozen=True, slots=True)
+class _Changing:
+    """
+    A refund and what changes of it.
+
+    :param ends_lease: the change comes from the attempt that the lease belongs to.
+    """
+
+    refund: Refund
+    change: Change
+    ends_lease: bool
+
+
+class Records(Control):
+    """Recording, the outcome of an attempt committed."""
+
+    async def record(
+        self, refund_id: int, verdict: Verdict, attempt: int | None = None, *, restored: bool = False
+    ) -> tuple[Refund, datetime]:
+        """
+        Record what an attempt, a look-up or the follow-up found.
+
+        :param attempt: the attempt it comes from. ``None``: from no attempt; then anything but a Payroc object counts
+            only while nobody holds the refund.
+        :param restored: take over what Payroc has of a refund that waits (see :func:`~include.refunds.transitions.decide`).
+        :returns: the refund as it is afterwards, and the ledger's time.
+        :raises NoSuchRefund: when there is none.
+        """
+        before, after, now = await self._records(refund_id, _Finding(refund_id, verdict, attempt, restored))
+        self._recorded(before, after)
+        return after, now
+
+    def _recorded(self, before: Refund, after: Refund) -> None:
+        """Told of every record that is committed; for who counts."""
+
+    @cached_property
+    def _records(self) -> Grouped[_Finding, tuple[Refund, Refund, datetime]]:
+        return Grouped(self._record)
+
+    async def _record(self, findings: Sequence[_Finding]) -> list[tuple[Refund, Refund, datetime]]:
+        async with self._transaction() as (connection, now):
+            ids = [finding.refund_id for finding in findings]
+            refunds = await select_refunds(connection, ids, for_update=True)
+            for refund_id in ids:
+                if refund_id not in refunds:
+                    raise NoSuchRefund(f"The ledger holds no refund {refund_id}.")
+            await _finish_attempts(connection, findings, now)
+            changes = await self._decide(connection, findings, refunds, now)
+            after = refunds | await self._apply(connection, changes, now)
+            # The lease is the attempt's: it ends with the attempt's own record, and stands when somebody else's record takes the
+            # refund to people, who must not decide while a POST may still be on its way.
+            ended = [item.refund_id for item in findings if item.holds(refunds) and refunds[item.refund_id].status is Status.REVIEW]
+            if ended:
+                after |= await _update(connection, "lease_until = NULL", "WHERE r.id = ANY(:ids)", {"ids": ended})
+            return [(refunds[refund_id], after[refund_id], now) for refund_id in ids]
+
+    async def _decide(
+        self, connection: AsyncConnection, findings: Sequence[_Finding], refunds: Mapping[int, Refund], now: datetime
+    ) -> list[_Changing]:
+        histories = await select_histories(
+            connection, {item.refund_id: item.attempt or refunds[item.refund_id].attempts + 1 for item in findings}
+        )
+        sightings = {item.refund_id: item.verdict.sighting.payroc_refund_id for item in findings if item.verdict.sighting}
+        foreign = await standing_elsewhere(connection, sightings)
+        changes = []
+        for item in findings:
+            refund, found = refunds[item.refund_id], sightings.get(item.refund_id)
+            astray = found is not None and (refund.id in foreign or refund.payroc_refund_id not in (None, found))
+            change = decide(
+                refund,
+                item.verdict,
+                histories[refund.id],
+                current=item.is_current(refund, now),
+                foreign_id=refund.id in foreign,
+                told=astray and await _is_told(connection, refund.id, sightings[refund.id]),
+                now=now,
+                unknown_wait=timedelta(seconds=self._settings.unknown_wait_seconds),
+                restored=item.restored,
+            )
+            if change is not None:
+                changes.append(_Changing(refund, change, ends_lease=item.holds(refunds)))
+        return changes
+
+    async def _apply(self, connection: AsyncConnection, changes: Sequence[_Changing], now: datetime) -> dict[int, Refund]:
+        after: dict[int, Refund] = {}
+        for number in range(max((len(item.change.steps) for item in changes), default=0)):
+            after |= await _take_step(connection, [item for item in changes if len(item.change.steps) > number], number, now)
+        for item in changes:
+            change = item.change
+            if change.sighting and not change.steps:
+                after |= await _note_sighting(connection, item.refund, change.sighting, now)
+            if change.contradiction:
+                detail = {"payroc_refund_id": change.contradicting_id} if change.contradicting_id else None
+                await self._event(connection, now, "contradiction", refund_id=item.refund.id, reason=change.contradiction, detail=detail)
+            if change.pause:
+                await self._pause(connection, change.pause, change.reason or "", now)
+        return after
+
+
+async def _is_told(connection: AsyncConnection, refund_id: int, payroc_refund_id: str) -> bool:
+    query = text("""
+        SELECT EXISTS (SELECT FROM refund_ledger.refund_events
+                       WHERE refund_id = :id AND event = 'contradiction' AND detail ->> 'payroc_refund_id' = :payroc_refund_id)""")
+    return bool((await connection.execute(query, {"id": refund_id, "payroc_refund_id": payroc_refund_id})).scalar_one())
+
+
+async def _finish_attempts(connection: AsyncConnection, findings: Sequence[_Finding], now: datetime) -> None:
+    of_attempts = [item for item in findings if item.attempt is not None]
+    if not of_attempts:
+        return
+    update = text("""
+        UPDATE refund_ledger.refund_attempts AS a
+        SET finished_at = :now, http_status = found.http_status, problem_type = found.problem_type, outcome = found.outcome
+        FROM unnest(CAST(:ids AS bigint[]), CAST(:attempts AS integer[]), CAST(:http_statuses AS integer[]), CAST(:problem_types AS text[]),
+                    CAST(:outcomes AS text[])) AS found (refund_id, attempt, http_status, problem_type, outcome)
+        WHERE a.refund_id = ANY(:ids) AND a.refund_id = found.refund_id AND a.attempt = found.attempt""")
+    values = {
+        "ids": [item.refund_id for item in of_attempts],
+        "attempts": [item.attempt for item in of_attempts],
+        "http_statuses": [item.verdict.http_status for item in of_attempts],
+        "problem_types": [item.verdict.problem_type for item in of_attempts],
+        "outcomes": [_outcome(item.verdict).value for item in of_attempts],
+        "now": now,
+    }
+    await connection.execute(update, values)
+
+
+def _outcome(verdict: Verdict) -> Outcome:
+    # Not proven to be without effect is unresolved for the attempts that follow, whatever else it is.
+    return Outcome.UNKNOWN if verdict.outcome is Outcome.CONFIGURATION and not verdict.not_processed else verdict.outcome
+
+
+async def _take_step(connection: AsyncConnection, changes: Sequence[_Changing], number: int, now: datetime) -> dict[int, Refund]:
+    """Bring refunds to the status that their change names at this place."""
+    assignments = """
+        status = step.status, reason = COALESCE(step.reason, r.reason), updated_at = :now,
+        lease_until = CASE WHEN step.keeps_lease THEN r.lease_until ELSE step.wait_until END,
+        next_attempt_at = step.wait_until,
+        first_sent_at = CASE WHEN step.never_sent THEN NULL ELSE r.first_sent_at END,
+        sent_with = CASE WHEN step.never_sent THEN NULL ELSE r.sent_with END,
+        payroc_refund_id = COALESCE(r.payroc_refund_id, step.payroc_refund_id),
+        payroc_status = COALESCE(step.payroc_status, r.payroc_status),
+        payroc_seen_at = CASE WHEN step.payroc_status IS NULL THEN r.payroc_seen_at ELSE :now END"""
+    rows = """
+        FROM unnest(CAST(:ids AS bigint[]), CAST(:statuses AS text[]), CAST(:reasons AS text[]), CAST(:keep_lease AS boolean[]),
+                    CAST(:wait_untils AS timestamptz[]), CAST(:never_sent AS boolean[]), CAST(:payroc_refund_ids AS text[]),
+                    CAST(:payroc_statuses AS text[]))
+             AS step (id, status, reason, keeps_lease, wait_until, never_sent, payroc_refund_id, payroc_status)
+        WHERE r.id = ANY(:ids) AND r.id = step.id"""
+    steps = [item.change.steps[number] for item in changes]
+    sightings = [item.change.sighting for item in changes]
+    values = {
+        "ids": [item.refund.id for item in changes],
+        "statuses": [status.value for status in steps],
+        "reasons": [item.change.reason for item in changes],
+        "keep_lease": [status is Status.REVIEW and not item.ends_lease for status, item in zip(steps, changes, strict=True)],
+        "wait_untils": [item.change.wait_until for item in changes],
+        "never_sent": [item.change.never_sent for item in changes],
+        "payroc_refund_ids": [sighting.payroc_refund_id if sighting else None for sighting in sightings],
+        "payroc_statuses": [sighting.payroc_status if sighting else None for sighting in sightings],
+        "now": now,
+    }
+    return await _update(connection, assignments, rows, values)
+
+
+async def _note_sighting(connection: AsyncConnection, refund: Refund, sighting: Sighting, now: datetime) -> dict[int, Refund]:
+    """Keep what Payroc said of a refund whose status stays."""
+    assignments = """
+        payroc_refund_id = COALESCE(payroc_refund_id, :payroc_refund_id), payroc_status = :payroc_status, payroc_seen_at = :now,
+        updated_at = CASE WHEN payroc_refund_id = :payroc_refund_id AND payroc_status = :payroc_status THEN updated_at ELSE :now END"""
+    values = {"id": refund.id, "payroc_refund_id": sighting.payroc_refund_id, "payroc_status": sighting.payroc_status, "now": now}
+    return await _update(connection, assignments, "WHERE r.id = :id", values)
+
+
+async def _update(connection: AsyncConnection, assignments: str, rows: str, values: dict[str, Any]) -> dict[int, Refund]:
+    update = text(f"UPDATE refund_ledger.refunds AS r SET {assignments} {rows} RETURNING {COLUMNS}")
+    return {refund.id: refund for refund in map(as_refund, await connection.execute(update, values))}

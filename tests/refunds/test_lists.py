@@ -1,0 +1,146 @@
+"""Lists of refunds: sent side by side, with shared transactions, and each of them as safe as if it were alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from include.refunds.ledger import LedgerUnavailable, Task
+from include.refunds.send import Result, Sent, send_refunds
+from tests.refunds.conftest import Intercepted, World
+
+TASK = Task("run-1", 0, 1)
+
+
+def send_list(world: World, refund_ids: Sequence[int], gateway: Any = None) -> list[Result]:
+    return world.run(
+        send_refunds(refund_ids, TASK, ledger=world.ledger, gateway=gateway or world.gateway, cipher=world.cipher, settings=world.settings)
+    )
+
+
+def released(world: World, count: int) -> list[int]:
+    for _ in range(count):
+        world.approve()
+    world.pull()
+    return world.release()
+
+
+class Turns(Intercepted):
+    """The gateway with a number of places, which remembers how many were taken at a time."""
+
+    def __init__(self, gateway: Any, places: int, **steps: Any) -> None:
+        super().__init__(gateway, **steps)
+        self.places = asyncio.Semaphore(places)
+        self.taken = self.most = 0
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        async with self.places:
+            self.taken += 1
+            self.most = max(self.most, self.taken)
+            try:
+                yield
+            finally:
+                self.taken -= 1
+
+
+def test_the_refunds_of_a_list_are_sent_side_by_side_as_many_as_there_are_places(world: World) -> None:
+    refund_ids = released(world, 12)
+    gateway = Turns(world.gateway, places=5)
+    results = send_list(world, refund_ids, gateway)
+    assert [(result.refund_id, result.sent) for result in results] == [(item, Sent.ACCEPTED) for item in refund_ids]
+    assert gateway.most == 5
+    assert all(world.paid(refund_id) == 1 for refund_id in refund_ids)
+
+
+def test_what_a_list_writes_at_the_same_time_shares_a_transaction(world: World) -> None:
+    refund_ids = released(world, 12)
+    send_list(world, refund_ids)
+    (shared,) = world.rows("""
+        SELECT count(DISTINCT xmin::text) FILTER (WHERE to_status = 'sending') AS claims,
+               count(DISTINCT xmin::text) FILTER (WHERE to_status = 'accepted') AS records, count(*) AS events
+        FROM refund_ledger.refund_events WHERE to_status IN ('sending', 'accepted')""")
+    assert shared["events"] == 24
+    # The first claim does not wait for the others, so it goes alone.
+    assert shared["claims"] <= 3
+    assert shared["records"] < 12
+
+
+def test_only_one_of_two_claims_at_the_same_time_gets_the_refund(world: World) -> None:
+    (refund_id,) = released(world, 1)
+
+    async def twice() -> list[Any]:
+        claim = {"environment": world.gateway.environment, "sent_with": world.gateway.sent_with, "token_seconds": 60}
+        return await asyncio.gather(*(world.ledger.claim(refund_id, TASK, **claim) for _ in range(5)))
+
+    assert [claim is not None for claim in world.run(twice())].count(True) == 1
+    assert world.row(refund_id)["attempts"] == 1
+
+
+def test_a_record_that_the_database_refuses_keeps_no_other_of_its_transaction_from_being_recorded(world: World) -> None:
+    refund_ids = released(world, 8)
+    arrived = asyncio.Event()
+    answers: list[Any] = []
+
+    class Confuses(Intercepted):
+        """Answers come all at once, and two of them carry the same refund id of Payroc's."""
+
+        async def create_refund(self, token: Any, idempotency_key: str, body: bytes) -> Any:
+            answer = await self._gateway.create_refund(token, idempotency_key, body)
+            answers.append(answer)
+            if len(answers) == len(refund_ids):
+                arrived.set()
+            await arrived.wait()
+            return answer.model_copy(update={"refund_id": answers[0].refund_id}) if answer is answers[1] else answer
+
+    results = send_list(world, refund_ids, Confuses(world.gateway))
+    assert sorted(result.sent for result in results) == ["accepted"] * 7 + ["review"]
+    (shared,) = world.rows("SELECT count(DISTINCT payroc_refund_id) AS ids FROM refund_ledger.refunds WHERE status = 'accepted'")
+    assert shared["ids"] == 7
+
+
+def test_when_a_shared_transaction_fails_none_of_its_refunds_is_sent(world: World) -> None:
+    refund_ids = released(world, 6)
+    claim = world.ledger._claim
+
+    async def lost(calls: Any) -> Any:
+        await claim(calls)
+        raise LedgerUnavailable("The connection was lost at the commit.")
+
+    world.ledger._claim = lost  # type: ignore[method-assign]
+    with pytest.raises(LedgerUnavailable):
+        send_list(world, refund_ids)
+    assert [world.paid(refund_id) for refund_id in refund_ids] == [0] * 6
+
+
+def test_after_what_stops_all_no_further_refund_of_a_list_is_begun(world: World) -> None:
+    refund_ids = released(world, 9)
+    gateway = Turns(world.gateway, places=2)
+    world.run(world.ledger.pause("*", "the bank called"))
+    results = send_list(world, refund_ids, gateway)
+    assert 1 <= len(results) <= 2
+    assert {result.sent for result in results} == {Sent.CONFIGURATION}
+    assert [world.row(item)["status"] for item in refund_ids] == ["released"] * 9
+
+
+def test_a_pause_in_the_middle_of_a_list_lets_only_those_out_that_have_passed_the_last_check(world: World) -> None:
+    refund_ids = released(world, 10)
+    sent: list[str] = []
+
+    class PausesAtTheThird(Turns):
+        async def create_refund(self, token: Any, idempotency_key: str, body: bytes) -> Any:
+            sent.append(idempotency_key)
+            if len(sent) == 3:
+                await world.ledger.pause("*", "the bank called")
+            return await self._gateway.create_refund(token, idempotency_key, body)
+
+    send_list(world, refund_ids, PausesAtTheThird(world.gateway, places=3))
+    # Those two at most that held the other places at that moment.
+    assert 3 <= len(sent) <= 5
+    assert sum(world.paid(refund_id) for refund_id in refund_ids) == len(sent)
+    statuses = [world.row(item)["status"] for item in refund_ids]
+    assert statuses.count("released") == 10 - len(sent)
