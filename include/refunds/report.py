@@ -305,7 +305,8 @@ async def _note_state(connection: AsyncConnection, source: str, report: Report, 
     stuck = text("""
         SELECT r.id, r.replaces, replaced.status FROM refund_ledger.refunds_masked AS r
         JOIN refund_ledger.refunds_masked AS replaced ON replaced.id = r.replaces
-        WHERE r.source = :source AND r.status IN ('approved', 'held', 'released', 'sending', 'unknown')
+        WHERE r.source = :source AND r.replaces IS NOT NULL
+          AND r.status IN ('approved', 'held', 'released', 'sending', 'unknown')
           AND NOT refund_ledger.ended_unpaid(r.replaces)
         ORDER BY r.id""")
     for row in await connection.execute(stuck, {"source": source}):
@@ -314,7 +315,7 @@ async def _note_state(connection: AsyncConnection, source: str, report: Report, 
         )
     due = text(f"""
         SELECT count(*) FROM refund_ledger.refunds_masked AS r
-        WHERE source = :source AND written_back_at IS DISTINCT FROM updated_at AND {NEWEST}""")
+        WHERE source = :source AND (written_back_at = updated_at) IS NOT TRUE AND {NEWEST}""")
     if missing := (await connection.execute(due, {"source": source})).scalar_one():
         report.notes.append(f"{missing} refunds have news that the source does not have yet; the next write_back tries again.")
     report.audit_head = await head_of(connection)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC
 from pathlib import Path
 from typing import Any, Protocol
@@ -117,16 +117,24 @@ class SqlSource:
         untouched = []
         try:
             with self._engine.begin() as connection:
-                for row in rows:
-                    values = {name: getattr(row, name) for name in used}
-                    if "updated_at" in used:
-                        values["updated_at"] = row.updated_at.astimezone(UTC)
-                    result = connection.execute(statement, values)
-                    if result.rowcount == 0:
+                values = [_parameters(row, used) for row in rows]
+                # All at once where the driver counts what they touched together; one by one only to find which of them touched no row.
+                counts = bool(values) and connection.dialect.supports_sane_multi_rowcount
+                if counts and connection.execute(statement, values).rowcount == len(rows):
+                    return []
+                for row, given in zip(rows, values, strict=True):
+                    if connection.execute(statement, given).rowcount == 0:
                         untouched.append(row.source_ref)
         except DBAPIError as error:
             raise _failed(self._update, error) from None
         return untouched
+
+
+def _parameters(row: WriteBack, used: Iterable[str]) -> dict[str, Any]:
+    values = {name: getattr(row, name) for name in used}
+    if "updated_at" in values:
+        values["updated_at"] = row.updated_at.astimezone(UTC)
+    return values
 
 
 def _read(path: Path) -> str:
