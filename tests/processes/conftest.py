@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -83,7 +84,7 @@ def world(
     settings = {
         "TOKEN_CACHE_DIR": tokens,
         "HTTP_TIMEOUT_SECONDS": timeout_seconds,
-        "LEASE_MARGIN_SECONDS": LEASE_MARGIN_SECONDS,
+        "LEASE_MARGIN_SECONDS": max(LEASE_MARGIN_SECONDS, int(3 * timeout_seconds)),
         "UNKNOWN_WAIT_SECONDS": 1,
         "RETRY_DELAY_SECONDS": 1,
     }
@@ -116,7 +117,15 @@ def figures(record_property: Callable[[str, object], None]) -> Callable[..., Non
 
 def one_task_each(run_id: str, refund_ids: Sequence[int]) -> list[Try]:
     """Return the first tries of a run's send tasks, one refund each, as a run has them by default."""
-    return [Try(run_id, index, (refund_id,)) for index, refund_id in enumerate(refund_ids)]
+    return in_lists(run_id, refund_ids, 1)
+
+
+def in_lists(run_id: str, refund_ids: Sequence[int], *sizes: int) -> list[Try]:
+    """Return the first tries of a run's send tasks, with so many refunds, in turn."""
+    rest, sizes_in_turn, tries = iter(refund_ids), itertools.cycle(sizes), []
+    while ids := tuple(itertools.islice(rest, next(sizes_in_turn))):
+        tries.append(Try(run_id, len(tries), ids))
+    return tries
 
 
 def open_run(world: World, run_id: str) -> list[int]:

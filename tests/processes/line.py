@@ -32,6 +32,11 @@ class Post:
     at: float
 
 
+class _Server(ThreadingHTTPServer):
+    # A worker opens the connections for a whole list at once.
+    request_queue_size = 128
+
+
 class Line:
     """
     Hands requests on to the local Payroc and its answers back.
@@ -60,12 +65,13 @@ class Line:
 
     def open(self) -> None:
         """Listen; after :meth:`close` on the same port as before."""
-        server = ThreadingHTTPServer(("127.0.0.1", self.port), type("BoundHandler", (Handler,), {"line": self}))
+        server = _Server(("127.0.0.1", self.port), type("BoundHandler", (Handler,), {"line": self}))
         server.daemon_threads = True
         # Workers that die in the middle are what the tests are about.
         server.handle_error = lambda *args: None  # type: ignore[method-assign]
         if self.tls is not None:
-            server.socket = self.tls.wrap_socket(server.socket, server_side=True)
+            # The handshake is for the handler's thread: here it would let all others wait.
+            server.socket = self.tls.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
         self.port = server.server_port
         self._server = server
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()

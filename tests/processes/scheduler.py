@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -22,6 +23,7 @@ _processes.set_forkserver_preload(["tests.processes.worker"])
 KILLED = Ending("killed", retried=True)
 
 KillAfter = Callable[[Try], float | None]
+SignalNow = Callable[[Try], int | None]
 
 
 @dataclass
@@ -56,6 +58,7 @@ class Scheduler:
         *,
         retries: int = 5,
         kill_after: KillAfter = lambda _: None,
+        signal_now: SignalNow = lambda _: None,
         on_death: Callable[[Try], None] = lambda _: None,
         meanwhile: Callable[[], None] = lambda: None,
     ) -> list[tuple[Try, Ending]]:
@@ -64,6 +67,7 @@ class Scheduler:
 
         :param retries: how often a task is tried again.
         :param kill_after: after how many seconds the process of a try is killed; ``None`` for never.
+        :param signal_now: asked again and again which signal the process of a try gets now; ``None`` for none.
         :param on_death: called when a process was killed before it had ended by itself.
         :param meanwhile: called again and again while workers run.
         :returns: every try with its ending, in the order in which they ended.
@@ -79,6 +83,11 @@ class Scheduler:
                 for item in running:
                     if time.monotonic() >= item.kill_at:
                         item.process.kill()
+                    signal = signal_now(item.this)
+                    if signal is not None and item.process.pid is not None:
+                        # It may have ended just now.
+                        with suppress(ProcessLookupError):
+                            os.kill(item.process.pid, signal)
                 meanwhile()
                 wait([item.process.sentinel for item in running], timeout=0.01)
                 for item in [item for item in running if item.process.exitcode is not None]:

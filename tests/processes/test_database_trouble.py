@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import signal
 import time
@@ -18,7 +19,7 @@ from include.refunds.demo_source import create_table
 from include.refunds.migrations import migrate
 from tests.conftest import SCRATCH
 from tests.processes.books import attempts_of, check_books
-from tests.processes.conftest import bring_to_an_end, one_task_each, open_run
+from tests.processes.conftest import bring_to_an_end, in_lists, open_run
 from tests.processes.line import Line
 from tests.processes.scheduler import Scheduler
 from tests.refunds.conftest import World
@@ -26,11 +27,13 @@ from tests.refunds.conftest import World
 # Payroc answers late, so that the database often goes away between a POST and its record.
 LATE_SECONDS = 0.3
 
+_servers = itertools.count(1)
+
 
 @pytest.fixture
 def server() -> Iterator[PostgresServer]:
     """A server of its own, which keeps what it has committed: ``fast`` would lose the last commits when the server is killed."""
-    with PostgresServer(SCRATCH / "postgres-in-trouble") as server:
+    with PostgresServer(SCRATCH / f"postgres-in-trouble-{next(_servers)}") as server:
         yield server
 
 
@@ -65,10 +68,13 @@ def kill(server: PostgresServer) -> None:
 
 
 @pytest.mark.timeout(1200)
+@pytest.mark.parametrize("each", [1, 10])
 def test_no_refund_is_paid_twice_or_lost_when_the_database_goes_away_while_workers_send(
-    world: World, line: Line, server: PostgresServer, scheduler: Scheduler, figures: Callable[..., None], long: bool
+    world: World, line: Line, server: PostgresServer, scheduler: Scheduler, figures: Callable[..., None], each: int, long: bool
 ) -> None:
     refunds, troubles = (300, 60) if long else (40, 8)
+    if each > 1 and not long:
+        troubles = 4
     began = time.monotonic()
     chance = random.Random()
     for _ in range(refunds):
@@ -91,7 +97,7 @@ def test_no_refund_is_paid_twice_or_lost_when_the_database_goes_away_while_worke
             done[kind.__name__] += 1
             next_at = time.monotonic() + chance.uniform(0.1, 1.0)
 
-    ended = scheduler.run(one_task_each("run-1", refund_ids), meanwhile=trouble)
+    ended = scheduler.run(in_lists("run-1", refund_ids, each), meanwhile=trouble)
     outcomes = Counter(ending.outcome for _, ending in ended)
     assert set(outcomes) <= {"success", "RefundsInDoubt", "LedgerUnavailable"}, [ending for _, ending in ended]
     assert all(ending.retried for _, ending in ended if ending.outcome == "LedgerUnavailable")
@@ -104,7 +110,7 @@ def test_no_refund_is_paid_twice_or_lost_when_the_database_goes_away_while_worke
     unrecorded = [item for refund_id in refund_ids for item in attempts_of(world, refund_id) if not item.recorded]
     assert any(attempt.accepted for attempt in unrecorded), "the database never went away between a POST and its record"
     figures(
-        "Database trouble while workers send",
+        f"Database trouble while workers send, {each} to a task",
         **done,
         tries_that_met_it=outcomes["LedgerUnavailable"],
         attempts_without_a_record=len(unrecorded),

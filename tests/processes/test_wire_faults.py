@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from tests.conftest import Sandbox
 from tests.processes.books import check_books
-from tests.processes.conftest import bring_to_an_end
+from tests.processes.conftest import bring_to_an_end, open_run
 from tests.processes.line import Fault, Handler, Line, running
 from tests.processes.scheduler import Scheduler
 from tests.processes.worker import Ending, Try
@@ -219,5 +219,41 @@ def test_a_refund_ends_paid_once_and_memory_stays_bounded_whatever_goes_wrong_on
         POSTs_for_2_refunds=check_books(world, line),
         MB_at_most=round(peak_mb, 1),
         MB_without_the_fault=round(usual.peak_mb, 1),
+        seconds=round(time.monotonic() - began, 1),
+    )
+
+
+@pytest.mark.timeout(120)
+def test_what_goes_wrong_on_the_wire_for_some_refunds_of_a_list_keeps_no_other_from_being_paid(
+    world: World, line: Line, scheduler: Scheduler, figures: Callable[..., None]
+) -> None:
+    began = time.monotonic()
+    faults: list[Fault | None] = [reset_in_the_middle, one_byte_at_a_time, silence, html, None, None, None, None]
+    for _ in faults * 3:
+        world.approve()
+    refund_ids = open_run(world, "run-1")
+    keys = [str(world.row(refund_id)["idempotency_key"]) for refund_id in refund_ids]
+    faulty = {key: fault for key, fault in zip(keys, faults * 3, strict=True) if fault is not None}
+
+    def spoil_some(handler: Handler, answer: Answer) -> None:
+        fault = faulty.get(handler.headers.get("Idempotency-Key", ""))
+        if fault is None:
+            handler.wfile.write(answer() or b"")
+        else:
+            fault(handler, answer)
+
+    line.fault = spoil_some
+    [(_, ending)] = scheduler.run([Try("run-1", 0, tuple(refund_ids))], retries=0)
+    assert ending.outcome == "RefundsInDoubt", ending
+    statuses = {str(row["idempotency_key"]): row["status"] for row in map(world.row, refund_ids)}
+    assert statuses == {key: "unknown" if key in faulty else "accepted" for key in keys}
+
+    line.fault = None
+    bring_to_an_end(world, scheduler)
+    figures(
+        "Wire faults inside a list",
+        refunds=len(refund_ids),
+        of_them_with_a_fault=len(faulty),
+        POSTs=check_books(world, line),
         seconds=round(time.monotonic() - began, 1),
     )

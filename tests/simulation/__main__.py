@@ -59,6 +59,9 @@ def show(outcome: Outcome, first: int, seeds: int, console: Console) -> None:
     )
     console.print(f"  {counts.refunds:,} refunds approved, {counts.runs:,} runs, {counts.steps:,} steps, {counts.posts:,} POSTs")
     console.print(
+        f"  {counts.posts_beside:,} POSTs, in {counts.with_lists:,} histories, went out while another of their list was under way"
+    )
+    console.print(
         f"  {counts.paid:,} refunds exist at Payroc, {counts.asked_people:,} wait for people at the end, {counts.decisions:,} were decided"
     )
     console.print(

@@ -326,6 +326,7 @@ class Run:
             gateway=d.connect(),
             cipher=d.cipher,
             settings=d.settings,
+            together=d.engine.together,
         )
 
 

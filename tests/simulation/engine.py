@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import random
 import types
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -70,26 +70,72 @@ AT_THE_DOOR = frozenset({"ledger: after candidates", "source: select", "ledger: 
 IN_A_WRITE_BACK = frozenset({"ledger: after due_write_backs", "source: write back", "source: written back"})
 
 
+# The calls of the ledger that share a transaction when several refunds of one list make them at the same time.
+_GROUPED = ("read", "claim", "may_post", "record")
+_SHARED = frozenset(f"ledger: {side} {name}" for name in _GROUPED for side in ("before", "after"))
+
+
 class Actor:
     """
-    A running process: one coroutine of production code, and what became of it.
+    A running process: its strands, and what became of it.
 
     :param name: how the history calls it.
     :param ended: called with the actor when it has returned, raised or been killed.
     """
 
-    __slots__ = ("attempt", "coroutine", "ended", "error", "looked_at", "name", "result", "running", "seen_source", "sleeping")
+    __slots__ = ("ended", "error", "frozen_until", "name", "result", "running", "strands")
 
     def __init__(self, name: str, coroutine: Coroutine[Any, Any, Any], ended: Callable[[Actor], None] | None) -> None:
         self.name = name
-        self.coroutine = coroutine
         self.ended = ended
         self.running = True
-        self.sleeping = 0
+        self.frozen_until = 0.0
         self.result: Any = None
         self.error: Exception | None = None
-        # What it claimed last, and what it read last from the source: what the invariants hold its acts against.
+        # The first one is the process's own; the others are what it does side by side.
+        self.strands = [Strand(self, name, coroutine)]
+
+
+class Strand:
+    """
+    One coroutine of production code in a process: the process itself, or one refund of its list.
+
+    :param name: how the history calls it.
+    :param parent: what waits for it, and for those beside it.
+    """
+
+    __slots__ = (
+        "actor",
+        "attempt",
+        "checked",
+        "children",
+        "coroutine",
+        "error",
+        "has_turn",
+        "label",
+        "lease_until",
+        "looked_at",
+        "name",
+        "parent",
+        "seen_source",
+    )
+
+    def __init__(self, actor: Actor, name: str, coroutine: Coroutine[Any, Any, Any], parent: Strand | None = None) -> None:
+        self.actor = actor
+        self.name = name
+        self.coroutine = coroutine
+        self.parent = parent
+        # How many it waits for.
+        self.children = 0
+        # The point at which it is, and what the call there fails with.
+        self.label = ""
+        self.error: Exception | None = None
+        # What it claimed last and until when, which attempt's last look before the POST let it go on, whether it holds a turn, and what
+        # it read last from the source: what the invariants hold its acts against.
         self.attempt: tuple[int, int] | None = None
+        self.lease_until: datetime | None = None
+        self.checked: tuple[int, int] | None = None
+        self.has_turn = False
         self.seen_source: dict[str, Any] | None = None
         # When it last looked at the ledger.
         self.looked_at = -1.0
@@ -112,15 +158,15 @@ class Engine:
         self._ledger_seconds, self._ledger_time = 0.0, EPOCH
         self.host_skew = 0.0
         self.trouble = Trouble()
-        self.current: Actor | None = None
+        self.current: Strand | None = None
         self.failure: Callable[[str], Exception] = RuntimeError
         self.steps = 0
         self.deaths = 0
         self.freezes = 0
         self.failures = 0
         self._tell = tell
-        # What is due, and for the next step of an actor the ticket that says whether it still is.
-        self._queue: list[tuple[float, int, Callable[[], None] | Actor, int]] = []
+        # What is due. A strand that runs stands here once, unless it is parked or waits for its children.
+        self._queue: list[tuple[float, int, Callable[[], None] | Strand]] = []
         self._number = 0
         self.actors: list[Actor] = []
         # Asked instead of chance, when every point is to be tried in turn: "die", "fail", "freeze" and for how many seconds.
@@ -140,7 +186,7 @@ class Engine:
     def after(self, seconds: float, act: Callable[[], None]) -> None:
         """Have something happen later, whoever is alive then."""
         self._number += 1
-        heapq.heappush(self._queue, (self.time + seconds, self._number, act, 0))
+        heapq.heappush(self._queue, (self.time + seconds, self._number, act))
 
     def run(self, until: float | None = None) -> None:
         """Let time pass until nothing is left to happen, or up to an instant."""
@@ -161,9 +207,9 @@ class Engine:
             steps -= 1
 
     def _next(self) -> None:
-        self.time, _, act, ticket = heapq.heappop(self._queue)
-        if isinstance(act, Actor):
-            self._step(act, ticket)
+        self.time, _, act = heapq.heappop(self._queue)
+        if isinstance(act, Strand):
+            self._step(act)
         else:
             act()
 
@@ -189,7 +235,7 @@ class Engine:
         """Start a process; it takes its first step now."""
         actor = Actor(name, coroutine, ended)
         self.actors.append(actor)
-        self._wake(actor, 0.0)
+        self.wake(actor.strands[0])
         return actor
 
     @types.coroutine
@@ -199,8 +245,30 @@ class Engine:
 
     @types.coroutine
     def sleep(self, seconds: float) -> Generator[float, None, None]:
-        """Let time pass for the current actor, with nothing else happening to it."""
+        """Let time pass for the current strand, with nothing else happening to it; the others of its process go on."""
         yield seconds
+
+    @types.coroutine
+    def park(self) -> Generator[None, None, None]:
+        """Let the current strand wait until another one wakes it."""
+        yield None
+
+    @types.coroutine
+    def together(self, coroutines: Sequence[Coroutine[Any, Any, None]]) -> Generator[Any, None, None]:
+        """
+        Run coroutines side by side in the current process, until all have ended. What is next is chance.
+
+        A failure hits the one at whose point it happens, and those that share its transaction. A process dies and stands still as a whole.
+        """
+        if len(coroutines) == 1:
+            yield from coroutines[0]  # type: ignore[misc]
+        elif coroutines:
+            yield coroutines
+
+    def wake(self, strand: Strand, seconds: float = 0.0) -> None:
+        """Let a strand go on."""
+        self._number += 1
+        heapq.heappush(self._queue, (self.time + seconds, self._number, strand))
 
     def kill(self, actor: Actor) -> None:
         """Kill a process: none of its code runs any more."""
@@ -209,70 +277,112 @@ class Engine:
         self.deaths += 1
         self.tell(f"☠ {actor.name} is killed")
         actor.running = False
-        actor.coroutine.close()
+        for strand in reversed(actor.strands):
+            strand.coroutine.close()
         self._end(actor)
 
+    def abandon(self) -> None:
+        """Break the history off: nothing runs any more, and nobody is told."""
+        for actor in self.actors:
+            actor.running = False
+            for strand in reversed(actor.strands):
+                strand.coroutine.close()
+
     def freeze(self, actor: Actor, seconds: float) -> None:
-        """Make a process stand still from its present point on."""
+        """Make a process stand still from its present points on."""
         self.freezes += 1
         self.tell(f"❄ {actor.name} stands still for {seconds:.0f} s")
-        self._wake(actor, seconds)
+        actor.frozen_until = max(actor.frozen_until, self.time + seconds)
         if self.on_freeze is not None:
             self.on_freeze(actor, seconds)
 
-    def _wake(self, actor: Actor, seconds: float) -> None:
-        actor.sleeping += 1
-        self._number += 1
-        heapq.heappush(self._queue, (self.time + seconds, self._number, actor, actor.sleeping))
-
-    def _step(self, actor: Actor, ticket: int, error: Exception | None = None) -> None:
-        if not actor.running or ticket != actor.sleeping:
+    def _step(self, strand: Strand) -> None:
+        actor = strand.actor
+        if not actor.running:
             return
-        self.current = actor
+        if self.time < actor.frozen_until:
+            self._number += 1
+            heapq.heappush(self._queue, (actor.frozen_until, self._number, strand))
+            return
+        self.current = strand
+        error, strand.error = strand.error, None
         try:
-            request = actor.coroutine.send(None) if error is None else actor.coroutine.throw(error)
+            request = strand.coroutine.send(None) if error is None else strand.coroutine.throw(error)
         except StopIteration as stop:
-            actor.running, actor.result = False, stop.value
+            self._returned(strand, stop.value)
         except Violation:
             raise
         except Exception as raised:  # noqa: BLE001 - whoever started the actor judges it
-            actor.running, actor.error = False, raised
-        if not actor.running:
-            self._end(actor)
-        elif isinstance(request, str):
-            self._at_point(actor, request)
+            self._raised(strand, raised)
         else:
-            self._wake(actor, request)
+            if isinstance(request, str):
+                self._at_point(strand, request)
+            else:
+                strand.label = ""
+                if isinstance(request, float):
+                    self.wake(strand, request)
+                elif request is not None:
+                    self._divide(strand, request)
         self.current = None
 
-    def _at_point(self, actor: Actor, label: str) -> None:
+    def _at_point(self, strand: Strand, label: str) -> None:
         trouble = self.trouble
+        strand.label = label
         if self.script is not None:
-            what = self.script(actor, label)
+            what = self.script(strand.actor, label)
         else:
             drawn = self.chance()
             if drawn < trouble.total and label in trouble.where:
                 drawn /= trouble.critical
             if drawn >= trouble.die + trouble.fail + trouble.freeze:
                 # The way of nearly every step, so it is written out.
-                actor.sleeping += 1
                 self._number += 1
-                heapq.heappush(self._queue, (self.time + _STEPS[int(self.chance() * 10)], self._number, actor, actor.sleeping))
+                heapq.heappush(self._queue, (self.time + _STEPS[int(self.chance() * 10)], self._number, strand))
                 return
             what = "die" if drawn < trouble.die else "fail" if drawn < trouble.die + trouble.fail else "freeze"
         if what == "die":
             self.tell(f"  {label}")
-            self.kill(actor)
+            self.kill(strand.actor)
         elif what == "fail":
-            self.tell(f"  {label} ⚡ fails")
-            self.failures += 1
-            actor.sleeping += 1
-            ticket, error = actor.sleeping, self.failure(label)
-            self.after(0.0, lambda: self._step(actor, ticket, error))
+            self._fail(strand, label)
         elif what is not None and what.startswith("freeze"):
-            self.freeze(actor, float(what.removeprefix("freeze") or self.rng.choice(FREEZES)))
+            self.freeze(strand.actor, float(what.removeprefix("freeze") or self.rng.choice(FREEZES)))
+            self.wake(strand)
         else:
-            self._wake(actor, 0.001)
+            self.wake(strand, 0.001)
+
+    def _fail(self, strand: Strand, label: str) -> None:
+        """The call fails, and with it those that share its transaction: all had their effect, or none."""
+        self.tell(f"  {label} ⚡ fails")
+        self.failures += 1
+        for other in strand.actor.strands if label in _SHARED else (strand,):
+            if other.label == label:
+                other.error = self.failure(label)
+        self.wake(strand)
+
+    def _divide(self, strand: Strand, coroutines: Sequence[Coroutine[Any, Any, None]]) -> None:
+        strand.children = len(coroutines)
+        children = [Strand(strand.actor, f"{strand.name} ·{number}", coroutine, strand) for number, coroutine in enumerate(coroutines, 1)]
+        strand.actor.strands += children
+        for child in children:
+            self._step(child)
+
+    def _returned(self, strand: Strand, result: Any) -> None:
+        actor, parent = strand.actor, strand.parent
+        if parent is None:
+            actor.running, actor.result = False, result
+            self._end(actor)
+            return
+        actor.strands.remove(strand)
+        parent.children -= 1
+        if parent.children == 0:
+            self.wake(parent)
+
+    def _raised(self, strand: Strand, error: Exception) -> None:
+        if strand.parent is not None:
+            raise Mistake(f"{strand.name} raises, and nobody waits for that: {error!r}") from error
+        strand.actor.running, strand.actor.error = False, error
+        self._end(strand.actor)
 
     def _end(self, actor: Actor) -> None:
         if actor in self.actors:

@@ -1,4 +1,6 @@
-"""One refund, and everything that can happen to one attempt of it: every point × what happens there × everything Payroc may do."""
+"""
+Everything that can happen to one attempt of one refund, or of two in one list: every point × what happens there × everything Payroc may do.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +33,7 @@ class Case:
     :param action: what happens to the worker.
     :param point: at which of its points, from 0.
     :param temper: which of the two Payrocs.
+    :param refunds: how many there are, sent side by side; Payroc does it to the first that it gets.
     """
 
     earlier: str
@@ -38,9 +41,10 @@ class Case:
     action: str
     point: int
     temper: int
+    refunds: int
 
 
-class OneRefund(History):
+class OneList(History):
     """The history of a case; ``reached`` tells whether its point was."""
 
     def __init__(self, case: Case) -> None:
@@ -53,10 +57,11 @@ class OneRefund(History):
 
     def play(self) -> None:
         """Let it happen, and see it end well."""
-        self.merchant.approve(1)
+        for number in range(1, self.case.refunds + 1):
+            self.merchant.approve(number)
         self.host.planned = [fault for fault in (self.case.earlier, self.case.fault) if fault or self.case.earlier]
         self.engine.script = self._script
-        self.airflow.run()
+        self.airflow.run(batch_size=self.case.refunds)
         self.engine.run(until=3 * HOUR)
         self.engine.script = None
         self.end()
@@ -71,22 +76,23 @@ class OneRefund(History):
         return self.case.action
 
 
-def every_case() -> Iterator[tuple[str, str, str, int]]:
-    """Yield what is tried at each point: earlier, fault, action, temper."""
-    for earlier in ("", *EARLIER):
-        for fault in ("", *FAULT_NAMES):
-            for action in ACTIONS:
-                for temper in range(len(_TEMPERS)):
-                    yield earlier, fault, action, temper
+def every_case() -> Iterator[tuple[str, str, str, int, int]]:
+    """Yield what is tried at each point: earlier, fault, action, temper, refunds."""
+    for fault in ("", *FAULT_NAMES):
+        for action in ACTIONS:
+            for temper in range(len(_TEMPERS)):
+                for earlier in ("", *EARLIER):
+                    yield earlier, fault, action, temper, 1
+                yield "", fault, action, temper, 2
 
 
-def try_every_point(earlier: str, fault: str, action: str, temper: int) -> tuple[int, list[tuple[Case, str]]]:
+def try_every_point(earlier: str, fault: str, action: str, temper: int, refunds: int) -> tuple[int, list[tuple[Case, str]]]:
     """Play the case at each point in turn, until the worker has no more; return how many, and what broke."""
     broken = []
     point = 0
     while True:
-        case = Case(earlier, fault, action, point, temper)
-        history = OneRefund(case)
+        case = Case(earlier, fault, action, point, temper, refunds)
+        history = OneList(case)
         try:
             with remembered_rows():
                 history.play()

@@ -52,10 +52,11 @@ SETTINGS = Settings(
 )
 
 
+# One refund per task, and lists that are sent side by side.
+_BATCH_SIZES = (1, 3, 10, 10)
+
 _WAITING = (Status.HELD, Status.RELEASED, Status.SENDING, Status.UNKNOWN)
 _THEMES = (
-    "",
-    "",
     "",
     "",
     "",
@@ -64,9 +65,13 @@ _THEMES = (
     "write-backs",
     "reissues",
     "late workers",
+    "lists",
+    "lists",
     "the door",
     "limits",
     "limits",
+    "limits",
+    "approval",
     "approval",
 )
 _WHERE_OF_THEME = {"write-backs": IN_A_WRITE_BACK, "late workers": AROUND_THE_POST, "the door": AT_THE_DOOR, "limits": AT_THE_DOOR}
@@ -107,6 +112,8 @@ class Counts:
     runs: int = 0
     steps: int = 0
     posts: int = 0
+    posts_beside: int = 0
+    with_lists: int = 0
     paid: int = 0
     asked_people: int = 0
     decisions: int = 0
@@ -124,6 +131,8 @@ class Counts:
             "runs",
             "steps",
             "posts",
+            "posts_beside",
+            "with_lists",
             "paid",
             "asked_people",
             "decisions",
@@ -179,7 +188,7 @@ class History:
         self.large = True
         self.people_decide = rng.random() < 0.4
         self.counts = Counts(histories=1)
-        # Half of the histories are about anything; the others keep to one kind of trouble, which would else be too rare.
+        # Some histories are about anything; the others keep to one kind of trouble, which would else be too rare.
         self.theme = rng.choice(_THEMES) if temper is None else ""
         if self.theme in _FAULTS_OF_THEME:
             self.payroc.temper.which, self.payroc.temper.faults = _FAULTS_OF_THEME[self.theme], 0.6
@@ -187,7 +196,7 @@ class History:
             self.payroc.temper.list_lag = rng.choice((HOUR, LONGEST_LAG))
         # What people set and release is forgotten with a restored ledger: docs/safety.md says what to do first.
         self._may_restore = (
-            temper is None and self.theme not in _THEMES_OF_LIMITS and not self.jumpy and not self.payroc.temper.racy and rng.random() < 0.3
+            temper is None and self.theme not in _THEMES_OF_LIMITS and not self.jumpy and not self.payroc.temper.racy and rng.random() < 0.4
         )
         # A ledger that was lost altogether is one restored from before its first day.
         self._backup = self.ledger.backup() if self._may_restore else None
@@ -200,18 +209,22 @@ class History:
         :raises Violation: when an invariant does not hold.
         """
         with remembered_rows():
-            self._begin()
-            return self.end()
+            try:
+                self._begin()
+                return self.end()
+            except Violation:
+                self.engine.abandon()
+                raise
 
     def _begin(self) -> None:
         rng, engine = self.rng, self.engine
         # Most histories are small ones: what breaks, mostly breaks in one of those, and they are soon over.
         self.large = large = rng.random() < 0.3
-        for number in range(1, rng.choice((1, 2, 2, 3) if large else (1, 1, 2)) + 1):
+        for number in range(1, rng.choice((2, 3, 4, 8) if large else (1, 2, 3, 3)) + 1):
             self._approve(number)
+        for _ in range(rng.choice(_MORE_OF_THEME.get(self.theme, (0,)))):
+            self._approve_another()
         if self.theme in _THEMES_OF_LIMITS:
-            for _ in range(rng.choice((1, 2, 3))):
-                self._approve_another()
             for _ in range(rng.choice((1, 2, 3))):
                 self._limit()
             self.payroc.temper.faults = min(self.payroc.temper.faults, 0.2)
@@ -229,6 +242,8 @@ class History:
         if self.theme in _WHERE_OF_THEME and (self.theme != "limits" or rng.random() < 0.5):
             # Nothing but processes that stand still, at the points of the theme.
             engine.trouble = Trouble(freeze=0.02, critical=15.0, where=_WHERE_OF_THEME[self.theme])
+        if self.theme == "lists":
+            engine.trouble = rng.choice(_TROUBLE_WITH_LISTS)
         for act, times in _EVENTS_OF_THEME.get(self.theme, ()):
             for _ in range(times):
                 self._at(min(horizon, 20 * MINUTE) * rng.random(), partial(act, self))
@@ -301,7 +316,7 @@ class History:
     def _new_run(self) -> None:
         self.counts.runs += 1
         self.engine.tell("a run starts")
-        self.airflow.run(batch_size=self.rng.choice((1, 1, 3)))
+        self.airflow.run(batch_size=10 if self.theme == "lists" else self.rng.choice(_BATCH_SIZES))
 
     def _heartbeat_stops(self, actor: Actor, seconds: float) -> None:
         if seconds > HEARTBEAT_TIMEOUT:
@@ -583,6 +598,7 @@ class History:
         counts, engine = self.counts, self.engine
         counts.refunds, counts.steps = len(self.merchant.refunds), engine.steps
         counts.posts, counts.faults = self.payroc.posts, self.payroc.faults_met
+        counts.posts_beside, counts.with_lists = self.payroc.posts_beside, int(self.payroc.posts_beside > 0)
         counts.deaths, counts.freezes, counts.failures = engine.deaths, engine.freezes, engine.failures
         counts.paid = sum(row.payroc_refund_id is not None for row in self.memory.rows.values())
         counts.decisions = self.people.decisions
@@ -639,10 +655,18 @@ _LIMITS: dict[str, tuple[int | None, ...]] = {
 }
 
 _THRESHOLDS = ("approval_total", "approval_count")
+_TROUBLE_WITH_LISTS = (Trouble(fail=0.02, critical=5.0, where=AROUND_THE_POST), Trouble(freeze=0.02, critical=5.0, where=AROUND_THE_POST))
 _THEMES_OF_LIMITS = ("limits", "approval")
+_MORE_OF_THEME = {"limits": (1, 2, 3), "approval": (1, 2, 3), "lists": (2, 4, 6)}
 
 _EVENTS_OF_THEME: dict[str, tuple[tuple[Callable[[History], None], int], ...]] = {
-    "limits": ((History._new_run, 3), (History._limit, 3), (History._people_look_at_holds, 4), (History._approve_another, 2)),
+    "limits": (
+        (History._new_run, 3),
+        (History._limit, 3),
+        (History._people_look_at_holds, 4),
+        (History._approve_another, 2),
+        (History._mark_success, 4),
+    ),
     "approval": ((History._new_run, 3), (History._approve_another, 3), (History._clear, 2), (History._clear_a_pull, 2)),
     "the door": ((History._new_run, 2), (History._pause_for_a_moment, 8), (History._edit, 4)),
     "write-backs": ((History._payroc_moves, 2), (History._follow_up, 1)),

@@ -11,7 +11,7 @@ from include.refunds.ledger import Claim
 from include.refunds.ledger.runs import hash_of_ids
 from include.refunds.states import PAID, REPLACEABLE, Status
 from include.refunds.verify import Difference
-from tests.simulation.engine import HOUR, Engine, Violation
+from tests.simulation.engine import HOUR, Engine, Strand, Violation
 from tests.simulation.ledger import MemoryLedger, Row
 from tests.simulation.limits import LimitsKept
 from tests.simulation.merchant import Approved, Merchant
@@ -70,6 +70,7 @@ class Invariants:
             "cancel": self._cancelled,
             "begin_run": self._begun,
             "claim": self._claimed,
+            "may_post": self._looked_last,
             "record": self._recorded,
             "release": self._released,
         }
@@ -83,6 +84,11 @@ class Invariants:
         self.merchant.restored = True
         self._posted.clear()
 
+    @property
+    def _strand(self) -> Strand:
+        assert self.engine.current is not None
+        return self.engine.current
+
     # -- at Payroc -------------------------------------------------------------------------------------------------
 
     def sent(self, post: Post) -> None:
@@ -92,24 +98,36 @@ class Invariants:
             raise Violation(f"A POST goes out under the key {post.key}, which is derived from no approved refund.")
         if post.fault in ASKS_PEOPLE:
             self.excuse(item, post.fault)
-        row, attempt = self._row_of(item), post.attempt
+        row, attempt, strand = self._row_of(item), post.attempt, self._strand
         if attempt is None or row is None or row.id != attempt[0]:
             raise Violation(f"A POST for {item.source_ref} goes out that no claim stands behind.")
+        if not strand.has_turn:
+            raise Violation(f"A POST for {item.source_ref} goes out when it is not its turn.")
+        if strand.checked != attempt:
+            raise Violation(f"A POST for {item.source_ref} goes out without a last look of its own at the ledger.")
         if len(self.ledger.attempts[row.id]) < attempt[1]:
             raise Violation(f"A POST for {item.source_ref} goes out before its attempt {attempt[1]} is in the ledger.")
         if attempt in self._posted:
             raise Violation(f"Attempt {attempt[1]} of {item.source_ref} sends a second POST.")
         self._posted.add(attempt)
         self._check_pause(item, row)
+        self._check_fence(item, post)
         if self._bodies.setdefault(post.key, post.body) != post.body and not self.restored:
             raise Violation(f"A POST for {item.source_ref} has other bytes than the first one under its key.")
 
     def _check_pause(self, item: Approved, row: Row) -> None:
-        actor = self.engine.current
-        assert actor is not None
         for scope in (EVERYTHING, row.processing_terminal_id):
-            if actor.looked_at > self._paused_since.get(scope, self.engine.time):
+            if self._strand.looked_at > self._paused_since.get(scope, self.engine.time):
                 raise Violation(f"A POST for {item.source_ref} goes out after its worker could see that the sending is paused.")
+
+    def _check_fence(self, item: Approved, post: Post) -> None:
+        if not self.fence or post.token not in self.payroc.tokens:
+            return
+        lease_until = self._strand.lease_until
+        assert lease_until is not None
+        token_ends = self.engine.ledger_time() + timedelta(seconds=self.payroc.tokens[post.token][0] - self.engine.time)
+        if token_ends > lease_until:
+            raise Violation(f"A POST for {item.source_ref} goes out with a token that outlives its lease.")
 
     def processing(self, post: Post) -> None:
         """Payroc has let a POST in: its token was good."""
@@ -223,10 +241,20 @@ class Invariants:
             raise Violation(f"{row.source_ref} is cancelled, and Payroc holds it.")
 
     def _claimed(self, args: tuple[Any, ...], kwargs: dict[str, Any], claim: Claim | None) -> None:
+        strand = self._strand
+        strand.attempt = (claim.refund.id, claim.attempt) if claim is not None else None
+        strand.lease_until = claim.refund.lease_until if claim is not None else None
+        strand.checked = None
+        if claim is not None and not strand.has_turn:
+            raise Violation(f"{claim.refund.source_ref} is claimed before it is its turn.")
         if claim is not None and not self.ledger.paused.keys().isdisjoint((EVERYTHING, claim.refund.processing_terminal_id)):
             raise Violation(f"{claim.refund.source_ref} is claimed while the sending is paused.")
         if claim is not None and self.ledger.restored_to is not None:
             raise Violation(f"{claim.refund.source_ref} is claimed before the restored ledger was compared with Payroc.")
+
+    def _looked_last(self, args: tuple[Any, ...], kwargs: dict[str, Any], may_post: bool) -> None:
+        claim: Claim = args[0]
+        self._strand.checked = (claim.refund.id, claim.attempt) if may_post else None
 
     def _recorded(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         self._check_record(self.ledger.rows[args[0]])
@@ -241,8 +269,6 @@ class Invariants:
 
     def _released(self, args: tuple[Any, ...], kwargs: dict[str, Any], refund_ids: list[int]) -> None:
         run_id, candidate_ids = args[0], args[1]
-        actor = self.engine.current
-        assert actor is not None
         approval = (run_id, hash_of_ids(candidate_ids))
         if approval not in self._approvals:
             raise Violation(f"{run_id} releases refunds that approve_run did not approve.")
@@ -257,7 +283,7 @@ class Invariants:
             row = self.ledger.rows[refund_id]
             if row.replaces is not None:
                 continue
-            source = (actor.seen_source or {}).get(row.source_ref)
+            source = (self._strand.seen_source or {}).get(row.source_ref)
             if source is None:
                 raise Violation(f"{row.source_ref} is released though its source row was withdrawn before.")
             if (source["amount"], source["processing_terminal_id"]) != (row.amount, row.processing_terminal_id):

@@ -573,12 +573,12 @@ class MemoryLedger:
         row = self._row(refund_id)
         return _refund(row), self._history(refund_id, before=row.attempts + 1), self.clock()
 
-    def claim(self, refund_id: int, task: Task, *, environment: str, sent_with: str, token_expires_at: datetime) -> Claim | None:
+    def claim(self, refund_id: int, task: Task, *, environment: str, sent_with: str, token_seconds: int) -> Claim | None:
         now = self.clock()
         row = self.rows.get(refund_id)
         if row is None or row.request is None or not self._may_claim(row, now, environment, sent_with):
             return None
-        self._claim(row, now, token_expires_at + timedelta(seconds=self.settings.lease_margin_seconds), sent_with)
+        self._claim(row, now, now + timedelta(seconds=token_seconds + self.settings.lease_margin_seconds), sent_with)
         self.attempts[row.id].append(Attempt(row.id, row.attempts, task.run_id, now))
         return Claim(_refund(row), self._history(refund_id, before=row.attempts))
 
@@ -925,7 +925,7 @@ class MemoryLedger:
             raise _refused("held says for what")
         if new_status in PAID and row.payroc_refund_id is None:
             raise _refused("paid has Payroc's refund id")
-        if sum(other.payroc_refund_id == row.payroc_refund_id for other in self.rows.values() if row.payroc_refund_id) > 1:
+        if values.get("payroc_refund_id") and sum(other.payroc_refund_id == row.payroc_refund_id for other in self.rows.values()) > 1:
             raise _refused("Payroc's refund id is unique")
 
 

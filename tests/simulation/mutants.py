@@ -8,8 +8,8 @@ Most mutants change a function of ``include/refunds``. Those of a rule that stan
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -19,7 +19,7 @@ from uuid import UUID
 from include.payroc.errors import PayrocError, PayrocNoAnswer
 from include.refunds import classify, limits, look_up, pull, release, resolve, send, transitions
 from include.refunds.classify import Outcome, Sighting, Verdict
-from include.refunds.ledger import Claim, LedgerError
+from include.refunds.ledger import Claim, LedgerError, LedgerUnavailable, Task
 from include.refunds.ledger.runs import hash_of_ids
 from include.refunds.refund import History, Refund
 from include.refunds.states import IN_DOUBT, Status
@@ -28,7 +28,8 @@ from tests.simulation import ledger, merchant
 from tests.simulation.engine import Mistake, Violation
 from tests.simulation.history import PlainCipher
 from tests.simulation.ledger import MemoryLedger, Row
-from tests.simulation.payroc import Host
+from tests.simulation.payroc import Host, SimulatedGateway
+from tests.simulation.worker import SteppedLedger
 
 
 @dataclass(frozen=True)
@@ -172,9 +173,9 @@ def _lease(make: Callable[[MemoryLedger, Row, datetime, datetime], datetime]) ->
 _write_claim = MemoryLedger._claim
 
 
-def _claim_by_the_hosts_clock(self: MemoryLedger, refund_id: int, task: Any, *, token_expires_at: datetime, **values: Any) -> Claim | None:
+def _claim_by_the_hosts_clock(self: MemoryLedger, refund_id: int, task: Any, *, token_seconds: int, **values: Any) -> Claim | None:
     engine = self.clock.__self__  # type: ignore[attr-defined]
-    return _claim(self, refund_id, task, token_expires_at=token_expires_at + timedelta(seconds=engine.host_skew), **values)
+    return _claim(self, refund_id, task, token_seconds=token_seconds + int(engine.host_skew), **values)
 
 
 def _may_claim_with_any_key(self: MemoryLedger, row: Row, now: datetime, sent_with: str) -> bool:
@@ -290,6 +291,141 @@ _decide = transitions.decide
 
 def _decide_without_wait(refund: Refund, verdict: Verdict, history: History, **values: Any) -> Any:
     return _decide(refund, dataclasses.replace(verdict, retry_after=0.0), history, **(values | {"unknown_wait": timedelta(0)}))
+
+
+# -- a list, sent side by side -------------------------------------------------------------------------------------------
+
+# A gateway is that of one try of one task: what it is given here, the refunds of a list share.
+
+
+async def _post_what_was_opened_last(token: Any, claim: Claim, body: bytes, gateway: Any) -> Verdict:
+    return await _post(token, claim, gateway.opened, gateway)
+
+
+async def _look_up_and_keep_the_body(token: Any, claim: Claim, refund: Refund, now: Any, ledger: Any, gateway: Any, *rest: Any) -> Any:
+    gateway.opened = refund.request
+    return await _look_up_first(token, claim, refund, now, ledger, gateway, *rest)
+
+
+async def _post_under_the_key_of_the_list(token: Any, claim: Claim, body: bytes, gateway: Any) -> Verdict:
+    gateway.__dict__.setdefault("key", claim.refund.idempotency_key)
+    refund = dataclasses.replace(claim.refund, idempotency_key=gateway.key)
+    return await _post(token, dataclasses.replace(claim, refund=refund), body, gateway)
+
+
+async def _answer_of_the_neighbour(self: SimulatedGateway, token: Any, key: str, body: bytes) -> Any:
+    answer = await _create_refund(self, token, key, body)
+    before, self.__dict__["answer"] = self.__dict__.get("answer", answer), answer
+    return before
+
+
+_create_refund = SimulatedGateway.create_refund
+
+
+async def _send_with_the_verdict_of_the_list(refund_id: int, task: Task, stepped: Any, gateway: Any, *rest: Any) -> Any:
+    sent = await _send(refund_id, task, stepped, gateway, *rest)
+    if isinstance(sent, send.Result):
+        return sent
+    gateway.verdict = sent[1]
+    await stepped.read(refund_id)
+    return sent[0], gateway.verdict
+
+
+async def _send_with_the_attempt_of_the_list(refund_id: int, task: Task, stepped: Any, gateway: Any, *rest: Any) -> Any:
+    sent = await _send(refund_id, task, stepped, gateway, *rest)
+    if isinstance(sent, send.Result):
+        return sent
+    gateway.attempt = sent[0].attempt
+    await stepped.read(refund_id)
+    return dataclasses.replace(sent[0], refund=dataclasses.replace(sent[0].refund, attempts=gateway.attempt)), sent[1]
+
+
+_send = send._send
+
+
+async def _send_and_stop_the_list(refund_id: int, task: Task, stepped: Any, gateway: Any, *rest: Any) -> Any:
+    try:
+        return await _send(refund_id, task, stepped, gateway, *rest)
+    except LedgerError:
+        gateway.stopped = True
+        raise
+
+
+async def _post_unless_the_list_is_stopped(token: Any, claim: Claim, body: bytes, gateway: Any) -> Verdict:
+    verdict = await _post(token, claim, body, gateway)
+    return Verdict(Outcome.NOT_SENT, "The list was stopped.") if hasattr(gateway, "stopped") else verdict
+
+
+async def _send_and_forget_the_list(refund_id: int, task: Task, stepped: Any, gateway: Any, *rest: Any) -> Any:
+    sent = await _send_and_stop_the_list(refund_id, task, stepped, gateway, *rest)
+    if hasattr(gateway, "stopped"):
+        raise LedgerUnavailable("The list was stopped.")
+    return sent
+
+
+async def _send_whatever_stops_all(*arguments: Any) -> Any:
+    sent = await _send(*arguments)
+    return dataclasses.replace(sent, stops_all=False) if isinstance(sent, send.Result) else sent
+
+
+async def _recorded_whatever_stops_all(*arguments: Any) -> Any:
+    return dataclasses.replace(await _recorded(*arguments), stops_all=False)
+
+
+_recorded = send._recorded
+
+
+@asynccontextmanager
+async def _turn_given_back_at_once(self: SimulatedGateway) -> AsyncIterator[None]:
+    async with _turn(self):
+        pass
+    yield
+
+
+_turn = SimulatedGateway.turn
+
+
+async def _may_post_once_for_a_list(self: SteppedLedger, claim: Claim, seconds: float) -> bool:
+    assert self.engine.current is not None
+    looked = self.__dict__.setdefault("looked", {})
+    actor = self.engine.current.actor
+    if actor not in looked:
+        looked[actor] = await _stepped_may_post(self, claim, seconds)
+    return bool(looked[actor])
+
+
+async def _claim_with_the_lease_of_the_list(self: SteppedLedger, refund_id: int, task: Task, **values: Any) -> Claim | None:
+    claim: Claim | None = await _stepped_claim(self, refund_id, task, **values)
+    strand, row = self.engine.current, self.ledger.rows[refund_id]
+    if claim is not None and strand is not None and row.attempts == claim.attempt:
+        strand.lease_until = self.__dict__.setdefault("leases", {}).setdefault(task, row.lease_until)
+        row.lease_until = row.next_attempt_at = strand.lease_until
+        row.as_refund = None
+    return claim
+
+
+async def _claim_without_its_commit(self: SteppedLedger, refund_id: int, task: Task, **values: Any) -> Claim | None:
+    """The transaction of a group fails, and its calls get their answers all the same."""
+    try:
+        claim: Claim | None = await _stepped_claim(self, refund_id, task, **values)
+    except LedgerUnavailable:
+        backup = self.ledger.backup()
+        claim = self.ledger.claim(refund_id, task, **values)
+        self.watch("claim", (refund_id, task), values, claim)
+        self.ledger.restore(backup)
+    return claim
+
+
+_stepped_claim, _stepped_may_post = SteppedLedger.claim, SteppedLedger.may_post  # type: ignore[attr-defined]
+
+
+async def _token_of_the_list(self: SimulatedGateway, *, younger_than: float | None = None) -> Any:
+    if "token_of_all" not in self.__dict__:
+        self.__dict__["token_of_all"] = await _token(self, younger_than=younger_than)
+    return self.__dict__["token_of_all"]
+
+
+_token = SimulatedGateway.token
 
 
 # -- around the sending --------------------------------------------------------------------------------------------------
@@ -485,6 +621,24 @@ MUTANTS = (
         "a pause is looked at only at the door",
         ((MemoryLedger, "_may_claim", _may_claim_while_paused), (MemoryLedger, "may_post", _may_post_while_paused)),
     ),
+    Mutant(
+        "a list sends the body that was opened last",
+        ((send, "_look_up_first", _look_up_and_keep_the_body), (send, "_post", _post_what_was_opened_last)),
+    ),
+    Mutant("a list sends under one key", ((send, "_post", _post_under_the_key_of_the_list),)),
+    Mutant("a list takes a neighbour's answer", ((SimulatedGateway, "create_refund", _answer_of_the_neighbour),)),
+    Mutant("a list records a neighbour's verdict", ((send, "_send", _send_with_the_verdict_of_the_list),)),
+    Mutant("a list holds no turn", ((SimulatedGateway, "turn", _turn_given_back_at_once),)),
+    Mutant("a list has one last look before its POSTs", ((SteppedLedger, "may_post", _may_post_once_for_a_list),)),
+    Mutant("a list has one lease", ((SteppedLedger, "claim", _claim_with_the_lease_of_the_list),)),
+    Mutant(
+        "a failed commit of claims counts as one, with no last look",
+        ((SteppedLedger, "claim", _claim_without_its_commit), (MemoryLedger, "may_post", _may_post_whatever)),
+    ),
+    Mutant(
+        "a list's first error takes what is under way for not sent",
+        ((send, "_send", _send_and_stop_the_list), (send, "_post", _post_unless_the_list_is_stopped)),
+    ),
     Mutant("the approval is taken from what Airflow hands on", ((MemoryLedger, "_check_approval", lambda self, run_id, ids: None),)),
     Mutant("an approval counts for whatever the run is about by now", ((MemoryLedger, "_asked", MemoryLedger._run),)),
     Mutant("the threshold is looked at only when the run asks", ((MemoryLedger, "_check_approval", _check_hash_only),)),
@@ -523,6 +677,33 @@ MUTANTS = (
         ((MemoryLedger, "_replaced_stands", lambda self, row: True), (send, "paid_after_all", _nobody_is_paid)),
     ),
     Mutant("after a restore nothing is paused", ((MemoryLedger, "begin_restore", _begin_restore_without_a_pause),)),
+    Mutant(
+        "a failed commit of claims counts as one",
+        ((SteppedLedger, "claim", _claim_without_its_commit),),
+        harmless="The last look before the POST finds no claim of this attempt in the ledger, so nothing is sent.",
+    ),
+    Mutant(
+        "a list records under a neighbour's attempt",
+        ((send, "_send", _send_with_the_attempt_of_the_list),),
+        harmless="What another attempt is said to have found counts only when it is Payroc's refund itself; the attempt's own outcome "
+        "stays open, and is looked up, or sent again under its key, when the lease ends.",
+    ),
+    Mutant(
+        "a list's first error forgets what is under way",
+        ((send, "_send", _send_and_forget_the_list),),
+        harmless="To the ledger it is a worker that died: what was under way is looked up, or sent again under its key, when the lease "
+        "ends.",
+    ),
+    Mutant(
+        "what stops all stops no list",
+        ((send, "_send", _send_whatever_stops_all), (send, "_recorded", _recorded_whatever_stops_all)),
+        harmless="The pause that it left in the ledger refuses each further claim, and without a token nothing can be claimed.",
+    ),
+    Mutant(
+        "a list has one token",
+        ((SimulatedGateway, "token", _token_of_the_list),),
+        harmless="The token ends earlier than its lease allows for; what is sent with it afterwards Payroc refuses.",
+    ),
     Mutant(
         "a 401 evicts whatever token is there",
         ((Host, "evict", _evict_all),),

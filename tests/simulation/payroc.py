@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import lru_cache
@@ -18,7 +19,7 @@ from typing import Any
 
 from include.payroc import models, problems
 from include.payroc.errors import PayrocError, PayrocNoAnswer, PayrocProblem, PayrocUnexpectedAnswer
-from tests.simulation.engine import DAY, EPOCH, Engine
+from tests.simulation.engine import DAY, EPOCH, Engine, Strand
 
 # Bodies come again in every attempt, and in every history.
 _parsed = lru_cache(maxsize=1000)(json.loads)
@@ -26,6 +27,8 @@ _parsed = lru_cache(maxsize=1000)(json.loads)
 TOKEN_SECONDS = 3600
 KEY_KEPT = 7 * DAY
 CLIENT_TIMEOUT = 60.0
+# How many refunds of a process may be under way to Payroc at a time.
+PLACES = (1, 2, 3, 32)
 
 HOST = "https://api.payroc.example/v1"
 OTHER_HOST = "https://api.uat.payroc.example/v1"
@@ -194,6 +197,8 @@ class Payroc:
         self.tokens: dict[str, tuple[float, str]] = {}
         self.tokens_issued = 0
         self.posts = 0
+        # Those of which another refund of the same list was under way.
+        self.posts_beside = 0
         self.faults_met: dict[str, int] = {}
         self.refunds: dict[str, Existing] = {}
         self.by_key: dict[str, list[Existing]] = {}
@@ -380,6 +385,29 @@ class SimulatedGateway:
         self._api_key = host.api_key
         self.environment = host.environment
         self.sent_with = f"{host.environment} {host.api_key}"
+        self._places = PLACES[int(self._engine.chance() * len(PLACES))]
+        self._under_way = 0
+        self._waiting: list[Strand] = []
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        engine = self._engine
+        await engine.point("payroc: turn")
+        strand = engine.current
+        assert strand is not None
+        while self._under_way == self._places:
+            self._waiting.append(strand)
+            await engine.park()
+        self._under_way += 1
+        strand.has_turn = True
+        try:
+            yield
+        finally:
+            strand.has_turn = False
+            self._under_way -= 1
+            if self._waiting:
+                # In production the first one's turn is next; the protocol does not rely on it.
+                engine.wake(self._waiting.pop(int(engine.chance() * len(self._waiting))))
 
     async def token(self, *, younger_than: float | None = None) -> Token:
         host, engine = self._host, self._engine
@@ -405,9 +433,11 @@ class SimulatedGateway:
             fault = self._host.planned.pop(0)
         elif engine.chance() < payroc.temper.faults:
             fault = payroc.temper.which[int(engine.chance() * len(payroc.temper.which))]
-        actor = engine.current
-        assert actor is not None
-        post = Post(idempotency_key, body, token.text, self._api_key, actor.attempt, fault, engine.time)
+        strand = engine.current
+        assert strand is not None
+        if self._under_way > 1:
+            payroc.posts_beside += 1
+        post = Post(idempotency_key, body, token.text, self._api_key, strand.attempt, fault, engine.time)
         if post.fault:
             payroc.faults_met[post.fault] = payroc.faults_met.get(post.fault, 0) + 1
         if engine.telling:

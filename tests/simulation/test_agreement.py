@@ -6,11 +6,16 @@ from collections.abc import Callable
 
 import pytest
 
+from include.refunds.classify import Outcome, Sighting, Verdict
+from include.refunds.ledger import Task
 from include.refunds.settings import Settings
+from include.refunds.states import Status
 from tests.conftest import NewDatabase
-from tests.simulation.engine import Engine, Violation
+from tests.simulation.engine import HOUR, MINUTE, Engine, Violation
 from tests.simulation.history import SETTINGS, Counts, History
 from tests.simulation.ledger import MemoryLedger
+from tests.simulation.merchant import TERMINALS
+from tests.simulation.payroc import HOST, TOKEN_SECONDS, Temper
 from tests.simulation.twins import PostgresLedger, Twins
 
 _SHORT, _LONG = 25, 1500
@@ -57,6 +62,69 @@ def test_a_ledger_in_memory_that_follows_another_rule_is_found(new_ledger: NewDa
 
     with pytest.raises(Violation, match="After due the memory has"):
         play_many()
+
+
+def test_calls_that_share_a_transaction_do_what_they_do_one_after_the_other(new_ledger: NewDatabase) -> None:
+    url = new_ledger()
+
+    def twins(settings: Settings, engine: Engine) -> Twins:
+        return Twins(PostgresLedger(url, settings, engine.ledger_time), settings, engine)
+
+    history = History(0, temper=Temper(), new_ledger=twins)
+    ledger, engine = history.ledger, history.engine
+    for number in range(1, 13):
+        history.merchant.approve(number, processing_terminal_id=TERMINALS[number % 2])
+    # The run gets as far as its list, and stands still there.
+    engine.script = lambda actor, label: "die" if label == "payroc: turn" else None
+    history.airflow.run(batch_size=12)
+    engine.run(until=MINUTE)
+    assert {row.status for row in ledger.memory.rows.values()} == {Status.RELEASED}
+
+    claim = {"environment": HOST, "sent_with": f"{HOST} key-1", "token_seconds": TOKEN_SECONDS}
+    refund_ids = [*ledger.memory.rows]
+    for verdicts in _ROUNDS:
+        for scope in ledger.pauses():
+            ledger.resume(scope, "A test resumes it.")
+        claims = ledger.together("claim", [((refund_id, Task("run-1", 0, 1)), claim) for refund_id in (*refund_ids, 999)])
+        held = [item for item in claims if item is not None]
+        assert held
+        ledger.pause(TERMINALS[0], "A test pauses it.")
+        assert len(set(ledger.together("may_post", [((item, 60.0), {}) for item in held]))) == 2
+        ledger.together("record", [((item.refund.id, verdict, item.attempt), {}) for item, verdict in zip(held, verdicts, strict=False)])
+        ledger.together("read", [((refund_id,), {}) for refund_id in (*refund_ids, 999)])
+        # Nobody's record, that of an attempt which is not the last, and one about no refund at all.
+        accepted = Verdict(Outcome.ACCEPTED, "A test found it.", sighting=Sighting("P000000001", "ready", Status.ACCEPTED))
+        others = [(refund_ids[0], accepted, None), (refund_ids[1], accepted, 7), (999, accepted, None), (refund_ids[2], _UNKNOWN, 1)]
+        ledger.together("record", [(arguments, {}) for arguments in others])
+        engine.time += 2 * HOUR
+    assert len({row.status for row in ledger.memory.rows.values()}) >= 5
+    ledger.postgres.close()
+
+
+_UNKNOWN = Verdict(Outcome.UNKNOWN, "No answer came.")
+
+
+def _accepted(payroc_refund_id: str) -> Verdict:
+    return Verdict(Outcome.ACCEPTED, "Accepted.", 201, sighting=Sighting(payroc_refund_id, "ready", Status.ACCEPTED))
+
+
+# What the attempts of a list come to: the same verdict twice, each other one once, one refund of Payroc's for two, a pause in the middle.
+_ROUNDS = (
+    (
+        _accepted("P000000001"),
+        _UNKNOWN,
+        Verdict(Outcome.REJECTED, "Declined.", 400, "bad-request"),
+        _UNKNOWN,
+        _accepted("P000000001"),
+        Verdict(Outcome.NOT_SENT, "Paused."),
+        Verdict(Outcome.CONFIGURATION, "Refused.", 403, "forbidden", pause=TERMINALS[1]),
+        Verdict(Outcome.REVIEW, "Strange."),
+        Verdict(Outcome.UNKNOWN, "Refused.", 401, "not-authorized"),
+        _accepted("P000000002"),
+        Verdict(Outcome.UNKNOWN, "In use.", 409, "idempotency-key-in-use"),
+    ),
+    (_accepted("P000000003"), Verdict(Outcome.REJECTED, "Declined.", 400, "bad-request"), _accepted("P000000002"), _UNKNOWN),
+)
 
 
 def test_the_simulated_ledger_has_every_setting_of_the_real_one() -> None:

@@ -25,6 +25,7 @@ def test_no_refund_is_paid_twice_or_lost_in_histories_that_are_always_the_same(
     # Nothing that is to happen in them may have stopped happening unnoticed.
     counts = outcome.counts
     assert min(counts.deaths, counts.freezes, counts.failures, counts.posts, counts.paid) > counts.histories / 2
+    assert counts.with_lists > counts.histories / 2
     assert len(counts.faults) >= 23
     assert len(counts.events) >= 18
 
@@ -55,7 +56,8 @@ def _line(outcome: Outcome) -> str:
     counts = outcome.counts
     line = (
         f"{counts.histories:,} histories in {outcome.seconds:.1f} s, {counts.histories / outcome.seconds:,.0f} a second: "
-        f"{counts.posts:,} POSTs, {counts.deaths:,} deaths, {len(outcome.violations)} violations"
+        f"{counts.posts:,} POSTs, {counts.posts_beside:,} beside others of their list, {counts.deaths:,} deaths, "
+        f"{len(outcome.violations)} violations"
     )
     return line
 

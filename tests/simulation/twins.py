@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, is_dataclass
 from datetime import datetime
@@ -57,6 +57,9 @@ _READS = frozenset(
 )
 
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
 class PostgresLedger:
     """
     The real ledger, each call run to its end.
@@ -73,6 +76,15 @@ class PostgresLedger:
     def __getattr__(self, name: str) -> Any:
         method = getattr(self.real, name)
         return lambda *args, **kwargs: self._run(method(*args, **kwargs))
+
+    def together(self, name: str, calls: Sequence[Call]) -> list[Any]:
+        """Make calls at the same time, which then share transactions; return what each returns or raises."""
+
+        async def work() -> list[Any]:
+            method = getattr(self.real, name)
+            return await asyncio.gather(*(method(*args, **kwargs) for args, kwargs in calls), return_exceptions=True)
+
+        return self._run(work())
 
     def close(self) -> None:
         """Close its connections."""
@@ -181,7 +193,22 @@ class Twins:
 
         return call
 
+    def together(self, name: str, calls: Sequence[Call]) -> list[Any]:
+        """Make calls at the same time on the real one, and one after the other on the one in memory."""
+        self.calls += len(calls)
+        results = self.postgres.together(name, calls)
+        for (args, kwargs), theirs in zip(calls, results, strict=True):
+            ours = _result_of(getattr(self.memory, name), args, kwargs)
+            self._compare_results(name, ours, theirs)
+        self._compare_rows(name)
+        return results
+
     def _compare(self, name: str, ours: Any, theirs: Any) -> None:
+        self._compare_results(name, ours, theirs)
+        if name not in _READS:
+            self._compare_rows(name)
+
+    def _compare_results(self, name: str, ours: Any, theirs: Any) -> None:
         if isinstance(ours, Exception) or isinstance(theirs, Exception):
             if type(ours) is not type(theirs):
                 raise Violation(f"{name}: the memory says {ours!r}, Postgres says {theirs!r}.")
@@ -191,11 +218,12 @@ class Twins:
             _same(name, ours, theirs)
         else:
             _same(name, ours, theirs)
-        if name not in _READS:
-            rows = [{column: getattr(row, column) for column in _COMPARED} for _, row in sorted(self.memory.rows.items())]
-            _same(f"{name}, then the rows", rows, self.postgres.dump())
-            runs = {run_id: {column: getattr(run, column) for column in _RUN_COLUMNS} for run_id, run in self.memory.runs.items()}
-            _same(f"{name}, then the runs", runs, self.postgres.dump_runs())
+
+    def _compare_rows(self, name: str) -> None:
+        rows = [{column: getattr(row, column) for column in _COMPARED} for _, row in sorted(self.memory.rows.items())]
+        _same(f"{name}, then the rows", rows, self.postgres.dump())
+        runs = {run_id: {column: getattr(run, column) for column in _RUN_COLUMNS} for run_id, run in self.memory.runs.items()}
+        _same(f"{name}, then the runs", runs, self.postgres.dump_runs())
 
 
 def _same(what: str, ours: Any, theirs: Any) -> None:

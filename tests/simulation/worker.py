@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Generator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from include.refunds.ledger import Claim, LedgerError, LedgerUnavailable
+from include.refunds.ledger import LedgerError, LedgerUnavailable
 from tests.simulation.engine import Engine
 
 _LOCK_POLL = 15.0
@@ -65,9 +65,6 @@ def _stepped(name: str) -> Callable[..., Any]:
             yield before_label
         self.ledger.actor = self.actor
         result = getattr(self.ledger, name)(*args, **kwargs)
-        if name == "claim":
-            assert engine.current is not None
-            engine.current.attempt = (result.refund.id, result.attempt) if isinstance(result, Claim) else None
         self.watch(name, args, kwargs, result)
         if scripted or not before:
             yield after_label
