@@ -18,8 +18,9 @@ COPY --chown=airflow:0 dags /opt/airflow/dags
 COPY --chown=airflow:0 docker /opt/airflow/docker
 COPY --chown=airflow:0 demo/sample_refunds.csv /opt/airflow/demo/sample_refunds.csv
 
-# Without an installed entry point Airflow does not know the connection type payroc, and the commands can't reach Payroc.
-# Compiled here once: each task is a process of its own, and would compile its imports again.
+# Without installed entry points Airflow does not know the connection type payroc, the commands can't reach Payroc, and each task imports
+# anew what scheduler and workers could have imported for all.
+# Compiled here once: a process that may not write beside the sources would compile its imports again.
 # A volume takes over owner and rights of the folder that it is mounted on, so the folders have to be there.
 RUN pip install --no-cache-dir --no-deps --editable . \
     && python -m compileall -q include plugins dags \

@@ -109,6 +109,8 @@ class _Request(BaseModel):
         validate_by_alias=True,
         loc_by_alias=False,
         hide_input_in_errors=True,
+        # Tasks that send need no model of a request, and each task is a process that would build them all.
+        defer_build=True,
     )
 
 

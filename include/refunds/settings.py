@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from zoneinfo import available_timezones
+from zoneinfo import ZoneInfo
 
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -51,6 +51,16 @@ class Settings(BaseSettings):
         600, ge=5, description="Seconds by which a lease outlives its token, so that a POST sent on the token's last second has ended."
     )
     http_timeout_seconds: float = Field(30, gt=0, le=120, description="Seconds to connect, and seconds to wait for an answer from Payroc.")
+    requests_in_flight: int = Field(
+        32,
+        ge=1,
+        le=1000,
+        description="Refunds under way to Payroc at a time from one worker host; its tasks share them evenly, each has at least one. "
+        "Fewer after a 429, until Payroc takes more again.",
+    )
+    requests_per_second: float | None = Field(
+        None, gt=0, description="Refunds that one worker host begins to send in a second. Unset: no limit, for Payroc documents none."
+    )
     approval_timeout_hours: float = Field(
         8,
         gt=0,
@@ -131,8 +141,10 @@ class Settings(BaseSettings):
     @field_validator("timezone")
     @classmethod
     def _known_timezone(cls, value: str) -> str:
-        if value not in available_timezones():
-            raise ValueError("is not an IANA time zone such as America/New_York")
+        try:
+            ZoneInfo(value)
+        except (LookupError, ValueError, OSError):  # a folder of time zones is an OSError
+            raise ValueError("is not an IANA time zone such as America/New_York") from None
         return value
 
 
