@@ -45,6 +45,14 @@ SEEDS := 2000
 simulate: $(READY) ## Play SEEDS=2000 histories of refunds in which everything goes wrong, and count what was paid twice or lost
 	@$(PYTHON) -m tests.simulation --seeds $(SEEDS)
 
+.PHONY: bench
+bench: $(READY) ## Measure what the project costs beside what others would have written, for an hour or two; benchmarks/results/ has what came out
+	@$(PYTHON) -m benchmarks
+
+.PHONY: bench-quick
+bench-quick: $(READY) ## The same in a few minutes; it fails when a figure falls clearly short of its goal
+	@$(PYTHON) -m benchmarks --quick
+
 .PHONY: lint
 lint: $(READY) ## Check style and layout with ruff
 	@$(PYTHON) -m ruff check

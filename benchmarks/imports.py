@@ -1,0 +1,88 @@
+"""
+How long the DAG file takes to parse, and the operator's module to import, beside the same imports of Airflow alone.
+
+The same imports are: each module ``airflow…`` that our file loads, directly or not, with what they load in turn; what is left is our own
+modules and what these alone need. Every measurement is a process of its own, which has imported ``airflow`` and what every DAG needs before
+the clock starts, as the process that parses a DAG file has.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+
+from benchmarks.figure import Figure, figure_of
+from demo.state import ROOT
+
+GOAL = 1.2
+DAG_FILE = ROOT / "dags" / "payroc_refunds.py"
+OPERATOR = "payroc_airflow.operators.refund"
+
+_ROUNDS, _QUICK_ROUNDS = 11, 3
+_EMPTY_DAG = """
+from airflow.sdk import DAG, task
+
+with DAG("empty") as dag:
+
+    @task
+    def empty() -> None: ...
+
+    empty()
+"""
+# CPU time: in a process that waits for nobody it is the time, and a busy machine stretches it least.
+_MEASURE = """
+import json, runpy, sys, time
+from airflow.sdk import DAG, task
+before, begin = set(sys.modules), time.process_time()
+runpy.run_path(sys.argv[1])
+seconds = time.process_time() - begin
+print(json.dumps([seconds, [name for name in sys.modules if name.startswith("airflow.") and name not in before]]))
+"""
+
+
+def measure(quick: bool) -> list[Figure]:
+    """
+    Measure, each round one after the other.
+
+    :param quick: fewer rounds.
+    """
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        operator = folder / "operator.py"
+        operator.write_text(f"import {OPERATOR}\n")
+        return [_figure("DAG file parse", DAG_FILE, folder, quick), _figure("import of the operator's module", operator, folder, quick)]
+
+
+def _figure(name: str, ours: Path, folder: Path, quick: bool) -> Figure:
+    # The first of each also leaves compiled files behind for the others.
+    _, modules = _seconds(ours, folder)
+    theirs = folder / "empty.py"
+    theirs.write_text("".join(f"import {module}\n" for module in modules) + _EMPTY_DAG)
+    _seconds(theirs, folder)
+    pairs = [(_seconds(ours, folder)[0], _seconds(theirs, folder)[0]) for _ in range(_QUICK_ROUNDS if quick else _ROUNDS)]
+    detail = {
+        "seconds": median(one for one, _ in pairs),
+        "seconds of the empty file": median(other for _, other in pairs),
+        "imports": modules,
+    }
+    ratios = [one / other for one, other in pairs]
+    return figure_of(f"{name} ÷ empty DAG file", f"≤ {GOAL} ×", ratios, "×", detail, lambda value: value <= GOAL)
+
+
+def _seconds(file: Path, home: Path) -> tuple[float, list[str]]:
+    command = [sys.executable, "-c", _MEASURE, str(file)]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("AIRFLOW", "PAYROC"))}
+    env = {**kept, "AIRFLOW_HOME": str(home), "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "plugins")])}
+    printed = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
+    seconds, modules = json.loads(printed.splitlines()[-1])
+    return float(seconds), list(modules)
+
+
+if __name__ == "__main__":
+    print(json.dumps([asdict(figure) for figure in measure("--quick" in sys.argv)], indent=1, ensure_ascii=False))
