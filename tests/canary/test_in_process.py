@@ -51,7 +51,7 @@ class Talk:
         self.errors = 0
         caplog.set_level(logging.DEBUG)
         # Airflow's loggers do not hand on to the root.
-        for name in ("airflow", "airflow.task", "httpx"):
+        for name in ("airflow", "airflow.task", "aiohttp.client", "asyncio", "httpx"):
             caplog.set_level(logging.DEBUG, logger=name)
 
     def note(self, what: str, said: object) -> None:
@@ -136,8 +136,7 @@ def world(
     world = World(ledger_url, source_url, sandbox)
     yield world
     sandbox.delete("/_sandbox/faults")
-    world.ledger_engine.dispose()
-    world.source_engine.dispose()
+    world.close()
 
 
 @pytest.fixture

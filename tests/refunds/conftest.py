@@ -63,10 +63,17 @@ class World:
             clock=lambda: datetime.now(UTC) + timedelta(hours=self.hours_ahead),
         )
         self.source = SqlSource(self.source_engine)
-        self.gateway: Gateway = HookGateway(PayrocHook())
+        self._hook_gateway = HookGateway(PayrocHook())
+        self.gateway: Gateway = self._hook_gateway
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run(work)
+
+    def close(self) -> None:
+        # Its share of what may be under way from this host is another test's now.
+        self.run(self._hook_gateway.close())
+        self.ledger_engine.dispose()
+        self.source_engine.dispose()
 
     # -- what people do ------------------------------------------------------------------------------------------
 
@@ -204,8 +211,7 @@ def world(ledger_url: URL, source_url: URL, sandbox: Sandbox, monkeypatch: pytes
     get_settings.cache_clear()
     world = World(ledger_url, source_url, sandbox)
     yield world
-    world.ledger_engine.dispose()
-    world.source_engine.dispose()
+    world.close()
 
 
 class Intercepted:
