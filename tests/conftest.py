@@ -48,6 +48,8 @@ os.environ |= {
     "PAYROC_REFUNDS_FINGERPRINT_KEY": "fingerprint key of the tests, never rotated",
     # A token of one test must not be another test's.
     "PAYROC_REFUNDS_TOKEN_CACHE_DIR": str(SCRATCH / "tokens"),
+    # A process of the tests has many gateways, and each counts as one that sends: a test that sends within a sending needs two places.
+    "PAYROC_REFUNDS_REQUESTS_IN_FLIGHT": "1000",
     # For processes that tests start; the tests' own path is pytest's setting `pythonpath`.
     "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "plugins")]),
     "NO_PROXY": "127.0.0.1,localhost",
