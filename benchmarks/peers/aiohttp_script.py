@@ -7,15 +7,13 @@ killed between the POST and the commit it sends a refund again, under the same k
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
 import time
 
 import aiohttp
 import asyncpg
 
-from benchmarks.peers.models import APPROVED, PAID, AccessToken, RefundAnswer, body_of, key_of
+from benchmarks.peers.models import APPROVED, PAID, AccessToken, RefundAnswer, body_of, command, key_of
 
 
 async def pay(database: str, payroc: str, concurrency: int, limit: int) -> dict[str, float]:
@@ -47,9 +45,4 @@ async def pay(database: str, payroc: str, concurrency: int, limit: int) -> dict[
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--database", required=True)
-    parser.add_argument("--payroc", required=True)
-    parser.add_argument("--concurrency", type=int, default=64)
-    parser.add_argument("--limit", type=int, required=True)
-    print(json.dumps(asyncio.run(pay(**vars(parser.parse_args())))))
+    command(__doc__, pay)

@@ -6,15 +6,13 @@ It does the same as :mod:`benchmarks.peers.aiohttp_script`, with the other clien
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
 import time
 
 import asyncpg
 import httpx
 
-from benchmarks.peers.models import APPROVED, PAID, AccessToken, RefundAnswer, body_of, key_of
+from benchmarks.peers.models import APPROVED, PAID, AccessToken, RefundAnswer, body_of, command, key_of
 
 
 async def pay(database: str, payroc: str, concurrency: int, limit: int) -> dict[str, float]:
@@ -46,9 +44,4 @@ async def pay(database: str, payroc: str, concurrency: int, limit: int) -> dict[
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--database", required=True)
-    parser.add_argument("--payroc", required=True)
-    parser.add_argument("--concurrency", type=int, default=64)
-    parser.add_argument("--limit", type=int, required=True)
-    print(json.dumps(asyncio.run(pay(**vars(parser.parse_args())))))
+    command(__doc__, pay)

@@ -1,10 +1,13 @@
-"""What both scripts share: the two statements, the request and the answer."""
+"""What both scripts share: the two statements, the request and the answer, the command line."""
 
 from __future__ import annotations
 
+import argparse
+import asyncio
 import hashlib
+import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -95,3 +98,17 @@ def body_of(row: Mapping[str, Any]) -> bytes:
         ),
     )
     return request.model_dump_json(by_alias=True).encode()
+
+
+def command(description: str | None, pay: Callable[..., Awaitable[dict[str, float]]]) -> None:
+    """Pay what the command line asks for, and print how many refunds that were and how long it took."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--database", required=True)
+    parser.add_argument("--payroc", required=True)
+    parser.add_argument("--concurrency", type=int, default=64)
+    parser.add_argument("--limit", type=int, required=True)
+
+    async def paid() -> dict[str, float]:
+        return await pay(**vars(parser.parse_args()))
+
+    print(json.dumps(asyncio.run(paid())))

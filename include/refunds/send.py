@@ -116,10 +116,11 @@ async def send_refunds(
         except Exception as error:  # noqa: BLE001 - raised below
             unforeseen.append(error)
 
-    await together([send(refund_id) for refund_id in dict.fromkeys(refund_ids)])
-    for error in (*stopping, *unforeseen):
-        raise error
-    return [results[refund_id] for refund_id in dict.fromkeys(refund_ids) if refund_id in results]
+    each_once = list(dict.fromkeys(refund_ids))
+    await together([send(refund_id) for refund_id in each_once])
+    if errors := [*stopping, *unforeseen]:
+        raise errors[0]
+    return [results[refund_id] for refund_id in each_once if refund_id in results]
 
 
 async def _send(

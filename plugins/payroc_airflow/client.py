@@ -23,7 +23,7 @@ from include.payroc.models import AccessToken, Problem, Refund, RefundPage, expl
 from include.refunds.settings import get_settings
 from payroc_airflow.connection import PayrocConnection
 from payroc_airflow.metrics import timed
-from payroc_airflow.token_cache import FileTokenCache, MemoryTokenCache, TokenCache, default_folder
+from payroc_airflow.token_cache import FileTokenCache, MemoryTokenCache, TokenCache, shared_folder
 from payroc_airflow.transport import Answer, Transport
 
 MAX_TOKEN_SECONDS = 24 * 60 * 60
@@ -141,11 +141,9 @@ class PayrocClient:
 
     @cached_property
     def _token_cache(self) -> TokenCache:
-        settings = get_settings()
-        if not settings.token_cache:
+        if not get_settings().token_cache:
             return MemoryTokenCache()
-        folder = settings.token_cache_dir or default_folder()
-        return FileTokenCache(folder, self._connection, lock_seconds=2 * self._timeout)
+        return FileTokenCache(shared_folder(), self._connection, lock_seconds=2 * self._timeout)
 
     def _refund_url(self, refund_id: str) -> str:
         return f"{self._refunds_url}/{quote(refund_id, safe='')}"

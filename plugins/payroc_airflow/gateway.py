@@ -16,7 +16,7 @@ from payroc_airflow import metrics
 from payroc_airflow.hooks.payroc import PayrocHook
 from payroc_airflow.limiter import Limiter
 from payroc_airflow.task_context import outside_of_tasks
-from payroc_airflow.token_cache import default_folder
+from payroc_airflow.token_cache import shared_folder
 
 
 class HookGateway:
@@ -36,8 +36,7 @@ class HookGateway:
         self.environment = hook.api_url
         self.sent_with = hook.sent_with
         settings = get_settings()
-        folder = settings.token_cache_dir or default_folder()
-        self._limiter = Limiter(folder, self.sent_with[:16], settings.requests_in_flight, settings.requests_per_second)
+        self._limiter = Limiter(shared_folder(), self.sent_with[:16], settings.requests_in_flight, settings.requests_per_second)
 
     async def __aenter__(self) -> Self:
         """Return the gateway."""

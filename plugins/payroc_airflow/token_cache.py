@@ -29,6 +29,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from include.payroc.errors import PayrocConfigurationError
 from include.payroc.models import AccessToken
+from include.refunds.settings import get_settings
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -245,6 +246,11 @@ def own_folder(folder: Path) -> None:
         raise PayrocConfigurationError(f"The token cache folder {folder} belongs to another user; {remedy}")
     if stat.S_IMODE(found.st_mode) & 0o077:
         raise PayrocConfigurationError(f"The token cache folder {folder} is open to other users; {remedy}")
+
+
+def shared_folder() -> Path:
+    """Return the folder in which the processes of this host share what they know of Payroc: the one that is set, or the default one."""
+    return get_settings().token_cache_dir or default_folder()
 
 
 def default_folder() -> Path:

@@ -15,7 +15,7 @@ from include.refunds.classify import Outcome, Sighting, Verdict
 from include.refunds.ledger.base import NoSuchRefund
 from include.refunds.ledger.control import Control
 from include.refunds.ledger.grouping import Grouped
-from include.refunds.ledger.rows import COLUMNS, as_refund, select_histories, select_refunds, standing_elsewhere
+from include.refunds.ledger.rows import COLUMNS, by_id, select_histories, select_refunds, standing_elsewhere
 from include.refunds.refund import Refund
 from include.refunds.states import IN_DOUBT, Status
 from include.refunds.transitions import Change, decide
@@ -23,7 +23,7 @@ from include.refunds.transitions import Change, decide
 
 @dataclass(frozen=True, slots=True)
 class _Finding:
-    """A call of :meth:`Sending.record`."""
+    """A call of :meth:`Records.record`."""
 
     refund_id: int
     verdict: Verdict
@@ -217,4 +217,4 @@ async def _note_sighting(connection: AsyncConnection, refund: Refund, sighting: 
 
 async def _update(connection: AsyncConnection, assignments: str, rows: str, values: dict[str, Any]) -> dict[int, Refund]:
     update = text(f"UPDATE refund_ledger.refunds AS r SET {assignments} {rows} RETURNING {COLUMNS}")
-    return {refund.id: refund for refund in map(as_refund, await connection.execute(update, values))}
+    return by_id(await connection.execute(update, values))

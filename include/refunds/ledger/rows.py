@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import text
@@ -13,8 +13,6 @@ from include.refunds.refund import History, Refund
 from include.refunds.states import Status
 
 COLUMNS = ", ".join(f"r.{name}" for name in Refund.__slots__)
-
-
 _STATUS = Refund.__slots__.index("status")
 
 
@@ -23,6 +21,11 @@ def as_refund(row: Sequence[Any]) -> Refund:
     values = list(row)
     values[_STATUS] = Status(values[_STATUS])
     return Refund(*values)
+
+
+def by_id(rows: Iterable[Sequence[Any]]) -> dict[int, Refund]:
+    """Return the refunds of rows of :data:`COLUMNS`, by their ids."""
+    return {refund.id: refund for refund in map(as_refund, rows)}
 
 
 async def select_refunds(connection: AsyncConnection, refund_ids: Sequence[int], *, for_update: bool = False) -> dict[int, Refund]:
@@ -35,7 +38,7 @@ async def select_refunds(connection: AsyncConnection, refund_ids: Sequence[int],
     query = text(
         f"SELECT {COLUMNS} FROM refund_ledger.refunds AS r WHERE id = ANY(:ids) ORDER BY id" + (" FOR UPDATE" if for_update else "")
     )
-    return {refund.id: refund for refund in map(as_refund, await connection.execute(query, {"ids": list(refund_ids)}))}
+    return by_id(await connection.execute(query, {"ids": list(refund_ids)}))
 
 
 async def select_refund(connection: AsyncConnection, refund_id: int, *, for_update: bool = False) -> Refund:

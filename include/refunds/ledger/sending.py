@@ -1,4 +1,4 @@
-"""Sending one refund: claim, last checks, record; and what the follow-up reads."""
+"""Sending refunds: read, claim, last checks; and what the follow-up reads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from include.refunds.ledger.base import NoSuchRefund
 from include.refunds.ledger.control import NOT_PAUSED
 from include.refunds.ledger.grouping import Grouped
 from include.refunds.ledger.records import Records
-from include.refunds.ledger.rows import COLUMNS, as_refund, select_histories, select_refunds
+from include.refunds.ledger.rows import COLUMNS, as_refund, by_id, select_histories, select_refunds
 from include.refunds.ledger.runs import RELEASE_VALID, REPLACED_STANDS
 from include.refunds.refund import History, Refund
 
@@ -150,7 +150,7 @@ class Sending(Records):
                 "window_start": now - timedelta(days=self._settings.key_window_days),
                 "oldest_release": now - RELEASE_VALID,
             }
-            refunds = {refund.id: refund for refund in map(as_refund, await connection.execute(claim, values))}
+            refunds = by_id(await connection.execute(claim, values))
             histories = await select_histories(connection, {refund.id: refund.attempts for refund in refunds.values()})
             return [Claim(refunds[item], histories[item]) if item in refunds else None for item in ids]
 
