@@ -116,19 +116,22 @@ class Sending(Records):
                     CAST(:try_numbers AS integer[])
                 ) AS asked (refund_id, asked_environment, asked_with, asked_until, run_id, map_index, try_number)
             ), locked AS (
-                -- In the order of ids, so that two workers with the same refunds are not deadlocked.
-                SELECT id AS locked_id FROM refund_ledger.refunds WHERE id = ANY(:ids) ORDER BY id FOR NO KEY UPDATE
-            ), claimed AS (
-                UPDATE refund_ledger.refunds AS r
-                SET status = 'sending', attempts = attempts + 1, reason = NULL, lease_until = asked_until, next_attempt_at = asked_until,
-                    first_sent_at = COALESCE(first_sent_at, :now), sent_with = COALESCE(sent_with, asked_with), updated_at = :now
-                FROM locked JOIN asked ON refund_id = locked_id
-                WHERE id = ANY(:ids) AND id = locked_id AND source = :source AND request IS NOT NULL AND payroc_refund_id IS NULL
+                -- By the ids alone, whatever the planner believes of the other columns, and in their order, so that two workers with the
+                -- same refunds are not deadlocked. What is locked is as the last transaction left it.
+                SELECT * FROM refund_ledger.refunds WHERE id = ANY(:ids) ORDER BY id FOR NO KEY UPDATE
+            ), claimable AS (
+                SELECT asked.* FROM locked AS r JOIN asked ON refund_id = id
+                WHERE source = :source AND request IS NOT NULL AND payroc_refund_id IS NULL
                   AND EXISTS (SELECT FROM refund_ledger.refund_control WHERE scope = '*' AND environment = asked_environment)
                   AND {NOT_PAUSED} AND {REPLACED_STANDS}
                   AND (first_sent_at IS NULL OR (first_sent_at > :window_start AND sent_with = asked_with))
                   AND (status = 'released' AND released_at > :oldest_release
                        OR status IN ('unknown', 'sending') AND lease_until <= :now AND next_attempt_at <= :now)
+            ), claimed AS (
+                UPDATE refund_ledger.refunds AS r
+                SET status = 'sending', attempts = attempts + 1, reason = NULL, lease_until = asked_until, next_attempt_at = asked_until,
+                    first_sent_at = COALESCE(first_sent_at, :now), sent_with = COALESCE(sent_with, asked_with), updated_at = :now
+                FROM claimable WHERE id = refund_id
                 RETURNING {COLUMNS}
             ), attempt AS (
                 INSERT INTO refund_ledger.refund_attempts (refund_id, attempt, run_id, map_index, try_number, started_at)
