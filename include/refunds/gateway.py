@@ -28,8 +28,16 @@ class Gateway(Protocol):
     def sent_with(self) -> str:
         """Hash of API base URL and API key: a key's replay is only known to hold for the same two."""
 
+    def queue(self) -> AbstractAsyncContextManager[None]:
+        """
+        Hold one of the places of those who wait for their turn or have it: entering waits until there is one, before anything is claimed.
+
+        There are more than turns, so that the next ones are claimed while Payroc answers; not many more, because what was claimed by a
+        worker that dies stays locked for the life of its token.
+        """
+
     def turn(self) -> AbstractAsyncContextManager[None]:
-        """Hold one of the places for what is under way to Payroc: entering waits until there is one, before anything is claimed."""
+        """Hold one of the places for what is under way to Payroc: entering waits until there is one."""
 
     async def token(self, *, younger_than: float | None = None) -> AccessToken:
         """

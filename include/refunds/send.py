@@ -1,5 +1,5 @@
 """
-Sending refunds: those of a list side by side, each from top to bottom: token, claim, look-up, last checks, one POST, verdict, record.
+Sending refunds: those of a list side by side, each from top to bottom: token, claim, look-up, last check, one POST, verdict, record.
 
 Whatever dies in between leaves the refund where another worker can go on, under the same key and with the same bytes.
 """
@@ -20,7 +20,7 @@ from include.refunds.classify import EVERYTHING, Outcome, Verdict, judge_error, 
 from include.refunds.gateway import Gateway
 from include.refunds.ledger import RELEASE_VALID, Claim, Ledger, LedgerError, NoSuchRefund, Task
 from include.refunds.look_up import look_up, look_up_in_doubt
-from include.refunds.refund import History, Refund
+from include.refunds.refund import Refund
 from include.refunds.reissue import paid_after_all
 from include.refunds.settings import Settings
 from include.refunds.states import IN_DOUBT, PAID, REPLACEABLE, Status
@@ -100,12 +100,10 @@ async def send_refunds(
     async def send(refund_id: int) -> None:
         nonlocal stopped
         try:
-            # Of the whole list at once, before the first one has its turn.
-            read = await ledger.read(refund_id)
-            async with gateway.turn():
+            async with gateway.queue():
                 if stopped:
                     return
-                sent = await _send(*read, task, ledger, gateway, cipher, settings)
+                sent = await _send(refund_id, task, ledger, gateway, cipher, settings)
             results[refund_id] = await _recorded(sent, ledger)
             stopped = stopped or results[refund_id].stops_all
         except NoSuchRefund as error:
@@ -124,17 +122,15 @@ async def send_refunds(
 
 
 async def _send(
-    refund: Refund, history: History, now: datetime, task: Task, ledger: Ledger, gateway: Gateway, cipher: Cipher, settings: Settings
+    refund_id: int, task: Task, ledger: Ledger, gateway: Gateway, cipher: Cipher, settings: Settings
 ) -> Result | tuple[Claim, Verdict]:
     """
     Send one released refund to Payroc, at most one POST.
 
-    :param refund: as it was read; the claim looks again.
-    :param history: what its attempts had left behind then.
-    :param now: the ledger's time then.
     :returns: the claim and what its attempt proves, still to be recorded. A refund that has ended already, or is held by another
         worker, is not sent; then how it stands.
     """
+    refund, history, now = await ledger.read(refund_id)
     if refund.status is not Status.RELEASED and refund.status not in IN_DOUBT:
         return _result(refund, now)
 
@@ -152,15 +148,15 @@ async def _send(
     claim = await ledger.claim(
         refund.id, task, environment=gateway.environment, sent_with=gateway.sent_with, token_seconds=token.expires_in
     )
-    if claim is None:
-        return await _not_claimed(refund.id, token, ledger, gateway, settings)
-
-    verdict = await _look_up_first(token, claim, refund, now, ledger, gateway, settings)
-    if verdict is None:
-        if await ledger.may_post(claim, seconds=2 * settings.http_timeout_seconds):
-            verdict = await _post(token, claim, body, gateway)
-        else:
-            verdict = Verdict(Outcome.NOT_SENT, "Not sent: the sending was paused, or this worker was too slow for its lease.")
+    async with gateway.turn():
+        if claim is None:
+            return await _not_claimed(refund.id, token, ledger, gateway, settings)
+        verdict = await _look_up_first(token, claim, refund, now, ledger, gateway, settings)
+        if verdict is None:
+            if await ledger.may_post(claim, seconds=2 * settings.http_timeout_seconds):
+                verdict = await _post(token, claim, body, gateway)
+            else:
+                verdict = Verdict(Outcome.NOT_SENT, "Not sent: the sending was paused, or this worker was too slow for its lease.")
     return claim, verdict
 
 

@@ -51,6 +51,10 @@ class HookGateway:
         self._limiter.leave()
         await self._client.close()
 
+    def queue(self) -> AbstractAsyncContextManager[None]:
+        """Hold one of the places of those who are claimed, or sent, or both."""
+        return self._limiter.queue()
+
     def turn(self) -> AbstractAsyncContextManager[None]:
         """Hold one of the places for what is under way to Payroc."""
         return self._limiter.turn()

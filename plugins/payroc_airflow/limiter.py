@@ -17,7 +17,7 @@ import os
 import struct
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from uuid import uuid4
 
@@ -46,39 +46,45 @@ _FREE_AT, _PAUSED_UNTIL = 0, _TIME.size
 
 class Limiter:
     """
-    Turns to talk to Payroc, for one event loop at a time.
+    Places in the queue to Payroc, and turns to talk to it, for one event loop at a time.
+
+    Twice as many may queue as have turns, so that what comes next is claimed while Payroc answers. Under a limit per second as many as
+    have turns: the queue then moves at that pace, and nothing that was claimed waits.
 
     A 429 halves the places of this process and lets no turn begin on the host until the pause is over; each other answer gives a
     little back. Where the folder can't be used, the process is limited by itself.
 
     :param folder: with owner-only rights, shared by the processes of the host.
     :param account: what may stand in a file's name; those with another one are limited apart.
-    :param in_flight: places of the host; each process has at least one.
-    :param per_second: turns that the host may begin in a second; ``None`` for no limit.
+    :param in_flight: turns of the host; each process has at least one.
+    :param per_second: refunds that may leave the host's queue in a second; ``None`` for no limit.
     """
 
     def __init__(self, folder: Path, account: str, in_flight: int, per_second: float | None) -> None:
         self._host = _Host(folder, account, in_flight, per_second)
         self._in_flight = in_flight
-        self._places = float(in_flight)
-        self._taken = 0
-        self._waiting: deque[asyncio.Future[None]] = deque()
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._allowed = float(in_flight)
+        ahead = 1 if per_second else 2
+        self._queue = _Places(lambda: ahead * self._limit())
+        self._turns = _Places(self._limit)
+
+    @contextlib.asynccontextmanager
+    async def queue(self) -> AsyncIterator[None]:
+        """Hold a place in the queue; entering waits for one, for the end of a pause, and for the moment that the limit per second allows."""
+        async with self._queue.one():
+            await self._host.ready()
+            yield
 
     @contextlib.asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
-        """Hold a place; entering waits for one, for the end of a pause, and for the moment that the limit per second allows."""
-        await self._take()
-        try:
-            await self._host.ready()
+        """Hold a turn; entering waits for one, and for the end of a pause."""
+        async with self._turns.one():
+            await self._host.pause_over()
             yield
-        finally:
-            self._taken -= 1
-            self._hand_on()
 
     def answered(self) -> None:
         """Give back a little of what 429s have taken."""
-        self._places = min(self._in_flight, self._places + 1 / self._places)
+        self._allowed = min(self._in_flight, self._allowed + 1 / self._allowed)
 
     def refused(self, retry_after: float | None) -> None:
         """
@@ -88,7 +94,7 @@ class Limiter:
         """
         # All that was under way hears the same, and it counts once.
         if self._host.pause_left() == 0:
-            self._places = max(1.0, self._limit() / 2)
+            self._allowed = max(1.0, self._limit() / 2)
         self._host.pause(min(max(retry_after or 0.0, 1.0), MAX_PAUSE_SECONDS))
 
     def leave(self) -> None:
@@ -96,7 +102,31 @@ class Limiter:
         self._host.leave()
 
     def _limit(self) -> int:
-        return max(1, min(self._in_flight // self._host.processes(), int(self._places)))
+        return max(1, min(self._in_flight // self._host.processes(), int(self._allowed)))
+
+
+class _Places:
+    """
+    Places for the coroutines of one event loop at a time.
+
+    :param limit: tells how many there are; it is asked again and again.
+    """
+
+    def __init__(self, limit: Callable[[], int]) -> None:
+        self._limit = limit
+        self._taken = 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @contextlib.asynccontextmanager
+    async def one(self) -> AsyncIterator[None]:
+        """Hold a place; entering waits for one."""
+        await self._take()
+        try:
+            yield
+        finally:
+            self._taken -= 1
+            self._hand_on()
 
     async def _take(self) -> None:
         loop = asyncio.get_running_loop()
@@ -127,7 +157,7 @@ class Limiter:
                 place.set_result(None)
 
     def _look_again(self) -> None:
-        """Take up what other processes have left, though no turn of this one has ended."""
+        """Take up what other processes have left, though no place of this one was given back."""
         self._hand_on()
         if self._waiting and self._loop is not None:
             self._loop.call_later(COUNT_EVERY_SECONDS, self._look_again)
@@ -162,13 +192,17 @@ class _Host:
         return self._count
 
     async def ready(self) -> None:
-        """Wait until a turn may begin."""
+        """Wait for the next moment that the limit per second allows and no pause forbids."""
         while True:
             if self._interval:
                 await asyncio.sleep(await self._reserve())
-            pause = self.pause_left()
-            if pause == 0:
+            if self.pause_left() == 0:
                 return
+            await self.pause_over()
+
+    async def pause_over(self) -> None:
+        """Wait until no pause forbids to talk to Payroc."""
+        while pause := self.pause_left():
             await asyncio.sleep(pause)
 
     def pause_left(self) -> float:
