@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -24,7 +24,6 @@ class _Run:
     """
     What a run took, in seconds.
 
-    :param lists: seconds of each list.
     :param over_airflow_mb: the most memory of each list's process, over what Airflow takes when it is imported.
     """
 
@@ -33,16 +32,12 @@ class _Run:
     release: float
     write_back: float
     report: float
-    lists: list[float] = field(default_factory=list)
-    over_airflow_mb: list[float] = field(default_factory=list)
+    sending: float
+    over_airflow_mb: list[float]
 
     @property
     def seconds(self) -> float:
         return self.pull + self.release + self.sending + self.write_back + self.report
-
-    @property
-    def sending(self) -> float:
-        return sum(self.lists)
 
     def milliseconds_each(self) -> dict[str, float]:
         """Return milliseconds per refund of each part of the run."""
@@ -90,7 +85,7 @@ def _pay(stage: Stage, books: Books, product: Product, count: int, run_id: str) 
     prepared = product.released(run_id)
     if len(prepared["ids"]) != count:
         raise RuntimeError(f"{len(prepared['ids'])} refunds were released, not {count}.")
-    sent = [product.send(run_id, [ids]) for ids in in_lists(prepared["ids"])]
+    sent = product.send(run_id, in_lists(prepared["ids"]))
     ended = product.ask("finish", run_id=run_id)
     if ended["totals"] != {"accepted": count} or ended["unfinished"]:
         raise RuntimeError(f"The run {run_id} did not pay all {count} refunds: {ended['totals']}, {ended['unfinished']}")
@@ -100,8 +95,8 @@ def _pay(stage: Stage, books: Books, product: Product, count: int, run_id: str) 
         prepared["release"],
         ended["write_back"],
         ended["report"],
-        [seconds for list_ in sent for seconds in list_["seconds"]],
-        [list_["over_airflow_mb"] for list_ in sent],
+        sent["seconds"],
+        sent["over_airflow_mb"],
     )
 
 

@@ -9,6 +9,7 @@ from this one as Airflow's executor forks it: with everything imported already, 
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import multiprocessing
 import os
@@ -42,6 +43,8 @@ from payroc_airflow.hooks.payroc import PayrocHook  # noqa: E402
 from payroc_airflow.keys import cipher_of  # noqa: E402
 from payroc_airflow.operators.refund import PayrocRefundOperator  # noqa: E402
 
+FORK = multiprocessing.get_context("fork")
+
 
 def _context(run_id: str) -> Any:
     return {"ti": SimpleNamespace(dag_id="payroc_refunds", run_id=run_id, map_index=0, try_number=1), "run_id": run_id}
@@ -71,22 +74,25 @@ async def _prepare(run_id: str) -> dict[str, Any]:
     return {"ids": may_go, "pull": pulled_after, "release": time.perf_counter() - began}
 
 
-def send(run_id: str, lists: Sequence[Sequence[int]], warm: Sequence[int]) -> dict[str, Any]:
-    """Do `send_refund` once for each list; that of ``warm`` is not counted."""
-    if warm:
-        _execute(run_id, warm)
-    seconds = []
-    cpu = time.process_time()
-    for ids in lists:
-        began = time.perf_counter()
-        _execute(run_id, ids)
-        seconds.append(time.perf_counter() - began)
-    return {"seconds": seconds, "cpu": time.process_time() - cpu}
+def send(run_id: str, lists: Sequence[Sequence[int]], at_a_time: int) -> dict[str, Any]:
+    """Do `send_refund` for each list, each in a process of its own, so many at a time."""
+    began = time.perf_counter()
+    with FORK.Pool(at_a_time, maxtasksperchild=1) as pool:
+        told = pool.starmap(_send_list, [(run_id, ids) for ids in lists], chunksize=1)
+    seconds = time.perf_counter() - began
+    return {"seconds": seconds, "cpu": sum(cpu for cpu, _ in told), "over_airflow_mb": [peak - IMPORT_OF_AIRFLOW_MB for _, peak in told]}
 
 
-def _execute(run_id: str, ids: Sequence[int]) -> None:
-    # It raises unless each of them is accepted.
-    PayrocRefundOperator(task_id="send_refund", refund_ids=list(ids)).execute(_context(run_id))
+def _send_list(run_id: str, ids: Sequence[int]) -> tuple[float, float]:
+    """Return the CPU seconds that a list took, and the most memory that its process had, in MB."""
+    before = time.process_time()
+    try:
+        # It raises unless each of them is accepted.
+        PayrocRefundOperator(task_id="send_refund", refund_ids=list(ids)).execute(_context(run_id))
+    except Exception as error:
+        # Not every exception finds its way to another process.
+        raise RuntimeError(f"{type(error).__name__}: {error}") from None
+    return time.process_time() - before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def finish(run_id: str) -> dict[str, Any]:
@@ -124,8 +130,7 @@ def _work(order: dict[str, Any], answer: Connection) -> None:
     except Exception as error:  # noqa: BLE001 - told to the benchmark, which ends with it
         answer.send({"error": f"{type(error).__name__}: {error}"})
         return
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    answer.send({**told, "peak_mb": peak, "over_airflow_mb": peak - IMPORT_OF_AIRFLOW_MB})
+    answer.send(told)
 
 
 def main() -> None:
@@ -133,10 +138,11 @@ def main() -> None:
     # What the product logs is no answer.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    fork = multiprocessing.get_context("fork")
+    # As Airflow's executors do before they fork.
+    gc.freeze()
     for line in sys.stdin:
-        ours, theirs = fork.Pipe(duplex=False)
-        process = fork.Process(target=_work, args=(json.loads(line), theirs))
+        ours, theirs = FORK.Pipe(duplex=False)
+        process = FORK.Process(target=_work, args=(json.loads(line), theirs))
         process.start()
         theirs.close()
         try:

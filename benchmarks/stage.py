@@ -199,9 +199,13 @@ class Product:
         """Pull, and let everything through the door; ``ids`` of the answer are what may be sent."""
         return self.ask("prepare", run_id=run_id)
 
-    def send(self, run_id: str, lists: Sequence[Sequence[int]], *, warm: Sequence[int] = ()) -> dict[str, Any]:
-        """Send lists in one process, one after the other; the refunds of ``warm`` before them are not counted."""
-        return self.ask("send", run_id=run_id, lists=lists, warm=warm)
+    def send(self, run_id: str, lists: Sequence[Sequence[int]], *, at_a_time: int = 1) -> dict[str, Any]:
+        """
+        Send lists, each in a process of its own, as Airflow does.
+
+        :param at_a_time: so many processes at a time, as the pool lets them.
+        """
+        return self.ask("send", run_id=run_id, lists=lists, at_a_time=at_a_time)
 
 
 def in_lists(ids: Sequence[int], size: int = BATCH_SIZE) -> list[list[int]]:
