@@ -70,7 +70,7 @@ class Limiter:
 
     @contextlib.asynccontextmanager
     async def queue(self) -> AsyncIterator[None]:
-        """Hold a place in the queue; entering waits for one, for the end of a pause, and for the moment that the limit per second allows."""
+        """Hold a place in the queue; entering waits for one, for the end of a pause, and for the moment that the limit per second gives."""
         async with self._queue.one():
             await self._host.ready()
             yield

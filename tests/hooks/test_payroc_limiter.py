@@ -12,7 +12,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,13 @@ def processes(count: int, work: Callable[..., Any], *arguments: Any) -> Iterator
             process.join()
 
 
-async def most_at_once(limiter: Limiter, wanted: int, seconds: float = 0.1) -> int:
-    """Return how many of the wanted turns are held at a time when each takes so long."""
+async def most_at_once(place: Callable[[], AbstractAsyncContextManager[None]], wanted: int, seconds: float = 0.1) -> int:
+    """Return how many of the wanted places are held at a time when each is held for so long."""
     held = most = 0
 
     async def hold() -> None:
         nonlocal held, most
-        async with limiter.turn():
+        async with place():
             held += 1
             most = max(most, held)
             await asyncio.sleep(seconds)
@@ -87,7 +87,7 @@ class Counted:
 
 def send_together(ready: Any, token: Any, key: str, count: int) -> None:
     async def send(gateway: HookGateway) -> None:
-        async with gateway.turn():
+        async with gateway.queue(), gateway.turn():
             try:
                 await gateway.create_refund(token, key, b"{}")
             except PayrocError:
@@ -118,6 +118,35 @@ def test_the_processes_of_a_host_share_the_requests_in_flight(hook, payroc, repl
     assert 6 <= counted.most <= 8
 
 
+@pytest.mark.parametrize(("per_second", "most"), [(None, 8), (1000.0, 4)], ids=["no limit per second", "limit per second"])
+def test_twice_as_many_queue_as_have_turns_and_under_a_limit_per_second_no_more(folder, per_second, most) -> None:
+    limiter = Limiter(folder, "a", 4, per_second)
+
+    async def work() -> list[int]:
+        return [await most_at_once(place, 20) for place in (limiter.queue, limiter.turn)]
+
+    assert asyncio.run(work()) == [most, 4]
+
+
+def test_the_queue_is_shared_halved_and_given_back_as_the_turns_are(folder) -> None:
+    one, other = Limiter(folder, "a", 8, None), Limiter(folder, "a", 8, None)
+
+    async def work() -> list[int]:
+        most = [await most_at_once(one.queue, 30)]
+        async with other.queue():
+            await asyncio.sleep(1.1)
+            most.append(await most_at_once(one.queue, 30))
+            one.refused(None)
+        other.leave()
+        await asyncio.sleep(1.1)
+        most.append(await most_at_once(one.queue, 30))
+        for _ in range(40):
+            one.answered()
+        return [*most, await most_at_once(one.queue, 30)]
+
+    assert asyncio.run(work()) == [16, 8, 4, 16]
+
+
 def hold_a_turn(folder: Path, in_flight: int, held: Any) -> None:
     async def work() -> None:
         async with Limiter(folder, "a", in_flight, None).turn():
@@ -132,11 +161,11 @@ def test_what_a_killed_process_had_goes_to_the_others(folder) -> None:
     held = FORK.Event()
 
     async def work(process: Any) -> list[int]:
-        most = [await most_at_once(limiter, 20)]
+        most = [await most_at_once(limiter.turn, 20)]
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         await asyncio.sleep(1.1)
-        return [*most, await most_at_once(limiter, 20)]
+        return [*most, await most_at_once(limiter.turn, 20)]
 
     with processes(1, hold_a_turn, folder, 12, held) as [process]:
         assert held.wait(20)
@@ -162,7 +191,7 @@ def test_each_process_has_a_place_though_there_are_more_of_them(folder) -> None:
     limiters = [Limiter(folder, "a", 2, None) for _ in range(5)]
 
     async def work() -> list[int]:
-        return [await most_at_once(limiter, 4, 0.01) for limiter in limiters]
+        return [await most_at_once(limiter.turn, 4, 0.01) for limiter in limiters]
 
     assert asyncio.run(work())[2:] == [1, 1, 1]
 
@@ -188,7 +217,7 @@ def test_a_place_is_given_back_by_what_fails_and_by_what_is_cancelled(folder) ->
             await holding
         with pytest.raises(ValueError, match="of the caller"):
             await asyncio.wait_for(fail(), 1)
-        return await asyncio.wait_for(most_at_once(limiter, 3, 0.01), 1)
+        return await asyncio.wait_for(most_at_once(limiter.turn, 3, 0.01), 1)
 
     assert asyncio.run(work()) == 1
 
@@ -218,7 +247,7 @@ def test_a_loop_that_ended_in_the_middle_of_a_turn_takes_no_place_with_it(folder
     turn = limiter.turn()
     abandoned.run_until_complete(turn.__aenter__())
     abandoned.close()
-    assert asyncio.run(asyncio.wait_for(most_at_once(limiter, 2, 0.01), 2)) == 1
+    assert asyncio.run(asyncio.wait_for(most_at_once(limiter.turn, 2, 0.01), 2)) == 1
 
 
 # --- 429 ------------------------------------------------------------------------------------------------------------------
@@ -240,20 +269,23 @@ def told(hook, payroc, reply, token, key, monkeypatch) -> Callable[..., None]:
 
 async def seconds_until_a_turn(limiter: Any) -> float:
     begun = time.monotonic()
-    async with limiter.turn():
+    async with limiter.queue(), limiter.turn():
         return time.monotonic() - begun
 
 
+@pytest.mark.parametrize("place", ["queue", "turn"])
 @pytest.mark.parametrize(
     ("status", "headers", "wait"),
     [(429, {}, 1), (429, {"Retry-After": "2"}, 2), (503, {"Retry-After": "1"}, 1), (503, {}, 0), (500, {"Retry-After": "2"}, 0)],
 )
-def test_a_429_lets_no_turn_begin_before_payroc_wants_one(told, hook, status, headers, wait) -> None:
+def test_a_429_lets_nobody_queue_and_no_turn_begin_before_payroc_wants_one(told, hook, status, headers, wait, place) -> None:
     async def work() -> float:
         async with HookGateway(hook) as gateway:
-            async with gateway.turn():
+            async with gateway.queue(), gateway.turn():
                 await told(gateway, status, headers)
-            return await seconds_until_a_turn(gateway)
+            begun = time.monotonic()
+            async with getattr(gateway, place)():
+                return time.monotonic() - begun
 
     assert wait - 0.1 <= asyncio.run(work()) < wait + 0.6
 
@@ -263,14 +295,14 @@ def test_429s_halve_the_places_once_for_all_that_was_under_way_and_answers_give_
         async with HookGateway(hook) as gateway:
             limiter = gateway._limiter
             await asyncio.gather(*[told(gateway, 429, {}) for _ in range(8)])
-            most = [await most_at_once(limiter, 10)]
+            most = [await most_at_once(limiter.turn, 10)]
             await told(gateway, 429, {})
-            most.append(await most_at_once(limiter, 10))
+            most.append(await most_at_once(limiter.turn, 10))
             payroc.on("GET", f"{PATH}/CD3HN88U9F", reply(200, refund_body))
             token = await gateway.token()
             for _ in range(40):
                 await gateway.get_refund(token, "CD3HN88U9F")
-            return [*most, await most_at_once(limiter, 10)]
+            return [*most, await most_at_once(limiter.turn, 10)]
 
     assert asyncio.run(work()) == [4, 2, 8]
 
@@ -282,7 +314,7 @@ def test_the_last_place_is_never_taken(folder) -> None:
         for _ in range(4):
             limiter.refused(None)
             await asyncio.sleep(1.05)
-        return await most_at_once(limiter, 3, 0.01)
+        return await most_at_once(limiter.turn, 3, 0.01)
 
     assert asyncio.run(work()) == 1
 
@@ -305,7 +337,7 @@ def test_another_account_is_neither_paused_nor_counted(folder) -> None:
     paused, other = Limiter(folder, "a", 8, None), Limiter(folder, "b", 8, None)
     asyncio.run(seconds_until_a_turn(paused))
     paused.refused(30)
-    assert asyncio.run(asyncio.wait_for(most_at_once(other, 10), 3)) == 8
+    assert asyncio.run(asyncio.wait_for(most_at_once(other.turn, 10), 3)) == 8
 
 
 def test_nobody_sleeps_for_the_day_that_a_server_asks_for(folder) -> None:
@@ -317,13 +349,15 @@ def test_nobody_sleeps_for_the_day_that_a_server_asks_for(folder) -> None:
 # --- refunds a second -------------------------------------------------------------------------------------------------------
 
 
-def take_turns(folder: Path, per_second: float, start: Any, results: Any) -> None:
+def go_through(folder: Path, per_second: float, start: Any, results: Any) -> None:
     limiter = Limiter(folder, "a", 16, per_second)
     begun: list[float] = []
 
     async def take() -> None:
-        async with limiter.turn():
+        async with limiter.queue():
             begun.append(time.monotonic())
+            async with limiter.turn():
+                pass
 
     async def work() -> None:
         await asyncio.gather(*[take() for _ in range(60)])
@@ -333,9 +367,9 @@ def take_turns(folder: Path, per_second: float, start: Any, results: Any) -> Non
     results.put(begun)
 
 
-def test_processes_begin_no_more_than_so_many_turns_a_second(folder) -> None:
+def test_processes_let_no_more_than_so_many_refunds_into_their_queues_a_second(folder) -> None:
     results = FORK.Queue()
-    with processes(3, take_turns, folder, 100, FORK.Barrier(3), results):
+    with processes(3, go_through, folder, 100, FORK.Barrier(3), results):
         begun = sorted(moment for _ in range(3) for moment in results.get(timeout=30))
     assert len(begun) == 180
     # One tenth of leeway, and what a late wake-up may make up for.
@@ -379,7 +413,7 @@ def test_a_folder_that_can_not_be_used_stops_no_refund_and_is_told_once(tmp_path
         caplog.clear()
         limiter = Limiter(folder, "a", 3, per_second)
         begun = time.monotonic()
-        assert asyncio.run(most_at_once(limiter, 9, 0.5 if per_second else 0.01)) == 3
+        assert asyncio.run(most_at_once(limiter.queue if per_second else limiter.turn, 9, 0.5 if per_second else 0.01)) == 3
         assert per_second is None or time.monotonic() - begun > 8 / per_second
         limiter.refused(None)
         assert 0.9 < limiter._host.pause_left() <= 1
@@ -397,12 +431,12 @@ def test_a_gateway_that_sends_nothing_leaves_no_trace(hook, payroc, folder) -> N
 
 
 def use_in_a_fork(limiter: Limiter, results: Any) -> None:
-    results.put((asyncio.run(most_at_once(limiter, 9)), sorted(path.name for path in limiter._host._folder.glob("*.sending"))))
+    results.put((asyncio.run(most_at_once(limiter.turn, 9)), sorted(path.name for path in limiter._host._folder.glob("*.sending"))))
 
 
 def test_a_forked_process_is_one_more(folder) -> None:
     limiter = Limiter(folder, "a", 8, None)
-    asyncio.run(most_at_once(limiter, 1))
+    asyncio.run(most_at_once(limiter.turn, 1))
     [mine] = folder.glob("*.sending")
     results = FORK.Queue()
     with processes(1, use_in_a_fork, limiter, results):

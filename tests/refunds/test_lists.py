@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -11,6 +11,9 @@ import pytest
 
 from include.refunds.ledger import LedgerUnavailable, Task
 from include.refunds.send import Result, Sent, send_refunds
+from include.refunds.settings import get_settings
+from payroc_airflow.gateway import HookGateway
+from payroc_airflow.hooks.payroc import PayrocHook
 from tests.refunds.conftest import Intercepted, World
 
 TASK = Task("run-1", 0, 1)
@@ -30,16 +33,22 @@ def released(world: World, count: int) -> list[int]:
 
 
 class Turns(Intercepted):
-    """The gateway with a number of places, which remembers how many were taken at a time."""
+    """The gateway with a number of turns, and twice as many places in its queue; it remembers how many had their turn at a time."""
 
-    def __init__(self, gateway: Any, places: int, **steps: Any) -> None:
+    def __init__(self, gateway: Any, turns: int, **steps: Any) -> None:
         super().__init__(gateway, **steps)
-        self.places = asyncio.Semaphore(places)
+        self.turns = asyncio.Semaphore(turns)
+        self.places = asyncio.Semaphore(2 * turns)
         self.taken = self.most = 0
 
     @asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
+    async def queue(self) -> AsyncIterator[None]:
         async with self.places:
+            yield
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        async with self.turns:
             self.taken += 1
             self.most = max(self.most, self.taken)
             try:
@@ -48,13 +57,78 @@ class Turns(Intercepted):
                 self.taken -= 1
 
 
-def test_the_refunds_of_a_list_are_sent_side_by_side_as_many_as_there_are_places(world: World) -> None:
+def test_the_refunds_of_a_list_are_sent_side_by_side_as_many_as_there_are_turns(world: World) -> None:
     refund_ids = released(world, 12)
-    gateway = Turns(world.gateway, places=5)
+    gateway = Turns(world.gateway, turns=5)
     results = send_list(world, refund_ids, gateway)
     assert [(result.refund_id, result.sent) for result in results] == [(item, Sent.ACCEPTED) for item in refund_ids]
     assert gateway.most == 5
     assert all(world.paid(refund_id) == 1 for refund_id in refund_ids)
+
+
+@pytest.fixture
+def real_turns(world: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[HookGateway]:
+    """The real gateway, with three turns."""
+    monkeypatch.setenv("PAYROC_REFUNDS_REQUESTS_IN_FLIGHT", "3")
+    get_settings.cache_clear()
+    gateway = HookGateway(PayrocHook())
+    yield gateway
+    world.run(gateway.close())
+
+
+class AnswersLater(Intercepted):
+    """
+    Payroc answers the first three only when nothing more is claimed.
+
+    :param meanwhile: called then.
+    """
+
+    def __init__(self, gateway: Any, world: World, meanwhile: Callable[[], Any] | None = None) -> None:
+        super().__init__(gateway)
+        self.sent: list[str] = []
+        self.claimed = 0
+        self._world = world
+        self._meanwhile = meanwhile
+        self._answers = asyncio.Event()
+
+    async def create_refund(self, token: Any, idempotency_key: str, body: bytes) -> Any:
+        self.sent.append(idempotency_key)
+        if len(self.sent) == 3:
+            self.claimed = await self._all_claimed()
+            if self._meanwhile is not None:
+                await self._meanwhile()
+            self._answers.set()
+        await self._answers.wait()
+        return await super().create_refund(token, idempotency_key, body)
+
+    async def _all_claimed(self) -> int:
+        counts = [0]
+        # As many as before for a second: nobody claims any more.
+        while len(counts) < 11 or counts[-1] != counts[-11]:
+            await asyncio.sleep(0.1)
+            counts.append(self._world.rows("SELECT count(*) AS n FROM refund_ledger.refunds WHERE status = 'sending'")[0]["n"])
+        return counts[-1]
+
+
+def test_the_next_refunds_of_a_list_are_claimed_while_payroc_answers(world: World, real_turns: HookGateway) -> None:
+    refund_ids = released(world, 12)
+    gateway = AnswersLater(real_turns, world)
+    results = send_list(world, refund_ids, gateway)
+    # Three that Payroc has, and three more in the queue; the other six are left alone until then.
+    assert gateway.claimed == 6
+    assert [result.sent for result in results] == [Sent.ACCEPTED] * 12
+    assert [world.paid(refund_id) for refund_id in refund_ids] == [1] * 12
+
+
+def test_a_pause_lets_none_of_those_out_that_were_claimed_ahead_and_leaves_them_released(world: World, real_turns: HookGateway) -> None:
+    refund_ids = released(world, 12)
+    gateway = AnswersLater(real_turns, world, meanwhile=lambda: world.ledger.pause("*", "the bank called"))
+    send_list(world, refund_ids, gateway)
+    assert len(gateway.sent) == 3
+    assert sum(world.paid(refund_id) for refund_id in refund_ids) == 3
+    assert sorted(world.row(item)["status"] for item in refund_ids) == ["accepted"] * 3 + ["released"] * 9
+    outcomes = world.rows("SELECT outcome FROM refund_ledger.refund_attempts ORDER BY outcome")
+    assert [row["outcome"] for row in outcomes] == ["accepted"] * 3 + ["not_sent"] * 3
 
 
 def test_what_a_list_writes_at_the_same_time_shares_a_transaction(world: World) -> None:
@@ -119,10 +193,11 @@ def test_when_a_shared_transaction_fails_none_of_its_refunds_is_sent(world: Worl
 
 def test_after_what_stops_all_no_further_refund_of_a_list_is_begun(world: World) -> None:
     refund_ids = released(world, 9)
-    gateway = Turns(world.gateway, places=2)
+    gateway = Turns(world.gateway, turns=2)
     world.run(world.ledger.pause("*", "the bank called"))
     results = send_list(world, refund_ids, gateway)
-    assert 1 <= len(results) <= 2
+    # Those at most that had a place in the queue when the first one heard of it.
+    assert 1 <= len(results) <= 4
     assert {result.sent for result in results} == {Sent.CONFIGURATION}
     assert [world.row(item)["status"] for item in refund_ids] == ["released"] * 9
 
@@ -138,8 +213,8 @@ def test_a_pause_in_the_middle_of_a_list_lets_only_those_out_that_have_passed_th
                 await world.ledger.pause("*", "the bank called")
             return await self._gateway.create_refund(token, idempotency_key, body)
 
-    send_list(world, refund_ids, PausesAtTheThird(world.gateway, places=3))
-    # Those two at most that held the other places at that moment.
+    send_list(world, refund_ids, PausesAtTheThird(world.gateway, turns=3))
+    # Those two at most that had the other turns at that moment.
     assert 3 <= len(sent) <= 5
     assert sum(world.paid(refund_id) for refund_id in refund_ids) == len(sent)
     statuses = [world.row(item)["status"] for item in refund_ids]

@@ -83,13 +83,15 @@ class Actor:
     :param ended: called with the actor when it has returned, raised or been killed.
     """
 
-    __slots__ = ("ended", "error", "frozen_until", "name", "result", "running", "strands")
+    __slots__ = ("ended", "error", "frozen_until", "most_claimed", "name", "result", "running", "strands")
 
     def __init__(self, name: str, coroutine: Coroutine[Any, Any, Any], ended: Callable[[Actor], None] | None) -> None:
         self.name = name
         self.ended = ended
         self.running = True
         self.frozen_until = 0.0
+        # How many refunds it may have claimed at a time that have no answer yet.
+        self.most_claimed = 0
         self.result: Any = None
         self.error: Exception | None = None
         # The first one is the process's own; the others are what it does side by side.
@@ -112,12 +114,14 @@ class Strand:
         "coroutine",
         "error",
         "has_turn",
+        "is_queued",
         "label",
         "lease_until",
         "looked_at",
         "name",
         "parent",
         "seen_source",
+        "waits_for_answer",
     )
 
     def __init__(self, actor: Actor, name: str, coroutine: Coroutine[Any, Any, Any], parent: Strand | None = None) -> None:
@@ -130,12 +134,13 @@ class Strand:
         # The point at which it is, and what the call there fails with.
         self.label = ""
         self.error: Exception | None = None
-        # What it claimed last and until when, which attempt's last look before the POST let it go on, whether it holds a turn, and what
-        # it read last from the source: what the invariants hold its acts against.
+        # What it claimed last and until when, which attempt's last look before the POST let it go on, whether it holds a place in the
+        # queue and a turn, whether what it claimed has had its turn, and what it read last from the source: what the invariants hold its
+        # acts against.
         self.attempt: tuple[int, int] | None = None
         self.lease_until: datetime | None = None
         self.checked: tuple[int, int] | None = None
-        self.has_turn = False
+        self.is_queued = self.has_turn = self.waits_for_answer = False
         self.seen_source: dict[str, Any] | None = None
         # When it last looked at the ledger.
         self.looked_at = -1.0

@@ -245,8 +245,11 @@ class Invariants:
         strand.attempt = (claim.refund.id, claim.attempt) if claim is not None else None
         strand.lease_until = claim.refund.lease_until if claim is not None else None
         strand.checked = None
-        if claim is not None and not strand.has_turn:
-            raise Violation(f"{claim.refund.source_ref} is claimed before it is its turn.")
+        strand.waits_for_answer = claim is not None
+        if claim is not None and not strand.is_queued:
+            raise Violation(f"{claim.refund.source_ref} is claimed without a place in the queue.")
+        if sum(other.waits_for_answer for other in strand.actor.strands) > strand.actor.most_claimed:
+            raise Violation(f"{strand.actor.name} claims more refunds ahead than the queue has places.")
         if claim is not None and not self.ledger.paused.keys().isdisjoint((EVERYTHING, claim.refund.processing_terminal_id)):
             raise Violation(f"{claim.refund.source_ref} is claimed while the sending is paused.")
         if claim is not None and self.ledger.restored_to is not None:

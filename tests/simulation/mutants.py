@@ -328,34 +328,30 @@ async def _answer_of_the_neighbour(self: SimulatedGateway, token: Any, key: str,
 _create_refund = SimulatedGateway.create_refund
 
 
-async def _send_with_the_verdict_of_the_list(
-    refund: Refund, history: Any, now: Any, task: Task, stepped: Any, gateway: Any, *rest: Any
-) -> Any:
-    sent = await _send(refund, history, now, task, stepped, gateway, *rest)
+async def _send_with_the_verdict_of_the_list(refund_id: int, task: Task, stepped: Any, gateway: Any, *rest: Any) -> Any:
+    sent = await _send(refund_id, task, stepped, gateway, *rest)
     if isinstance(sent, send.Result):
         return sent
     gateway.verdict = sent[1]
-    await stepped.read(refund.id)
+    await stepped.read(refund_id)
     return sent[0], gateway.verdict
 
 
-async def _send_with_the_attempt_of_the_list(
-    refund: Refund, history: Any, now: Any, task: Task, stepped: Any, gateway: Any, *rest: Any
-) -> Any:
-    sent = await _send(refund, history, now, task, stepped, gateway, *rest)
+async def _send_with_the_attempt_of_the_list(refund_id: int, task: Task, stepped: Any, gateway: Any, *rest: Any) -> Any:
+    sent = await _send(refund_id, task, stepped, gateway, *rest)
     if isinstance(sent, send.Result):
         return sent
     gateway.attempt = sent[0].attempt
-    await stepped.read(refund.id)
+    await stepped.read(refund_id)
     return dataclasses.replace(sent[0], refund=dataclasses.replace(sent[0].refund, attempts=gateway.attempt)), sent[1]
 
 
 _send = send._send
 
 
-async def _send_and_stop_the_list(refund: Refund, history: Any, now: Any, task: Task, stepped: Any, gateway: Any, *rest: Any) -> Any:
+async def _send_and_stop_the_list(refund_id: int, task: Task, stepped: Any, gateway: Any, *rest: Any) -> Any:
     try:
-        return await _send(refund, history, now, task, stepped, gateway, *rest)
+        return await _send(refund_id, task, stepped, gateway, *rest)
     except LedgerError:
         gateway.stopped = True
         raise
@@ -366,8 +362,8 @@ async def _post_unless_the_list_is_stopped(token: Any, claim: Claim, body: bytes
     return Verdict(Outcome.NOT_SENT, "The list was stopped.") if hasattr(gateway, "stopped") else verdict
 
 
-async def _send_and_forget_the_list(refund: Refund, history: Any, now: Any, task: Task, stepped: Any, gateway: Any, *rest: Any) -> Any:
-    sent = await _send_and_stop_the_list(refund, history, now, task, stepped, gateway, *rest)
+async def _send_and_forget_the_list(refund_id: int, task: Task, stepped: Any, gateway: Any, *rest: Any) -> Any:
+    sent = await _send_and_stop_the_list(refund_id, task, stepped, gateway, *rest)
     if hasattr(gateway, "stopped"):
         raise LedgerUnavailable("The list was stopped.")
     return sent
@@ -392,7 +388,26 @@ async def _turn_given_back_at_once(self: SimulatedGateway) -> AsyncIterator[None
     yield
 
 
-_turn = SimulatedGateway.turn
+@asynccontextmanager
+async def _place_given_back_at_once(self: SimulatedGateway) -> AsyncIterator[None]:
+    async with _queue(self):
+        pass
+    yield
+
+
+@asynccontextmanager
+async def _place_given_back_for_the_turn(self: SimulatedGateway) -> AsyncIterator[None]:
+    """The place goes to the next one when its refund is claimed, and not when Payroc has answered."""
+    queue = self._queue
+    queue.give_back()
+    try:
+        async with _turn(self):
+            yield
+    finally:
+        queue.taken += 1
+
+
+_queue, _turn = SimulatedGateway.queue, SimulatedGateway.turn
 
 
 async def _may_post_once_for_a_list(self: SteppedLedger, claim: Claim, seconds: float) -> bool:
@@ -638,6 +653,8 @@ MUTANTS = (
     Mutant("a list sends under one key", ((send, "_post", _post_under_the_key_of_the_list),)),
     Mutant("a list takes a neighbour's answer", ((SimulatedGateway, "create_refund", _answer_of_the_neighbour),)),
     Mutant("a list records a neighbour's verdict", ((send, "_send", _send_with_the_verdict_of_the_list),)),
+    Mutant("a list holds no place in the queue", ((SimulatedGateway, "queue", _place_given_back_at_once),)),
+    Mutant("a list leaves the queue before its turn", ((SimulatedGateway, "turn", _place_given_back_for_the_turn),)),
     Mutant("a list holds no turn", ((SimulatedGateway, "turn", _turn_given_back_at_once),)),
     Mutant("a list has one last look before its POSTs", ((SteppedLedger, "may_post", _may_post_once_for_a_list),)),
     Mutant("a list has one lease", ((SteppedLedger, "claim", _claim_with_the_lease_of_the_list),)),

@@ -27,8 +27,8 @@ _parsed = lru_cache(maxsize=1000)(json.loads)
 TOKEN_SECONDS = 3600
 KEY_KEPT = 7 * DAY
 CLIENT_TIMEOUT = 60.0
-# How many refunds of a process may be under way to Payroc at a time.
-PLACES = (1, 2, 3, 32)
+# How many refunds of a process may be under way to Payroc at a time; twice as many may be claimed.
+TURNS = (1, 2, 3, 32)
 
 HOST = "https://api.payroc.example/v1"
 OTHER_HOST = "https://api.uat.payroc.example/v1"
@@ -371,6 +371,41 @@ class Payroc:
         return existing.shown
 
 
+class Places:
+    """
+    Places for the refunds of a list.
+
+    :param count: how many there are.
+    """
+
+    def __init__(self, engine: Engine, count: int) -> None:
+        self.count = count
+        self._engine = engine
+        self.taken = 0
+        self._waiting: list[Strand] = []
+
+    @asynccontextmanager
+    async def one(self) -> AsyncIterator[Strand]:
+        """Hold a place; entering waits for one, and tells whose it is."""
+        strand = self._engine.current
+        assert strand is not None
+        while self.taken >= self.count:
+            self._waiting.append(strand)
+            await self._engine.park()
+        self.taken += 1
+        try:
+            yield strand
+        finally:
+            self.give_back()
+
+    def give_back(self) -> None:
+        """Give a place back, and wake one who waits for it."""
+        self.taken -= 1
+        if self._waiting:
+            # In production the first one is next; the protocol does not rely on it.
+            self._engine.wake(self._waiting.pop(int(self._engine.chance() * len(self._waiting))))
+
+
 class SimulatedGateway:
     """
     One task's way to Payroc: it reads the connection once, and shares the tokens of its host.
@@ -385,29 +420,29 @@ class SimulatedGateway:
         self._api_key = host.api_key
         self.environment = host.environment
         self.sent_with = f"{host.environment} {host.api_key}"
-        self._places = PLACES[int(self._engine.chance() * len(PLACES))]
-        self._under_way = 0
-        self._waiting: list[Strand] = []
+        turns = TURNS[int(self._engine.chance() * len(TURNS))]
+        self._queue, self._turns = Places(self._engine, 2 * turns), Places(self._engine, turns)
+
+    @asynccontextmanager
+    async def queue(self) -> AsyncIterator[None]:
+        await self._engine.point("payroc: queue")
+        async with self._queue.one() as strand:
+            strand.actor.most_claimed = self._queue.count
+            strand.is_queued = True
+            try:
+                yield
+            finally:
+                strand.is_queued = False
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
-        engine = self._engine
-        await engine.point("payroc: turn")
-        strand = engine.current
-        assert strand is not None
-        while self._under_way == self._places:
-            self._waiting.append(strand)
-            await engine.park()
-        self._under_way += 1
-        strand.has_turn = True
-        try:
-            yield
-        finally:
-            strand.has_turn = False
-            self._under_way -= 1
-            if self._waiting:
-                # In production the first one's turn is next; the protocol does not rely on it.
-                engine.wake(self._waiting.pop(int(engine.chance() * len(self._waiting))))
+        await self._engine.point("payroc: turn")
+        async with self._turns.one() as strand:
+            strand.has_turn = True
+            try:
+                yield
+            finally:
+                strand.has_turn = strand.waits_for_answer = False
 
     async def token(self, *, younger_than: float | None = None) -> Token:
         host, engine = self._host, self._engine
@@ -435,7 +470,7 @@ class SimulatedGateway:
             fault = payroc.temper.which[int(engine.chance() * len(payroc.temper.which))]
         strand = engine.current
         assert strand is not None
-        if self._under_way > 1:
+        if self._turns.taken > 1:
             payroc.posts_beside += 1
         post = Post(idempotency_key, body, token.text, self._api_key, strand.attempt, fault, engine.time)
         if post.fault:

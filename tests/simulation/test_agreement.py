@@ -75,7 +75,7 @@ def test_calls_that_share_a_transaction_do_what_they_do_one_after_the_other(new_
     for number in range(1, 13):
         history.merchant.approve(number, processing_terminal_id=TERMINALS[number % 2])
     # The run gets as far as its list, and stands still there.
-    engine.script = lambda actor, label: "die" if label == "payroc: turn" else None
+    engine.script = lambda actor, label: "die" if label == "payroc: queue" else None
     history.airflow.run(batch_size=12)
     engine.run(until=MINUTE)
     assert {row.status for row in ledger.memory.rows.values()} == {Status.RELEASED}
