@@ -88,11 +88,12 @@ def decide(
         return _contradiction(refund, verdict.reason)
     if not current:
         return None
+    reached = history.unresolved or history.processed
     match verdict.outcome:
         case Outcome.UNKNOWN:
             wait = min(max(unknown_wait, timedelta(seconds=verdict.retry_after)), LONGEST_WAIT)
             return Change((Status.UNKNOWN,), verdict.reason, wait_until=now + wait)
-        case Outcome.CONFIGURATION | Outcome.NOT_SENT if verdict.proves_no_processing and not history.unresolved:
+        case Outcome.CONFIGURATION | Outcome.NOT_SENT if verdict.proves_no_processing and not reached:
             return Change((Status.RELEASED,), verdict.reason, never_sent=True, pause=verdict.pause)
         case Outcome.CONFIGURATION | Outcome.NOT_SENT:
             return Change((Status.UNKNOWN,), verdict.reason, wait_until=now + unknown_wait, pause=verdict.pause)

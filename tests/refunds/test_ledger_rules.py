@@ -9,7 +9,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from include.refunds.classify import Outcome, Sighting, Verdict
-from include.refunds.ledger import Ledger, LedgerError
+from include.refunds.ledger import Ledger, LedgerError, Task
 from include.refunds.revision import REVISION, VERSION_TABLE
 from include.refunds.settings import get_settings
 from include.refunds.states import EDGES, Status
@@ -85,6 +85,23 @@ def test_what_the_first_attempt_and_payroc_fixed_never_changes(world: World, ass
     world.send(refund_id)
     with pytest.raises(DBAPIError):
         change(world, refund_id, assignment)
+
+
+def test_a_refund_that_payroc_has_refused_keeps_the_beginning_of_its_keys_window(world: World) -> None:
+    refund_id = world.released()
+    claim = {"environment": world.gateway.environment, "sent_with": world.gateway.sent_with, "token_seconds": 60}
+    assert world.run(world.ledger.claim(refund_id, Task("run-1", 0, 1), **claim)) is not None
+    began = world.row(refund_id)["first_sent_at"]
+    world.hours_ahead = 2
+    assert world.run(world.ledger.claim(refund_id, Task("run-1", 0, 2), **claim)) is not None
+    # The first worker wakes up with Payroc's refusal when the second one has the refund, which then may not send it.
+    world.run(world.ledger.record(refund_id, Verdict(Outcome.REJECTED, "Payroc refused it.", 400), 1))
+    world.run(world.ledger.record(refund_id, Verdict(Outcome.NOT_SENT, "The sending was paused."), 2))
+    row = world.row(refund_id)
+    assert (row["status"], row["first_sent_at"]) == ("unknown", began)
+    force(world, refund_id, "status = 'sending'")
+    with pytest.raises(DBAPIError, match="an attempt may have reached Payroc"):
+        change(world, refund_id, "status = 'released', first_sent_at = NULL, sent_with = NULL")
 
 
 def test_a_refund_is_never_deleted(world: World) -> None:

@@ -719,6 +719,7 @@ class MemoryLedger:
         refused = [item.finished_at for item in earlier if item.http_status == 401 or item.problem_type == "not-authorized"]
         return History(
             unresolved=any(item.outcome in (None, Outcome.UNKNOWN) for item in earlier),
+            processed=any(item.outcome in (Outcome.ACCEPTED, Outcome.REJECTED, Outcome.REVIEW) for item in earlier),
             key_in_use=any(item.problem_type == "idempotency-key-in-use" for item in earlier),
             unauthorized_at=max((instant for instant in refused if instant is not None), default=None),
         )

@@ -66,13 +66,14 @@ async def select_histories(connection: AsyncConnection, before: Mapping[int, int
     if asked:
         query = text("""
             SELECT asked.id, COALESCE(bool_or(outcome IS NULL OR outcome = 'unknown'), false) AS unresolved,
+                   COALESCE(bool_or(outcome IN ('accepted', 'rejected', 'review')), false) AS processed,
                    COALESCE(bool_or(problem_type = 'idempotency-key-in-use'), false) AS key_in_use,
                    max(finished_at) FILTER (WHERE http_status = 401 OR problem_type = 'not-authorized') AS unauthorized_at
             FROM unnest(CAST(:ids AS bigint[]), CAST(:before AS integer[])) AS asked (id, before)
             JOIN refund_ledger.refund_attempts ON refund_id = asked.id AND attempt < asked.before
             GROUP BY asked.id""")
         found = await connection.execute(query, {"ids": list(asked), "before": list(asked.values())})
-        histories |= {row.id: History(row.unresolved, row.key_in_use, row.unauthorized_at) for row in found}
+        histories |= {row.id: History(row.unresolved, row.processed, row.key_in_use, row.unauthorized_at) for row in found}
     return histories
 
 

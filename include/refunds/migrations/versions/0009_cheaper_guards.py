@@ -1,8 +1,10 @@
 """
-The same guards and the same events for less: a role that is there is found without a query, and no query stands beside a condition.
+The guards and events for less: a role that is there is found without a query, and no query stands beside a condition.
 
 They run for each change of each refund. An expression of PL/pgSQL with a query in it is planned and run as one even where what stands
 before the query has decided already, so such a query is an IF of its own.
+
+One guard is stricter: a refund that Payroc has processed keeps the beginning of its key's window, also when Payroc has refused it.
 """
 
 from __future__ import annotations
@@ -57,9 +59,11 @@ BEGIN
             RAISE EXCEPTION 'refund % is larger than the largest that passes by itself', OLD.id USING ERRCODE = 'check_violation';
         END IF;
     END IF;
-    -- The window of the key begins anew only when no attempt is unresolved.
+    -- The window of the key begins anew only when no attempt was processed: Payroc counts it from the first one that was, whatever it
+    -- has answered.
     IF OLD.first_sent_at IS NOT NULL AND NEW.first_sent_at IS NULL THEN
-        IF EXISTS (SELECT FROM refund_ledger.refund_attempts WHERE refund_id = OLD.id AND COALESCE(outcome, 'unknown') = 'unknown') THEN
+        IF EXISTS (SELECT FROM refund_ledger.refund_attempts
+                   WHERE refund_id = OLD.id AND COALESCE(outcome, 'unknown') NOT IN ('not_sent', 'configuration')) THEN
             RAISE EXCEPTION 'refund %: an attempt may have reached Payroc', OLD.id USING ERRCODE = 'check_violation';
         END IF;
     END IF;
