@@ -100,7 +100,10 @@ with DAG(
     "payroc_refunds",
     description="Pays approved refunds through Payroc, each once",
     doc_md=__doc__,
-    schedule=CronTriggerTimetable(settings.schedule, timezone=settings.timezone) if settings.schedule else None,
+    # A timedelta of nothing: without it a DAG that is unpaused soon after a time runs that time at once.
+    schedule=CronTriggerTimetable(settings.schedule, timezone=settings.timezone, run_immediately=timedelta())
+    if settings.schedule
+    else None,
     # No start_date: with one, a DAG that is unpaused for the first time would at once run the time that was due last.
     catchup=False,
     max_active_runs=1,

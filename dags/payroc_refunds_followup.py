@@ -36,7 +36,10 @@ with DAG(
     "payroc_refunds_followup",
     description="Asks Payroc what became of refunds; never sends one",
     doc_md=__doc__,
-    schedule=CronTriggerTimetable(settings.followup_schedule, timezone=settings.timezone) if settings.followup_schedule else None,
+    # A timedelta of nothing: without it a DAG that is unpaused soon after a time runs that time at once.
+    schedule=CronTriggerTimetable(settings.followup_schedule, timezone=settings.timezone, run_immediately=timedelta())
+    if settings.followup_schedule
+    else None,
     catchup=False,
     max_active_runs=1,
     allowed_run_types=RUN_TYPES,

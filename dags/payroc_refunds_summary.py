@@ -26,7 +26,10 @@ with DAG(
     "payroc_refunds_summary",
     description="Tells once a day what became of refunds",
     doc_md=__doc__,
-    schedule=CronTriggerTimetable(settings.summary_schedule, timezone=settings.timezone) if settings.summary_schedule else None,
+    # A timedelta of nothing: without it a DAG that is unpaused soon after a time runs that time at once.
+    schedule=CronTriggerTimetable(settings.summary_schedule, timezone=settings.timezone, run_immediately=timedelta())
+    if settings.summary_schedule
+    else None,
     catchup=False,
     max_active_runs=1,
     allowed_run_types=RUN_TYPES,
