@@ -29,6 +29,8 @@ _TALKATIVE = {
 _SETTINGS = {
     "PAYROC_REFUNDS_UNKNOWN_WAIT_SECONDS": "1",
     "PAYROC_REFUNDS_HTTP_TIMEOUT_SECONDS": "1",
+    # As many as a sandbox with the loudest loggers answers in that time, beside whatever else the machine does.
+    "PAYROC_REFUNDS_REQUESTS_IN_FLIGHT": "16",
     "PAYROC_REFUNDS_LEASE_MARGIN_SECONDS": "5",
     "PAYROC_REFUNDS_RETRY_DELAY_SECONDS": "1",
     "PAYROC_REFUNDS_RETRIES": "2",
