@@ -470,7 +470,7 @@ class SimulatedGateway:
             fault = payroc.temper.which[int(engine.chance() * len(payroc.temper.which))]
         strand = engine.current
         assert strand is not None
-        if self._turns.taken > 1:
+        if self._queue.taken > 1:
             payroc.posts_beside += 1
         post = Post(idempotency_key, body, token.text, self._api_key, strand.attempt, fault, engine.time)
         if post.fault:

@@ -25,8 +25,7 @@ def test_no_refund_is_paid_twice_or_lost_in_histories_that_are_always_the_same(
     # Nothing that is to happen in them may have stopped happening unnoticed.
     counts = outcome.counts
     assert min(counts.deaths, counts.freezes, counts.failures, counts.posts, counts.paid) > counts.histories / 2
-    # A turn is held around the POST alone, so fewer of a list have one at the same time than are claimed.
-    assert counts.with_lists > counts.histories / 3
+    assert counts.with_lists > counts.histories / 2
     assert len(counts.faults) >= 23
     assert len(counts.events) >= 18
 
