@@ -20,7 +20,7 @@ import logging
 from datetime import timedelta
 from typing import Any
 
-from airflow.sdk import DAG, CronTriggerTimetable, Param, TriggerRule, conf, get_current_context, result, task
+from airflow.sdk import DAG, Param, TriggerRule, conf, get_current_context, result, task
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
 from include.refunds.params import in_lists
@@ -41,6 +41,7 @@ from payroc_airflow.operators.approval import ApproveRunOperator
 from payroc_airflow.operators.refund import PayrocRefundOperator
 from payroc_airflow.pools import POOL, pool_exists
 from payroc_airflow.retry_policy import PayrocRetryPolicy
+from payroc_airflow.schedule import timetable
 from payroc_airflow.task_context import run_params
 
 log = logging.getLogger(__name__)
@@ -100,10 +101,7 @@ with DAG(
     "payroc_refunds",
     description="Pays approved refunds through Payroc, each once",
     doc_md=__doc__,
-    # A timedelta of nothing: without it a DAG that is unpaused soon after a time runs that time at once.
-    schedule=CronTriggerTimetable(settings.schedule, timezone=settings.timezone, run_immediately=timedelta())
-    if settings.schedule
-    else None,
+    schedule=timetable(settings.schedule, settings.timezone),
     # No start_date: with one, a DAG that is unpaused for the first time would at once run the time that was due last.
     catchup=False,
     max_active_runs=1,

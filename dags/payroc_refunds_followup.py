@@ -12,7 +12,7 @@ import logging
 from datetime import timedelta
 from typing import Any
 
-from airflow.sdk import DAG, CronTriggerTimetable, TriggerRule, get_current_context, result, task
+from airflow.sdk import DAG, TriggerRule, get_current_context, result, task
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
 from include.refunds.follow_up import follow_up as follow_up_refunds
@@ -25,6 +25,7 @@ from payroc_airflow.gateway import HookGateway
 from payroc_airflow.hooks.payroc import PayrocHook
 from payroc_airflow.notify import RunEnded, leave_for_notifier, mistakes
 from payroc_airflow.retry_policy import PayrocRetryPolicy
+from payroc_airflow.schedule import timetable
 
 log = logging.getLogger(__name__)
 settings = get_settings()
@@ -36,10 +37,7 @@ with DAG(
     "payroc_refunds_followup",
     description="Asks Payroc what became of refunds; never sends one",
     doc_md=__doc__,
-    # A timedelta of nothing: without it a DAG that is unpaused soon after a time runs that time at once.
-    schedule=CronTriggerTimetable(settings.followup_schedule, timezone=settings.timezone, run_immediately=timedelta())
-    if settings.followup_schedule
-    else None,
+    schedule=timetable(settings.followup_schedule, settings.timezone),
     catchup=False,
     max_active_runs=1,
     allowed_run_types=RUN_TYPES,

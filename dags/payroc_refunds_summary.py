@@ -12,10 +12,11 @@ import logging
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from airflow.sdk import DAG, CronTriggerTimetable, get_current_context, result, task
+from airflow.sdk import DAG, get_current_context, result, task
 
 from include.refunds.settings import get_settings
 from payroc_airflow.notify import SummaryFailed
+from payroc_airflow.schedule import timetable
 
 log = logging.getLogger(__name__)
 settings = get_settings()
@@ -26,10 +27,7 @@ with DAG(
     "payroc_refunds_summary",
     description="Tells once a day what became of refunds",
     doc_md=__doc__,
-    # A timedelta of nothing: without it a DAG that is unpaused soon after a time runs that time at once.
-    schedule=CronTriggerTimetable(settings.summary_schedule, timezone=settings.timezone, run_immediately=timedelta())
-    if settings.summary_schedule
-    else None,
+    schedule=timetable(settings.summary_schedule, settings.timezone),
     catchup=False,
     max_active_runs=1,
     allowed_run_types=RUN_TYPES,

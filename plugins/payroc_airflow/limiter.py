@@ -57,7 +57,7 @@ class Limiter:
     :param folder: with owner-only rights, shared by the processes of the host.
     :param account: what may stand in a file's name; those with another one are limited apart.
     :param in_flight: turns of the host; each process has at least one.
-    :param per_second: refunds that may leave the host's queue in a second; ``None`` for no limit.
+    :param per_second: refunds that may enter the queues of the host in a second; ``None`` for no limit.
     """
 
     def __init__(self, folder: Path, account: str, in_flight: int, per_second: float | None) -> None:

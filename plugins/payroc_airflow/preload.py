@@ -39,6 +39,7 @@ MODULES = (
     "payroc_airflow.operators.approval",
     "payroc_airflow.operators.refund",
     "payroc_airflow.pools",
+    "payroc_airflow.schedule",
 )
 
 
