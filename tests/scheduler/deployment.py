@@ -52,9 +52,11 @@ _SLOTS = 8
 
 _SETTINGS = {
     "PAYROC_REFUNDS_UNKNOWN_WAIT_SECONDS": str(UNKNOWN_WAIT_SECONDS),
-    # Long enough to find and kill a process while its POST is on the way, on a busy machine.
-    "PAYROC_REFUNDS_HTTP_TIMEOUT_SECONDS": "2.5",
-    "PAYROC_REFUNDS_LEASE_MARGIN_SECONDS": "8",
+    # Long enough to find and kill a process while its POST is on the way, and for an answer of the local Payroc, on a busy machine.
+    "PAYROC_REFUNDS_HTTP_TIMEOUT_SECONDS": "5",
+    "PAYROC_REFUNDS_LEASE_MARGIN_SECONDS": "15",
+    # A shared token of so short a life may end between a task's look at it and its POST, which Payroc would answer with 401.
+    "PAYROC_REFUNDS_TOKEN_CACHE": "false",
     # Shorter than every wait that is measured, so that nothing but the retry policy can have made that wait.
     "PAYROC_REFUNDS_RETRY_DELAY_SECONDS": "2",
     "PAYROC_REFUNDS_RETRIES": "6",

@@ -178,12 +178,12 @@ def test_an_unknown_outcome_waits_as_long_as_the_setting_says_before_it_is_asked
 ) -> None:
     ref = troubled.refs[name]
     attempts = merchant.rows(
-        "SELECT started_at, finished_at FROM refund_ledger.refund_attempts WHERE refund_id = :id ORDER BY attempt",
+        "SELECT outcome, http_status, started_at, finished_at FROM refund_ledger.refund_attempts WHERE refund_id = :id ORDER BY attempt",
         id=merchant.row(ref)["id"],
     )
     waited = (attempts[1]["started_at"] - attempts[0]["finished_at"]).total_seconds()
     assert UNKNOWN_WAIT_SECONDS <= waited < LATEST_SECONDS
-    assert [len(attempts), merchant.task_of(ref).try_number] == [2, 2]
+    assert [len(attempts), merchant.task_of(ref).try_number] == [2, 2], attempts
     if name == "failed":
         [between_creates] = merchant.waits(ref)
         assert between_creates >= UNKNOWN_WAIT_SECONDS
