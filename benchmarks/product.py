@@ -28,8 +28,7 @@ import psutil
 # What Airflow alone takes; all that is imported below is the project's.
 IMPORT_OF_AIRFLOW_MB = psutil.Process().memory_info().rss / 2**20
 
-import psycopg  # noqa: E402, F401
-import sqlalchemy.dialects.postgresql.psycopg  # noqa: E402, F401
+import psycopg  # noqa: E402, F401 - of the source
 
 from include.refunds.ledger import Selection  # noqa: E402
 from include.refunds.pull import pull  # noqa: E402

@@ -13,8 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from include.refunds.ledger.connection import Connection, LedgerEngine
 
 _BATCH = 5000
 _SHOWN = 16  # hex digits of a hash that people keep
@@ -62,14 +61,14 @@ class Audited:
     findings: list[str] = field(default_factory=list)
 
 
-async def head_of(connection: AsyncConnection) -> Head | None:
+async def head_of(connection: Connection) -> Head | None:
     """Return the end of the trail."""
-    query = text("SELECT position, hash FROM refund_ledger.refund_event_chain ORDER BY position DESC LIMIT 1")
+    query = "SELECT position, hash FROM refund_ledger.refund_event_chain ORDER BY position DESC LIMIT 1"
     row = (await connection.execute(query)).one_or_none()
     return Head(row.position, row.hash) if row else None
 
 
-async def verify_audit(engine: AsyncEngine, known: Iterable[Head] = ()) -> Audited:
+async def verify_audit(engine: LedgerEngine, known: Iterable[Head] = ()) -> Audited:
     """
     Check the whole trail, in one snapshot. It only reads, and an auditor's rights are enough.
 
@@ -77,8 +76,7 @@ async def verify_audit(engine: AsyncEngine, known: Iterable[Head] = ()) -> Audit
     """
     audited = Audited()
     expected = {head.position: head.hash for head in known}
-    async with engine.connect() as connection:
-        await connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"))
+    async with engine.begin("repeatable_read", readonly=True) as connection:
         await _check_chain(connection, audited, expected)
         await _check_the_rest(connection, audited)
     end = audited.head.position if audited.head else 0
@@ -93,15 +91,15 @@ def event_hash(previous: str, fields: Iterable[str | None]) -> str:
     return hashlib.sha256((previous + text_of).encode()).hexdigest()
 
 
-async def _check_chain(connection: AsyncConnection, audited: Audited, expected: dict[int, str]) -> None:
-    query = text("""
+async def _check_chain(connection: Connection, audited: Audited, expected: dict[int, str]) -> None:
+    query = """
         SELECT chain.position, chain.hash, chain.event_id, event.id IS NOT NULL AS there,
                ARRAY[event.id::text, (extract(epoch FROM event.at) * 1000000)::bigint::text, event.event, event.refund_id::text,
                      event.from_status, event.to_status, event.actor, event.login, event.reason, event.detail::text] AS fields
         FROM refund_ledger.refund_event_chain AS chain LEFT JOIN refund_ledger.refund_events AS event ON event.id = chain.event_id
-        WHERE chain.position > :after ORDER BY chain.position LIMIT :limit""")
+        WHERE chain.position > :after ORDER BY chain.position LIMIT :limit"""
     position, previous = 0, ""
-    while rows := (await connection.execute(query, {"after": position, "limit": _BATCH})).all():
+    while rows := await connection.execute(query, {"after": position, "limit": _BATCH}):
         for row in rows:
             audited.findings += _findings(row, position, previous)
             if row.position in expected and not row.hash.startswith(expected[row.position]):
@@ -124,17 +122,17 @@ def _findings(row: Any, position: int, previous: str) -> list[str]:
     return []
 
 
-async def _check_the_rest(connection: AsyncConnection, audited: Audited) -> None:
-    unchained = text("""
+async def _check_the_rest(connection: Connection, audited: Audited) -> None:
+    unchained = """
         SELECT event.id FROM refund_ledger.refund_events AS event
-        WHERE NOT EXISTS (SELECT FROM refund_ledger.refund_event_chain AS chain WHERE chain.event_id = event.id) ORDER BY event.id""")
+        WHERE NOT EXISTS (SELECT FROM refund_ledger.refund_event_chain AS chain WHERE chain.event_id = event.id) ORDER BY event.id"""
     audited.findings += [f"Event with the id {row.id} was inserted beside the trail." for row in await connection.execute(unchained)]
     # The end of a chain can be cut off without a trace in it; a refund whose status has no event shows it.
-    without_event = text("""
+    without_event = """
         SELECT r.id, r.status, last.to_status FROM refund_ledger.refunds_masked AS r
         LEFT JOIN LATERAL (SELECT to_status FROM refund_ledger.refund_events AS event
                            WHERE event.refund_id = r.id AND event.event = 'status' ORDER BY event.id DESC LIMIT 1) AS last ON true
-        WHERE last.to_status IS DISTINCT FROM r.status ORDER BY r.id""")
+        WHERE last.to_status IS DISTINCT FROM r.status ORDER BY r.id"""
     audited.findings += [
         f"Refund {row.id} is {row.status}, and its last event says {row.to_status or 'nothing'}."
         for row in await connection.execute(without_event)

@@ -22,8 +22,6 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.pool import NullPool
 
 from include.payroc.errors import PayrocConfigurationError, PayrocError
 from include.refunds import demo_source
@@ -32,7 +30,8 @@ from include.refunds.case import DecisionRefused
 from include.refunds.classify import EVERYTHING
 from include.refunds.connect import NoGateway, cipher_of, connect, connect_source
 from include.refunds.gateway import Gateway
-from include.refunds.ledger import Ledger, LedgerError, create_ledger_engine
+from include.refunds.ledger import Ledger, LedgerEngine, LedgerError
+from include.refunds.ledger.connection import DATABASE_ERRORS
 from include.refunds.ledger_url import UrlError, ledger_url, source_url
 from include.refunds.limits import LIMITS, Limits
 from include.refunds.money import money
@@ -474,21 +473,21 @@ def main() -> None:
         RolesMissing,
     ) as error:
         _fail(str(error))
-    except (DBAPIError, OSError) as error:
+    except (DBAPIError, *DATABASE_ERRORS) as error:
         # A driver's message may quote values; its class and first line without digits tell enough.
         _fail(f"The database can't be used ({type(getattr(error, 'orig', None) or error).__name__}): check its URL and that it runs.")
 
 
 @asynccontextmanager
-async def _engine(url: str | None) -> AsyncIterator[AsyncEngine]:
-    engine = create_ledger_engine(ledger_url(url), poolclass=NullPool)
+async def _engine(url: str | None) -> AsyncIterator[LedgerEngine]:
+    engine = LedgerEngine(ledger_url(url))
     try:
         yield engine
     finally:
         await engine.dispose()
 
 
-def _with_engine(url: str | None, work: Callable[[AsyncEngine], Coroutine[Any, Any, T]]) -> T:
+def _with_engine(url: str | None, work: Callable[[LedgerEngine], Coroutine[Any, Any, T]]) -> T:
     async def run() -> T:
         async with _engine(url) as engine:
             await Ledger(engine, get_settings(), actor="cli").check()

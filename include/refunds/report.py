@@ -7,11 +7,9 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import RowMapping, text
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
-
 from include.refunds.audit import Head, head_of
 from include.refunds.business_days import business_days_between
+from include.refunds.ledger.connection import Connection, LedgerEngine, Row
 from include.refunds.ledger.write_backs import NEWEST
 from include.refunds.money import money, sums
 from include.refunds.states import IN_DOUBT
@@ -120,7 +118,7 @@ _OF_RUN = """id IN (
     UNION SELECT id FROM refund_ledger.refunds_masked WHERE status IN ('held', 'sending', 'unknown', 'review'))"""
 
 
-async def run_report(engine: AsyncEngine, source: str, run_id: str) -> Report:
+async def run_report(engine: LedgerEngine, source: str, run_id: str) -> Report:
     """
     Report a run of ``payroc_refunds``.
 
@@ -128,7 +126,7 @@ async def run_report(engine: AsyncEngine, source: str, run_id: str) -> Report:
     :param run_id: Airflow's run id.
     """
     async with engine.connect() as connection:
-        run = (await connection.execute(text("SELECT * FROM refund_ledger.refund_runs WHERE run_id = :id"), {"id": run_id})).mappings()
+        run = await connection.execute("SELECT * FROM refund_ledger.refund_runs WHERE run_id = :id", {"id": run_id})
         row = run.one_or_none()
         report = Report(f"Refund run {run_id}")
         since = row["started_at"] if row else None
@@ -146,7 +144,7 @@ async def run_report(engine: AsyncEngine, source: str, run_id: str) -> Report:
         return report
 
 
-async def status_report(engine: AsyncEngine, source: str) -> Report:
+async def status_report(engine: LedgerEngine, source: str) -> Report:
     """
     Report the whole ledger: totals of all refunds, and the refunds that need people or are on their way.
 
@@ -155,7 +153,7 @@ async def status_report(engine: AsyncEngine, source: str) -> Report:
     return await _ledger_report(engine, source, following=False)
 
 
-async def follow_up_report(engine: AsyncEngine, source: str) -> Report:
+async def follow_up_report(engine: LedgerEngine, source: str) -> Report:
     """
     Report the whole ledger after a follow-up: what time will tell is no failure, until it takes too long.
 
@@ -164,53 +162,53 @@ async def follow_up_report(engine: AsyncEngine, source: str) -> Report:
     return await _ledger_report(engine, source, following=True)
 
 
-async def _ledger_report(engine: AsyncEngine, source: str, *, following: bool) -> Report:
+async def _ledger_report(engine: LedgerEngine, source: str, *, following: bool) -> Report:
     async with engine.connect() as connection:
-        now = (await connection.execute(text("SELECT clock_timestamp()"))).scalar_one()
+        now = (await connection.execute("SELECT clock_timestamp()")).scalar_one()
         report = Report(f"Refund ledger at {now:%Y-%m-%d %H:%M %Z}")
         report.refunds = await _lines(
             connection, "status IN ('approved', 'held', 'released', 'sending', 'unknown', 'review')", {"source": source}
         )
-        query = text("""
+        query = """
             SELECT status, currency, count(*) AS count, sum(amount)::bigint AS amount FROM refund_ledger.refunds_masked
-            WHERE source = :source GROUP BY status, currency ORDER BY status, currency""")
-        report.totals = [Total(**row) for row in (await connection.execute(query, {"source": source})).mappings()]
+            WHERE source = :source GROUP BY status, currency ORDER BY status, currency"""
+        report.totals = [Total(**row) for row in (await connection.execute(query, {"source": source}))]
         report.invalid = await _invalid(connection, source, now - timedelta(days=7))
         await _note_state(connection, source, report, following=following)
         return report
 
 
-async def details(engine: AsyncEngine, source: str, which: str) -> dict[str, Any] | None:
+async def details(engine: LedgerEngine, source: str, which: str) -> dict[str, Any] | None:
     """
     Return a refund with its attempts and events, without its request. Instants are in UTC.
 
     :param which: the ledger's id, the order id, the source_ref or Payroc's refund id.
     """
-    async with engine.connect() as connection:
-        await connection.execute(text("SET LOCAL TIME ZONE 'UTC'"))
-        query = text("""
+    async with engine.begin() as connection:
+        await connection.execute("SET LOCAL TIME ZONE 'UTC'")
+        query = """
             SELECT to_jsonb(r) - 'payee_fingerprint' - 'has_request' - 'request_key' FROM refund_ledger.refunds_masked AS r
             WHERE source = :source AND :which IN (id::text, order_id, source_ref, payroc_refund_id)
-            ORDER BY id::text = :which DESC, id LIMIT 1""")
+            ORDER BY id::text = :which DESC, id LIMIT 1"""
         found = (await connection.execute(query, {"source": source, "which": which})).scalar_one_or_none()
         if found is None:
             return None
         for name, order in (("refund_attempts", "attempt"), ("refund_events", "id")):
-            rows = text(f"SELECT to_jsonb(t) - 'refund_id' FROM refund_ledger.{name} AS t WHERE refund_id = :id ORDER BY {order}")
+            rows = f"SELECT to_jsonb(t) - 'refund_id' FROM refund_ledger.{name} AS t WHERE refund_id = :id ORDER BY {order}"
             found[name.removeprefix("refund_")] = list((await connection.execute(rows, {"id": found["id"]})).scalars())
         return dict(found)
 
 
-async def _lines(connection: AsyncConnection, condition: str, values: dict[str, Any]) -> list[Line]:
+async def _lines(connection: Connection, condition: str, values: dict[str, Any]) -> list[Line]:
     columns = ", ".join(Line.__slots__)
-    query = text(f"SELECT {columns} FROM refund_ledger.refunds_masked WHERE source = :source AND ({condition}) ORDER BY approved_at, id")
-    return [Line(**row) for row in (await connection.execute(query, values)).mappings()]
+    query = f"SELECT {columns} FROM refund_ledger.refunds_masked WHERE source = :source AND ({condition}) ORDER BY approved_at, id"
+    return [Line(**row) for row in (await connection.execute(query, values))]
 
 
-async def _invalid(connection: AsyncConnection, source: str, since: datetime | None) -> dict[str, dict[str, str]]:
-    query = text("""
+async def _invalid(connection: Connection, source: str, since: datetime | None) -> dict[str, dict[str, str]]:
+    query = """
         SELECT source_ref, errors FROM refund_ledger.invalid_rows
-        WHERE source = :source AND (CAST(:since AS timestamptz) IS NULL OR last_seen_at >= :since) ORDER BY source_ref""")
+        WHERE source = :source AND (CAST(:since AS timestamptz) IS NULL OR last_seen_at >= :since) ORDER BY source_ref"""
     result = await connection.execute(query, {"source": source, "since": since})
     return {row.source_ref: row.errors for row in result}
 
@@ -225,7 +223,7 @@ def totals_of(lines: Iterable[Line]) -> list[Total]:
     return [Total(status, currency, count, amount) for (status, currency), (count, amount) in sorted(sums.items())]
 
 
-def _note_approval(report: Report, run: RowMapping) -> None:
+def _note_approval(report: Report, run: Row) -> None:
     if run["approved_by"]:
         report.notes.append(f"{run['approved_by']} approved the run.")
     if run["rejected_by"]:
@@ -261,9 +259,9 @@ def warning_notes(warnings: Mapping[str, Sequence[str]]) -> list[str]:
     return notes
 
 
-async def pause_sentences(connection: AsyncConnection) -> list[str]:
+async def pause_sentences(connection: Connection) -> list[str]:
     """Return what is paused, by whom and why, a sentence each."""
-    query = text("SELECT scope, pause_reason, paused_by FROM refund_ledger.refund_control WHERE paused_at IS NOT NULL ORDER BY scope")
+    query = "SELECT scope, pause_reason, paused_by FROM refund_ledger.refund_control WHERE paused_at IS NOT NULL ORDER BY scope"
     sentences = []
     for row in await connection.execute(query):
         scope = "The sending" if row.scope == "*" else f"The sending for terminal {row.scope}"
@@ -271,11 +269,11 @@ async def pause_sentences(connection: AsyncConnection) -> list[str]:
     return sentences
 
 
-async def _note_state(connection: AsyncConnection, source: str, report: Report, *, following: bool = False) -> None:
+async def _note_state(connection: Connection, source: str, report: Report, *, following: bool = False) -> None:
     pauses = await pause_sentences(connection)
     report.paused = bool(pauses)
     report.unfinished += pauses
-    counts = text(
+    counts = (
         "SELECT status, count(*) AS count FROM refund_ledger.refunds_masked WHERE source = :source "
         "AND status IN ('sending', 'unknown', 'review', 'held') GROUP BY status"
     )
@@ -290,10 +288,10 @@ async def _note_state(connection: AsyncConnection, source: str, report: Report, 
             f"{found['held']} held: `python -m include.refunds release ID` lets one pass, `cancel ID` ends it; a person who did not "
             "request it decides."
         )
-    open_ = text("""
+    open_ = """
         SELECT id, order_id, status, payroc_status, COALESCE(first_sent_at, payroc_seen_at, updated_at) AS first_sent_at,
                payroc_seen_at, clock_timestamp() AS now FROM refund_ledger.refunds_masked
-        WHERE source = :source AND status IN ('accepted', 'sending', 'unknown') ORDER BY id""")
+        WHERE source = :source AND status IN ('accepted', 'sending', 'unknown') ORDER BY id"""
     late = [
         f"Refund {row.id} (order {row.order_id}) {what}."
         for row in await connection.execute(open_, {"source": source})
@@ -302,20 +300,20 @@ async def _note_state(connection: AsyncConnection, source: str, report: Report, 
     if len(late) > _MOST_NOTES:
         late[_MOST_NOTES:] = [f"{len(late) - _MOST_NOTES} more refunds are late like these."]
     (report.unfinished if following else report.notes).extend(late)
-    stuck = text("""
+    stuck = """
         SELECT r.id, r.replaces, replaced.status FROM refund_ledger.refunds_masked AS r
         JOIN refund_ledger.refunds_masked AS replaced ON replaced.id = r.replaces
         WHERE r.source = :source AND r.replaces IS NOT NULL
           AND r.status IN ('approved', 'held', 'released', 'sending', 'unknown')
           AND NOT refund_ledger.ended_unpaid(r.replaces)
-        ORDER BY r.id""")
+        ORDER BY r.id"""
     for row in await connection.execute(stuck, {"source": source}):
         report.notes.append(
             f"Refund {row.id} is not sent: refund {row.replaces}, which it replaces, is {row.status}, and one of its chain may be paid."
         )
-    due = text(f"""
+    due = f"""
         SELECT count(*) FROM refund_ledger.refunds_masked AS r
-        WHERE source = :source AND (written_back_at = updated_at) IS NOT TRUE AND {NEWEST}""")
+        WHERE source = :source AND (written_back_at = updated_at) IS NOT TRUE AND {NEWEST}"""
     if missing := (await connection.execute(due, {"source": source})).scalar_one():
         report.notes.append(f"{missing} refunds have news that the source does not have yet; the next write_back tries again.")
     report.audit_head = await head_of(connection)

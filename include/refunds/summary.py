@@ -8,9 +8,7 @@ from datetime import date, datetime, timedelta
 from typing import Any
 from zoneinfo import ZoneInfo
 
-from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
-
+from include.refunds.ledger.connection import Connection, LedgerEngine
 from include.refunds.message import Message, environment
 from include.refunds.money import money, sums
 from include.refunds.report import Total, pause_sentences
@@ -95,7 +93,7 @@ class Summary:
         return [run for run in self.runs if run.state == "failed"]
 
 
-async def read_summary(engine: AsyncEngine, source: str, *, since: datetime, until: datetime, timezone: str) -> Summary:
+async def read_summary(engine: LedgerEngine, source: str, *, since: datetime, until: datetime, timezone: str) -> Summary:
     """
     Read what a summary tells. The rights of the payer or the auditor are enough.
 
@@ -106,19 +104,18 @@ async def read_summary(engine: AsyncEngine, source: str, *, since: datetime, unt
     """
     zone = ZoneInfo(timezone)
     summary = Summary(since.astimezone(zone), until.astimezone(zone))
-    async with engine.connect() as connection:
-        await connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"))
+    async with engine.begin("repeatable_read", readonly=True) as connection:
         summary.outcomes = await _outcomes(connection, source, since, until)
         summary.totals = await _totals(connection, source)
         summary.waiting = sorted((t for t in summary.totals if t.status in _WAITING), key=lambda t: _WAITING.index(t.status))
         summary.pauses = await pause_sentences(connection)
-        oldest = text("SELECT min(approved_at) FROM refund_ledger.refunds_masked WHERE source = :source AND status IN ('approved', 'held')")
+        oldest = "SELECT min(approved_at) FROM refund_ledger.refunds_masked WHERE source = :source AND status IN ('approved', 'held')"
         found = (await connection.execute(oldest, {"source": source})).scalar_one()
         summary.oldest = found.astimezone(zone) if found else None
         summary.days = await _days(connection, source, summary.until)
-        runs = text("""
+        runs = """
             SELECT run_id, started_at, released_totals FROM refund_ledger.refund_runs
-            WHERE started_at > :since AND started_at <= :until ORDER BY started_at""")
+            WHERE started_at > :since AND started_at <= :until ORDER BY started_at"""
         for row in await connection.execute(runs, {"since": since, "until": until}):
             released = sums(row.released_totals) if row.released_totals is not None else "nothing"
             summary.runs.append(Run(row.run_id, row.started_at.astimezone(zone), released))
@@ -148,32 +145,32 @@ def as_message(summary: Summary, *, url: str) -> Message:
     return Message(f"Payroc refunds: {summary.day:%a %d %b}, {', '.join(headline)}", _text(summary, headline, url), html, url)
 
 
-async def _outcomes(connection: AsyncConnection, source: str, since: datetime, until: datetime) -> list[Total]:
+async def _outcomes(connection: Connection, source: str, since: datetime, until: datetime) -> list[Total]:
     # A refund has changed when its last event is as young, and that has an index.
-    query = text("""
+    query = """
         SELECT status, currency, count(*) AS count, sum(amount)::bigint AS amount FROM (
             SELECT DISTINCT r.id, e.to_status AS status, r.currency, r.amount
             FROM refund_ledger.refunds_masked AS r JOIN refund_ledger.refund_events AS e ON e.refund_id = r.id
             WHERE r.source = :source AND r.updated_at > :since AND e.event = 'status' AND e.at > :since AND e.at <= :until
               AND e.to_status = ANY(:outcomes) AND e.from_status IS DISTINCT FROM e.to_status) AS became
-        GROUP BY status, currency""")
+        GROUP BY status, currency"""
     values = {"source": source, "since": since, "until": until, "outcomes": list(_OUTCOMES)}
-    found = [Total(**row) for row in (await connection.execute(query, values)).mappings()]
+    found = [Total(**row) for row in (await connection.execute(query, values))]
     return sorted(found, key=lambda total: (_OUTCOMES.index(total.status), total.currency))
 
 
-async def _totals(connection: AsyncConnection, source: str) -> list[Total]:
-    query = text("""
+async def _totals(connection: Connection, source: str) -> list[Total]:
+    query = """
         SELECT status, currency, count(*) AS count, sum(amount)::bigint AS amount FROM refund_ledger.refunds_masked
-        WHERE source = :source GROUP BY status, currency ORDER BY status, currency""")
-    return [Total(**row) for row in (await connection.execute(query, {"source": source})).mappings()]
+        WHERE source = :source GROUP BY status, currency ORDER BY status, currency"""
+    return [Total(**row) for row in (await connection.execute(query, {"source": source}))]
 
 
-async def _days(connection: AsyncConnection, source: str, until: datetime) -> list[Day]:
+async def _days(connection: Connection, source: str, until: datetime) -> list[Day]:
     """Return the days of the chart, those without a refund too. A refund counts once on a day as paid, and once as not paid."""
     zone = until.tzinfo
     first = until.date() - timedelta(days=CHART_DAYS - 1)
-    query = text("""
+    query = """
         SELECT day, paid, currency, count(*) AS count, sum(amount)::bigint AS amount FROM (
             SELECT DISTINCT r.id, (e.at AT TIME ZONE :zone)::date AS day, e.to_status IN ('accepted', 'settled') AS paid,
                    r.currency, r.amount
@@ -182,10 +179,10 @@ async def _days(connection: AsyncConnection, source: str, until: datetime) -> li
               AND (e.to_status IN ('rejected', 'returned', 'reversed') OR e.to_status = 'accepted'
                    OR (e.to_status = 'settled' AND e.from_status IN ('sending', 'unknown')))
               AND e.from_status IS DISTINCT FROM e.to_status) AS became
-        GROUP BY day, paid, currency ORDER BY day, currency""")
+        GROUP BY day, paid, currency ORDER BY day, currency"""
     start = datetime(first.year, first.month, first.day, tzinfo=zone)
     values = {"source": source, "zone": str(zone), "start": start, "until": until}
-    rows = (await connection.execute(query, values)).all()
+    rows = await connection.execute(query, values)
     return [_day(first + timedelta(days=number), rows) for number in range(CHART_DAYS)]
 
 

@@ -10,7 +10,7 @@ from airflow.sdk import BaseHook
 from airflow.sdk.exceptions import AirflowException, AirflowNotFoundException
 from sqlalchemy import URL
 
-from include.refunds.ledger import create_ledger_engine
+from include.refunds.ledger import LedgerEngine
 from include.refunds.ledger_url import UrlError, as_ledger_url, url_of_connection
 from include.refunds.quiet import QUIET
 from include.refunds.settings import Settings
@@ -61,7 +61,7 @@ async def ledger_as(actor: str, settings: Settings, conn_id: str = LEDGER_CONN_I
     :param actor: whose doing it is what is changed.
     """
     # A task needs one for each kind of shared transaction, and one more; the rest of a long list waits for its turn.
-    engine = create_ledger_engine(ledger_url_of(conn_id), pool_size=5, max_overflow=0, pool_timeout=300, pool_pre_ping=False)
+    engine = LedgerEngine(ledger_url_of(conn_id), pool_size=5)
     try:
         ledger = MeteredLedger(engine, settings, actor=actor)
         await ledger.check()

@@ -289,14 +289,13 @@ def _read(run_id: str, *, following: bool = False) -> Report:
 
     :raises _Unread: when the ledger can't be read.
     """
-    from sqlalchemy.exc import SQLAlchemyError
-
     from include.refunds.ledger import LedgerError
+    from include.refunds.ledger.connection import DATABASE_ERRORS
     from include.refunds.ledger_url import UrlError
 
     try:
         return asyncio.run(_report(run_id, following))
-    except (LedgerError, UrlError, SQLAlchemyError, OSError) as error:
+    except (LedgerError, UrlError, *DATABASE_ERRORS) as error:
         why = str(error) if isinstance(error, LedgerError | UrlError) else f"The ledger can't be read ({type(error).__name__})."
         raise _Unread(f"{why} So this message has no counts.") from None
 

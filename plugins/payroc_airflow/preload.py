@@ -25,7 +25,6 @@ MODULES = (
     "airflow.sdk.definitions.decorators",
     "airflow.sdk.execution_time.timeout",
     "jinja2.ext",
-    "sqlalchemy.dialects.postgresql.psycopg",
     # What dags/ imports.
     "include.refunds.follow_up",
     "include.refunds.pull",

@@ -24,8 +24,8 @@ before = set(sys.modules)
 for file in sorted(Path({dags!r}).glob("*.py")):
     bag = BundleDagBag(dag_folder=file, safe_mode=False, load_op_links=False, bundle_path=Path({dags!r}), bundle_name="dags")
     assert not bag.import_errors, bag.import_errors
-from include.refunds.ledger import create_ledger_engine
-create_ledger_engine(URL.create("postgresql+psycopg"))
+from include.refunds.ledger import LedgerEngine
+LedgerEngine(URL.create("postgresql"))
 told = sorted(set(sys.modules) - before)
 """
 _LOADED = "import sys; told = sorted(sys.modules)"
@@ -43,7 +43,7 @@ def _airflow(command: Sequence[str], code: str, home: Path, *, path: Sequence[Pa
 def test_a_process_forked_for_a_task_or_a_dag_file_finds_everything_imported(tmp_path: Path) -> None:
     told, _ = _airflow(["scheduler", "--skip-serve-logs"], _PARSED.format(dags=str(ROOT / "dags")), tmp_path)
 
-    heavy = (*_OURS, "airflow.providers", "aiohttp", "psycopg", "requests", "sqlalchemy")
+    heavy = (*_OURS, "airflow.providers", "aiohttp", "asyncpg", "psycopg", "requests", "sqlalchemy")
     assert [name for name in told if name.split(".")[0] in heavy or name.startswith("airflow.providers")] == []
 
 

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 from airflow.sdk.observability import stats
 from airflow.sdk.observability.metrics import stats_utils
-from sqlalchemy.pool import NullPool
 
 from include.refunds.classify import Outcome, Sighting, Verdict
-from include.refunds.ledger import create_ledger_engine
+from include.refunds.ledger import LedgerEngine
 from include.refunds.states import Status
 from payroc_airflow import metrics
 from payroc_airflow.metered_ledger import MeteredLedger
@@ -44,7 +43,7 @@ def statsd(monkeypatch: pytest.MonkeyPatch) -> Iterator[StatsD]:
 @pytest.fixture
 def metered(world: World) -> World:
     """The world, with the ledger as the DAGs use it."""
-    world.ledger = MeteredLedger(create_ledger_engine(world.ledger_engine.url, poolclass=NullPool), world.settings, actor="test")
+    world.ledger = MeteredLedger(LedgerEngine(world.ledger_engine.url, pool_size=0), world.settings, actor="test")
     return world
 
 

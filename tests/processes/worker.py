@@ -17,8 +17,8 @@ from typing import Any
 
 # Imported here, in the process that workers are forked from, and not in each worker at its first use.
 import airflow.sdk.execution_time.supervisor  # noqa: F401
+import asyncpg  # noqa: F401
 import psycopg  # noqa: F401
-import sqlalchemy.dialects.postgresql.psycopg  # noqa: F401
 from airflow.sdk.definitions.retry_policy import RetryAction
 from airflow.sdk.exceptions import AirflowFailException
 

@@ -11,12 +11,11 @@ from typing import Any, TypeVar
 
 import pytest
 from sqlalchemy import URL, create_engine, text
-from sqlalchemy.pool import NullPool
 
 from include.refunds.cipher import Cipher
 from include.refunds.follow_up import follow_up
 from include.refunds.gateway import Gateway
-from include.refunds.ledger import Ledger, Selection, Task, create_ledger_engine
+from include.refunds.ledger import Ledger, LedgerEngine, Selection, Task
 from include.refunds.pull import Pulled, pull
 from include.refunds.release import release
 from include.refunds.send import Result, send_refunds
@@ -57,7 +56,7 @@ class World:
         self.ledger_engine = create_engine(ledger_url)
         self.source_engine = create_engine(source_url)
         self.ledger = Ledger(
-            create_ledger_engine(ledger_url, poolclass=NullPool),
+            LedgerEngine(ledger_url, pool_size=0),
             self.settings,
             actor="test",
             clock=lambda: datetime.now(UTC) + timedelta(hours=self.hours_ahead),

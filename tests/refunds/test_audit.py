@@ -19,7 +19,7 @@ from sqlalchemy import URL, Engine, create_engine, text
 from sqlalchemy.pool import NullPool
 
 from include.refunds.audit import Audited, Head, event_hash, verify_audit
-from include.refunds.ledger import create_ledger_engine
+from include.refunds.ledger import LedgerEngine
 from tests.refunds.conftest import World
 from tests.refunds.test_cli import cli
 from tests.refunds.test_roles import IDS, command, fill
@@ -28,7 +28,7 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def audit(url: URL, *known: Head) -> Audited:
-    return asyncio.run(verify_audit(create_ledger_engine(url, poolclass=NullPool), known))
+    return asyncio.run(verify_audit(LedgerEngine(url, pool_size=0), known))
 
 
 @pytest.fixture

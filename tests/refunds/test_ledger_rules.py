@@ -137,7 +137,7 @@ def test_a_payment_of_a_refund_that_we_have_not_sent_takes_it_to_review(world: W
 def test_an_error_of_the_ledger_quotes_no_row(world: World) -> None:
     refund_id = world.released()
     unknown = Verdict(Outcome.ACCEPTED, "Accepted.", sighting=Sighting("too long for the ledger", "ready", Status.ACCEPTED))
-    with pytest.raises(LedgerError, match=r"refused a statement \(CheckViolation, SQLSTATE 23514, constraint") as caught:
+    with pytest.raises(LedgerError, match=r"refused a statement \(CheckViolationError, SQLSTATE 23514, constraint") as caught:
         world.run(world.ledger.record(refund_id, unknown))
     assert world.row(refund_id)["order_id"] not in str(caught.value)
     assert caught.value.__suppress_context__

@@ -7,10 +7,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from sqlalchemy import text
 
 from include.refunds.case import DecisionRefused
-from include.refunds.ledger import Ledger, LedgerError, Selection, create_ledger_engine
+from include.refunds.ledger import Ledger, LedgerEngine, LedgerError, Selection
 from include.refunds.limits import LIMITS, Limits
 from include.refunds.params import RunParams
 from include.refunds.rehearse import rehearse
@@ -208,7 +207,7 @@ def test_two_runs_at_once_do_not_exceed_a_cap_together(world: World) -> None:
     ids = [world.row(ref)["id"] for ref in refs]
 
     async def one_run(run_id: str, candidate_ids: list[int]) -> list[int]:
-        engine = create_ledger_engine(world.ledger.engine.url)
+        engine = LedgerEngine(world.ledger.engine.url)
         ledger = Ledger(engine, world.settings, actor=run_id)
         try:
             candidates = await ledger.candidates(Selection(), ids=candidate_ids)
@@ -219,11 +218,11 @@ def test_two_runs_at_once_do_not_exceed_a_cap_together(world: World) -> None:
             await engine.dispose()
 
     async def both() -> tuple[bool, list[list[int]]]:
-        blocker = create_ledger_engine(world.ledger.engine.url)
-        async with blocker.connect() as connection, connection.begin():
+        blocker = LedgerEngine(world.ledger.engine.url)
+        async with blocker.begin() as connection:
             # Both have begun to release when neither could look at the caps yet.
-            await connection.execute(text("SELECT FROM refund_ledger.refund_runs LIMIT 0"))
-            await connection.execute(text("LOCK TABLE refund_ledger.refund_events IN SHARE MODE"))
+            await connection.execute("SELECT FROM refund_ledger.refund_runs LIMIT 0")
+            await connection.execute("LOCK TABLE refund_ledger.refund_events IN SHARE MODE")
             runs = [asyncio.create_task(one_run(name, part)) for name, part in (("run-1", ids[:3]), ("run-2", ids[3:]))]
             await asyncio.sleep(1)
             waiting = not any(run.done() for run in runs)

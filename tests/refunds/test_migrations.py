@@ -13,7 +13,7 @@ from sqlalchemy import URL, Connection, create_engine, text
 from demo.postgres import PostgresServer
 from include.refunds import migrations
 from include.refunds.audit import Audited, verify_audit
-from include.refunds.ledger import create_ledger_engine
+from include.refunds.ledger import LedgerEngine
 from include.refunds.migrations import migrate
 from include.refunds.revision import REVISION
 from include.refunds.roles import AUDITOR, MIGRATOR, ROLES, RolesMissing
@@ -65,7 +65,7 @@ def fill(connection: Connection, revision: str) -> None:
 
 def audit(url: URL) -> Audited:
     async def work() -> Audited:
-        engine = create_ledger_engine(url)
+        engine = LedgerEngine(url)
         try:
             return await verify_audit(engine)
         finally:

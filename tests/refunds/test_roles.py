@@ -18,7 +18,7 @@ from include.refunds.approval import Question
 from include.refunds.case import DecisionRefused
 from include.refunds.cli import app
 from include.refunds.demo_source import create_table
-from include.refunds.ledger import Ledger, Selection, create_ledger_engine
+from include.refunds.ledger import Ledger, LedgerEngine, Selection
 from include.refunds.reissue import reissue
 from include.refunds.report import run_report
 from include.refunds.roles import APPROVER, AUDITOR, KEY_ROTATOR, MIGRATOR, OPERATOR, PAYER, REQUESTER
@@ -434,7 +434,7 @@ def test_all_of_the_ledger_is_the_migrators_and_no_function_of_it_is_everybodys_
 
 def acting(world: World, url: URL, actor: str = "test") -> Ledger:
     """Return the world's ledger, through another login."""
-    return Ledger(create_ledger_engine(url, poolclass=NullPool), world.settings, actor=actor, clock=world.ledger._clock)
+    return Ledger(LedgerEngine(url, pool_size=0), world.settings, actor=actor, clock=world.ledger._clock)
 
 
 def command(url: URL, *arguments: str, by: str | None = None, exit_code: int = 0) -> str:
@@ -612,7 +612,7 @@ def test_an_auditor_sees_everything_but_requests(world: World, ledger_url: URL, 
     assert world.row(refund_id)["payroc_refund_id"] in command(url, "show", str(refund_id))
     assert "largest_refund" in command(url, "limits")
     assert "intact" in command(url, "verify-audit")
-    report = world.run(run_report(create_ledger_engine(url, poolclass=NullPool), world.settings.source, "run-1"))
+    report = world.run(run_report(LedgerEngine(url, pool_size=0), world.settings.source, "run-1"))
     assert report.audit_head is not None
     assert invalid in report.invalid
     shown = json.loads(command(url, "show", str(refund_id), "--json"))

@@ -11,7 +11,7 @@ from zoneinfo import ZoneInfo
 import pytest
 from sqlalchemy import URL
 
-from include.refunds.ledger import create_ledger_engine
+from include.refunds.ledger import LedgerEngine
 from include.refunds.message import Message
 from include.refunds.roles import AUDITOR, PAYER
 from include.refunds.settings import get_settings
@@ -30,7 +30,7 @@ def summary_of(world: World, *, hours: float = 24, url: URL | None = None) -> Su
     until = datetime.now(UTC)
 
     async def read() -> Summary:
-        engine = world.ledger.engine if url is None else create_ledger_engine(url)
+        engine = world.ledger.engine if url is None else LedgerEngine(url)
         try:
             since = until - timedelta(hours=hours)
             return await read_summary(engine, world.settings.source, since=since, until=until, timezone=TIMEZONE)

@@ -77,9 +77,8 @@ _SETTINGS = {
 # The scheduler imports what its tasks need before it forks them, which spares each task half a second.
 _IMPORTED_ONCE = """
 import airflow.providers.postgres.hooks.postgres
+import asyncpg
 import psycopg
-import sqlalchemy.dialects.postgresql.psycopg
-import sqlalchemy.ext.asyncio
 """
 _COMPONENTS = {"api-server": ["api-server"], "scheduler": ["scheduler", "--skip-serve-logs"], "dag-processor": ["dag-processor"]}
 

@@ -10,10 +10,10 @@ from datetime import datetime
 from enum import Enum
 from typing import Any
 
-from sqlalchemy import URL, text
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import URL
 
-from include.refunds.ledger import Ledger, create_ledger_engine
+from include.refunds.ledger import Ledger, LedgerEngine
+from include.refunds.ledger.connection import Connection
 from include.refunds.settings import Settings
 from tests.simulation.engine import Engine, Violation
 from tests.simulation.ledger import MemoryLedger, Row
@@ -69,7 +69,7 @@ class PostgresLedger:
 
     def __init__(self, url: URL, settings: Settings, clock: Callable[[], datetime]) -> None:
         self._loop = asyncio.new_event_loop()
-        self.engine = create_ledger_engine(url)
+        self.engine = LedgerEngine(url)
         self.real = Ledger(self.engine, settings, actor="simulation", clock=clock)
         self._run(self._empty())
 
@@ -119,24 +119,24 @@ class PostgresLedger:
             async with self.engine.begin() as connection:
                 await _truncate(connection)
                 for name, rows in backup.items():
-                    insert = text(
+                    insert = (
                         f"INSERT INTO refund_ledger.{name} OVERRIDING SYSTEM VALUE "
                         f"SELECT * FROM jsonb_populate_record(NULL::refund_ledger.{name}, CAST(:row AS jsonb))"
                     )
                     for row in rows:
                         await connection.execute(insert, {"row": row["row"]})
-                await connection.execute(text(f"ALTER TABLE refund_ledger.refunds ALTER COLUMN id RESTART WITH {next_id}"))
+                await connection.execute(f"ALTER TABLE refund_ledger.refunds ALTER COLUMN id RESTART WITH {next_id}")
 
         self._run(work())
 
     async def _empty(self) -> None:
         async with self.engine.begin() as connection:
             await _truncate(connection)
-            await connection.execute(text("INSERT INTO refund_ledger.refund_control (scope) VALUES ('*')"))
+            await connection.execute("INSERT INTO refund_ledger.refund_control (scope) VALUES ('*')")
 
     async def _rows(self, query: str) -> list[dict[str, Any]]:
         async with self.engine.connect() as connection:
-            return [dict(row) for row in (await connection.execute(text(query))).mappings()]
+            return [dict(row) for row in await connection.execute(query)]
 
     def _run(self, work: Any) -> Any:
         return self._loop.run_until_complete(work)
@@ -254,7 +254,7 @@ def _result_of(method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         return error
 
 
-async def _truncate(connection: AsyncConnection) -> None:
+async def _truncate(connection: Connection) -> None:
     # The ledger's own triggers refuse to empty it.
-    await connection.execute(text("SET LOCAL session_replication_role = replica"))
-    await connection.execute(text(f"TRUNCATE {', '.join(f'refund_ledger.{name}' for name in _TABLES)} RESTART IDENTITY CASCADE"))
+    await connection.execute("SET LOCAL session_replication_role = replica")
+    await connection.execute(f"TRUNCATE {', '.join(f'refund_ledger.{name}' for name in _TABLES)} RESTART IDENTITY CASCADE")

@@ -5,7 +5,8 @@ The database's clock is the clock: every transaction reads it once and uses that
 give a clock of its own.
 """
 
-from include.refunds.ledger.base import LedgerError, LedgerUnavailable, NoSuchRefund, create_ledger_engine
+from include.refunds.ledger.base import LedgerError, LedgerUnavailable, NoSuchRefund
+from include.refunds.ledger.connection import LedgerEngine
 from include.refunds.ledger.decisions import Decisions
 from include.refunds.ledger.intake import NAMELESS, Intake, NewRefund, differences
 from include.refunds.ledger.requests import KeptRequest, Requests
@@ -20,6 +21,7 @@ __all__ = [
     "Claim",
     "KeptRequest",
     "Ledger",
+    "LedgerEngine",
     "LedgerError",
     "LedgerUnavailable",
     "NewRefund",
@@ -27,7 +29,6 @@ __all__ = [
     "Selection",
     "Task",
     "WriteBack",
-    "create_ledger_engine",
     "differences",
 ]
 
@@ -36,7 +37,7 @@ class Ledger(Intake, Runs, Sending, Decisions, Requests, WriteBacks):
     """
     The refund ledger.
 
-    :param engine: an async engine on the ledger's database, see :func:`create_ledger_engine`.
+    :param engine: the ledger's database, see :class:`LedgerEngine`.
     :param settings: source, waits, key window.
     :param actor: who changes something, as the events name it.
     :param clock: the time to use instead of the database's, for simulations.

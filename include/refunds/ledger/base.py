@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import datetime
-from typing import Any, Self
+from typing import Self
 
-from sqlalchemy import URL, text
-from sqlalchemy.exc import DBAPIError, OperationalError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+import asyncpg
 
-from include.refunds.quiet import QUIET
+from include.refunds.ledger.connection import DATABASE_ERRORS, Connection, LedgerEngine
 from include.refunds.revision import REVISION, VERSION_TABLE, newer
 from include.refunds.settings import Settings
 
 # SQLSTATE of a missing table and of a missing schema.
 _NO_SUCH_TABLE = ("42P01", "3F000")
+
+# How the SQLSTATEs begin that say more of the server or of its other sessions than of the statement: no connection, no login, no such
+# database, deadlocks, resources, locks, a cancel or shutdown, its disks, a session that stood still for too long.
+_PASSING = ("08", "28", "3D", "40", "53", "54", "55", "57", "58", "25P03")
 
 
 class LedgerError(Exception):
@@ -34,71 +36,68 @@ class NoSuchRefund(LedgerError):
 class LedgerBase:
     """What all parts of :class:`~include.refunds.ledger.Ledger` stand on; its parameters are described there."""
 
-    def __init__(self, engine: AsyncEngine, settings: Settings, *, actor: str, clock: Callable[[], datetime] | None = None) -> None:
+    def __init__(self, engine: LedgerEngine, settings: Settings, *, actor: str, clock: Callable[[], datetime] | None = None) -> None:
         self.engine = engine
         self._settings = settings
         self._actor = actor
         self._clock = clock
-        self._rehearsal: AsyncConnection | None = None
+        self._rehearsal: Connection | None = None
 
     @asynccontextmanager
-    async def _transaction(self) -> AsyncIterator[tuple[AsyncConnection, datetime]]:
+    async def _transaction(self) -> AsyncIterator[tuple[Connection, datetime]]:
         """Yield a connection in a transaction, and the instant that counts as now in it."""
         try:
             if self._rehearsal is not None:
-                async with self._rehearsal.begin_nested():
+                async with self._rehearsal.transaction():
                     yield self._rehearsal, await self._begin(self._rehearsal)
             else:
                 async with self.engine.begin() as connection:
                     yield connection, await self._begin(connection)
-        except (DBAPIError, OSError) as error:
+        except DATABASE_ERRORS as error:
             raise self._explained(error) from None
 
     @asynccontextmanager
-    async def _statement(self) -> AsyncIterator[AsyncConnection]:
+    async def _statement(self) -> AsyncIterator[Connection]:
         """Yield a connection for one statement that only reads: it needs no transaction, and none of its round trips."""
         try:
             if self._rehearsal is not None:
                 yield self._rehearsal
             else:
                 async with self.engine.connect() as connection:
-                    yield await connection.execution_options(isolation_level="AUTOCOMMIT")
-        except (DBAPIError, OSError) as error:
+                    yield connection
+        except DATABASE_ERRORS as error:
             raise self._explained(error) from None
 
-    async def _begin(self, connection: AsyncConnection) -> datetime:
+    async def _begin(self, connection: Connection) -> datetime:
         # Local to the transaction, so that a connection pooler in front of the ledger does no harm. A worker that stands still in the
         # middle of one must not keep its rows locked until it goes on.
-        statement = text("""
+        statement = """
             SELECT set_config('refund_ledger.actor', :actor, true), set_config('lock_timeout', '60s', true),
                    set_config('statement_timeout', '300s', true), set_config('idle_in_transaction_session_timeout', '300s', true),
-                   clock_timestamp() AS now""")
+                   clock_timestamp() AS now"""
         row = (await connection.execute(statement, {"actor": self._actor})).one()
         return self._clock() if self._clock is not None else row.now
 
-    def _explained(self, error: DBAPIError | OSError) -> LedgerError:
-        """Return the ledger's own error: a driver's message may quote a whole row in its DETAIL."""
-        original = getattr(error, "orig", None) or error
-        state = getattr(original, "sqlstate", None)
+    def _explained(self, error: Exception) -> LedgerError:
+        """Return the ledger's own error for one of :data:`DATABASE_ERRORS`: a driver's message may quote a whole row in its DETAIL."""
+        state = error.sqlstate if isinstance(error, asyncpg.PostgresError) else None
         if state in _NO_SUCH_TABLE:
             return _not_migrated(None)
         place = f"The ledger database at {self.engine.url.host}:{self.engine.url.port}"
-        if isinstance(error, DBAPIError) and state is not None and not isinstance(error, OperationalError):
-            constraint = getattr(getattr(original, "diag", None), "constraint_name", None)
+        if state is not None and not state.startswith(_PASSING):
+            constraint = getattr(error, "constraint_name", None)
             about = f"SQLSTATE {state}" + (f", constraint {constraint}" if constraint else "")
-            return LedgerError(f"{place} refused a statement ({type(original).__name__}, {about}); its log has the statement.")
-        return LedgerUnavailable(f"{place} can't be used ({type(original).__name__}): check the connection refunds_ledger.")
+            return LedgerError(f"{place} refused a statement ({type(error).__name__}, {about}); its log has the statement.")
+        return LedgerUnavailable(f"{place} can't be used ({type(error).__name__}): check the connection refunds_ledger.")
 
     @asynccontextmanager
     async def rehearsal(self) -> AsyncIterator[Self]:
         """Yield a ledger whose every change is rolled back at the end."""
-        async with self.engine.connect() as connection, connection.begin() as transaction:
+        async with self.engine.connect() as connection:
             ledger = type(self)(self.engine, self._settings, actor=self._actor, clock=self._clock)
             ledger._rehearsal = connection
-            try:
+            async with connection.rolled_back():
                 yield ledger
-            finally:
-                await transaction.rollback()
 
     async def now(self) -> datetime:
         """Return the ledger's time."""
@@ -112,7 +111,7 @@ class LedgerBase:
         :raises LedgerUnavailable: when it can't be reached.
         :raises LedgerError: when it was never migrated, or is at another revision.
         """
-        query = text(f"SELECT version_num FROM refund_ledger.{VERSION_TABLE}")
+        query = f"SELECT version_num FROM refund_ledger.{VERSION_TABLE}"
         async with self._transaction() as (connection, _):
             found = (await connection.execute(query)).scalar_one_or_none()
         if found != REVISION:
@@ -125,9 +124,3 @@ def _not_migrated(found: str | None) -> LedgerError:
     return LedgerError(
         f"The ledger is at revision {found or 'none'}, this version needs {REVISION}: run `python -m include.refunds migrate`."
     )
-
-
-def create_ledger_engine(url: URL, **options: Any) -> AsyncEngine:
-    """Return an async engine for the ledger, with a connect timeout so that a dead host is an error and not a wait."""
-    defaults = {"connect_args": {"connect_timeout": 10}, "pool_pre_ping": True, "use_native_hstore": False}
-    return create_async_engine(url, **{**defaults, **QUIET, **options})

@@ -9,11 +9,9 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncConnection
-
 from include.refunds.classify import EVERYTHING
 from include.refunds.ledger.base import LedgerBase, LedgerError
+from include.refunds.ledger.connection import Connection
 from include.refunds.limits import LIMITS, Limits
 
 # True of a row of refunds whose sending is not paused, neither for all nor for its terminal.
@@ -72,13 +70,13 @@ class Control(LedgerBase):
     async def _bond(self, column: str, value: str, *, bind: bool) -> str | None:
         """Return what the ledger was bound to before; one that was bound to nothing is bound to ``value`` if told so."""
         # Bound once, for ever: only the first time takes the row's lock, on which a pause would wait.
-        query = text(f"SELECT {column} FROM refund_ledger.refund_control WHERE scope = '*'")
-        update = text(f"UPDATE refund_ledger.refund_control SET {column} = :value WHERE scope = '*' AND {column} IS NULL")
+        query = f"SELECT {column} FROM refund_ledger.refund_control WHERE scope = '*'"
+        update = f"UPDATE refund_ledger.refund_control SET {column} = :value WHERE scope = '*' AND {column} IS NULL"
         async with self._transaction() as (connection, now):
             found: str | None = (await connection.execute(query)).scalar_one()
             if found is None and bind:
                 await self._because(connection, now, value)
-                if (await connection.execute(update, {"value": value})).rowcount == 0:
+                if await connection.change(update, {"value": value}) == 0:
                     # Another one has bound it a moment ago.
                     found = (await connection.execute(query)).scalar_one()
         return found
@@ -98,9 +96,9 @@ class Control(LedgerBase):
 
         :raises LedgerError: when the ledger was restored from a backup, and not compared with Payroc since.
         """
-        update = text("""
+        update = """
             UPDATE refund_ledger.refund_control SET paused_at = NULL, paused_by = NULL, pause_reason = NULL
-            WHERE scope = :scope AND paused_at IS NOT NULL""")
+            WHERE scope = :scope AND paused_at IS NOT NULL"""
         async with self._transaction() as (connection, now):
             restored_to = await self._restored_to(connection)
             if scope == EVERYTHING and restored_to is not None:
@@ -109,7 +107,7 @@ class Control(LedgerBase):
                     "`python -m include.refunds restored` to its end first."
                 )
             await self._because(connection, now, reason)
-            return (await connection.execute(update, {"scope": scope})).rowcount > 0
+            return await connection.change(update, {"scope": scope}) > 0
 
     async def begin_restore(self, backup_at: datetime, reason: str) -> datetime:
         """
@@ -119,13 +117,13 @@ class Control(LedgerBase):
         :returns: since when anything may be forgotten: ``backup_at``, or the ledger's newest change of a refund when that is older.
         :raises LedgerError: when this login lacks a right that the take-over needs.
         """
-        rights = text("SELECT pg_has_role('refunds_payer', 'USAGE') AND pg_has_role('refunds_operator', 'USAGE')")
-        newest_change = text("SELECT max(updated_at) FROM refund_ledger.refunds")
+        rights = "SELECT pg_has_role('refunds_payer', 'USAGE') AND pg_has_role('refunds_operator', 'USAGE')"
+        newest_change = "SELECT max(updated_at) FROM refund_ledger.refunds"
         # What was paused when the backup was made is paused for another reason now.
-        update = text("""
+        update = """
             UPDATE refund_ledger.refund_control SET restored_to = :restored_to, paused_at = :now, paused_by = :actor,
                 pause_reason = :reason || COALESCE(' Before that: ' || pause_reason, '')
-            WHERE scope = '*' AND restored_to IS NULL""")
+            WHERE scope = '*' AND restored_to IS NULL"""
         async with self._transaction() as (connection, now):
             if not (await connection.execute(rights)).scalar_one():
                 raise LedgerError(
@@ -150,32 +148,31 @@ class Control(LedgerBase):
 
         :raises LedgerError: when another one is at work.
         """
-        take = text("SELECT pg_try_advisory_lock(hashtext('refund_ledger.restored'))")
+        take = "SELECT pg_try_advisory_lock(hashtext('refund_ledger.restored'))"
         async with self.engine.connect() as connection:
             taken = (await connection.execute(take)).scalar_one()
-            await connection.commit()
             if not taken:
                 raise LedgerError("Another `restored` is at work on this ledger: wait for its end.")
             try:
                 yield
             finally:
-                await connection.execute(text("SELECT pg_advisory_unlock(hashtext('refund_ledger.restored'))"))
+                await connection.execute("SELECT pg_advisory_unlock(hashtext('refund_ledger.restored'))")
 
     async def end_restore(self, reason: str) -> None:
         """Note that the restored ledger was compared with Payroc; whether the sending goes on is for people to decide."""
-        update = text("UPDATE refund_ledger.refund_control SET restored_to = NULL WHERE scope = '*'")
+        update = "UPDATE refund_ledger.refund_control SET restored_to = NULL WHERE scope = '*'"
         async with self._transaction() as (connection, now):
             await self._because(connection, now, reason)
             await connection.execute(update)
 
-    async def _restored_to(self, connection: AsyncConnection) -> datetime | None:
-        query = text("SELECT restored_to FROM refund_ledger.refund_control WHERE scope = '*'")
+    async def _restored_to(self, connection: Connection) -> datetime | None:
+        query = "SELECT restored_to FROM refund_ledger.refund_control WHERE scope = '*'"
         found: datetime | None = (await connection.execute(query)).scalar_one()
         return found
 
     async def pauses(self) -> dict[str, str]:
         """Return the reason of each pause, by scope."""
-        query = text("SELECT scope, pause_reason FROM refund_ledger.refund_control WHERE paused_at IS NOT NULL ORDER BY scope")
+        query = "SELECT scope, pause_reason FROM refund_ledger.refund_control WHERE paused_at IS NOT NULL ORDER BY scope"
         async with self._transaction() as (connection, _):
             return {row.scope: row.pause_reason for row in await connection.execute(query)}
 
@@ -198,7 +195,7 @@ class Control(LedgerBase):
         largest = 366 if name.endswith("_days") else 10**15
         if value is not None and not smallest <= value <= largest:
             raise LedgerError(f"The limit {name} must lie between {smallest} and {largest}.")
-        update = text(f"UPDATE refund_ledger.refund_control SET {name} = :value WHERE scope = '*'")
+        update = f"UPDATE refund_ledger.refund_control SET {name} = :value WHERE scope = '*'"
         async with self._transaction() as (connection, now):
             await self._lock_door(connection)
             before = await self._limits(connection)
@@ -208,30 +205,30 @@ class Control(LedgerBase):
             await self._because(connection, now, reason)
             await connection.execute(update, {"value": value})
 
-    async def _lock_door(self, connection: AsyncConnection) -> None:
+    async def _lock_door(self, connection: Connection) -> None:
         """Let nobody else pass the door or change its limits until the commit. A pause waits for nobody: each claim asks for it."""
-        await connection.execute(text("SELECT pg_advisory_xact_lock(hashtext('refund_ledger.door'))"))
+        await connection.execute("SELECT pg_advisory_xact_lock(hashtext('refund_ledger.door'))")
 
-    async def _limits(self, connection: AsyncConnection) -> Limits:
-        query = text(f"SELECT {', '.join(LIMITS)} FROM refund_ledger.refund_control WHERE scope = '*'")
-        return Limits(**(await connection.execute(query)).mappings().one())
+    async def _limits(self, connection: Connection) -> Limits:
+        query = f"SELECT {', '.join(LIMITS)} FROM refund_ledger.refund_control WHERE scope = '*'"
+        return Limits(**(await connection.execute(query)).one())
 
-    async def _pause(self, connection: AsyncConnection, scope: str, reason: str, now: datetime) -> None:
-        upsert = text("""
+    async def _pause(self, connection: Connection, scope: str, reason: str, now: datetime) -> None:
+        upsert = """
             INSERT INTO refund_ledger.refund_control AS control (scope, paused_at, paused_by, pause_reason)
             VALUES (:scope, :now, :actor, :reason)
             ON CONFLICT (scope) DO UPDATE SET paused_at = :now, paused_by = :actor, pause_reason = :reason
-            WHERE control.paused_at IS NULL""")
+            WHERE control.paused_at IS NULL"""
         await connection.execute(upsert, {"scope": scope, "now": now, "actor": self._actor, "reason": reason})
 
-    async def _because(self, connection: AsyncConnection, now: datetime, reason: str) -> None:
+    async def _because(self, connection: Connection, now: datetime, reason: str) -> None:
         """Tell the database when and why: it writes the events of ``refund_control`` itself, so that no change can forget its event."""
-        settings = text("SELECT set_config('refund_ledger.at', :at, true), set_config('refund_ledger.reason', :reason, true)")
+        settings = "SELECT set_config('refund_ledger.at', :at, true), set_config('refund_ledger.reason', :reason, true)"
         await connection.execute(settings, {"at": now.isoformat(), "reason": reason})
 
     async def _event(
         self,
-        connection: AsyncConnection,
+        connection: Connection,
         now: datetime,
         event: str,
         *,
@@ -240,8 +237,8 @@ class Control(LedgerBase):
         detail: dict[str, Any] | None = None,
         actor: str | None = None,
     ) -> None:
-        insert = text("""
+        insert = """
             INSERT INTO refund_ledger.refund_events (at, event, refund_id, actor, reason, detail)
-            VALUES (:now, :event, :refund_id, :actor, :reason, CAST(:detail AS jsonb))""")
+            VALUES (:now, :event, :refund_id, :actor, :reason, CAST(:detail AS jsonb))"""
         values = {"now": now, "event": event, "refund_id": refund_id, "actor": actor or self._actor, "reason": reason}
         await connection.execute(insert, {**values, "detail": json.dumps(detail) if detail else None})

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncConnection
-
 from include.refunds.case import Case, DecisionRefused, Proposal, is_confirmed
 from include.refunds.hold import check_hold, way_to_cancelled
+from include.refunds.ledger.connection import Connection
 from include.refunds.ledger.control import Control
 from include.refunds.ledger.rows import select_refund, standing_elsewhere
 from include.refunds.refund import Refund
@@ -39,12 +37,12 @@ class Decisions(Control):
         :returns: whether the review has ended.
         :raises DecisionRefused: when it may not, or the refund has changed since it was read.
         """
-        update = text("""
+        update = """
             UPDATE refund_ledger.refunds SET status = :status, reason = :reason, lease_until = NULL, next_attempt_at = NULL,
                 payroc_refund_id = COALESCE(payroc_refund_id, CAST(:payroc_refund_id AS text)),
                 payroc_status = COALESCE(CAST(:payroc_status AS text), payroc_status),
                 payroc_seen_at = CASE WHEN CAST(:payroc_status AS text) IS NULL THEN payroc_seen_at ELSE :now END, updated_at = :now
-            WHERE id = :id""")
+            WHERE id = :id"""
         async with self._transaction() as (connection, now):
             case = await self._unchanged(connection, read, now)
             check_case(case, Status.REJECTED if resolution.status is Status.REJECTED else Status.ACCEPTED)
@@ -75,7 +73,7 @@ class Decisions(Control):
         :returns: the new refund's id, ``None`` when a second person is waited for.
         :raises DecisionRefused: when it may not be replaced, or has changed since it was read.
         """
-        insert = text("""
+        insert = """
             INSERT INTO refund_ledger.refunds (source, source_ref, processing_terminal_id, order_id, description, amount, currency,
                 payee_last4, payee_fingerprint, request, request_key, request_sha256, requested_by, approved_by, approved_at,
                 idempotency_key, replaces, reason, created_at, updated_at)
@@ -84,7 +82,7 @@ class Decisions(Control):
                 :key, id, :reason, :now, :now
             FROM refund_ledger.refunds WHERE id = :id
             ON CONFLICT DO NOTHING
-            RETURNING id""")
+            RETURNING id"""
         async with self._transaction() as (connection, now):
             case = await self._unchanged(connection, read, now)
             check_replaceable(case)
@@ -116,10 +114,10 @@ class Decisions(Control):
 
         :raises DecisionRefused: when it is not held, or the same person requested it.
         """
-        update = text("""
+        update = """
             UPDATE refund_ledger.refunds SET status = 'approved', reason = :reason, updated_at = :now,
                 released_holds = released_holds || holds, holds = '{}'
-            WHERE id = :id""")
+            WHERE id = :id"""
         async with self._transaction() as (connection, now):
             refund = await select_refund(connection, refund_id, for_update=True)
             check_hold(refund, await self._requested_by(connection, refund_id), self._actor)
@@ -131,9 +129,9 @@ class Decisions(Control):
 
         :raises DecisionRefused: when it may have been sent, or has ended.
         """
-        update = text("UPDATE refund_ledger.refunds SET status = :status, reason = :reason, updated_at = :now WHERE id = :id")
+        update = "UPDATE refund_ledger.refunds SET status = :status, reason = :reason, updated_at = :now WHERE id = :id"
         # The source has one row for a refund and its reissues; now it shows the one before again.
-        touch = text("UPDATE refund_ledger.refunds SET updated_at = :now WHERE id = :id")
+        touch = "UPDATE refund_ledger.refunds SET updated_at = :now WHERE id = :id"
         async with self._transaction() as (connection, now):
             refund = await select_refund(connection, refund_id, for_update=True)
             for status in way_to_cancelled(refund):
@@ -142,8 +140,8 @@ class Decisions(Control):
             if refund.replaces is not None:
                 await connection.execute(touch, {"id": refund.replaces, "now": now})
 
-    async def _requested_by(self, connection: AsyncConnection, refund_id: int) -> str:
-        query = text("SELECT requested_by FROM refund_ledger.refunds WHERE id = :id")
+    async def _requested_by(self, connection: Connection, refund_id: int) -> str:
+        query = "SELECT requested_by FROM refund_ledger.refunds WHERE id = :id"
         return str((await connection.execute(query, {"id": refund_id})).scalar_one())
 
     async def intend_reverse(self, refund_id: int, reason: str) -> Refund:
@@ -159,16 +157,16 @@ class Decisions(Control):
             await self._event(connection, now, "reverse", refund_id=refund_id, reason=reason)
             return refund
 
-    async def _unchanged(self, connection: AsyncConnection, read: Case, now: datetime) -> Case:
+    async def _unchanged(self, connection: Connection, read: Case, now: datetime) -> Case:
         case = await self._case(connection, read.refund.id, now, for_update=True)
         if case.refund != read.refund:
             raise DecisionRefused(f"Refund {read.refund.id} has changed while Payroc was asked; look at it again with `show`.")
         return case
 
-    async def _case(self, connection: AsyncConnection, refund_id: int, now: datetime, *, for_update: bool = False) -> Case:
+    async def _case(self, connection: Connection, refund_id: int, now: datetime, *, for_update: bool = False) -> Case:
         refund = await select_refund(connection, refund_id, for_update=for_update)
         # An attempt is without effect when Payroc refused it, or never processed it; a contradiction means that Payroc showed an object.
-        query = text("""
+        query = """
             SELECT (SELECT GREATEST(max(started_at), max(finished_at)) FROM refund_ledger.refund_attempts WHERE refund_id = :id)
                        AS last_attempt_at,
                    refund_ledger.ended_unpaid(:id) AS chain_unpaid,
@@ -176,13 +174,13 @@ class Decisions(Control):
                            AND (outcome IS NULL OR outcome NOT IN ('rejected', 'configuration', 'not_sent'))) AS unproven,
                    EXISTS (SELECT FROM refund_ledger.refund_events WHERE refund_id = :id AND event = 'contradiction') AS contradicted,
                    (SELECT id FROM refund_ledger.refunds WHERE replaces = :id) AS reissue,
-                   refund_ledger.first_source_ref(:id) AS first_source_ref""")
-        proposal = text("""
+                   refund_ledger.first_source_ref(:id) AS first_source_ref"""
+        proposal = """
             SELECT actor, at, detail FROM refund_ledger.refund_events AS e
             WHERE refund_id = :id AND event = 'proposal'
               AND NOT EXISTS (SELECT FROM refund_ledger.refund_events AS later
                               WHERE later.refund_id = :id AND later.event = 'status' AND later.id > e.id)
-            ORDER BY id DESC LIMIT 1""")
+            ORDER BY id DESC LIMIT 1"""
         row = (await connection.execute(query, {"id": refund_id})).one()
         found = (await connection.execute(proposal, {"id": refund_id})).one_or_none()
         return Case(

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-
-from sqlalchemy import RowMapping, text
+from typing import Any
 
 from include.refunds.cipher import Sealed
 from include.refunds.ledger.base import LedgerBase
@@ -48,7 +47,7 @@ _COMPARED = {
 }
 
 
-def differences(row: NewRefund, stored: RowMapping) -> list[str]:
+def differences(row: NewRefund, stored: Mapping[str, Any]) -> list[str]:
     """Return the names of what differs between a source row and the refund it once became."""
     found = [word for column, word in _COMPARED.items() if getattr(row, column) != stored[column]]
     if not found and row.request_sha256 != stored["request_sha256"]:
@@ -59,16 +58,16 @@ def differences(row: NewRefund, stored: RowMapping) -> list[str]:
 class Intake(LedgerBase):
     """What a pull reads and writes."""
 
-    async def stored(self, source_refs: Sequence[str]) -> dict[str, RowMapping]:
+    async def stored(self, source_refs: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Return what the ledger already holds of these source rows, by source_ref."""
-        query = text(
+        query = (
             "SELECT source_ref, id, status, request_sha256, "
             + ", ".join(_COMPARED)
             + " FROM refund_ledger.refunds WHERE source = :source AND source_ref = ANY(:refs)"
         )
         async with self._transaction() as (connection, _):
             result = await connection.execute(query, {"source": self._settings.source, "refs": list(source_refs)})
-            return {row["source_ref"]: row for row in result.mappings()}
+            return {row.source_ref: dict(row) for row in result}
 
     async def store(self, rows: Sequence[tuple[NewRefund, Sealed]]) -> set[str]:
         """
@@ -77,7 +76,7 @@ class Intake(LedgerBase):
         :param rows: validated rows, each with its encrypted request.
         :returns: the source_refs that were stored; one that is missing was there before, or collides with another refund.
         """
-        insert = text("""
+        insert = """
             INSERT INTO refund_ledger.refunds (source, source_ref, processing_terminal_id, order_id, description, amount, currency,
                 payee_last4, payee_fingerprint, request, request_key, request_sha256, requested_by, approved_by, approved_at,
                 idempotency_key, created_at, updated_at)
@@ -88,7 +87,7 @@ class Intake(LedgerBase):
                 description text, amount bigint, currency text, payee_last4 text, payee_fingerprint text, request text,
                 request_key text, request_sha256 text, requested_by text, approved_by text, approved_at timestamptz, idempotency_key uuid)
             ON CONFLICT DO NOTHING
-            RETURNING source_ref""")
+            RETURNING source_ref"""
         async with self._transaction() as (connection, now):
             values = {"source": self._settings.source, "now": now, "rows": _as_json(rows)}
             return set((await connection.execute(insert, values)).scalars())
@@ -102,14 +101,14 @@ class Intake(LedgerBase):
         :param invalid: errors by source_ref and field.
         :param valid: source_refs of all rows that validate.
         """
-        note = text("""
+        note = """
             INSERT INTO refund_ledger.invalid_rows AS known (source, source_ref, errors, first_seen_at, last_seen_at, updated_at)
             SELECT :source, key, value, :now, :now, :now FROM jsonb_each(CAST(:invalid AS jsonb))
             ON CONFLICT (source, source_ref) DO UPDATE SET last_seen_at = :now, errors = EXCLUDED.errors,
-                updated_at = CASE WHEN known.errors = EXCLUDED.errors THEN known.updated_at ELSE :now END""")
-        forget = text("""
+                updated_at = CASE WHEN known.errors = EXCLUDED.errors THEN known.updated_at ELSE :now END"""
+        forget = """
             DELETE FROM refund_ledger.invalid_rows WHERE source = :source AND last_seen_at < :now
-            AND (source_ref = ANY(:valid) OR starts_with(source_ref, :nameless))""")
+            AND (source_ref = ANY(:valid) OR starts_with(source_ref, :nameless))"""
         async with self._transaction() as (connection, now):
             common = {"source": self._settings.source, "now": now}
             await connection.execute(note, {**common, "invalid": json.dumps(invalid)})
@@ -123,13 +122,13 @@ class Intake(LedgerBase):
         :returns: ids and source_refs of all refunds that wait to be sent and that the source does not stand by. Reissues are none of
             them: two people approved them in the ledger, the source has no row of theirs.
         """
-        take_back = text("""
+        take_back = """
             UPDATE refund_ledger.refunds SET status = 'approved', reason = 'Its source row is no longer approved.', updated_at = :now
-            WHERE source = :source AND status = 'released' AND replaces IS NULL AND source_ref <> ALL(:standing)""")
-        query = text("""
+            WHERE source = :source AND status = 'released' AND replaces IS NULL AND source_ref <> ALL(:standing)"""
+        query = """
             SELECT id, source_ref FROM refund_ledger.refunds
             WHERE source = :source AND status IN ('approved', 'held') AND replaces IS NULL AND source_ref <> ALL(:standing)
-            ORDER BY id""")
+            ORDER BY id"""
         async with self._transaction() as (connection, now):
             values = {"source": self._settings.source, "standing": list(standing)}
             await connection.execute(take_back, {**values, "now": now})

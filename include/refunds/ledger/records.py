@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cached_property
 from typing import Any
 
-from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncConnection
-
 from include.refunds.classify import Outcome, Sighting, Verdict
 from include.refunds.ledger.base import NoSuchRefund
+from include.refunds.ledger.connection import Connection, as_array
 from include.refunds.ledger.control import Control
 from include.refunds.ledger.grouping import Grouped
-from include.refunds.ledger.rows import COLUMNS, by_id, select_histories, select_refunds, standing_elsewhere
+from include.refunds.ledger.rows import COLUMNS, IDS, by_id, select_histories, select_refunds, standing_elsewhere
 from include.refunds.refund import Refund
 from include.refunds.states import IN_DOUBT, Status
 from include.refunds.transitions import Change, decide
@@ -94,11 +93,11 @@ class Records(Control):
             # refund to people, who must not decide while a POST may still be on its way.
             ended = [item.refund_id for item in findings if item.holds(refunds) and refunds[item.refund_id].status is Status.REVIEW]
             if ended:
-                after |= await _update(connection, "lease_until = NULL", "WHERE r.id = ANY(:ids)", {"ids": ended})
+                after |= await _update(connection, "lease_until = NULL", f"WHERE r.id = ANY({IDS})", {"ids": as_array(ended)})
             return [(refunds[refund_id], after[refund_id], now) for refund_id in ids]
 
     async def _decide(
-        self, connection: AsyncConnection, findings: Sequence[_Finding], refunds: Mapping[int, Refund], now: datetime
+        self, connection: Connection, findings: Sequence[_Finding], refunds: Mapping[int, Refund], now: datetime
     ) -> list[_Changing]:
         histories = await select_histories(
             connection, {item.refund_id: item.attempt or refunds[item.refund_id].attempts + 1 for item in findings}
@@ -124,7 +123,7 @@ class Records(Control):
                 changes.append(_Changing(refund, change, ends_lease=item.holds(refunds)))
         return changes
 
-    async def _apply(self, connection: AsyncConnection, changes: Sequence[_Changing], now: datetime) -> dict[int, Refund]:
+    async def _apply(self, connection: Connection, changes: Sequence[_Changing], now: datetime) -> dict[int, Refund]:
         after: dict[int, Refund] = {}
         for number in range(max((len(item.change.steps) for item in changes), default=0)):
             after |= await _take_step(connection, [item for item in changes if len(item.change.steps) > number], number, now)
@@ -140,32 +139,35 @@ class Records(Control):
         return after
 
 
-async def _is_told(connection: AsyncConnection, refund_id: int, payroc_refund_id: str) -> bool:
-    query = text("""
+async def _is_told(connection: Connection, refund_id: int, payroc_refund_id: str) -> bool:
+    query = """
         SELECT EXISTS (SELECT FROM refund_ledger.refund_events
-                       WHERE refund_id = :id AND event = 'contradiction' AND detail ->> 'payroc_refund_id' = :payroc_refund_id)""")
+                       WHERE refund_id = :id AND event = 'contradiction' AND detail ->> 'payroc_refund_id' = :payroc_refund_id)"""
     return bool((await connection.execute(query, {"id": refund_id, "payroc_refund_id": payroc_refund_id})).scalar_one())
 
 
-async def _finish_attempts(connection: AsyncConnection, findings: Sequence[_Finding], now: datetime) -> None:
+async def _finish_attempts(connection: Connection, findings: Sequence[_Finding], now: datetime) -> None:
     of_attempts = [item for item in findings if item.attempt is not None]
     if not of_attempts:
         return
-    update = text("""
+    update = f"""
         UPDATE refund_ledger.refund_attempts AS a
         SET finished_at = :now, http_status = found.http_status, problem_type = found.problem_type, outcome = found.outcome
-        FROM unnest(CAST(:ids AS bigint[]), CAST(:attempts AS integer[]), CAST(:http_statuses AS integer[]), CAST(:problem_types AS text[]),
-                    CAST(:outcomes AS text[])) AS found (refund_id, attempt, http_status, problem_type, outcome)
-        WHERE a.refund_id = ANY(:ids) AND a.refund_id = found.refund_id AND a.attempt = found.attempt""")
-    values = {
-        "ids": [item.refund_id for item in of_attempts],
-        "attempts": [item.attempt for item in of_attempts],
-        "http_statuses": [item.verdict.http_status for item in of_attempts],
-        "problem_types": [item.verdict.problem_type for item in of_attempts],
-        "outcomes": [_outcome(item.verdict).value for item in of_attempts],
-        "now": now,
-    }
-    await connection.execute(update, values)
+        FROM json_to_recordset(CAST(:found AS json))
+             AS found (refund_id bigint, attempt integer, http_status integer, problem_type text, outcome text)
+        WHERE a.refund_id = ANY({IDS}) AND a.refund_id = found.refund_id AND a.attempt = found.attempt"""
+    found = [
+        {
+            "refund_id": item.refund_id,
+            "attempt": item.attempt,
+            "http_status": item.verdict.http_status,
+            "problem_type": item.verdict.problem_type,
+            "outcome": _outcome(item.verdict).value,
+        }
+        for item in of_attempts
+    ]
+    ids = as_array(item.refund_id for item in of_attempts)
+    await connection.execute(update, {"found": json.dumps(found), "ids": ids, "now": now})
 
 
 def _outcome(verdict: Verdict) -> Outcome:
@@ -173,7 +175,7 @@ def _outcome(verdict: Verdict) -> Outcome:
     return Outcome.UNKNOWN if verdict.outcome is Outcome.CONFIGURATION and not verdict.not_processed else verdict.outcome
 
 
-async def _take_step(connection: AsyncConnection, changes: Sequence[_Changing], number: int, now: datetime) -> dict[int, Refund]:
+async def _take_step(connection: Connection, changes: Sequence[_Changing], number: int, now: datetime) -> dict[int, Refund]:
     """Bring refunds to the status that their change names at this place."""
     assignments = """
         status = step.status, reason = COALESCE(step.reason, r.reason), updated_at = :now,
@@ -184,29 +186,31 @@ async def _take_step(connection: AsyncConnection, changes: Sequence[_Changing], 
         payroc_refund_id = COALESCE(r.payroc_refund_id, step.payroc_refund_id),
         payroc_status = COALESCE(step.payroc_status, r.payroc_status),
         payroc_seen_at = CASE WHEN step.payroc_status IS NULL THEN r.payroc_seen_at ELSE :now END"""
-    rows = """
-        FROM unnest(CAST(:ids AS bigint[]), CAST(:statuses AS text[]), CAST(:reasons AS text[]), CAST(:keep_lease AS boolean[]),
-                    CAST(:wait_untils AS timestamptz[]), CAST(:never_sent AS boolean[]), CAST(:payroc_refund_ids AS text[]),
-                    CAST(:payroc_statuses AS text[]))
-             AS step (id, status, reason, keeps_lease, wait_until, never_sent, payroc_refund_id, payroc_status)
-        WHERE r.id = ANY(:ids) AND r.id = step.id"""
-    steps = [item.change.steps[number] for item in changes]
-    sightings = [item.change.sighting for item in changes]
-    values = {
-        "ids": [item.refund.id for item in changes],
-        "statuses": [status.value for status in steps],
-        "reasons": [item.change.reason for item in changes],
-        "keep_lease": [status is Status.REVIEW and not item.ends_lease for status, item in zip(steps, changes, strict=True)],
-        "wait_untils": [item.change.wait_until for item in changes],
-        "never_sent": [item.change.never_sent for item in changes],
-        "payroc_refund_ids": [sighting.payroc_refund_id if sighting else None for sighting in sightings],
-        "payroc_statuses": [sighting.payroc_status if sighting else None for sighting in sightings],
-        "now": now,
-    }
+    rows = f"""
+        FROM json_to_recordset(CAST(:steps AS json))
+             AS step (id bigint, status text, reason text, keeps_lease boolean, wait_until timestamptz, never_sent boolean,
+                      payroc_refund_id text, payroc_status text)
+        WHERE r.id = ANY({IDS}) AND r.id = step.id"""
+    steps = json.dumps([_step(item, item.change.steps[number]) for item in changes])
+    values = {"steps": steps, "ids": as_array(item.refund.id for item in changes), "now": now}
     return await _update(connection, assignments, rows, values)
 
 
-async def _note_sighting(connection: AsyncConnection, refund: Refund, sighting: Sighting, now: datetime) -> dict[int, Refund]:
+def _step(item: _Changing, status: Status) -> dict[str, Any]:
+    change, sighting = item.change, item.change.sighting
+    return {
+        "id": item.refund.id,
+        "status": status.value,
+        "reason": change.reason,
+        "keeps_lease": status is Status.REVIEW and not item.ends_lease,
+        "wait_until": change.wait_until.isoformat() if change.wait_until else None,
+        "never_sent": change.never_sent,
+        "payroc_refund_id": sighting.payroc_refund_id if sighting else None,
+        "payroc_status": sighting.payroc_status if sighting else None,
+    }
+
+
+async def _note_sighting(connection: Connection, refund: Refund, sighting: Sighting, now: datetime) -> dict[int, Refund]:
     """Keep what Payroc said of a refund whose status stays."""
     assignments = """
         payroc_refund_id = COALESCE(payroc_refund_id, :payroc_refund_id), payroc_status = :payroc_status, payroc_seen_at = :now,
@@ -215,6 +219,6 @@ async def _note_sighting(connection: AsyncConnection, refund: Refund, sighting: 
     return await _update(connection, assignments, "WHERE r.id = :id", values)
 
 
-async def _update(connection: AsyncConnection, assignments: str, rows: str, values: dict[str, Any]) -> dict[int, Refund]:
-    update = text(f"UPDATE refund_ledger.refunds AS r SET {assignments} {rows} RETURNING {COLUMNS}")
+async def _update(connection: Connection, assignments: str, rows: str, values: dict[str, Any]) -> dict[int, Refund]:
+    update = f"UPDATE refund_ledger.refunds AS r SET {assignments} {rows} RETURNING {COLUMNS}"
     return by_id(await connection.execute(update, values))

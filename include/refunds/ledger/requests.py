@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
-from sqlalchemy import text
-
 from include.refunds.cipher import Sealed
 from include.refunds.ledger.control import Control
 
@@ -32,43 +30,43 @@ class Requests(Control):
         :param kept_for: how long a request is kept after the refund has ended.
         :param limit: at most so many, the oldest first.
         """
-        update = text("""
+        update = """
             UPDATE refund_ledger.refunds SET request = NULL WHERE id IN (
                 SELECT id FROM refund_ledger.refunds
                 WHERE source = :source AND request IS NOT NULL AND updated_at <= :before
                   AND status IN ('settled', 'returned', 'reversed', 'rejected', 'cancelled')
-                ORDER BY updated_at, id LIMIT :limit)""")
+                ORDER BY updated_at, id LIMIT :limit)"""
         async with self._transaction() as (connection, now):
             values = {"source": self._settings.source, "before": now - kept_for, "limit": limit}
-            return (await connection.execute(update, values)).rowcount
+            return await connection.change(update, values)
 
     async def requests_by_key(self) -> dict[str, int]:
         """Return how many requests each key encrypted; ``unknown`` counts those from before the ledger noted it."""
-        query = text("""
+        query = """
             SELECT COALESCE(request_key, 'unknown') AS key, count(*) AS requests FROM refund_ledger.refunds
-            WHERE source = :source AND request IS NOT NULL GROUP BY 1 ORDER BY 1""")
+            WHERE source = :source AND request IS NOT NULL GROUP BY 1 ORDER BY 1"""
         async with self._transaction() as (connection, _):
             return {row.key: row.requests for row in await connection.execute(query, {"source": self._settings.source})}
 
     async def requests_to_rotate(self, key_id: str, *, after: int, limit: int) -> list[KeptRequest]:
         """Return requests that another key encrypted, by id."""
-        query = text("""
+        query = """
             SELECT id, request, request_key, request_sha256 FROM refund_ledger.refunds
             WHERE source = :source AND request IS NOT NULL AND request_key IS DISTINCT FROM :key_id AND id > :after
-            ORDER BY id LIMIT :limit""")
+            ORDER BY id LIMIT :limit"""
         async with self._transaction() as (connection, _):
             values = {"source": self._settings.source, "key_id": key_id, "after": after, "limit": limit}
-            return [KeptRequest(**row) for row in (await connection.execute(query, values)).mappings()]
+            return [KeptRequest(**row) for row in (await connection.execute(query, values))]
 
     async def store_rotated(self, rows: Sequence[tuple[KeptRequest, Sealed]]) -> int:
         """Put newly encrypted requests in the place of the old ones, and return how many; one that was emptied meanwhile stays empty."""
-        update = text("""
-            UPDATE refund_ledger.refunds SET request = :new, request_key = :key_id WHERE id = :id AND request = :old""")
+        update = """
+            UPDATE refund_ledger.refunds SET request = :new, request_key = :key_id WHERE id = :id AND request = :old"""
         stored = 0
         async with self._transaction() as (connection, _):
             for kept, sealed in rows:
                 values = {"id": kept.id, "old": kept.request, "new": sealed.token, "key_id": sealed.key_id}
-                stored += (await connection.execute(update, values)).rowcount
+                stored += await connection.change(update, values)
         return stored
 
     async def note_rotation(self, key_id: str, requests: int) -> None:

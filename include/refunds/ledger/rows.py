@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncConnection
-
 from include.refunds.ledger.base import NoSuchRefund
+from include.refunds.ledger.connection import Connection, as_array
 from include.refunds.refund import History, Refund
 from include.refunds.states import Status
 
 COLUMNS = ", ".join(f"r.{name}" for name in Refund.__slots__)
 _STATUS = Refund.__slots__.index("status")
+
+# Ids as a statement's value, given by as_array().
+IDS = "CAST(CAST(:ids AS text) AS bigint[])"
 
 
 def as_refund(row: Sequence[Any]) -> Refund:
@@ -28,20 +30,18 @@ def by_id(rows: Iterable[Sequence[Any]]) -> dict[int, Refund]:
     return {refund.id: refund for refund in map(as_refund, rows)}
 
 
-async def select_refunds(connection: AsyncConnection, refund_ids: Sequence[int], *, for_update: bool = False) -> dict[int, Refund]:
+async def select_refunds(connection: Connection, refund_ids: Sequence[int], *, for_update: bool = False) -> dict[int, Refund]:
     """
     Return refunds by their id; those that do not exist are left out.
 
     :param for_update: lock their rows until the end of the transaction, in the order of their ids, so that two workers with the same
         refunds wait for each other and are not deadlocked.
     """
-    query = text(
-        f"SELECT {COLUMNS} FROM refund_ledger.refunds AS r WHERE id = ANY(:ids) ORDER BY id" + (" FOR UPDATE" if for_update else "")
-    )
-    return by_id(await connection.execute(query, {"ids": list(refund_ids)}))
+    query = f"SELECT {COLUMNS} FROM refund_ledger.refunds AS r WHERE id = ANY({IDS}) ORDER BY id" + (" FOR UPDATE" if for_update else "")
+    return by_id(await connection.execute(query, {"ids": as_array(refund_ids)}))
 
 
-async def select_refund(connection: AsyncConnection, refund_id: int, *, for_update: bool = False) -> Refund:
+async def select_refund(connection: Connection, refund_id: int, *, for_update: bool = False) -> Refund:
     """
     Return a refund.
 
@@ -54,7 +54,7 @@ async def select_refund(connection: AsyncConnection, refund_id: int, *, for_upda
     return refund
 
 
-async def select_histories(connection: AsyncConnection, before: Mapping[int, int]) -> dict[int, History]:
+async def select_histories(connection: Connection, before: Mapping[int, int]) -> dict[int, History]:
     """
     Return what earlier attempts of refunds left behind.
 
@@ -64,20 +64,20 @@ async def select_histories(connection: AsyncConnection, before: Mapping[int, int
     # Most refunds are sent once, and nothing lies before a first attempt.
     asked = {refund_id: attempt for refund_id, attempt in before.items() if attempt > 1}
     if asked:
-        query = text("""
+        query = f"""
             SELECT asked.id, COALESCE(bool_or(outcome IS NULL OR outcome = 'unknown'), false) AS unresolved,
                    COALESCE(bool_or(outcome IN ('accepted', 'rejected', 'review')), false) AS processed,
                    COALESCE(bool_or(problem_type = 'idempotency-key-in-use'), false) AS key_in_use,
                    max(finished_at) FILTER (WHERE http_status = 401 OR problem_type = 'not-authorized') AS unauthorized_at
-            FROM unnest(CAST(:ids AS bigint[]), CAST(:before AS integer[])) AS asked (id, before)
+            FROM unnest({IDS}, CAST(CAST(:before AS text) AS integer[])) AS asked (id, before)
             JOIN refund_ledger.refund_attempts ON refund_id = asked.id AND attempt < asked.before
-            GROUP BY asked.id""")
-        found = await connection.execute(query, {"ids": list(asked), "before": list(asked.values())})
+            GROUP BY asked.id"""
+        found = await connection.execute(query, {"ids": as_array(asked), "before": as_array(asked.values())})
         histories |= {row.id: History(row.unresolved, row.processed, row.key_in_use, row.unauthorized_at) for row in found}
     return histories
 
 
-async def standing_elsewhere(connection: AsyncConnection, payroc_refund_ids: Mapping[int, str]) -> set[int]:
+async def standing_elsewhere(connection: Connection, payroc_refund_ids: Mapping[int, str]) -> set[int]:
     """
     Return which refunds name a refund id of Payroc's that stands at another refund of the ledger.
 
@@ -85,7 +85,9 @@ async def standing_elsewhere(connection: AsyncConnection, payroc_refund_ids: Map
     """
     if not payroc_refund_ids:
         return set()
-    query = text("SELECT id, payroc_refund_id FROM refund_ledger.refunds WHERE payroc_refund_id = ANY(:payroc_refund_ids)")
-    found = await connection.execute(query, {"payroc_refund_ids": list(payroc_refund_ids.values())})
+    query = """
+        SELECT id, payroc_refund_id FROM refund_ledger.refunds
+        WHERE payroc_refund_id = ANY(ARRAY(SELECT json_array_elements_text(CAST(:payroc_refund_ids AS json))))"""
+    found = await connection.execute(query, {"payroc_refund_ids": json.dumps(list(payroc_refund_ids.values()))})
     owner = {row.payroc_refund_id: row.id for row in found}
     return {refund_id for refund_id, named in payroc_refund_ids.items() if owner.get(named, refund_id) != refund_id}

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Row, TextClause, text
-from sqlalchemy.ext.asyncio import AsyncConnection
-
 from include.refunds.approval import Question
 from include.refunds.case import DecisionRefused, same_person
 from include.refunds.classify import EVERYTHING
 from include.refunds.ledger.base import LedgerError
+from include.refunds.ledger.connection import Connection, Row, as_array
 from include.refunds.ledger.control import NOT_PAUSED, Control
+from include.refunds.ledger.rows import IDS
 from include.refunds.limits import LIMITS, AtTheDoor, Door, Limits, Totals, added, day_start, open_door, totals, who_to_ask
 from include.refunds.states import Status
 
@@ -73,12 +72,12 @@ class Runs(Control):
 
     async def return_stale_releases(self) -> int:
         """Return released refunds that nobody sent in time to ``approved``, and their number."""
-        update = text("""
+        update = """
             UPDATE refund_ledger.refunds SET status = 'approved', reason = 'The release was not used in time.', updated_at = :now
-            WHERE source = :source AND status = 'released' AND released_at <= :oldest""")
+            WHERE source = :source AND status = 'released' AND released_at <= :oldest"""
         async with self._transaction() as (connection, now):
             values = {"source": self._settings.source, "now": now, "oldest": now - RELEASE_VALID}
-            return (await connection.execute(update, values)).rowcount
+            return await connection.change(update, values)
 
     async def candidates(
         self, selection: Selection, *, standing: Sequence[str] | None = None, ids: Sequence[int] | None = None
@@ -92,7 +91,7 @@ class Runs(Control):
             approved it in the ledger, so it stands by itself.
         :param ids: only those of these ids.
         """
-        query = text(f"""
+        query = f"""
             SELECT {", ".join(Candidate.__slots__)} FROM refund_ledger.refunds AS r
             WHERE source = :source AND status IN ('approved', 'released') AND payroc_refund_id IS NULL
               AND {NOT_PAUSED} AND {REPLACED_STANDS}
@@ -101,7 +100,7 @@ class Runs(Control):
               AND (CAST(:refs AS text[]) IS NULL OR source_ref = ANY(CAST(:refs AS text[])))
               AND (CAST(:terminal AS text) IS NULL OR processing_terminal_id = :terminal)
               AND (CAST(:before AS timestamptz) IS NULL OR approved_at < :before)
-            ORDER BY approved_at, id LIMIT :limit""")
+            ORDER BY approved_at, id LIMIT :limit"""
         values = {
             "source": self._settings.source,
             "standing": None if standing is None else list(standing),
@@ -112,14 +111,14 @@ class Runs(Control):
             "limit": selection.limit,
         }
         async with self._transaction() as (connection, _):
-            return [Candidate(**row) for row in (await connection.execute(query, values)).mappings()]
+            return [Candidate(**row) for row in (await connection.execute(query, values))]
 
     async def due(self) -> list[int]:
         """Return the ids of refunds in doubt whose wait has ended, or ends soon enough to be waited for."""
-        query = text("""
+        query = """
             SELECT id FROM refund_ledger.refunds
             WHERE source = :source AND status IN ('sending', 'unknown') AND lease_until <= :soon AND next_attempt_at <= :soon
-            ORDER BY approved_at, id""")
+            ORDER BY approved_at, id"""
         async with self._transaction() as (connection, now):
             values = {"source": self._settings.source, "soon": now + DUE_WITHIN}
             return list((await connection.execute(query, values)).scalars())
@@ -135,7 +134,7 @@ class Runs(Control):
         :param findings: what the report has to name, as JSON.
         :param at: when the run's pull began.
         """
-        upsert = text("""
+        upsert = """
             INSERT INTO refund_ledger.refund_runs
                 (run_id, params, candidates, candidate_ids, candidate_totals, candidates_hash, approval_basis, findings, started_at)
             VALUES (:run_id, CAST(:params AS jsonb), :candidates, :ids, CAST(:totals AS jsonb), :hash, CAST(:basis AS jsonb),
@@ -146,7 +145,7 @@ class Runs(Control):
                 approval_basis = EXCLUDED.approval_basis, findings = EXCLUDED.findings, started_at = EXCLUDED.started_at,
                 finished_at = NULL, approval_needed = NULL, asked_hash = NULL, approved_by = NULL, approved_at = NULL,
                 approved_hash = NULL, counted_before = refund_runs.counted, rejected_by = NULL, rejected_at = NULL,
-                released = NULL, released_totals = NULL""")
+                released = NULL, released_totals = NULL"""
         async with self._transaction() as (connection, _):
             ids = [item.id for item in candidates]
             await connection.execute(
@@ -171,13 +170,11 @@ class Runs(Control):
         :returns: ``None`` when nobody has to be asked: the run stays under the thresholds, or a person approved exactly these candidates.
         :raises LedgerError: when no pull of this run stored its candidates, or the run asked about something else before.
         """
-        pass_by_itself = text(
-            "UPDATE refund_ledger.refund_runs SET approval_needed = false, approved_hash = candidates_hash WHERE run_id = :run_id"
-        )
-        ask = text("""
+        unasked = "UPDATE refund_ledger.refund_runs SET approval_needed = false, approved_hash = candidates_hash WHERE run_id = :run_id"
+        ask = """
             UPDATE refund_ledger.refund_runs SET approval_needed = true, asked_hash = candidates_hash, question = :question,
                 approved_by = NULL, approved_at = NULL, approved_hash = NULL, rejected_by = NULL, rejected_at = NULL
-            WHERE run_id = :run_id""")
+            WHERE run_id = :run_id"""
         async with self._transaction() as (connection, now):
             run = await self._run(connection, run_id)
             if run.approved_by is not None and run.approved_hash == run.candidates_hash:
@@ -185,7 +182,7 @@ class Runs(Control):
             today = await self._released_without_a_person(connection, run, now)
             why = await _why_ask(connection, await self._limits(connection), today, run)
             if why is None:
-                await connection.execute(pass_by_itself, {"run_id": run_id})
+                await connection.execute(unasked, {"run_id": run_id})
                 return None
             question = Question(why, run.candidates_hash, run.approval_basis, today)
             body = question.body(run_id)
@@ -211,10 +208,10 @@ class Runs(Control):
             raise DecisionRefused(
                 f"{by} triggered run {run_id} and can't approve it, so nothing is sent: clear approve_run, and let another person answer."
             )
-        update = text("""
+        update = """
             UPDATE refund_ledger.refund_runs SET approved_by = :by, approved_at = :now, approved_hash = candidates_hash,
                 rejected_by = NULL, rejected_at = NULL
-            WHERE run_id = :run_id AND asked_hash = candidates_hash""")
+            WHERE run_id = :run_id AND asked_hash = candidates_hash"""
         await self._answered(run_id, update, "approval", by)
 
     async def record_rejection(self, run_id: str, *, by: str) -> None:
@@ -223,21 +220,21 @@ class Runs(Control):
 
         :raises LedgerError: when the run has other candidates by now.
         """
-        update = text("""
+        update = """
             UPDATE refund_ledger.refund_runs SET rejected_by = :by, rejected_at = :now,
                 approved_by = NULL, approved_at = NULL, approved_hash = NULL
-            WHERE run_id = :run_id AND asked_hash = candidates_hash""")
+            WHERE run_id = :run_id AND asked_hash = candidates_hash"""
         # The next run must not let pass by itself what a person has refused.
-        mark = text("""
+        mark = """
             UPDATE refund_ledger.refunds SET run_rejected_by = :by
             WHERE status IN ('approved', 'released') AND id IN (
-                SELECT unnest(candidate_ids) FROM refund_ledger.refund_runs WHERE run_id = :run_id)""")
+                SELECT unnest(candidate_ids) FROM refund_ledger.refund_runs WHERE run_id = :run_id)"""
         await self._answered(run_id, update, "rejection", by, mark)
 
-    async def _answered(self, run_id: str, update: TextClause, event: str, by: str, also: TextClause | None = None) -> None:
+    async def _answered(self, run_id: str, update: str, event: str, by: str, also: str | None = None) -> None:
         async with self._transaction() as (connection, now):
             run = await self._run(connection, run_id)
-            if (await connection.execute(update, {"run_id": run_id, "by": by, "now": now})).rowcount == 0:
+            if await connection.change(update, {"run_id": run_id, "by": by, "now": now}) == 0:
                 raise LedgerError(
                     f"Run {run_id} has other candidates than those that {by} was asked about, so the answer counts for nothing: "
                     "trigger a new run, which asks about what is approved now."
@@ -268,25 +265,25 @@ class Runs(Control):
         :returns: ids that may be sent now, oldest approval first; paused terminals' are left out.
         :raises LedgerError: when the run holds no answer about its approval, or one about other candidates.
         """
-        take_back = text("""
+        take_back = """
             UPDATE refund_ledger.refunds SET status = 'approved', reason = :reason, updated_at = :now
-            WHERE id = :id AND status = 'released'""")
-        release = text("""
+            WHERE id = :id AND status = 'released'"""
+        release = """
             UPDATE refund_ledger.refunds SET status = 'released', reason = NULL, holds = '{}',
                 first_released_approver = :approver, run_rejected_by = NULL,
                 released_by = :actor, released_run = :run_id, released_at = :now, updated_at = :now
-            WHERE id = ANY(:ids) AND status = 'approved'""")
-        hold = text("""
+            WHERE id = ANY(:ids) AND status = 'approved'"""
+        hold = """
             UPDATE refund_ledger.refunds SET status = 'held', holds = :holds, reason = :reason, updated_at = :now
-            WHERE id = :id AND status IN ('approved', 'released')""")
-        query = text(
+            WHERE id = :id AND status IN ('approved', 'released')"""
+        query = (
             "SELECT id, amount, currency FROM refund_ledger.refunds WHERE id = ANY(:ids) AND status = 'released' ORDER BY approved_at, id"
         )
-        note = text("""
+        note = """
             UPDATE refund_ledger.refund_runs SET released = :released, released_totals = CAST(:totals AS jsonb),
                 counted = CAST(:counted AS jsonb), findings = findings || CAST(:findings AS jsonb)
                 || jsonb_build_object('withdrawn', COALESCE(findings -> 'withdrawn', '{}') || CAST(:withdrawn AS jsonb))
-            WHERE run_id = :run_id""")
+            WHERE run_id = :run_id"""
         async with self._transaction() as (connection, now):
             # One release at a time: what is counted against a cap stays true until the commit.
             await self._lock_door(connection)
@@ -302,7 +299,7 @@ class Runs(Control):
             )
             for refund_id, held in door.held.items():
                 await connection.execute(hold, {"id": refund_id, "holds": list(held.names), "reason": held.reason, "now": now})
-            released = (await connection.execute(query, {"ids": door.released})).all()
+            released = await connection.execute(query, {"ids": door.released})
             await connection.execute(
                 note,
                 {
@@ -316,25 +313,23 @@ class Runs(Control):
             )
             return [row.id for row in released]
 
-    async def _control(self, connection: AsyncConnection) -> _State:
-        query = text("SELECT *, paused_at IS NOT NULL AS paused FROM refund_ledger.refund_control")
-        rows = (await connection.execute(query)).mappings().all()
+    async def _control(self, connection: Connection) -> _State:
+        query = "SELECT *, paused_at IS NOT NULL AS paused FROM refund_ledger.refund_control"
+        rows = await connection.execute(query)
         limits = next(Limits(**{name: row[name] for name in LIMITS}) for row in rows if row["scope"] == EVERYTHING)
         return _State({row["scope"] for row in rows if row["paused"]}, limits)
 
-    async def _run(self, connection: AsyncConnection, run_id: str) -> Row[Any]:
-        query = text("""
+    async def _run(self, connection: Connection, run_id: str) -> Row:
+        query = """
             SELECT run_id, candidate_ids, candidates_hash, approved_hash, approved_by, approval_basis, question, counted, counted_before
-            FROM refund_ledger.refund_runs WHERE run_id = :run_id FOR UPDATE""")
+            FROM refund_ledger.refund_runs WHERE run_id = :run_id FOR UPDATE"""
         run = (await connection.execute(query, {"run_id": run_id})).one_or_none()
         # An earlier version noted less of a run.
         if run is None or not run.approval_basis:
             raise _no_run(run_id)
         return run
 
-    async def _check_approval(
-        self, connection: AsyncConnection, run: Row[Any], candidate_ids: Sequence[int], limits: Limits, now: datetime
-    ) -> None:
+    async def _check_approval(self, connection: Connection, run: Row, candidate_ids: Sequence[int], limits: Limits, now: datetime) -> None:
         if run.approved_hash != hash_of_ids(candidate_ids):
             raise LedgerError(
                 f"Run {run.run_id} holds no approval of exactly these {len(candidate_ids)} refunds, so none is released: "
@@ -346,16 +341,16 @@ class Runs(Control):
             if why := await _why_ask(connection, limits, today, run):
                 raise LedgerError(f"{why} That was not so when run {run.run_id} was let pass: clear approve_run, and it asks a person.")
 
-    async def _open_door(self, connection: AsyncConnection, control: _State, ids: Sequence[int], counted: Totals, now: datetime) -> Door:
+    async def _open_door(self, connection: Connection, control: _State, ids: Sequence[int], counted: Totals, now: datetime) -> Door:
         columns = """id, order_id, amount, currency, payee_fingerprint AS payee, status, released_holds, first_released_at"""
-        asking = text(f"""
+        asking = f"""
             SELECT {columns} FROM refund_ledger.refunds AS r
             WHERE id = ANY(:ids) AND source = :source AND status IN ('approved', 'released')
               AND processing_terminal_id <> ALL(:paused) AND {REPLACED_STANDS}
-            ORDER BY approved_at, id""")
-        earlier = text(f"""
+            ORDER BY approved_at, id"""
+        earlier = f"""
             SELECT {columns} FROM refund_ledger.refunds
-            WHERE source = :source AND payee_fingerprint = ANY(:payees) AND first_released_at > :since""")
+            WHERE source = :source AND payee_fingerprint = ANY(:payees) AND first_released_at > :since"""
         source = self._settings.source
         wanted = [] if EVERYTHING in control.paused else list(ids)
         rows = _at_the_door(await connection.execute(asking, {"ids": wanted, "source": source, "paused": list(control.paused)}))
@@ -366,37 +361,37 @@ class Runs(Control):
         today = await self._released_today(connection, now)
         return open_door(rows, control.limits, run=counted, day=today, earlier=before, now=now)
 
-    async def _released_without_a_person(self, connection: AsyncConnection, run: Row[Any], now: datetime) -> dict[str, dict[str, int]]:
+    async def _released_without_a_person(self, connection: Connection, run: Row, now: datetime) -> dict[str, dict[str, int]]:
         """Return what other runs released today without a person, and this one before it was pulled anew."""
         others = "first_released_run IS DISTINCT FROM :run_id AND first_released_approver IS NULL"
         return added(await self._released_today(connection, now, others, run_id=run.run_id), run.counted_before)
 
     async def _released_today(
-        self, connection: AsyncConnection, now: datetime, condition: str = "true", **values: str
+        self, connection: Connection, now: datetime, condition: str = "true", **values: str
     ) -> dict[str, dict[str, int]]:
         """Return the sums of what passed the door for the first time today, per currency."""
         # What was released today was changed today, and that has an index.
-        query = text(f"""
+        query = f"""
             SELECT currency, count(*) AS count, sum(amount)::bigint AS amount FROM refund_ledger.refunds
-            WHERE source = :source AND updated_at >= :day AND first_released_at >= :day AND {condition} GROUP BY currency""")
+            WHERE source = :source AND updated_at >= :day AND first_released_at >= :day AND {condition} GROUP BY currency"""
         day = day_start(now, self._settings.timezone)
         return await _sums(connection, query, {"source": self._settings.source, "day": day, **values})
 
     async def terminals(self, refund_ids: Sequence[int]) -> set[str]:
         """Return the processing terminals of refunds."""
-        query = text("SELECT DISTINCT processing_terminal_id FROM refund_ledger.refunds WHERE id = ANY(:ids)")
+        query = f"SELECT DISTINCT processing_terminal_id FROM refund_ledger.refunds WHERE id = ANY({IDS})"
         async with self._transaction() as (connection, _):
-            return set((await connection.execute(query, {"ids": list(refund_ids)})).scalars())
+            return set((await connection.execute(query, {"ids": as_array(refund_ids)})).scalars())
 
     async def note(self, run_id: str, findings: dict[str, Any]) -> None:
         """Add to what a run's report has to name; nothing happens when there is no such run."""
-        update = text("UPDATE refund_ledger.refund_runs SET findings = findings || CAST(:findings AS jsonb) WHERE run_id = :run_id")
+        update = "UPDATE refund_ledger.refund_runs SET findings = findings || CAST(:findings AS jsonb) WHERE run_id = :run_id"
         async with self._transaction() as (connection, _):
             await connection.execute(update, {"run_id": run_id, "findings": json.dumps(findings)})
 
     async def finish_run(self, run_id: str) -> None:
         """Note that a run has been reported."""
-        update = text("UPDATE refund_ledger.refund_runs SET finished_at = :now WHERE run_id = :run_id")
+        update = "UPDATE refund_ledger.refund_runs SET finished_at = :now WHERE run_id = :run_id"
         async with self._transaction() as (connection, now):
             await connection.execute(update, {"run_id": run_id, "now": now})
 
@@ -413,47 +408,47 @@ def _no_run(run_id: str) -> LedgerError:
     return LedgerError(f"The ledger holds no candidates of run {run_id}: clear pull_approved and let the run go on from there.")
 
 
-async def _why_ask(connection: AsyncConnection, limits: Limits, today: Totals, run: Row[Any]) -> str | None:
+async def _why_ask(connection: Connection, limits: Limits, today: Totals, run: Row) -> str | None:
     # Counted now and not when the run was pulled: another run with these refunds may have been rejected since.
-    rejected = text("SELECT count(run_rejected_by) FROM refund_ledger.refunds WHERE id = ANY(:ids)")
+    rejected = "SELECT count(run_rejected_by) FROM refund_ledger.refunds WHERE id = ANY(:ids)"
     count = (await connection.execute(rejected, {"ids": run.candidate_ids})).scalar_one()
     return who_to_ask(limits, today=today, run=run.approval_basis["totals"], rejected=count)
 
 
-async def _approval_basis(connection: AsyncConnection, ids: Sequence[int]) -> dict[str, Any]:
+async def _approval_basis(connection: Connection, ids: Sequence[int]) -> dict[str, Any]:
     """Return what a run would release for the first time, to how many new payees, and how many again."""
-    sums = text("""
+    sums = """
         SELECT currency, count(*) AS count, sum(amount)::bigint AS amount, max(amount) AS largest FROM refund_ledger.refunds
-        WHERE id = ANY(:ids) AND first_released_at IS NULL GROUP BY currency""")
-    payees = text("""
+        WHERE id = ANY(:ids) AND first_released_at IS NULL GROUP BY currency"""
+    payees = """
         SELECT count(DISTINCT payee_fingerprint) FROM refund_ledger.refunds AS r
         WHERE id = ANY(:ids) AND first_released_at IS NULL AND NOT EXISTS (
             SELECT FROM refund_ledger.refunds AS before
-            WHERE before.payee_fingerprint = r.payee_fingerprint AND before.first_released_at IS NOT NULL)""")
-    others = text("""
+            WHERE before.payee_fingerprint = r.payee_fingerprint AND before.first_released_at IS NOT NULL)"""
+    others = """
         SELECT count(*) FILTER (WHERE first_released_at IS NOT NULL) AS again
-        FROM refund_ledger.refunds WHERE id = ANY(:ids)""")
+        FROM refund_ledger.refunds WHERE id = ANY(:ids)"""
     return {
         "totals": await _sums(connection, sums, {"ids": list(ids)}),
-        **(await connection.execute(others, {"ids": list(ids)})).mappings().one(),
+        **(await connection.execute(others, {"ids": list(ids)})).one(),
         "new_payees": (await connection.execute(payees, {"ids": list(ids)})).scalar_one(),
     }
 
 
-async def _sums(connection: AsyncConnection, query: TextClause, values: dict[str, Any]) -> dict[str, dict[str, int]]:
+async def _sums(connection: Connection, query: str, values: dict[str, Any]) -> dict[str, dict[str, int]]:
     """Return the figures of each row, by its currency."""
-    rows = (await connection.execute(query, values)).mappings()
-    return {row["currency"]: {name: row[name] for name in row if name != "currency"} for row in rows}
+    rows = await connection.execute(query, values)
+    return {row["currency"]: {name: value for name, value in row.items() if name != "currency"} for row in rows}
 
 
-async def _waiting(connection: AsyncConnection, waiting: dict[int, str]) -> dict[str, dict[str, dict[str, int]]]:
+async def _waiting(connection: Connection, waiting: dict[int, str]) -> dict[str, dict[str, dict[str, int]]]:
     """Return counts and sums per cap and currency of what waits for room."""
-    query = text("SELECT id, currency, amount FROM refund_ledger.refunds WHERE id = ANY(:ids)")
+    query = "SELECT id, currency, amount FROM refund_ledger.refunds WHERE id = ANY(:ids)"
     by_cap: dict[str, list[tuple[str, int]]] = {}
     for row in await connection.execute(query, {"ids": list(waiting)}):
         by_cap.setdefault(waiting[row.id], []).append((row.currency, row.amount))
     return {cap: totals(amounts) for cap, amounts in by_cap.items()}
 
 
-def _at_the_door(rows: Iterable[Row[Any]]) -> list[AtTheDoor]:
-    return [AtTheDoor(**{**row._mapping, "status": Status(row.status), "released_holds": tuple(row.released_holds)}) for row in rows]
+def _at_the_door(rows: Iterable[Row]) -> list[AtTheDoor]:
+    return [AtTheDoor(**{**row, "status": Status(row.status), "released_holds": tuple(row.released_holds)}) for row in rows]

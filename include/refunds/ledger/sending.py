@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cached_property
 from typing import Any
 
-from sqlalchemy import text
-
 from include.refunds.ledger.base import NoSuchRefund
+from include.refunds.ledger.connection import as_array
 from include.refunds.ledger.control import NOT_PAUSED
 from include.refunds.ledger.grouping import Grouped
 from include.refunds.ledger.records import Records
-from include.refunds.ledger.rows import COLUMNS, as_refund, by_id, select_histories, select_refunds
+from include.refunds.ledger.rows import COLUMNS, IDS, as_refund, by_id, select_histories, select_refunds
 from include.refunds.ledger.runs import RELEASE_VALID, REPLACED_STANDS
 from include.refunds.refund import History, Refund
 
@@ -63,9 +63,9 @@ class Sending(Records):
 
     async def labels(self, refund_ids: Sequence[int]) -> list[str]:
         """Return the order ids of refunds, in the order given."""
-        query = text("SELECT id, order_id FROM refund_ledger.refunds WHERE id = ANY(:ids)")
+        query = f"SELECT id, order_id FROM refund_ledger.refunds WHERE id = ANY({IDS})"
         async with self._transaction() as (connection, _):
-            found = {row.id: row.order_id for row in await connection.execute(query, {"ids": list(refund_ids)})}
+            found = {row.id: row.order_id for row in await connection.execute(query, {"ids": as_array(refund_ids)})}
         return [found.get(refund_id, f"no refund {refund_id}") for refund_id in refund_ids]
 
     async def read(self, refund_id: int) -> tuple[Refund, History, datetime]:
@@ -108,17 +108,14 @@ class Sending(Records):
         return Grouped(self._claim)
 
     async def _claim(self, calls: Sequence[_Claiming]) -> list[Claim | None]:
-        claim = text(f"""
+        claim = f"""
             WITH asked AS (
-                SELECT * FROM unnest(
-                    CAST(:ids AS bigint[]), CAST(:environments AS text[]), CAST(:sent_withs AS text[]),
-                    CAST(:lease_untils AS timestamptz[]), CAST(:run_ids AS text[]), CAST(:map_indexes AS integer[]),
-                    CAST(:try_numbers AS integer[])
-                ) AS asked (refund_id, asked_environment, asked_with, asked_until, run_id, map_index, try_number)
+                SELECT * FROM json_to_recordset(CAST(:asked AS json)) AS asked (refund_id bigint, asked_environment text, asked_with text,
+                    asked_until timestamptz, run_id text, map_index integer, try_number integer)
             ), locked AS (
                 -- By the ids alone, whatever the planner believes of the other columns, and in their order, so that two workers with the
                 -- same refunds are not deadlocked. What is locked is as the last transaction left it.
-                SELECT * FROM refund_ledger.refunds WHERE id = ANY(:ids) ORDER BY id FOR NO KEY UPDATE
+                SELECT * FROM refund_ledger.refunds WHERE id = ANY({IDS}) ORDER BY id FOR NO KEY UPDATE
             ), claimable AS (
                 SELECT asked.* FROM locked AS r JOIN asked ON refund_id = id
                 WHERE source = :source AND request IS NOT NULL AND payroc_refund_id IS NULL
@@ -137,17 +134,12 @@ class Sending(Records):
                 INSERT INTO refund_ledger.refund_attempts (refund_id, attempt, run_id, map_index, try_number, started_at)
                 SELECT refund_id, attempts, run_id, map_index, try_number, :now FROM claimed JOIN asked ON refund_id = id
             )
-            SELECT * FROM claimed""")
+            SELECT * FROM claimed"""
         async with self._transaction() as (connection, now):
             ids = [call.refund_id for call in calls]
             values = {
-                "ids": ids,
-                "environments": [call.environment for call in calls],
-                "sent_withs": [call.sent_with for call in calls],
-                "lease_untils": [now + timedelta(seconds=call.token_seconds + self._settings.lease_margin_seconds) for call in calls],
-                "run_ids": [call.task.run_id for call in calls],
-                "map_indexes": [call.task.map_index for call in calls],
-                "try_numbers": [call.task.try_number for call in calls],
+                "ids": as_array(ids),
+                "asked": json.dumps([self._asked(call, now) for call in calls]),
                 "source": self._settings.source,
                 "now": now,
                 "window_start": now - timedelta(days=self._settings.key_window_days),
@@ -156,6 +148,17 @@ class Sending(Records):
             refunds = by_id(await connection.execute(claim, values))
             histories = await select_histories(connection, {refund.id: refund.attempts for refund in refunds.values()})
             return [Claim(refunds[item], histories[item]) if item in refunds else None for item in ids]
+
+    def _asked(self, call: _Claiming, now: datetime) -> dict[str, Any]:
+        return {
+            "refund_id": call.refund_id,
+            "asked_environment": call.environment,
+            "asked_with": call.sent_with,
+            "asked_until": (now + timedelta(seconds=call.token_seconds + self._settings.lease_margin_seconds)).isoformat(),
+            "run_id": call.task.run_id,
+            "map_index": call.task.map_index,
+            "try_number": call.task.try_number,
+        }
 
     async def may_post(self, claim: Claim, seconds: float) -> bool:
         """
@@ -170,17 +173,17 @@ class Sending(Records):
         return Grouped(self._check_last)
 
     async def _check_last(self, calls: Sequence[tuple[Claim, float]]) -> list[bool]:
-        query = text(f"""
-            SELECT id FROM unnest(CAST(:ids AS bigint[]), CAST(:attempts AS integer[]), CAST(:seconds AS double precision[]))
+        query = f"""
+            SELECT id FROM unnest({IDS}, CAST(CAST(:attempts AS text) AS integer[]), CAST(CAST(:seconds AS text) AS double precision[]))
                  AS claimed (refund_id, attempt, seconds)
             JOIN refund_ledger.refunds AS r ON id = refund_id
-            WHERE id = ANY(:ids) AND attempts = attempt AND status = 'sending'
+            WHERE id = ANY({IDS}) AND attempts = attempt AND status = 'sending'
               AND lease_until > COALESCE(CAST(:now AS timestamptz), clock_timestamp()) + seconds * interval '1 second'
-              AND {NOT_PAUSED} AND {REPLACED_STANDS}""")
+              AND {NOT_PAUSED} AND {REPLACED_STANDS}"""
         values = {
-            "ids": [claim.refund.id for claim, _ in calls],
-            "attempts": [claim.attempt for claim, _ in calls],
-            "seconds": [seconds for _, seconds in calls],
+            "ids": as_array(claim.refund.id for claim, _ in calls),
+            "attempts": as_array(claim.attempt for claim, _ in calls),
+            "seconds": as_array(seconds for _, seconds in calls),
             "now": self._clock() if self._clock is not None else None,
         }
         async with self._statement() as connection:
@@ -189,9 +192,9 @@ class Sending(Records):
 
     async def mark_seen(self, refund_ids: Sequence[int]) -> None:
         """Note that Payroc's list showed these refunds, without news."""
-        update = text("UPDATE refund_ledger.refunds SET payroc_seen_at = :now WHERE id = ANY(:ids)")
+        update = f"UPDATE refund_ledger.refunds SET payroc_seen_at = :now WHERE id = ANY({IDS})"
         async with self._transaction() as (connection, now):
-            await connection.execute(update, {"ids": list(refund_ids), "now": now})
+            await connection.execute(update, {"ids": as_array(refund_ids), "now": now})
 
     async def in_doubt(self) -> list[Refund]:
         """Return all refunds that are sending or unknown."""
@@ -211,7 +214,7 @@ class Sending(Records):
         :param changed_within: how long any other refund is followed: a bank may return one that settled, and Payroc may list one
             that ended here without a payment.
         """
-        query = text("""
+        query = """
             SELECT processing_terminal_id, min(LEAST(approved_at, created_at)) AS since FROM (
                 SELECT processing_terminal_id, approved_at, created_at FROM refund_ledger.refunds
                 WHERE source = :source AND status IN ('accepted', 'review')
@@ -219,7 +222,7 @@ class Sending(Records):
                 SELECT processing_terminal_id, approved_at, created_at FROM refund_ledger.refunds
                 WHERE source = :source AND updated_at > :since
             ) AS followed
-            GROUP BY processing_terminal_id ORDER BY processing_terminal_id""")
+            GROUP BY processing_terminal_id ORDER BY processing_terminal_id"""
         async with self._transaction() as (connection, now):
             result = await connection.execute(query, {"source": self._settings.source, "since": now - changed_within})
             return {row.processing_terminal_id: row.since for row in result}
@@ -243,24 +246,24 @@ class Sending(Records):
 
     async def all_terminals(self) -> list[str]:
         """Return the processing terminals of all refunds, sorted."""
-        query = text("SELECT DISTINCT processing_terminal_id FROM refund_ledger.refunds WHERE source = :source ORDER BY 1")
+        query = "SELECT DISTINCT processing_terminal_id FROM refund_ledger.refunds WHERE source = :source ORDER BY 1"
         async with self._transaction() as (connection, _):
             return list((await connection.execute(query, {"source": self._settings.source})).scalars())
 
     async def replaced(self, refund_id: int) -> list[Refund]:
         """Return what a refund replaces: the one before it, the one before that, to the first of the chain."""
-        query = text(f"""
+        query = f"""
             WITH RECURSIVE chain AS (
                 SELECT replaces AS id, 1 AS place FROM refund_ledger.refunds WHERE id = :id
                 UNION ALL
                 SELECT r.replaces, place + 1 FROM refund_ledger.refunds AS r JOIN chain ON r.id = chain.id
             )
-            SELECT {COLUMNS} FROM chain JOIN refund_ledger.refunds AS r ON r.id = chain.id ORDER BY place""")
+            SELECT {COLUMNS} FROM chain JOIN refund_ledger.refunds AS r ON r.id = chain.id ORDER BY place"""
         async with self._transaction() as (connection, _):
             return [as_refund(row) for row in await connection.execute(query, {"id": refund_id})]
 
     async def _refunds(self, condition: str, values: dict[str, Any], limit: int | None = None) -> list[Refund]:
-        query = text(f"SELECT {COLUMNS} FROM refund_ledger.refunds AS r WHERE source = :source AND ({condition}) ORDER BY id LIMIT :limit")
+        query = f"SELECT {COLUMNS} FROM refund_ledger.refunds AS r WHERE source = :source AND ({condition}) ORDER BY id LIMIT :limit"
         async with self._transaction() as (connection, _):
             result = await connection.execute(query, {**values, "source": self._settings.source, "limit": limit})
             return [as_refund(row) for row in result]

@@ -8,10 +8,8 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import text
-from sqlalchemy.exc import DBAPIError
-
 from include.refunds.ledger.base import LedgerBase
+from include.refunds.ledger.connection import DATABASE_ERRORS
 from include.refunds.ledger.intake import NAMELESS
 
 
@@ -55,17 +53,18 @@ class WriteBacks(LedgerBase):
         async with AsyncExitStack() as stack:
             try:
                 connection = await stack.enter_async_context(self.engine.connect())
-                await connection.execute(text(f"SET LOCAL lock_timeout = '{_LOCK_SECONDS}s'"))
-                await connection.execute(text("SELECT pg_advisory_lock(hashtext('refund_ledger.write_back'))"))
-                await connection.commit()
-            except (DBAPIError, OSError) as error:
+                # The lock is the session's and outlives this transaction, the patience does not.
+                async with connection.transaction():
+                    await connection.execute(f"SET LOCAL lock_timeout = '{_LOCK_SECONDS}s'")
+                    await connection.execute("SELECT pg_advisory_lock(hashtext('refund_ledger.write_back'))")
+            except DATABASE_ERRORS as error:
                 raise self._explained(error) from None
             try:
                 yield
             finally:
                 # A session that has ended has let go of it.
-                with suppress(DBAPIError):
-                    await connection.execute(text("SELECT pg_advisory_unlock(hashtext('refund_ledger.write_back'))"))
+                with suppress(*DATABASE_ERRORS):
+                    await connection.execute("SELECT pg_advisory_unlock(hashtext('refund_ledger.write_back'))")
 
     async def due_write_backs(self, limit: int, after: str = "") -> list[WriteBack]:
         """
@@ -77,7 +76,7 @@ class WriteBacks(LedgerBase):
         :param limit: at most so many.
         :param after: only those with a greater source_ref.
         """
-        query = text(f"""
+        query = f"""
             (SELECT source_ref, status, payroc_refund_id, payroc_status, reason, updated_at FROM refund_ledger.refunds AS r
              WHERE source = :source AND (written_back_at = updated_at) IS NOT TRUE AND source_ref > :after
                AND replaces IS NULL AND {NEWEST}
@@ -97,19 +96,19 @@ class WriteBacks(LedgerBase):
                AND NOT EXISTS (SELECT FROM refund_ledger.refunds AS r
                                WHERE r.source = invalid.source AND r.source_ref = invalid.source_ref)
              ORDER BY source_ref LIMIT :limit)
-            ORDER BY source_ref LIMIT :limit""")
+            ORDER BY source_ref LIMIT :limit"""
         values = {"source": self._settings.source, "after": after, "limit": limit, "nameless": NAMELESS}
         async with self._transaction() as (connection, _):
             result = await connection.execute(query, values)
-            return [WriteBack(**row) for row in result.mappings()]
+            return [WriteBack(**row) for row in result]
 
     async def mark_written_back(self, written: Sequence[WriteBack]) -> None:
         """Note what the source has now: the very ``updated_at`` that was read, so a later change stays due."""
         rows = json.dumps([{"source_ref": item.source_ref, "updated_at": item.updated_at.isoformat()} for item in written])
         async with self._transaction() as (connection, _):
             for table, condition in _WRITTEN:
-                update = text(f"""
+                update = f"""
                     UPDATE refund_ledger.{table} AS target SET written_back_at = row.updated_at
                     FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS row (source_ref text, updated_at timestamptz)
-                    WHERE target.source = :source AND {condition} AND target.updated_at = row.updated_at""")
+                    WHERE target.source = :source AND {condition} AND target.updated_at = row.updated_at"""
                 await connection.execute(update, {"rows": rows, "source": self._settings.source})
