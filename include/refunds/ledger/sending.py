@@ -14,7 +14,7 @@ from include.refunds.ledger.connection import as_array
 from include.refunds.ledger.control import NOT_PAUSED
 from include.refunds.ledger.grouping import Grouped
 from include.refunds.ledger.records import Records
-from include.refunds.ledger.rows import COLUMNS, IDS, as_refund, by_id, select_histories, select_refunds
+from include.refunds.ledger.rows import COLUMNS, IDS, as_refund, by_id, select_histories
 from include.refunds.ledger.runs import RELEASE_VALID, REPLACED_STANDS
 from include.refunds.refund import History, Refund
 
@@ -84,10 +84,12 @@ class Sending(Records):
         return Grouped(self._read)
 
     async def _read(self, refund_ids: Sequence[int]) -> list[tuple[Refund, History, datetime] | None]:
-        async with self._transaction() as (connection, now):
-            refunds = await select_refunds(connection, refund_ids)
-            histories = await select_histories(connection, {refund.id: refund.attempts + 1 for refund in refunds.values()})
-            return [(refunds[item], histories[item], now) if item in refunds else None for item in refund_ids]
+        query = f"SELECT {COLUMNS}, clock_timestamp() AS now FROM refund_ledger.refunds AS r WHERE id = ANY({IDS})"
+        async with self._statement() as connection:
+            rows = await connection.execute(query, {"ids": as_array(refund_ids)})
+            refunds = {row.id: (as_refund(row[:-1]), row.now if self._clock is None else self._clock()) for row in rows}
+            histories = await select_histories(connection, {refund.id: refund.attempts + 1 for refund, _ in refunds.values()})
+            return [(refunds[item][0], histories[item], refunds[item][1]) if item in refunds else None for item in refund_ids]
 
     async def claim(self, refund_id: int, task: Task, *, environment: str, sent_with: str, token_seconds: float) -> Claim | None:
         """
