@@ -26,7 +26,7 @@ from payroc_airflow.token_cache import own_folder
 
 log = logging.getLogger(__name__)
 
-COUNT_EVERY_SECONDS = 1.0
+COUNT_EVERY_SECONDS = 0.1
 
 MAX_PAUSE_SECONDS = 60.0
 """

@@ -112,7 +112,7 @@ class LedgerBase:
         :raises LedgerError: when it was never migrated, or is at another revision.
         """
         query = f"SELECT version_num FROM refund_ledger.{VERSION_TABLE}"
-        async with self._transaction() as (connection, _):
+        async with self._statement() as connection:
             found = (await connection.execute(query)).scalar_one_or_none()
         if found != REVISION:
             raise _not_migrated(found)

@@ -64,7 +64,7 @@ class Sending(Records):
     async def labels(self, refund_ids: Sequence[int]) -> list[str]:
         """Return the order ids of refunds, in the order given."""
         query = f"SELECT id, order_id FROM refund_ledger.refunds WHERE id = ANY({IDS})"
-        async with self._transaction() as (connection, _):
+        async with self._statement() as connection:
             found = {row.id: row.order_id for row in await connection.execute(query, {"ids": as_array(refund_ids)})}
         return [found.get(refund_id, f"no refund {refund_id}") for refund_id in refund_ids]
 
