@@ -179,7 +179,7 @@ class Deployment:
         for name, command in commands.items():
             self._parts[name] = self._start(name, "airflow", *command)
         _wait_until(self._is_ready, "Airflow is ready", seconds=_READY_SECONDS)
-        self._request("POST", "/pools", json={"name": POOL, "slots": SLOTS}, may_fail=True)
+        self._request("POST", "/pools", json={"name": POOL, "slots": 4 * SLOTS}, may_fail=True)
 
     def _stop(self) -> None:
         self._http.close()
