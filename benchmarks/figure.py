@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-# A machine that does something else besides moves a ratio by less than this.
-_MARGIN = 0.75
+# A machine that does something else besides moves a ratio of few runs by less than this.
+_MARGIN = 0.6
 
 
 @dataclass(frozen=True)
