@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -188,9 +189,10 @@ async def details(engine: LedgerEngine, source: str, which: str) -> dict[str, An
         await connection.execute("SET LOCAL TIME ZONE 'UTC'")
         query = """
             SELECT to_jsonb(r) - 'payee_fingerprint' - 'has_request' - 'request_key' FROM refund_ledger.refunds_masked AS r
-            WHERE source = :source AND :which IN (id::text, order_id, source_ref, payroc_refund_id)
-            ORDER BY id::text = :which DESC, id LIMIT 1"""
-        found = (await connection.execute(query, {"source": source, "which": which})).scalar_one_or_none()
+            WHERE source = :source AND (id = :id OR order_id = :which OR source_ref = :which OR payroc_refund_id = :which)
+            ORDER BY (id = :id) IS TRUE DESC, id LIMIT 1"""
+        refund_id = int(which) if re.fullmatch("[1-9][0-9]{0,17}", which) else None
+        found = (await connection.execute(query, {"source": source, "which": which, "id": refund_id})).scalar_one_or_none()
         if found is None:
             return None
         for name, order in (("refund_attempts", "attempt"), ("refund_events", "id")):
