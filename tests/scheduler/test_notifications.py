@@ -274,10 +274,11 @@ def test_a_report_that_was_killed_is_told_by_the_dag_processor(merchant: Merchan
             process.kill()
         psutil.wait_procs(killed, timeout=5)
     client.wait_for_run(FRAIL_DAG, run_id, "failed")
-    mail = the_mail(mailbox, run_id)
-    assert mail["subject"] == "Payroc refunds: run failed"
-    assert "The task report was ended from outside" in body_of(mail)
-    assert "49.99 USD" in body_of(mail)
+    # On a busy machine Airflow finds the same dead task twice, by its executor and by its missing heartbeat, and tells each time.
+    for mail in eventually(lambda: mailbox.about(run_id)):
+        assert mail["subject"] == "Payroc refunds: run failed"
+        assert "The task report was ended from outside" in body_of(mail)
+        assert "49.99 USD" in body_of(mail)
 
 
 def test_the_summary_is_written_and_mailed(merchant: Merchant, mailbox: Mailbox) -> None:
