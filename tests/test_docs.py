@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
+from include.refunds.revision import REVISION
 from include.refunds.source import SqlSource
 from tests.conftest import ROOT
 from tests.dags.conftest import Runner, run_dag, world  # noqa: F401 - fixtures
@@ -36,6 +37,10 @@ def test_the_commands_of_make_that_the_docs_name_exist() -> None:
     named |= {name for document in DOCS for block in blocks(document, "console") for name in re.findall(r"^\$ make ([a-z-]+)", block, re.M)}
     assert named
     assert named <= known
+
+
+def test_the_readme_names_the_revision_that_migrate_prints() -> None:
+    assert re.findall(r"The ledger is at revision (\d+)\.", (ROOT / "README.md").read_text()) == [REVISION]
 
 
 def test_the_settings_that_the_docs_name_exist() -> None:
