@@ -274,7 +274,7 @@ def test_a_report_that_was_killed_is_told_by_the_dag_processor(merchant: Merchan
             process.kill()
         psutil.wait_procs(killed, timeout=5)
     client.wait_for_run(FRAIL_DAG, run_id, "failed")
-    # On a busy machine Airflow finds the same dead task twice, by its executor and by its missing heartbeat, and tells each time.
+    # Seen once on a busy machine: two mails about the one dead task, which Airflow may find by its executor and by its missing heartbeat.
     for mail in eventually(lambda: mailbox.about(run_id)):
         assert mail["subject"] == "Payroc refunds: run failed"
         assert "The task report was ended from outside" in body_of(mail)
