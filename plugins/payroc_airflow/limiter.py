@@ -4,7 +4,8 @@ How much is under way to Payroc at a time from one worker host, and how fast it 
 Payroc documents no rate limit; that it answers 429, perhaps with ``Retry-After``, when there is one is an assumption.
 
 Each task is a process. Those that send share the host's places evenly: each holds the lock of a file of its own as long as it lives,
-and counts the others' locks ten times a second. What all have to heed beside that, a pause and the next free moment, stands in one small file.
+and counts the others' locks ten times a second. What all have to heed beside that, a pause and the next free moment, stands in one
+small file.
 """
 
 from __future__ import annotations
