@@ -23,18 +23,11 @@ from typing import Any
 from airflow.sdk import DAG, Param, TriggerRule, conf, get_current_context, get_parsing_context, result, task
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
-from include.refunds.params import in_lists
-from include.refunds.pull import pull
-from include.refunds.rehearse import rehearse
-from include.refunds.release import release as release_refunds
-from include.refunds.report import run_report
+# What only one task needs is imported in it: this file is parsed over and over.
 from include.refunds.settings import get_settings
-from include.refunds.write_back import write_back as write_back_refunds
 from payroc_airflow.assets import RUN, has_finished
 from payroc_airflow.databases import open_ledger, source_of
 from payroc_airflow.deadline import deadline_after
-from payroc_airflow.gateway import HookGateway
-from payroc_airflow.hooks.payroc import PayrocHook
 from payroc_airflow.keys import cipher_of
 from payroc_airflow.notify import REPORT, RunEnded, mistakes
 from payroc_airflow.operators.approval import ApproveRunOperator
@@ -122,6 +115,8 @@ with DAG(
     @task
     async def pull_approved() -> dict[str, list[int]]:
         """Store new refunds from the source, and hand on the ids of what this run is about."""
+        from include.refunds.pull import pull
+
         context = get_current_context()
         params = run_params(context)
         if pool_exists(POOL) is False:
@@ -144,13 +139,18 @@ with DAG(
     @task
     async def release(pulled: dict[str, list[int]]) -> list[list[int]]:
         """Let the refunds through the one door, and hand on their ids in the lists that the send tasks take."""
+        from include.refunds.params import in_lists
+        from include.refunds.release import release
+        from payroc_airflow.gateway import HookGateway
+        from payroc_airflow.hooks.payroc import PayrocHook
+
         context = get_current_context()
         params = run_params(context)
         if params.dry_run:
             return []
         source, cipher = source_of(), cipher_of(settings)
         async with open_ledger(context, settings) as ledger, HookGateway(PayrocHook()) as gateway:
-            ids = await release_refunds(
+            ids = await release(
                 context["run_id"],
                 pulled["candidates"],
                 pulled["due"],
@@ -165,12 +165,14 @@ with DAG(
     @task(trigger_rule=TriggerRule.ALL_DONE)
     async def write_back() -> None:
         """Tell the source what became of its refunds."""
+        from include.refunds.write_back import write_back
+
         context = get_current_context()
         if run_params(context).dry_run:
             raise AirflowSkipException("A dry run writes nothing back.")
         source = source_of()
         async with open_ledger(context, settings) as ledger:
-            written, untouched = await write_back_refunds(source, ledger)
+            written, untouched = await write_back(source, ledger)
             await ledger.note(context["run_id"], {"untouched": untouched})
         log.info("%d rows written back, %d touched no row.", written, len(untouched))
 
@@ -185,6 +187,9 @@ with DAG(
     )
     async def report() -> dict[str, Any]:
         """Show what the run did; fail when something needs people. The totals are the result of the run."""
+        from include.refunds.rehearse import rehearse
+        from include.refunds.report import run_report
+
         context = get_current_context()
         params = run_params(context)
         async with open_ledger(context, settings) as ledger:

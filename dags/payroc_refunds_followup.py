@@ -15,14 +15,10 @@ from typing import Any
 from airflow.sdk import DAG, TriggerRule, get_current_context, result, task
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
-from include.refunds.follow_up import follow_up as follow_up_refunds
-from include.refunds.report import follow_up_report
+# What only one task needs is imported in it: this file is parsed over and over.
 from include.refunds.settings import get_settings
-from include.refunds.write_back import write_back as write_back_refunds
 from payroc_airflow.assets import FOLLOWUP_RUN, has_finished
 from payroc_airflow.databases import open_ledger, source_of
-from payroc_airflow.gateway import HookGateway
-from payroc_airflow.hooks.payroc import PayrocHook
 from payroc_airflow.notify import RunEnded, leave_for_notifier, mistakes
 from payroc_airflow.retry_policy import PayrocRetryPolicy
 from payroc_airflow.schedule import timetable
@@ -53,8 +49,12 @@ with DAG(
     @task
     async def follow_up() -> dict[str, int]:
         """Look up the refunds in doubt, and compare Payroc's lists with the ledger."""
+        from include.refunds.follow_up import follow_up
+        from payroc_airflow.gateway import HookGateway
+        from payroc_airflow.hooks.payroc import PayrocHook
+
         async with open_ledger(get_current_context(), settings) as ledger, HookGateway(PayrocHook()) as gateway:
-            counts = await follow_up_refunds(ledger, gateway, settings)
+            counts = await follow_up(ledger, gateway, settings)
             await ledger.tell_oldest()
         log.info("%s", ", ".join(f"{count} {what}" for what, count in counts.items()))
         if counts["failed"]:
@@ -64,9 +64,11 @@ with DAG(
     @task(trigger_rule=TriggerRule.ALL_DONE)
     async def write_back() -> None:
         """Tell the source what became of its refunds."""
+        from include.refunds.write_back import write_back
+
         source = source_of()
         async with open_ledger(get_current_context(), settings) as ledger:
-            written, untouched = await write_back_refunds(source, ledger)
+            written, untouched = await write_back(source, ledger)
         log.info("%d rows written back, %d touched no row.", written, len(untouched))
 
     @result
@@ -78,6 +80,8 @@ with DAG(
     )
     async def report() -> dict[str, Any]:
         """Show the whole ledger; fail when a refund is in review or late, the sending is paused, or the follow-up itself failed."""
+        from include.refunds.report import follow_up_report
+
         context = get_current_context()
         async with open_ledger(context, settings) as ledger:
             found = await follow_up_report(ledger.engine, settings.source)

@@ -8,18 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import BaseHook
 from airflow.sdk.exceptions import AirflowException, AirflowNotFoundException
-from sqlalchemy import URL
 
-from include.refunds.ledger import LedgerEngine
 from include.refunds.ledger_url import UrlError, as_ledger_url, url_of_connection
-from include.refunds.quiet import QUIET
-from include.refunds.settings import Settings
-from include.refunds.source import SourceError, SqlSource
-from payroc_airflow.metered_ledger import MeteredLedger
 from payroc_airflow.task_context import outside_of_tasks
 
 if TYPE_CHECKING:
     from airflow.sdk import Connection, Context
+    from sqlalchemy import URL
+
+    from include.refunds.settings import Settings
+    from include.refunds.source import SqlSource
+    from payroc_airflow.metered_ledger import MeteredLedger
 
 LEDGER_CONN_ID = "refunds_ledger"
 SOURCE_CONN_ID = "refunds_source"
@@ -60,6 +59,10 @@ async def ledger_as(actor: str, settings: Settings, conn_id: str = LEDGER_CONN_I
 
     :param actor: whose doing it is what is changed.
     """
+    # DAG files import this module, and whoever only parses them opens nothing.
+    from include.refunds.ledger import LedgerEngine
+    from payroc_airflow.metered_ledger import MeteredLedger
+
     # A task needs one for each kind of shared transaction, and one more; the rest of a long list waits for its turn.
     engine = LedgerEngine(ledger_url_of(conn_id), pool_size=5)
     try:
@@ -76,6 +79,9 @@ def source_of(conn_id: str = SOURCE_CONN_ID) -> SqlSource:
 
     :raises SourceError: when the connection is missing, or its type has no SQLAlchemy engine.
     """
+    from include.refunds.quiet import QUIET
+    from include.refunds.source import SourceError, SqlSource
+
     try:
         connection = _connection(conn_id, "a connection to the database in which refunds are approved")
         hook: Any = connection.get_hook()  # type: ignore[no-untyped-call]  # Airflow does not type it

@@ -26,12 +26,6 @@ MODULES = (
     "airflow.sdk.execution_time.timeout",
     "jinja2.ext",
     # What dags/ imports.
-    "include.refunds.follow_up",
-    "include.refunds.pull",
-    "include.refunds.rehearse",
-    "include.refunds.release",
-    "include.refunds.report",
-    "include.refunds.write_back",
     "payroc_airflow.assets",
     "payroc_airflow.deadline",
     "payroc_airflow.notify",
@@ -39,6 +33,20 @@ MODULES = (
     "payroc_airflow.operators.refund",
     "payroc_airflow.pools",
     "payroc_airflow.schedule",
+    # What their tasks import when they run.
+    "include.refunds.follow_up",
+    "include.refunds.message",
+    "include.refunds.pull",
+    "include.refunds.quiet",
+    "include.refunds.rehearse",
+    "include.refunds.release",
+    "include.refunds.report",
+    "include.refunds.send",
+    "include.refunds.write_back",
+    "payroc_airflow.gateway",
+    "payroc_airflow.keys",
+    "payroc_airflow.metered_ledger",
+    "uvloop",
 )
 
 

@@ -7,20 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import RetryDecision, RetryPolicy
 
-from include.payroc.errors import PayrocConfigurationError
-from include.refunds.ledger import LedgerError, LedgerUnavailable
-from include.refunds.ledger_url import UrlError
-from include.refunds.params import ParamsError
-from include.refunds.release import PreflightRefused
-from include.refunds.settings import SettingsError
-from include.refunds.source import SourceError, SourceUnavailable
 from payroc_airflow.exceptions import RefundsInDoubt
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
-
-_MENDED_BY_PEOPLE = (PayrocConfigurationError, LedgerError, UrlError, ParamsError, PreflightRefused, SettingsError, SourceError)
-_MENDED_BY_WAITING = (LedgerUnavailable, SourceUnavailable)
 
 
 class PayrocRetryPolicy(RetryPolicy):
@@ -37,7 +27,7 @@ class PayrocRetryPolicy(RetryPolicy):
         if isinstance(exception, RefundsInDoubt):
             # A second more, so that the wait has surely ended by the database's clock.
             return RetryDecision.retry(timedelta(seconds=exception.retry_after + 1), reason="refund in doubt")
-        if isinstance(exception, _MENDED_BY_PEOPLE) and not isinstance(exception, _MENDED_BY_WAITING):
+        if _mended_by_people(exception):
             return RetryDecision.fail(reason="only people can mend this")
         return RetryDecision.default()
 
@@ -49,3 +39,17 @@ class PayrocRetryPolicy(RetryPolicy):
     def deserialize(cls, data: dict[str, Any]) -> PayrocRetryPolicy:
         """Return the policy."""
         return cls()
+
+
+def _mended_by_people(exception: BaseException) -> bool:
+    # Each task of a DAG file has a policy, and only one that has failed needs these.
+    from include.payroc.errors import PayrocConfigurationError
+    from include.refunds.ledger import LedgerError, LedgerUnavailable
+    from include.refunds.ledger_url import UrlError
+    from include.refunds.params import ParamsError
+    from include.refunds.release import PreflightRefused
+    from include.refunds.settings import SettingsError
+    from include.refunds.source import SourceError, SourceUnavailable
+
+    by_people = (PayrocConfigurationError, LedgerError, UrlError, ParamsError, PreflightRefused, SettingsError, SourceError)
+    return isinstance(exception, by_people) and not isinstance(exception, LedgerUnavailable | SourceUnavailable)

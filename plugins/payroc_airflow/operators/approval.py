@@ -10,9 +10,6 @@ from typing import TYPE_CHECKING, Any
 from airflow.providers.standard.operators.hitl import ApprovalOperator
 from airflow.sdk.timezone import utcnow
 
-from include.refunds.case import DecisionRefused, same_person
-from include.refunds.ledger import LedgerUnavailable
-from include.refunds.settings import Settings, get_settings
 from payroc_airflow.databases import LEDGER_CONN_ID, open_ledger
 from payroc_airflow.exceptions import RunNotApproved
 from payroc_airflow.notify import QUESTION, ApprovalNeeded
@@ -24,6 +21,7 @@ if TYPE_CHECKING:
     from airflow.sdk import Context
 
     from include.refunds.approval import Question
+    from include.refunds.settings import Settings
 
 # A question ends this long before the next run is due, which would otherwise wait until this one has ended.
 MARGIN = timedelta(minutes=2)
@@ -68,9 +66,12 @@ class ApproveRunOperator(ApprovalOperator):
 
     def execute(self, context: Context) -> None:
         """Pass, or ask and wait; see the class for what is raised."""
+        from include.refunds.settings import get_settings
+
         if run_params(context).dry_run:
             return
-        question = asyncio.run(self._ask(context))
+        settings = get_settings()
+        question = asyncio.run(self._ask(context, settings))
         if question is None:
             self.log.info("These refunds may be released without asking a person.")
             return
@@ -82,7 +83,7 @@ class ApproveRunOperator(ApprovalOperator):
         context[QUESTION] = question  # type: ignore[literal-required]
         self.subject, self.body = question.subject, question.body(context["run_id"])
         self.assigned_users = [{"id": user, "name": user} for user in self._askable(_triggered_by(context))]
-        self.response_timeout = min(self.response_timeout, _until_next_run(get_settings(), utcnow()))
+        self.response_timeout = min(self.response_timeout, _until_next_run(settings, utcnow()))
         super().execute(context)
 
     def execute_complete(self, context: Context, event: dict[str, Any]) -> None:
@@ -98,11 +99,15 @@ class ApproveRunOperator(ApprovalOperator):
             raise RunNotApproved(f"Nobody answered in time, so nothing is sent; clear {self.task_id} to ask again.")
         super().process_trigger_event_error(event)
 
-    async def _ask(self, context: Context) -> Question | None:
-        async with open_ledger(context, get_settings(), self.ledger_conn_id) as ledger:
+    async def _ask(self, context: Context, settings: Settings) -> Question | None:
+        async with open_ledger(context, settings, self.ledger_conn_id) as ledger:
             return await ledger.ask_approval(context["run_id"])
 
     async def _record(self, context: Context, event: dict[str, Any]) -> None:
+        from include.refunds.case import DecisionRefused
+        from include.refunds.ledger import LedgerUnavailable
+        from include.refunds.settings import get_settings
+
         by = self._who(event.get("responded_by_user"))
         try:
             async with open_ledger(context, get_settings(), self.ledger_conn_id) as ledger:
@@ -131,6 +136,8 @@ class ApproveRunOperator(ApprovalOperator):
 
     def _askable(self, triggered_by: str | None) -> list[str]:
         """Return who may answer; empty means everybody."""
+        from include.refunds.case import same_person
+
         # An auth manager may have ids that are no names: then the ledger alone refuses who triggered the run.
         askable = [user for user in self.approvers if triggered_by is None or not same_person(user, triggered_by)]
         if self.approvers and not askable:

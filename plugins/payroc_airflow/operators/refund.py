@@ -1,25 +1,26 @@
-"""The operator that sends released refunds."""
+"""
+The operator that sends released refunds.
+
+What a task needs is imported when it runs: whoever parses the DAG file needs none of it, and a task finds it in the process that forked
+it (:mod:`payroc_airflow.preload`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import uvloop
 from airflow.sdk import BaseOperator
 
-from include.refunds.ledger import Task
-from include.refunds.send import Result, Sent, send_refunds
-from include.refunds.settings import Settings, get_settings
 from payroc_airflow.databases import LEDGER_CONN_ID, open_ledger
 from payroc_airflow.exceptions import RefundsInDoubt, RefundsNotPaid, RefundsStopped
-from payroc_airflow.gateway import HookGateway
-from payroc_airflow.hooks.payroc import PayrocHook
-from payroc_airflow.keys import cipher_of
 from payroc_airflow.retry_policy import PayrocRetryPolicy
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
+
+    from include.refunds.send import Result
+    from include.refunds.settings import Settings
 
 
 class PayrocRefundOperator(BaseOperator):
@@ -52,6 +53,11 @@ class PayrocRefundOperator(BaseOperator):
 
     def execute(self, context: Context) -> None:
         """Send the refunds; see the class for what is raised."""
+        import uvloop
+
+        from include.refunds.send import Sent
+        from include.refunds.settings import get_settings
+
         results = uvloop.run(self._send(context, get_settings()))
         accepted = [result for result in results if result.sent is Sent.ACCEPTED]
         # Each line of a log costs as much as a request does, and hundreds of them hide the one that matters.
@@ -63,6 +69,12 @@ class PayrocRefundOperator(BaseOperator):
         _raise_for(results)
 
     async def _send(self, context: Context, settings: Settings) -> list[Result]:
+        from include.refunds.ledger import Task
+        from include.refunds.send import send_refunds
+        from payroc_airflow.gateway import HookGateway
+        from payroc_airflow.hooks.payroc import PayrocHook
+        from payroc_airflow.keys import cipher_of
+
         ti = context["ti"]
         task = Task(run_id=context["run_id"], map_index=ti.map_index, try_number=ti.try_number)
         async with open_ledger(context, settings, self.ledger_conn_id) as ledger:
@@ -88,6 +100,8 @@ def _name(result: Result) -> str:
 
 def _raise_for(results: Sequence[Result]) -> None:
     """Raise for the most serious result: what stops all, then what a retry mends, then what only people mend."""
+    from include.refunds.send import Sent
+
     order = list(Sent)
     worst = min(results, key=lambda result: order.index(result.sent), default=None)
     if worst is None or worst.sent is Sent.ACCEPTED:
