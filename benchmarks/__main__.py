@@ -21,7 +21,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.figure import Figure, figure_of
+from benchmarks.figure import Figure
 from benchmarks.plot import plot
 
 RESULTS = Path(__file__).parent / "results"
@@ -54,7 +54,6 @@ def main() -> int:
         began = time.monotonic()
         figures += _measured(part, quick=given.quick, finished=given.finished)
         seconds[part] = round(time.monotonic() - began, 1)
-    figures += _beside_http_operator(figures)
     console.print(_table(figures))
 
     name = "quick" if given.quick else "full"
@@ -76,16 +75,6 @@ def _measured(part: str, *, quick: bool, finished: int | None) -> list[Figure]:
     """Run a part; what the others need is not imported."""
     measure: Callable[..., list[Figure]] = import_module(f"benchmarks.{part}").measure
     return measure(quick, finished) if part == "large" else measure(quick)
-
-
-def _beside_http_operator(figures: Sequence[Figure]) -> list[Figure]:
-    """Return what lists are beside the usual way in Airflow, when both were measured."""
-    rates = {figure.name: figure for figure in figures}
-    ours, theirs = rates.get("Lists, 0 ms"), rates.get("refunds per second, HttpOperator mapped")
-    if ours is None or theirs is None:
-        return []
-    ratios = [ours.low / theirs.high, ours.value / theirs.value, ours.high / theirs.low]
-    return [figure_of("Lists ÷ mapped HttpOperator", "≥ 30 ×", ratios, "×", {}, lambda ratio: ratio >= 30)]
 
 
 def _table(figures: Sequence[Figure]) -> Table:

@@ -1,4 +1,4 @@
-"""What a task of one refund costs, beside a mapped task that does nothing and a mapped ``HttpOperator`` in the same deployment."""
+"""What refunds cost under the scheduler, beside a mapped task that does nothing and a mapped ``HttpOperator`` in the same deployment."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from statistics import median
+from typing import Any
 
 from benchmarks.deployment import CELERY, LOCAL, Cost, Deployment
 from benchmarks.figure import Figure, figure_of
+from benchmarks.stage import BATCH_SIZE
 
 GOAL = 1.10
-HTTP_OPERATOR = "refunds per second, HttpOperator mapped"
 
 _ROUNDS, _TASKS, _TASKS_WITH_ONE_TOKEN = 3, 150, 1000
+_IN_LISTS = 10_000
 _QUICK_ROUNDS, _QUICK_TASKS = 2, 20
 
 
@@ -64,16 +66,22 @@ def _ratio(name: str, pairs: Sequence[tuple[Cost, Cost]], per_task: Callable[[Co
 
 
 def _http_operator(deployment: Deployment) -> list[Figure]:
-    rates, ratios, costs = [], [], []
+    """Measure whole runs, from the start of the first task to the end of the last one: the usual way, and lists beside it."""
+    lists, usual, ratios, costs = [], [], [], []
     for _ in range(_ROUNDS):
         deployment.approve(_TASKS)
         cost = deployment.measure("http_operator", "send", "read")
-        rates.append(cost.tasks / deployment.seconds_of("http_operator"))
+        usual.append(cost.tasks / deployment.seconds_of("http_operator"))
         empty = _empty(deployment, _TASKS)
         ratios.append(cost.cpu / cost.tasks / (empty.cpu / empty.tasks))
         costs.append(asdict(cost))
+        _refunds(deployment, _IN_LISTS, batch_size=BATCH_SIZE)
+        lists.append(_IN_LISTS / deployment.seconds_of("payroc_refunds"))
+    times = [one / other for one, other in zip(lists, usual, strict=True)]
+    detail = {"in lists, 1/s": lists, "by the usual way, 1/s": usual, "refunds in lists": _IN_LISTS, "refunds by the usual way": _TASKS}
+    name = "run in lists ÷ run of mapped HttpOperators, refunds per second"
     return [
-        figure_of(HTTP_OPERATOR, "told", rates, "1/s", {"tasks": costs}),
+        figure_of(name, "≥ 30 ×", times, "×", detail, lambda ratio: ratio >= 30),
         figure_of(f"CPU per HttpOperator ÷ empty mapped task, {LOCAL}", "told", ratios, "×", {"tasks": costs}),
     ]
 
@@ -84,10 +92,10 @@ def _tokens(deployment: Deployment) -> Figure:
     return figure_of("token requests of one worker host, tasks of one refund", "≤ 1", [tokens], "", detail, lambda value: value <= 1)
 
 
-def _refunds(deployment: Deployment, number: int) -> Cost:
+def _refunds(deployment: Deployment, number: int, **params: Any) -> Cost:
     before = deployment.accepted()
     deployment.approve(number)
-    cost = deployment.measure("payroc_refunds", "send_refund", "release")
+    cost = deployment.measure("payroc_refunds", "send_refund", "release", **params)
     if (accepted := deployment.accepted() - before) != number:
         raise RuntimeError(f"{accepted} of {number} refunds were accepted: what they cost says nothing")
     return cost
