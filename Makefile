@@ -46,7 +46,7 @@ simulate: $(READY) ## Play SEEDS=2000 histories of refunds in which everything g
 	@$(PYTHON) -m tests.simulation --seeds $(SEEDS)
 
 .PHONY: bench
-bench: $(READY) ## Measure what the project costs beside what others would have written, for an hour or two; benchmarks/results/ has what came out
+bench: $(READY) ## Measure what the project costs beside what others would have written, in half an hour or more; benchmarks/results/ has what came out
 	@$(PYTHON) -m benchmarks
 
 .PHONY: bench-quick
