@@ -78,3 +78,12 @@ def test_what_can_not_be_imported_keeps_no_process_of_airflow_from_starting(tmp_
 
     assert "payroc_airflow.operators.refund" not in told
     assert "Each task imports what it needs itself" in written
+
+
+def test_who_only_reads_the_dag_files_imports_neither_a_driver_nor_the_ledger_nor_payrocs_models(tmp_path: Path) -> None:
+    files = [str(file) for file in (ROOT / "dags").glob("*.py")]
+    read = f"import runpy, sys\nfor file in {files!r}: runpy.run_path(file)\ntold = sorted(sys.modules)"
+    told, _ = _airflow(["dags", "list"], read, tmp_path)
+
+    assert "payroc_airflow.operators.refund" in told
+    assert {"aiohttp", "asyncpg", "uvloop", "include.refunds.ledger", "include.payroc.models", "payroc_airflow.client"} & set(told) == set()
