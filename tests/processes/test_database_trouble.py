@@ -111,8 +111,7 @@ def test_no_refund_is_paid_twice_or_lost_when_the_database_goes_away_while_worke
     outcomes = Counter(ending.outcome for _, ending in ended)
     assert set(outcomes) <= {"success", "RefundsInDoubt", "LedgerUnavailable"}, [ending for _, ending in ended]
     assert all(ending.retried for _, ending in ended if ending.outcome == "LedgerUnavailable")
-    # Not each: a try that waits for Payroc meanwhile opens another connection and goes on.
-    assert outcomes["LedgerUnavailable"], "no try met the trouble"
+    assert outcomes["LedgerUnavailable"] >= troubles
     # The world's own connections have ended with the server as well.
     world.ledger_engine.dispose()
     world.source_engine.dispose()
