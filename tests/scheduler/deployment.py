@@ -42,9 +42,12 @@ _COPIES = {
 }
 
 # A token's life and the margin make the lease: the time for which a refund waits whose worker was killed.
-TOKEN_SECONDS = 10
+TOKEN_SECONDS = 15
 HEARTBEAT_TIMEOUT_SECONDS = 8
-UNKNOWN_WAIT_SECONDS = 6
+UNKNOWN_WAIT_SECONDS = 4
+# What the local Payroc asks for with a 429: longer than the wait for an unknown outcome, so that the two can be told apart, and so much
+# shorter than a token's life that a task which waits for its turn so long still has one that Payroc takes.
+RETRY_AFTER_SECONDS = 8
 
 _READY_SECONDS = 150
 # As many as there are slots: a task that hangs must not keep another from starting.

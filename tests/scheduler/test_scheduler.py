@@ -13,7 +13,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import psutil
@@ -21,14 +21,12 @@ import pytest
 from sqlalchemy import text
 
 from tests.scheduler.conftest import Merchant
-from tests.scheduler.deployment import DAG, OVERLAPPING_DAG, UNKNOWN_WAIT_SECONDS
+from tests.scheduler.deployment import DAG, OVERLAPPING_DAG, RETRY_AFTER_SECONDS, UNKNOWN_WAIT_SECONDS
 
 pytestmark = pytest.mark.timeout(300)
 
 Measured = Callable[..., None]
 
-# What the local Payroc asks for with a 429: longer than the wait for an unknown outcome, so that the two can be told apart.
-RETRY_AFTER_SECONDS = 10
 # Longer than any wait by the policy may last on a busy machine, shorter than the defaults that would apply without the settings.
 LATEST_SECONDS = 45
 
@@ -79,7 +77,7 @@ def troubled(merchant: Merchant) -> TroubledRun:
         "untroubled": merchant.approve(),
     }
     # Payroc pays what the killed task asked for, when nobody is there any more to hear of it.
-    merchant.trouble(refs["killed"], "slow", seconds=2)
+    merchant.trouble(refs["killed"], "slow", seconds=4)
     # Payroc never gets to work on the orphan's create. That of the next attempt is slow, so that both are under way at once.
     merchant.trouble(refs["orphaned"], "hang", seconds=60)
     merchant.trouble(refs["orphaned"], "slow", seconds=2)
@@ -102,13 +100,18 @@ def troubled(merchant: Merchant) -> TroubledRun:
 
     begin = time.monotonic()
     run_id = airflow.client.trigger(DAG)
-    merchant.strike([refs["killed"], refs["orphaned"]], blow)
-    [(orphan, orphaned_at)] = orphans
-    merchant.wait_until(lambda: merchant.task_of(refs["orphaned"]).try_number > 1, "the orphaned task is tried again")
-    retried_at = time.monotonic()
-    merchant.wait_until(lambda: merchant.troubles_left(refs["orphaned"]) == 0, "the retry sends its create")
-    assert not has_ended(orphan), "the orphan died although it was frozen"
-    orphan.resume()
+    try:
+        merchant.strike([refs["killed"], refs["orphaned"]], blow)
+        [(orphan, orphaned_at)] = orphans
+        merchant.wait_until(lambda: merchant.task_of(refs["orphaned"]).try_number > 1, "the orphaned task is tried again")
+        retried_at = time.monotonic()
+        merchant.wait_until(lambda: merchant.troubles_left(refs["orphaned"]) == 0, "the retry sends its create")
+        assert not has_ended(orphan), "the orphan died although it was frozen"
+    finally:
+        # Whatever failed, a process that stays frozen would keep all tests after this one from starting.
+        for orphan, _ in orphans:
+            with suppress(psutil.NoSuchProcess):
+                orphan.resume()
     merchant.wait_until(lambda: has_ended(orphan), "the orphan ends", seconds=20)
     ended_at = time.monotonic()
     state = airflow.client.wait_for_run(DAG, run_id, "success", "failed")
