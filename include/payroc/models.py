@@ -44,6 +44,8 @@ REFUND_KEY_FIELD: Final = "refundKey"
 MAX_AMOUNT: Final = 2**63 - 1
 """``order.amount`` is an int64 in Payroc's schema."""
 
+_LAST4: Final = re.compile(r"[0-9]{4}\Z")
+
 AccountType = Literal["checking", "savings"]
 SecCode = Literal["web", "tel", "ccd", "ppd"]
 
@@ -375,7 +377,7 @@ class Refund(_Answer):
         """Last four digits of the account; how many asterisks precede them is not fixed."""
         if self.bank_account is None or self.bank_account.account_number is None:
             return None
-        found = re.search(r"[0-9]{4}\Z", self.bank_account.account_number.get_secret_value())
+        found = _LAST4.search(self.bank_account.account_number.get_secret_value())
         return found.group() if found else None
 
     @property

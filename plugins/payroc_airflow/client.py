@@ -38,6 +38,8 @@ LIST = "list refunds"
 
 Model = TypeVar("Model", bound=BaseModel)
 
+_UUID4 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
+
 
 class PayrocClient:
     """
@@ -233,7 +235,7 @@ def _same_refund(refund_id: str, refund: Refund, operation: str) -> Refund:
 
 def _uuid4(key: str | UUID) -> str:
     text = str(key).lower()
-    if not re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", text):
+    if not _UUID4.fullmatch(text):
         raise ValueError("The idempotency key must be a UUID v4.")
     return text
 

@@ -31,6 +31,8 @@ EXTRAS = ("environment", "identity_url", "allow_http", "proxy", "ca_bundle")
 
 PORTS = {"http": 80, "https": 443}
 
+_VISIBLE_ASCII = re.compile(r"[!-~]+")
+
 
 @dataclass(frozen=True)
 class PayrocConnection:
@@ -120,7 +122,7 @@ class _Reader:
         key = self.connection.password
         if not key:
             self.refuse("password", "is empty; put Payroc's API key there.")
-        if not re.fullmatch(r"[!-~]+", key):
+        if not _VISIBLE_ASCII.fullmatch(key):
             self.refuse("password", "holds white space or characters that no API key has; copy the key again.")
         return key
 
@@ -167,7 +169,7 @@ class _Reader:
             scheme, hostname, port = parts.scheme.lower(), parts.hostname, parts.port
         except ValueError:
             self.refuse(field_name, "is not a URL.")
-        if scheme not in PORTS or not hostname or not re.fullmatch(r"[!-~]+", url):
+        if scheme not in PORTS or not hostname or not _VISIBLE_ASCII.fullmatch(url):
             self.refuse(field_name, "must be a URL such as https://api.uat.payroc.com/v1.")
         if parts.username is not None or parts.query or parts.fragment:
             self.refuse(field_name, "must be a base URL without user, query or fragment; the API key goes into the password.")

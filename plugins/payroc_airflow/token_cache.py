@@ -120,10 +120,7 @@ class FileTokenCache:
 
     def __init__(self, folder: Path, connection: PayrocConnection, *, lock_seconds: float) -> None:
         name = hashlib.sha256(f"{connection.identity_url}\0{connection.api_url}\0{connection.api_key}".encode()).hexdigest()
-        # The name goes into the key, so that an entry copied to another name does not open.
-        info = f"payroc-refunds token cache {name}".encode()
-        derived = HKDF(SHA256(), length=32, salt=None, info=info).derive(connection.api_key.encode())
-        self._fernet = Fernet(base64.urlsafe_b64encode(derived))
+        self._fernet = seal(name, connection.api_key)
         self._lock_seconds = lock_seconds
         self._entry_path = folder / f"{name}.token"
         self._lock_path = folder / f"{name}.lock"
@@ -212,6 +209,13 @@ class FileTokenCache:
             yield await _lock_within(handle, self._lock_seconds)
         finally:
             os.close(handle)
+
+
+def seal(name: str, api_key: str) -> Fernet:
+    """Return what an entry is encrypted with. Its name goes into the key, so that an entry copied to another name does not open."""
+    info = f"payroc-refunds token cache {name}".encode()
+    derived = HKDF(SHA256(), length=32, salt=None, info=info).derive(api_key.encode())
+    return Fernet(base64.urlsafe_b64encode(derived))
 
 
 async def _lock_within(handle: int, seconds: float) -> bool:
