@@ -200,6 +200,23 @@ def test_a_new_refund_can_only_be_approved_and_unsent(world: World) -> None:
         )
 
 
+@pytest.mark.parametrize("column", ["payee_fingerprint", "request_sha256"])
+@pytest.mark.parametrize("value", ["", "a" * 63, "a" * 65, "A" * 64, "g" * 64, "a" * 63 + "\n"])
+def test_a_hash_is_64_lower_case_hexadecimal_digits(world: World, column: str, value: str) -> None:
+    refund_id = world.released()
+    with pytest.raises(DBAPIError, match=f"refunds_{column}_check"):
+        # Past the guard, which lets nobody change them at all.
+        force(world, refund_id, f"{column} = '{value}'")
+
+
+def test_one_refund_of_payrocs_stands_at_one_of_ours(world: World) -> None:
+    first, second = world.released(), world.released()
+    world.send(first)
+    taken = world.row(first)["payroc_refund_id"]
+    with pytest.raises(DBAPIError, match="refunds_payroc_refund_id_key"):
+        change(world, second, f"payroc_refund_id = '{taken}'")
+
+
 def test_the_ledger_holds_no_readable_account_number(world: World) -> None:
     account, routing = "556677889911", "053200983"
     world.released(account_number=account, routing_number=routing)
