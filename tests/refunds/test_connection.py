@@ -30,8 +30,8 @@ def with_engine(url: URL, work: Any, **options: Any) -> Any:
     return asyncio.run(run())
 
 
-async def pid(engine: LedgerEngine) -> int:
-    async with engine.connect() as connection:
+async def pid(engine: LedgerEngine, purpose: str = "") -> int:
+    async with engine.connect(purpose) as connection:
         return int((await connection.execute(_PID)).scalar_one())
 
 
@@ -69,6 +69,19 @@ def test_a_connection_is_kept_for_the_next_and_there_are_never_more_than_so_many
         return len(one_after_the_other), len(at_once)
 
     assert with_engine(ledger_url, work, pool_size=2) == (1, 2)
+
+
+def test_who_comes_again_for_the_same_gets_the_same_connection_and_who_comes_anew_any_that_is_free(ledger_url: URL) -> None:
+    async def work(engine: LedgerEngine) -> tuple[int, ...]:
+        async with engine.connect("claim") as claims, engine.connect("record") as records:
+            of_claims, of_records = [(await each.execute(_PID)).scalar_one() for each in (claims, records)]
+        again = [await pid(engine, purpose) for purpose in ("record", "claim", "record")]
+        assert again == [of_records, of_claims, of_records]
+        return of_claims, of_records, await pid(engine, "last check")
+
+    of_claims, of_records, of_another = with_engine(ledger_url, work)
+    assert of_claims != of_records
+    assert of_another in (of_claims, of_records)
 
 
 def test_without_a_pool_no_connection_is_used_twice(ledger_url: URL) -> None:

@@ -44,26 +44,34 @@ class LedgerBase:
         self._rehearsal: Connection | None = None
 
     @asynccontextmanager
-    async def _transaction(self) -> AsyncIterator[tuple[Connection, datetime]]:
-        """Yield a connection in a transaction, and the instant that counts as now in it."""
+    async def _transaction(self, purpose: str = "") -> AsyncIterator[tuple[Connection, datetime]]:
+        """
+        Yield a connection in a transaction, and the instant that counts as now in it.
+
+        :param purpose: see :meth:`LedgerEngine.connect`.
+        """
         try:
             if self._rehearsal is not None:
                 async with self._rehearsal.transaction():
                     yield self._rehearsal, await self._begin(self._rehearsal)
             else:
-                async with self.engine.begin() as connection:
+                async with self.engine.begin(purpose=purpose) as connection:
                     yield connection, await self._begin(connection)
         except DATABASE_ERRORS as error:
             raise self._explained(error) from None
 
     @asynccontextmanager
-    async def _statement(self) -> AsyncIterator[Connection]:
-        """Yield a connection for one statement that only reads: it needs no transaction, and none of its round trips."""
+    async def _statement(self, purpose: str = "") -> AsyncIterator[Connection]:
+        """
+        Yield a connection for one statement that only reads: it needs no transaction, and none of its round trips.
+
+        :param purpose: see :meth:`LedgerEngine.connect`.
+        """
         try:
             if self._rehearsal is not None:
                 yield self._rehearsal
             else:
-                async with self.engine.connect() as connection:
+                async with self.engine.connect(purpose) as connection:
                     yield connection
         except DATABASE_ERRORS as error:
             raise self._explained(error) from None

@@ -80,7 +80,7 @@ class Records(Control):
         return Grouped(self._record)
 
     async def _record(self, findings: Sequence[_Finding]) -> list[tuple[Refund, Refund, datetime]]:
-        async with self._transaction() as (connection, now):
+        async with self._transaction("record") as (connection, now):
             ids = [finding.refund_id for finding in findings]
             refunds = await select_refunds(connection, ids, for_update=True)
             for refund_id in ids:

@@ -85,7 +85,7 @@ class Sending(Records):
 
     async def _read(self, refund_ids: Sequence[int]) -> list[tuple[Refund, History, datetime] | None]:
         query = f"SELECT {COLUMNS}, clock_timestamp() AS now FROM refund_ledger.refunds AS r WHERE id = ANY({IDS})"
-        async with self._statement() as connection:
+        async with self._statement("read") as connection:
             rows = await connection.execute(query, {"ids": as_array(refund_ids)})
             refunds = {row.id: (as_refund(row[:-1]), row.now if self._clock is None else self._clock()) for row in rows}
             histories = await select_histories(connection, {refund.id: refund.attempts + 1 for refund, _ in refunds.values()})
@@ -137,7 +137,7 @@ class Sending(Records):
                 SELECT refund_id, attempts, run_id, map_index, try_number, :now FROM claimed JOIN asked ON refund_id = id
             )
             SELECT * FROM claimed"""
-        async with self._transaction() as (connection, now):
+        async with self._transaction("claim") as (connection, now):
             ids = [call.refund_id for call in calls]
             values = {
                 "ids": as_array(ids),
@@ -188,7 +188,7 @@ class Sending(Records):
             "seconds": as_array(seconds for _, seconds in calls),
             "now": self._clock() if self._clock is not None else None,
         }
-        async with self._statement() as connection:
+        async with self._statement("last check") as connection:
             may = set((await connection.execute(query, values)).scalars())
             return [claim.refund.id in may for claim, _ in calls]
 
