@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from include.refunds.ledger import LedgerUnavailable, Task
+from include.refunds.ledger.grouping import FEWEST
 from include.refunds.send import Result, Sent, send_refunds
 from include.refunds.settings import get_settings
 from payroc_airflow.gateway import HookGateway
@@ -142,6 +143,14 @@ def test_what_a_list_writes_at_the_same_time_shares_a_transaction(world: World) 
     # The first claim does not wait for the others, so it goes alone.
     assert shared["claims"] <= 3
     assert shared["records"] < 12
+
+
+def test_the_first_of_a_list_are_claimed_without_all_the_others(world: World) -> None:
+    send_list(world, released(world, 40))
+    claims = world.rows("""
+        SELECT count(*) AS n FROM refund_ledger.refund_events WHERE to_status = 'sending'
+        GROUP BY xmin::text ORDER BY min(id)""")
+    assert [claims[0]["n"], sum(claim["n"] for claim in claims)] == [FEWEST, 40]
 
 
 def test_only_one_of_two_claims_at_the_same_time_gets_the_refund(world: World) -> None:

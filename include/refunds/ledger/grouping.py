@@ -12,7 +12,13 @@ Call = TypeVar("Call")
 Answer = TypeVar("Answer")
 
 MOST = 64
-"""Calls of one transaction: it holds the locks of all their rows, and more of them hardly save anything."""
+"""Calls of one transaction at most: it holds the locks of all their rows, and more of them hardly save anything."""
+
+FEWEST = 8
+"""
+Calls of the first transaction, twice as many in the next, and so on up to :data:`MOST`: all of a list come at once, and the first of them
+go on while the others are being answered.
+"""
 
 
 class Grouped(Generic[Call, Answer]):
@@ -28,6 +34,7 @@ class Grouped(Generic[Call, Answer]):
         self._answer = answer
         self._waiting: list[tuple[int, Call, asyncio.Future[Answer]]] = []
         self._at_work: asyncio.Task[None] | None = None
+        self._most = FEWEST
 
     async def __call__(self, refund_id: int, call: Call) -> Answer:
         """
@@ -54,11 +61,12 @@ class Grouped(Generic[Call, Answer]):
         group: dict[int, tuple[Call, asyncio.Future[Answer]]] = {}
         left = []
         for refund_id, call, answered in self._waiting:
-            if refund_id in group or len(group) == MOST:
+            if refund_id in group or len(group) == self._most:
                 left.append((refund_id, call, answered))
             else:
                 group[refund_id] = call, answered
         self._waiting = left
+        self._most = min(2 * self._most, MOST)
         return list(group.values())
 
     async def _answer_together(self, group: Sequence[tuple[Call, asyncio.Future[Answer]]]) -> None:
