@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import AbstractAsyncContextManager
 from datetime import datetime
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from include.payroc.errors import PayrocError
 from include.payroc.models import AccessToken, Refund
@@ -17,6 +17,8 @@ from payroc_airflow.hooks.payroc import PayrocHook
 from payroc_airflow.limiter import Limiter
 from payroc_airflow.task_context import outside_of_tasks
 from payroc_airflow.token_cache import shared_folder
+
+Answer = TypeVar("Answer")
 
 
 class HookGateway:
@@ -68,18 +70,15 @@ class HookGateway:
     async def create_refund(self, token: AccessToken, idempotency_key: str, body: bytes) -> Refund:
         """POST once."""
         metrics.count("sent")
-        async with self._heeding(token):
-            return await self._client.create_refund(token, idempotency_key, body)
+        return await self._heeded(token, self._client.create_refund(token, idempotency_key, body))
 
     async def get_refund(self, token: AccessToken, refund_id: str) -> Refund:
         """Return one refund."""
-        async with self._heeding(token):
-            return await self._client.get_refund(token, refund_id)
+        return await self._heeded(token, self._client.get_refund(token, refund_id))
 
     async def reverse_refund(self, token: AccessToken, refund_id: str, idempotency_key: str) -> Refund:
         """POST once."""
-        async with self._heeding(token):
-            return await self._client.reverse_refund(token, refund_id, idempotency_key)
+        return await self._heeded(token, self._client.reverse_refund(token, refund_id, idempotency_key))
 
     async def list_refunds(
         self,
@@ -95,17 +94,14 @@ class HookGateway:
         pages = self._client.pages(processing_terminal_id, order_id=order_id, date_from=date_from, date_to=date_to, limit=limit)
         more = True
         while more:
-            async with self._heeding(token):
-                refunds = await pages.fetch(token)
-            for refund in refunds:
+            for refund in await self._heeded(token, pages.fetch(token)):
                 yield refund
             more = pages.advance()
 
-    @asynccontextmanager
-    async def _heeding(self, token: AccessToken) -> AsyncIterator[None]:
+    async def _heeded(self, token: AccessToken, call: Awaitable[Answer]) -> Answer:
         """Forget exactly this token when Payroc refuses it, so that nobody takes it again; go slower when it says so."""
         try:
-            yield
+            answer = await call
         except PayrocError as error:
             if error.http_status == 401 or error.problem_type == NOT_AUTHORIZED:
                 await self._client.evict_token(token)
@@ -113,6 +109,7 @@ class HookGateway:
                 self._limiter.refused(error.retry_after)
             raise
         self._limiter.answered()
+        return answer
 
 
 def connect(conn_id: str) -> HookGateway:
