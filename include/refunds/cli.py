@@ -474,13 +474,14 @@ def main() -> None:
     ) as error:
         _fail(str(error))
     except (DBAPIError, *DATABASE_ERRORS) as error:
-        # A driver's message may quote values; its class and first line without digits tell enough.
+        # A driver's message may quote values; its class tells enough.
         _fail(f"The database can't be used ({type(getattr(error, 'orig', None) or error).__name__}): check its URL and that it runs.")
 
 
 @asynccontextmanager
 async def _engine(url: str | None) -> AsyncIterator[LedgerEngine]:
-    engine = LedgerEngine(ledger_url(url))
+    # A command may talk to Payroc for minutes, and what stands between us and the database may drop an idle connection without a word.
+    engine = LedgerEngine(ledger_url(url), pool_size=0)
     try:
         yield engine
     finally:

@@ -11,8 +11,8 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
-# The parameters of libpq that an Airflow connection's extra may carry on to the ledger.
-_LIBPQ_EXTRAS = ("sslmode", "sslrootcert", "sslcert", "sslkey", "connect_timeout", "options", "application_name", "host")
+# The parameters of libpq that both drivers of the ledger know: asyncpg, and psycopg for its migrations.
+_PARAMETERS = ("sslmode", "sslrootcert", "sslcert", "sslkey", "connect_timeout", "options", "application_name", "host")
 
 
 class UrlError(Exception):
@@ -43,14 +43,20 @@ def source_url(given: str | None = None) -> URL:
 
 def as_ledger_url(url: URL) -> URL:
     """
-    Return the URL with the driver that the ledger uses.
+    Return the URL of a ledger, as SQLAlchemy takes it for the migrations; :mod:`~include.refunds.ledger.connection` takes it apart.
 
-    :raises UrlError: when it is not Postgres: the ledger's safety rests on its locks and triggers.
+    :raises UrlError: when it is not Postgres (the ledger's safety rests on its locks and triggers), names no database, or has a parameter
+        that is not known or can't be used.
     """
     if url.get_backend_name() not in ("postgres", "postgresql"):
         raise UrlError(f"The ledger must be a Postgres database, but its URL says {url.get_backend_name()!r}; use postgresql://….")
     if not url.database:
         raise UrlError("The ledger's URL names no database; add it after the host, as in postgresql://user@host/refunds.")
+    if unknown := sorted(set(url.query) - set(_PARAMETERS)):
+        known = ", ".join(_PARAMETERS)
+        raise UrlError(f"The ledger's URL has the parameter {unknown[0]!r}, which can't be used here: remove it; known are {known}.")
+    if not str(url.query.get("connect_timeout", "0")).isdecimal():
+        raise UrlError("The ledger's URL has a connect_timeout that is no number of seconds: give one, or 0 to wait without a limit.")
     return url.set(drivername="postgresql+psycopg")
 
 
@@ -64,7 +70,7 @@ def url_of_connection(fields: Mapping[str, Any]) -> URL:
     extra = fields.get("extra") or {}
     if isinstance(extra, str):
         extra = json.loads(extra)
-    query = {name: str(extra[name]) for name in _LIBPQ_EXTRAS if name in extra}
+    query = {name: str(extra[name]) for name in _PARAMETERS if name in extra}
     return URL.create(
         drivername=str(fields["conn_type"]),
         username=fields.get("login") or None,

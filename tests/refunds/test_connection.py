@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from collections.abc import Coroutine
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -100,8 +101,39 @@ def test_a_connection_that_an_error_has_passed_through_is_not_used_again(ledger_
                 raise error
         return first, await pid(engine)
 
-    first, second = with_engine(ledger_url, work)
+    # With one place: it is given back as well.
+    first, second = with_engine(ledger_url, work, pool_size=1)
     assert first != second
+
+
+def test_who_is_cancelled_in_the_middle_of_a_statement_leaves_its_place_and_no_connection(ledger_url: URL) -> None:
+    async def work(engine: LedgerEngine) -> tuple[int, int]:
+        first = await pid(engine)
+
+        async def wait() -> None:
+            async with engine.begin() as connection:
+                await connection.execute("SELECT pg_sleep(60)")
+
+        waiting = asyncio.create_task(wait())
+        await asyncio.sleep(0.2)
+        waiting.cancel()
+        with suppress(asyncio.CancelledError):
+            await waiting
+        return first, await pid(engine)
+
+    first, second = with_engine(ledger_url, work, pool_size=1)
+    assert first != second
+
+
+def test_who_can_not_connect_leaves_its_place(ledger_url: URL) -> None:
+    async def work(engine: LedgerEngine) -> int:
+        there, engine.url = engine.url, engine.url.set(port=1)
+        with pytest.raises(ConnectionRefusedError):
+            await pid(engine)
+        engine.url = there
+        return await pid(engine)
+
+    assert with_engine(ledger_url, work, pool_size=1)
 
 
 def test_a_connection_that_the_server_has_ended_is_not_handed_out(ledger_url: URL) -> None:
@@ -141,6 +173,41 @@ def test_the_parameters_of_the_url_reach_the_server(ledger_url: URL) -> None:
 
     query = {"application_name": "refunds", "options": "-c work_mem=7MB", "connect_timeout": "3", "sslmode": "prefer"}
     assert with_engine(ledger_url.update_query_dict(query), work) == ("refunds", "7MB")
+
+
+@pytest.mark.parametrize("in_the_query", [False, True])
+def test_a_socket_is_found_by_its_folder_wherever_the_url_names_it(ledger_url: URL, in_the_query: bool) -> None:
+    async def relayed(folder: str) -> int:
+        async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+            with suppress(OSError):
+                while data := await source.read(65_536):
+                    sink.write(data)
+            sink.close()
+
+        async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            theirs, ours = await asyncio.open_connection(ledger_url.host, ledger_url.port)
+            await asyncio.gather(pump(reader, ours), pump(theirs, writer))
+
+        server = await asyncio.start_unix_server(relay, f"{folder}/.s.PGSQL.5433")
+        url = URL.create("postgresql", ledger_url.username, ledger_url.password, port=5433, database=ledger_url.database)
+        engine = LedgerEngine(url.update_query_dict({"host": folder}) if in_the_query else url.set(host=folder), pool_size=0)
+        async with server:
+            return await pid(engine)
+
+    # The path of a socket may not be long.
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        assert asyncio.run(relayed(folder))
+
+
+def test_a_server_that_says_nothing_to_a_statement_is_not_waited_for_without_end(ledger_url: URL, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("include.refunds.ledger.connection._STATEMENT_SECONDS", 0.5)
+
+    async def work(engine: LedgerEngine) -> None:
+        async with engine.connect() as connection:
+            await connection.execute("SELECT pg_sleep(60)")
+
+    with pytest.raises(TimeoutError):
+        with_engine(ledger_url, work)
 
 
 def test_a_server_that_accepts_and_says_nothing_is_an_error_after_the_timeout(ledger_url: URL) -> None:

@@ -9,7 +9,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from include.refunds.classify import Outcome, Sighting, Verdict
-from include.refunds.ledger import Ledger, LedgerError, Task
+from include.refunds.ledger import Ledger, LedgerError, LedgerUnavailable, Task
 from include.refunds.revision import REVISION, VERSION_TABLE
 from include.refunds.settings import get_settings
 from include.refunds.states import EDGES, Status
@@ -132,6 +132,12 @@ def test_a_payment_of_a_refund_that_we_have_not_sent_takes_it_to_review(world: W
     paid = Verdict(Outcome.ACCEPTED, "Accepted by Payroc.", sighting=Sighting("ABCDEFGHIJ", "ready", Status.ACCEPTED))
     world.run(world.ledger.record(refund_id, paid))
     assert (world.row(refund_id)["status"], list(world.paused())) == ("review", ["*"])
+
+
+def test_what_the_driver_can_not_send_is_refused_and_not_tried_again(world: World) -> None:
+    with pytest.raises(LedgerError, match="refused a statement") as caught:
+        world.run(world.ledger.replaced(2**70))
+    assert not isinstance(caught.value, LedgerUnavailable)
 
 
 def test_an_error_of_the_ledger_quotes_no_row(world: World) -> None:

@@ -63,7 +63,7 @@ class LedgerBase:
     @asynccontextmanager
     async def _statement(self, purpose: str = "") -> AsyncIterator[Connection]:
         """
-        Yield a connection for one statement that only reads: it needs no transaction, and none of its round trips.
+        Yield a connection for what only reads and is no snapshot: it needs no transaction, and none of its round trips.
 
         :param purpose: see :meth:`LedgerEngine.connect`.
         """
@@ -77,7 +77,7 @@ class LedgerBase:
             raise self._explained(error) from None
 
     async def _begin(self, connection: Connection) -> datetime:
-        # Local to the transaction, so that a connection pooler in front of the ledger does no harm. A worker that stands still in the
+        # Local to the transaction: the connection is used for others after it. A worker that stands still in the
         # middle of one must not keep its rows locked until it goes on.
         statement = """
             SELECT set_config('refund_ledger.actor', :actor, true), set_config('lock_timeout', '60s', true),
@@ -92,7 +92,9 @@ class LedgerBase:
         if state in _NO_SUCH_TABLE:
             return _not_migrated(None)
         place = f"The ledger database at {self.engine.url.host}:{self.engine.url.port}"
-        if state is not None and not state.startswith(_PASSING):
+        # What the driver itself can't send has no SQLSTATE, and no other moment mends it.
+        refused = isinstance(error, asyncpg.DataError) or (state is not None and not state.startswith(_PASSING))
+        if refused:
             constraint = getattr(error, "constraint_name", None)
             about = f"SQLSTATE {state}" + (f", constraint {constraint}" if constraint else "")
             return LedgerError(f"{place} refused a statement ({type(error).__name__}, {about}); its log has the statement.")

@@ -24,6 +24,8 @@ DATABASE_ERRORS = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.Intern
 
 _CONNECT_SECONDS = 10
 _CLOSE_SECONDS = 2
+# A little longer than the server lets a statement of a transaction take. A server that has lost its power says nothing, not even that.
+_STATEMENT_SECONDS = 330
 
 # `:name` but not the cast `::type`.
 _PARAMETER = re.compile(r"(?<!:):([a-z][a-z0-9_]*)")
@@ -179,10 +181,8 @@ class LedgerEngine:
         if self._idle:
             fitting = (place for place, (used_for, _) in enumerate(self._idle) if used_for == purpose)
             return self._idle.pop(next(fitting, -1))[1]
-        query = dict(self.url.query)
-        timeout = float(str(query.pop("connect_timeout", _CONNECT_SECONDS)))
-        dsn = self.url.set(drivername="postgresql", query=query).render_as_string(hide_password=False)
-        driver = await asyncpg.connect(dsn, timeout=timeout, record_class=Row)
+        dsn, timeout = _address(self.url)
+        driver = await asyncpg.connect(dsn, timeout=timeout, command_timeout=_STATEMENT_SECONDS, record_class=Row)
         await driver.set_type_codec("json", schema="pg_catalog", encoder=str, decoder=json.loads)
         await driver.set_type_codec("jsonb", schema="pg_catalog", encoder=str, decoder=json.loads)
         return driver
@@ -191,6 +191,18 @@ class LedgerEngine:
 def as_array(values: Iterable[object]) -> str:
     """Return numbers as the text of an array of Postgres, for ``CAST(CAST(:name AS text) AS bigint[])``."""
     return f"{{{','.join(map(str, values))}}}"
+
+
+def _address(url: URL) -> tuple[str, float | None]:
+    """Return a URL as asyncpg takes it, and the seconds to connect within; ``None`` for no limit."""
+    query = dict(url.query)
+    timeout = float(str(query.pop("connect_timeout", _CONNECT_SECONDS)))
+    if not url.host or url.host.startswith("/"):
+        # A socket's folder, or hosts that are a parameter: in the place of a host asyncpg takes the one for a path and the other for none.
+        query |= {"host": url.host} if url.host else {}
+        query |= {"port": str(url.port)} if url.port else {}
+        url = URL.create("postgresql", url.username, url.password, database=url.database)
+    return url.set(drivername="postgresql", query=query).render_as_string(hide_password=False), timeout or None
 
 
 async def _close(driver: asyncpg.Connection) -> None:
