@@ -4,7 +4,7 @@ How much is under way to Payroc at a time from one worker host, and how fast it 
 Payroc documents no rate limit; that it answers 429, perhaps with ``Retry-After``, when there is one is an assumption.
 
 Each task is a process. Those that send share the host's places evenly: each holds the lock of a file of its own as long as it lives,
-and counts the others' locks fifty times a second. What all have to heed beside that, a pause and the next free moment, stands in one
+and counts the others' locks, up to fifty times a second. What all have to heed beside that, a pause and the next free moment, stands in one
 small file.
 """
 
@@ -112,21 +112,22 @@ class _Places:
         self._taken = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._look: asyncio.TimerHandle | None = None
 
     async def take(self) -> None:
         """Take a place; wait for one when there is none."""
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
             # An earlier loop has ended, and gives nothing back any more.
-            self._loop, self._taken = loop, 0
+            self._loop, self._taken, self._look = loop, 0, None
             self._waiting.clear()
         if not self._waiting and self._taken < self._limit():
             self._taken += 1
             return
         place = loop.create_future()
         self._waiting.append(place)
-        if len(self._waiting) == 1:
-            loop.call_later(COUNT_EVERY_SECONDS, self._look_again)
+        if self._look is None:
+            self._look = loop.call_later(COUNT_EVERY_SECONDS, self._look_again)
         try:
             await place
         except asyncio.CancelledError:
@@ -148,9 +149,10 @@ class _Places:
 
     def _look_again(self) -> None:
         """Take up what other processes have left, though no place of this one was given back."""
+        self._look = None
         self._hand_on()
         if self._waiting and self._loop is not None:
-            self._loop.call_later(COUNT_EVERY_SECONDS, self._look_again)
+            self._look = self._loop.call_later(COUNT_EVERY_SECONDS, self._look_again)
 
 
 class _Place(AbstractAsyncContextManager[None]):
@@ -201,7 +203,8 @@ class _Host:
     def processes(self) -> int:
         """Return how many processes of the host send, this one included."""
         now = time.monotonic()
-        if now - self._counted_at < COUNT_EVERY_SECONDS and self._pid == os.getpid():
+        # Each looks at each other's file: the more there are, the less often.
+        if now - self._counted_at < COUNT_EVERY_SECONDS * max(1, self._count / 2) and self._pid == os.getpid():
             return self._count
         self._join()
         if self._own is not None:

@@ -20,9 +20,13 @@ import pytest
 
 from include.payroc.errors import PayrocError
 from include.refunds.settings import get_settings
+from payroc_airflow import limiter as limiter_module
 from payroc_airflow.gateway import HookGateway
 from payroc_airflow.hooks.payroc import PayrocHook
 from payroc_airflow.limiter import COUNT_EVERY_SECONDS, Limiter
+
+# After so long everybody has counted the others anew.
+COUNTED_SECONDS = 10 * COUNT_EVERY_SECONDS
 
 PATH = "/v1/bank-transfer-refunds"
 FORK = multiprocessing.get_context("fork")
@@ -134,11 +138,11 @@ def test_the_queue_is_shared_halved_and_given_back_as_the_turns_are(folder) -> N
     async def work() -> list[int]:
         most = [await most_at_once(one.queue, 30)]
         async with other.queue():
-            await asyncio.sleep(1.1)
+            await asyncio.sleep(COUNTED_SECONDS)
             most.append(await most_at_once(one.queue, 30))
             one.refused(None)
         other.leave()
-        await asyncio.sleep(1.1)
+        await asyncio.sleep(COUNTED_SECONDS)
         most.append(await most_at_once(one.queue, 30))
         for _ in range(40):
             one.answered()
@@ -164,7 +168,7 @@ def test_what_a_killed_process_had_goes_to_the_others(folder) -> None:
         most = [await most_at_once(limiter.turn, 20)]
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        await asyncio.sleep(1.1)
+        await asyncio.sleep(COUNTED_SECONDS)
         return [*most, await most_at_once(limiter.turn, 20)]
 
     with processes(1, hold_a_turn, folder, 12, held) as [process]:
@@ -174,7 +178,9 @@ def test_what_a_killed_process_had_goes_to_the_others(folder) -> None:
     assert list(folder.glob("*.sending")) == []
 
 
-def test_those_who_wait_take_up_what_has_become_free_though_no_turn_of_theirs_ends(folder) -> None:
+def test_those_who_wait_take_up_what_has_become_free_though_no_turn_of_theirs_ends(folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    # So seldom that the wait for it shows.
+    monkeypatch.setattr(limiter_module, "COUNT_EVERY_SECONDS", 0.5)
     other, limiter = Limiter(folder, "a", 2, None), Limiter(folder, "a", 2, None)
 
     async def work() -> float:
@@ -184,7 +190,7 @@ def test_those_who_wait_take_up_what_has_become_free_though_no_turn_of_theirs_en
             async with asyncio.timeout(5), limiter.turn():
                 return time.monotonic() - begun
 
-    assert COUNT_EVERY_SECONDS / 2 < asyncio.run(work()) < 3
+    assert 0.1 < asyncio.run(work()) < 3
 
 
 def test_each_process_has_a_place_though_there_are_more_of_them(folder) -> None:
