@@ -63,7 +63,7 @@ async def ledger_as(actor: str, settings: Settings, conn_id: str = LEDGER_CONN_I
     from include.refunds.ledger import LedgerEngine
     from payroc_airflow.metered_ledger import MeteredLedger
 
-    # A task needs one for each kind of shared transaction, and one more; the rest of a long list waits for its turn.
+    # A task needs one for each kind of call that refunds share, and one more; the rest of a long list waits for its turn.
     engine = LedgerEngine(ledger_url_of(conn_id), pool_size=5)
     try:
         ledger = MeteredLedger(engine, settings, actor=actor)

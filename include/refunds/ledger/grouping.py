@@ -12,11 +12,11 @@ Call = TypeVar("Call")
 Answer = TypeVar("Answer")
 
 MOST = 64
-"""Calls of one transaction at most: it holds the locks of all their rows, and more of them hardly save anything."""
+"""Calls of one group at most: a transaction holds the locks of all their rows, and more of them hardly save anything."""
 
 FEWEST = 8
 """
-Calls of the first transaction, twice as many in the next, and so on up to :data:`MOST`: all of a list come at once, and the first of them
+Calls of the first group, twice as many in the next, and so on up to :data:`MOST`: all of a list come at once, and the first of them
 go on while the others are being answered.
 """
 
