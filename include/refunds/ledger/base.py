@@ -92,9 +92,7 @@ class LedgerBase:
         if state in _NO_SUCH_TABLE:
             return _not_migrated(None)
         place = f"The ledger database at {self.engine.url.host}:{self.engine.url.port}"
-        # What the driver itself can't send has no SQLSTATE, and no other moment mends it.
-        refused = isinstance(error, asyncpg.DataError) or (state is not None and not state.startswith(_PASSING))
-        if refused:
+        if state is not None and not state.startswith(_PASSING):
             constraint = getattr(error, "constraint_name", None)
             about = f"SQLSTATE {state}" + (f", constraint {constraint}" if constraint else "")
             return LedgerError(f"{place} refused a statement ({type(error).__name__}, {about}); its log has the statement.")
