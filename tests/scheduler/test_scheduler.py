@@ -133,9 +133,10 @@ def test_a_task_killed_in_the_middle_of_its_create_is_tried_again_and_finds_what
     ref = troubled.refs["killed"]
     tries = merchant.task_of(ref).try_number
     assert tries > 1
-    # The retry may send nothing while the lease lives, but a look-up is always allowed, and it found the payment.
+    # The retry may send nothing while the lease lives, but a look-up is always allowed, and it found the payment. Where it came before
+    # Payroc had paid, the attempt after the lease looked up first, and sent nothing either.
     assert len(merchant.creates(ref)) == 1
-    assert merchant.attempts(merchant.row(ref)["id"]) == [None]
+    assert merchant.attempts(merchant.row(ref)["id"]) in ([None], [None, "accepted"])
     measured(tries=tries, creates=1)
 
 
