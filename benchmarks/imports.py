@@ -58,7 +58,10 @@ def measure(quick: bool) -> list[Figure]:
         folder = Path(made)
         operator = folder / "operator.py"
         operator.write_text(f"import {OPERATOR}\n")
-        return [*_figures("DAG file parse", DAG_FILE, folder, quick), *_figures("import of the operator's module", operator, folder, quick)]
+        return [
+            *_figures("DAG file parse", DAG_FILE, folder, quick),
+            *_figures("import of the operator's module", operator, folder, quick),
+        ]
 
 
 def _figures(name: str, ours: Path, folder: Path, quick: bool) -> Iterator[Figure]:
@@ -67,10 +70,19 @@ def _figures(name: str, ours: Path, folder: Path, quick: bool) -> Iterator[Figur
     theirs = folder / "empty.py"
     theirs.write_text("".join(f"import {module}\n" for module in modules) + _EMPTY_DAG)
     _seconds(theirs, folder)
-    pairs = [(_seconds(ours, folder), _seconds(theirs, folder)) for _ in range(_QUICK_ROUNDS if quick else _ROUNDS)]
+    pairs = [
+        (_seconds(ours, folder), _seconds(theirs, folder)) for _ in range(_QUICK_ROUNDS if quick else _ROUNDS)
+    ]
     name = f"{name} ÷ empty DAG file"
     whole = [(one[0], other[0]) for one, other in pairs]
-    yield figure_of(name, f"≤ {GOAL} ×", _ratios(whole), "×", {**_medians(whole), "imports": modules}, lambda value: value <= GOAL)
+    yield figure_of(
+        name,
+        f"≤ {GOAL} ×",
+        _ratios(whole),
+        "×",
+        {**_medians(whole), "imports": modules},
+        lambda value: value <= GOAL,
+    )
     # Told: what is left of both is so little that six tasks weigh more in it than all imports.
     warm = [(one[1], other[1]) for one, other in pairs]
     yield figure_of(f"{name}, airflow.sdk imported before", "told", _ratios(warm), "×", _medians(warm))
@@ -81,18 +93,29 @@ def _ratios(pairs: Sequence[tuple[float, float]]) -> list[float]:
 
 
 def _medians(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
-    return {"seconds": median(one for one, _ in pairs), "seconds of the empty file": median(other for _, other in pairs)}
+    return {
+        "seconds": median(one for one, _ in pairs),
+        "seconds of the empty file": median(other for _, other in pairs),
+    }
 
 
 def _seconds(file: Path, home: Path) -> tuple[float, float, list[str]]:
     """Return the seconds from the first import on, those from ``airflow.sdk`` on, and the modules of Airflow loaded after it."""
     command = [sys.executable, "-c", _MEASURE, str(file)]
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("AIRFLOW", "PAYROC"))}
-    env = {**kept, "AIRFLOW_HOME": str(home), "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "plugins")])}
+    env = {
+        **kept,
+        "AIRFLOW_HOME": str(home),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "plugins")]),
+    }
     printed = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
     whole, warm, modules = json.loads(printed.splitlines()[-1])
     return float(whole), float(warm), list(modules)
 
 
 if __name__ == "__main__":
-    print(json.dumps([asdict(figure) for figure in measure("--quick" in sys.argv)], indent=1, ensure_ascii=False))
+    print(
+        json.dumps(
+            [asdict(figure) for figure in measure("--quick" in sys.argv)], indent=1, ensure_ascii=False
+        )
+    )

@@ -54,21 +54,33 @@ def measure(quick: bool, finished_refunds: int | None = None) -> list[Figure]:
     """
     count = finished_refunds if finished_refunds is not None else (_FINISHED_QUICK if quick else _FINISHED)
     with Stage() as stage:
-        return [*_large_run(stage, *((500, 2_500) if quick else (10_000, 100_000))), *_large_ledger(stage, count, quick=quick)]
+        return [
+            *_large_run(stage, *((500, 2_500) if quick else (10_000, 100_000))),
+            *_large_ledger(stage, count, quick=quick),
+        ]
 
 
 def _large_run(stage: Stage, small: int, large: int) -> Iterator[Figure]:
     # Before and after the large one, so that a machine that slows down meanwhile is not taken for growth.
-    runs = [_run(stage, name, count) for name, count in (("before", small), ("large", large), ("after", small))]
+    runs = [
+        _run(stage, name, count) for name, count in (("before", small), ("large", large), ("after", small))
+    ]
     each = [run.seconds / run.refunds for run in runs]
     peaks = runs[1].over_airflow_mb
     detail = {f"{run.refunds} refunds, ms each": run.milliseconds_each() for run in runs[:2]}
     ratios = [each[1] / each[0], each[1] / each[2]]
     name = f"Run of {large:,} ÷ runs of {small:,}, time per refund"
-    yield figure_of(name, "≤ 1.1 ×", ratios, "×", {**detail, "seconds": runs[1].seconds}, lambda ratio: ratio <= 1.1)
+    yield figure_of(
+        name, "≤ 1.1 ×", ratios, "×", {**detail, "seconds": runs[1].seconds}, lambda ratio: ratio <= 1.1
+    )
     memory = {"first": peaks[0], "last": peaks[-1], "lists": len(peaks)}
     yield figure_of(
-        "Memory of a list's task over Airflow's", f"≤ {_OVER_AIRFLOW_MB} MB", peaks, "MB", memory, lambda _: max(peaks) <= _OVER_AIRFLOW_MB
+        "Memory of a list's task over Airflow's",
+        f"≤ {_OVER_AIRFLOW_MB} MB",
+        peaks,
+        "MB",
+        memory,
+        lambda _: max(peaks) <= _OVER_AIRFLOW_MB,
     )
 
 
@@ -88,7 +100,9 @@ def _pay(stage: Stage, books: Books, product: Product, count: int, run_id: str) 
     sent = product.send(run_id, in_lists(prepared["ids"]))
     ended = product.ask("finish", run_id=run_id)
     if ended["totals"] != {"accepted": count} or ended["unfinished"]:
-        raise RuntimeError(f"The run {run_id} did not pay all {count} refunds: {ended['totals']}, {ended['unfinished']}")
+        raise RuntimeError(
+            f"The run {run_id} did not pay all {count} refunds: {ended['totals']}, {ended['unfinished']}"
+        )
     return _Run(
         count,
         prepared["pull"],
@@ -110,7 +124,9 @@ def _large_ledger(stage: Stage, count: int, *, quick: bool) -> Iterator[Figure]:
     yield from _beside(*_in_turns(stage, empty, full, rounds, refunds), count, grown)
 
 
-def _in_turns(stage: Stage, empty: Books, full: Books, rounds: int, refunds: int) -> tuple[list[_Run], list[_Run]]:
+def _in_turns(
+    stage: Stage, empty: Books, full: Books, rounds: int, refunds: int
+) -> tuple[list[_Run], list[_Run]]:
     """Run on one ledger and on the other in turns, so that what else the machine does meets both."""
     runs: dict[str, list[_Run]] = {"empty": [], "full": []}
     with ExitStack() as stack:
@@ -127,12 +143,21 @@ def _in_turns(stage: Stage, empty: Books, full: Books, rounds: int, refunds: int
     return runs["empty"], runs["full"]
 
 
-def _beside(empty: Sequence[_Run], full: Sequence[_Run], count: int, grown: dict[str, Any]) -> Iterator[Figure]:
+def _beside(
+    empty: Sequence[_Run], full: Sequence[_Run], count: int, grown: dict[str, Any]
+) -> Iterator[Figure]:
     told = {"ms_each_empty": _medians(empty), "ms_each_full": _medians(full)}
     for part, name in (("pull", "Pull"), ("sending", "Claim and record"), ("report", "Report")):
         ratios = [getattr(one, part) / getattr(other, part) for one, other in zip(full, empty, strict=True)]
         detail = {**told, **(grown if part == "pull" else {})}
-        yield figure_of(f"{name} with {count:,} refunds ÷ empty ledger", "≤ 1.2 ×", ratios, "×", detail, lambda ratio: ratio <= 1.2)
+        yield figure_of(
+            f"{name} with {count:,} refunds ÷ empty ledger",
+            "≤ 1.2 ×",
+            ratios,
+            "×",
+            detail,
+            lambda ratio: ratio <= 1.2,
+        )
 
 
 def grow(stage: Stage, books: Books, count: int) -> dict[str, Any]:

@@ -86,7 +86,9 @@ class _Race:
             if latency == 0:
                 rates["httpx"].append(self._script("httpx", latency, self.size.of_httpx))
         detail = {
-            "refunds_per_second": {name: [round(rate, 1) for rate in found] for name, found in rates.items() if found},
+            "refunds_per_second": {
+                name: [round(rate, 1) for rate in found] for name, found in rates.items() if found
+            },
             "latency_ms": latency,
             "concurrency": CONCURRENCY,
             "batch_size": BATCH_SIZE,
@@ -96,10 +98,19 @@ class _Race:
         }
         if rates["httpx"]:
             ratios = _ratios(rates["product"], rates["httpx"])
-            yield figure_of("Lists ÷ httpx script, 0 ms", "≥ 3 ×", ratios, "×", detail, lambda ratio: ratio >= 3)
+            yield figure_of(
+                "Lists ÷ httpx script, 0 ms", "≥ 3 ×", ratios, "×", detail, lambda ratio: ratio >= 3
+            )
         least = 0.5 if latency == 0 else 0.9
         ratios = _ratios(rates["product"], rates["aiohttp"])
-        yield figure_of(f"Lists ÷ aiohttp script, {latency} ms", f"≥ {least:g} ×", ratios, "×", detail, lambda ratio: ratio >= least)
+        yield figure_of(
+            f"Lists ÷ aiohttp script, {latency} ms",
+            f"≥ {least:g} ×",
+            ratios,
+            "×",
+            detail,
+            lambda ratio: ratio >= least,
+        )
         yield figure_of(f"Lists, {latency} ms", "told only", rates["product"], "refunds/s", {})
         if latency == 0:
             durable = [found.durable for found in commits]
@@ -108,7 +119,9 @@ class _Race:
                 "fsyncs_per_refund": [round(found.fsyncs, 4) for found in commits],
                 "all_transactions_per_refund": [round(found.all, 4) for found in commits],
             }
-            yield figure_of("Durable commits per refund", "≤ 2", durable, "commits", detail, lambda each: each <= 2)
+            yield figure_of(
+                "Durable commits per refund", "≤ 2", durable, "commits", detail, lambda each: each <= 2
+            )
 
     def _hidden_latency(self, product: Product, latency: int) -> Figure:
         """One list, and how near it comes to what that many requests at a time can do at best."""
@@ -133,8 +146,17 @@ class _Race:
 
     def _script(self, which: str, latency: int, refunds: int) -> float:
         self.payroc.begin(latency)
-        arguments = ("--database", self.stage.plain_url(self.peers[which]), "--payroc", self.payroc.url, "--limit", str(refunds))
-        told: dict[str, Any] = json.loads(self.stage.run(f"benchmarks.peers.{which}_script", *arguments, "--concurrency", str(CONCURRENCY)))
+        arguments = (
+            "--database",
+            self.stage.plain_url(self.peers[which]),
+            "--payroc",
+            self.payroc.url,
+            "--limit",
+            str(refunds),
+        )
+        told: dict[str, Any] = json.loads(
+            self.stage.run(f"benchmarks.peers.{which}_script", *arguments, "--concurrency", str(CONCURRENCY))
+        )
         if told["refunds"] != refunds:
             raise RuntimeError(f"The script {which} paid {told['refunds']} refunds, not {refunds}.")
         return float(refunds / told["seconds"])
@@ -164,7 +186,9 @@ class _Commits:
 
     def since(self, before: _Commits, refunds: int) -> _Commits:
         return _Commits(
-            (self.durable - before.durable) / refunds, (self.fsyncs - before.fsyncs) / refunds, (self.all - before.all) / refunds
+            (self.durable - before.durable) / refunds,
+            (self.fsyncs - before.fsyncs) / refunds,
+            (self.all - before.all) / refunds,
         )
 
 

@@ -34,7 +34,9 @@ def plot(figures: Sequence[Figure], path: Path) -> None:
         text = f"{figure.value:,.3g} {figure.unit}   (goal {figure.goal})"
         end = (max(middle, *ends), place)
         ground = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-        axes.annotate(text, end, xytext=(10, 0), textcoords="offset points", va="center", fontsize=10, bbox=ground)
+        axes.annotate(
+            text, end, xytext=(10, 0), textcoords="offset points", va="center", fontsize=10, bbox=ground
+        )
     axes.axvline(1, color="#444444", linestyle="--", linewidth=1)
     axes.set_xscale("log")
     low, high = axes.get_xlim()
@@ -42,10 +44,16 @@ def plot(figures: Sequence[Figure], path: Path) -> None:
     axes.set_xlim(min(low, 0.5), max(high, 2) * 6)
     axes.set_yticks(range(len(shown)), [figure.name for figure, _ in shown], fontsize=11)
     axes.set_ylim(-0.7, len(shown) - 0.3)
-    ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 1000) if min(low, 0.5) <= tick <= max(high, 2)]
+    ticks = [
+        tick
+        for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 1000)
+        if min(low, 0.5) <= tick <= max(high, 2)
+    ]
     axes.set_xticks(ticks, [f"{tick:g} ×" for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlabel("how much better than the goal (dashed line); the bars show the smallest and the largest run")
+    axes.set_xlabel(
+        "how much better than the goal (dashed line); the bars show the smallest and the largest run"
+    )
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.grid(axis="x", alpha=0.25)

@@ -46,7 +46,10 @@ FORK = multiprocessing.get_context("fork")
 
 
 def _context(run_id: str) -> Any:
-    return {"ti": SimpleNamespace(dag_id="payroc_refunds", run_id=run_id, map_index=0, try_number=1), "run_id": run_id}
+    return {
+        "ti": SimpleNamespace(dag_id="payroc_refunds", run_id=run_id, map_index=0, try_number=1),
+        "run_id": run_id,
+    }
 
 
 def prepare(run_id: str) -> dict[str, Any]:
@@ -69,7 +72,16 @@ async def _prepare(run_id: str) -> dict[str, Any]:
     async with open_ledger(context, settings) as ledger:
         await ledger.ask_approval(run_id)
         async with HookGateway(PayrocHook()) as gateway:
-            may_go = await release(run_id, ids, due, source=source_of(), ledger=ledger, gateway=gateway, cipher=cipher, settings=settings)
+            may_go = await release(
+                run_id,
+                ids,
+                due,
+                source=source_of(),
+                ledger=ledger,
+                gateway=gateway,
+                cipher=cipher,
+                settings=settings,
+            )
     return {"ids": may_go, "pull": pulled_after, "release": time.perf_counter() - began}
 
 
@@ -79,7 +91,11 @@ def send(run_id: str, lists: Sequence[Sequence[int]], at_a_time: int) -> dict[st
     with FORK.Pool(at_a_time, maxtasksperchild=1) as pool:
         told = pool.starmap(_send_list, [(run_id, ids) for ids in lists], chunksize=1)
     seconds = time.perf_counter() - began
-    return {"seconds": seconds, "cpu": sum(cpu for cpu, _ in told), "over_airflow_mb": [peak - IMPORT_OF_AIRFLOW_MB for _, peak in told]}
+    return {
+        "seconds": seconds,
+        "cpu": sum(cpu for cpu, _ in told),
+        "over_airflow_mb": [peak - IMPORT_OF_AIRFLOW_MB for _, peak in told],
+    }
 
 
 def _send_list(run_id: str, ids: Sequence[int]) -> tuple[float, float]:

@@ -15,7 +15,9 @@ from collections import Counter
 from typing import Any
 from urllib.parse import parse_qs
 
-_TOKEN = json.dumps({"access_token": "benchmark-token", "expires_in": 3600, "scope": "service", "token_type": "Bearer"}).encode()
+_TOKEN = json.dumps(
+    {"access_token": "benchmark-token", "expires_in": 3600, "scope": "service", "token_type": "Bearer"}
+).encode()
 _DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _REFUNDS = "/v1/bank-transfer-refunds"
 
@@ -43,13 +45,18 @@ class Payroc:
             self.counts["list"] += 1
             return 200, self._list(parse_qs(query))
         if method == "GET" and path == "/counts":
-            return 200, json.dumps({**self.counts, "refunds": len(self.by_key), "most_in_flight": self.most_in_flight}).encode()
+            return 200, json.dumps(
+                {**self.counts, "refunds": len(self.by_key), "most_in_flight": self.most_in_flight}
+            ).encode()
         if method == "PUT" and path.startswith("/latency/"):
             self.latency = float(path.removeprefix("/latency/")) / 1000
             self.counts.clear()
             self.most_in_flight = 0
             return 200, b"{}"
-        return 404, b'{"type": "https://docs.payroc.com/api/errors#not-found", "title": "Not found", "status": 404, "detail": "Not found"}'
+        return (
+            404,
+            b'{"type": "https://docs.payroc.com/api/errors#not-found", "title": "Not found", "status": 404, "detail": "Not found"}',
+        )
 
     def _create(self, key: str, body: bytes) -> bytes:
         self.counts["create"] += 1
@@ -82,7 +89,10 @@ class Payroc:
 
     def _list(self, query: dict[str, list[str]]) -> bytes:
         found = self.by_order.get(query["orderId"][0], []) if "orderId" in query else []
-        return b'{"limit": 100, "count": %d, "hasMore": false, "data": [%s], "links": []}' % (len(found), b", ".join(found))
+        return b'{"limit": 100, "count": %d, "hasMore": false, "data": [%s], "links": []}' % (
+            len(found),
+            b", ".join(found),
+        )
 
 
 class _Connection(asyncio.Protocol):
@@ -117,7 +127,10 @@ class _Connection(asyncio.Protocol):
         payroc.in_flight += 1
         payroc.most_in_flight = max(payroc.most_in_flight, payroc.in_flight)
         status, content = payroc.answer(method, target, key, body)
-        head = b"HTTP/1.1 %d OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % (status, len(content))
+        head = b"HTTP/1.1 %d OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % (
+            status,
+            len(content),
+        )
         if payroc.latency:
             asyncio.get_running_loop().call_later(payroc.latency, self._send, head + content)
         else:
@@ -150,7 +163,9 @@ def _account(method: dict[str, str]) -> dict[str, str]:
 async def serve() -> None:
     """Serve until standard input ends."""
     payroc = Payroc()
-    server = await asyncio.get_running_loop().create_server(lambda: _Connection(payroc), "127.0.0.1", 0, backlog=1024)
+    server = await asyncio.get_running_loop().create_server(
+        lambda: _Connection(payroc), "127.0.0.1", 0, backlog=1024
+    )
     print(server.sockets[0].getsockname()[1], flush=True)
     # Standard input ends with the benchmark that started it, however that ends.
     async with server:

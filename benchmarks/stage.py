@@ -112,10 +112,19 @@ class Stage:
         """
         url = self.postgres.url
         env = environment(
-            self._state, self._keys, airflow=url("airflow"), ledger=url(books.ledger), source=url(books.source), sandbox=payroc
+            self._state,
+            self._keys,
+            airflow=url("airflow"),
+            ledger=url(books.ledger),
+            source=url(books.source),
+            sandbox=payroc,
         )
         kept = {name: value for name, value in env.items() if name not in DEMO_SETTINGS}
-        return {**kept, "PAYROC_REFUNDS_SCHEDULE": "", **{f"PAYROC_REFUNDS_{name}": given for name, given in settings.items()}}
+        return {
+            **kept,
+            "PAYROC_REFUNDS_SCHEDULE": "",
+            **{f"PAYROC_REFUNDS_{name}": given for name, given in settings.items()},
+        }
 
     def run(self, *command: str, env: dict[str, str] | None = None) -> str:
         """
@@ -124,7 +133,12 @@ class Stage:
         :raises subprocess.CalledProcessError: when it fails; its own words are on the terminal.
         """
         return subprocess.run(
-            [sys.executable, "-m", *command], env=env or os.environ, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", *command],
+            env=env or os.environ,
+            cwd=ROOT,
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
         ).stdout
 
     def plain_url(self, database: str) -> str:

@@ -43,11 +43,18 @@ def _against_empty(deployment: Deployment, executor: str, rounds: int, tasks: in
     pairs = [(_refunds(deployment, tasks), _empty(deployment, tasks)) for _ in range(rounds)]
     return [
         _ratio(f"CPU per refund ÷ empty mapped task, {executor}", pairs, lambda cost: cost.cpu / cost.tasks),
-        _ratio(f"wall time per refund ÷ empty mapped task, {executor}", pairs, lambda cost: cost.wall / cost.tasks),
+        _ratio(
+            f"wall time per refund ÷ empty mapped task, {executor}",
+            pairs,
+            lambda cost: cost.wall / cost.tasks,
+        ),
         figure_of(
             f"CPU that Postgres adds per refund, {executor}",
             "told",
-            [1000 * (refunds.database_cpu / refunds.tasks - empty.database_cpu / empty.tasks) for refunds, empty in pairs],
+            [
+                1000 * (refunds.database_cpu / refunds.tasks - empty.database_cpu / empty.tasks)
+                for refunds, empty in pairs
+            ],
             "ms",
             {},
         ),
@@ -78,18 +85,32 @@ def _http_operator(deployment: Deployment) -> list[Figure]:
         _refunds(deployment, _IN_LISTS, batch_size=BATCH_SIZE)
         lists.append(_IN_LISTS / deployment.seconds_of("payroc_refunds"))
     times = [one / other for one, other in zip(lists, usual, strict=True)]
-    detail = {"in lists, 1/s": lists, "by the usual way, 1/s": usual, "refunds in lists": _IN_LISTS, "refunds by the usual way": _TASKS}
+    detail = {
+        "in lists, 1/s": lists,
+        "by the usual way, 1/s": usual,
+        "refunds in lists": _IN_LISTS,
+        "refunds by the usual way": _TASKS,
+    }
     name = "run in lists ÷ run of mapped HttpOperators, refunds per second"
     return [
         figure_of(name, "≥ 30 ×", times, "×", detail, lambda ratio: ratio >= 30),
-        figure_of(f"CPU per HttpOperator ÷ empty mapped task, {LOCAL}", "told", ratios, "×", {"tasks": costs}),
+        figure_of(
+            f"CPU per HttpOperator ÷ empty mapped task, {LOCAL}", "told", ratios, "×", {"tasks": costs}
+        ),
     ]
 
 
 def _tokens(deployment: Deployment) -> Figure:
     detail = {"refunds": deployment.accepted()}
     tokens = float(deployment.tokens_issued())
-    return figure_of("token requests of one worker host, tasks of one refund", "≤ 1", [tokens], "", detail, lambda value: value <= 1)
+    return figure_of(
+        "token requests of one worker host, tasks of one refund",
+        "≤ 1",
+        [tokens],
+        "",
+        detail,
+        lambda value: value <= 1,
+    )
 
 
 def _refunds(deployment: Deployment, number: int, **params: Any) -> Cost:
@@ -106,4 +127,8 @@ def _empty(deployment: Deployment, number: int) -> Cost:
 
 
 if __name__ == "__main__":
-    print(json.dumps([asdict(figure) for figure in measure("--quick" in sys.argv)], indent=1, ensure_ascii=False))
+    print(
+        json.dumps(
+            [asdict(figure) for figure in measure("--quick" in sys.argv)], indent=1, ensure_ascii=False
+        )
+    )

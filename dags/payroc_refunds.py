@@ -131,7 +131,9 @@ with DAG(
             pulled = await pull(source, ledger, cipher, settings)
             candidates = await ledger.candidates(params.selection(), standing=pulled.standing)
             findings = {"changed": pulled.changed, "withdrawn": pulled.withdrawn, "warnings": pulled.warnings}
-            await ledger.begin_run(context["run_id"], params.model_dump(mode="json"), candidates, findings, pulled.at)
+            await ledger.begin_run(
+                context["run_id"], params.model_dump(mode="json"), candidates, findings, pulled.at
+            )
             await ledger.tell_oldest()
             log.info("%s %d refunds may be released.", pulled, len(candidates))
             return {"candidates": [item.id for item in candidates], "due": await ledger.due()}
@@ -199,7 +201,11 @@ with DAG(
                 await ledger.finish_run(context["run_id"])
                 found = await run_report(ledger.engine, settings.source, context["run_id"])
                 # The run's state is this task's. A run that was cleared has left a row behind, whatever failed this time.
-                failed = [name for name in ("pull_approved", "release") if context["ti"].xcom_pull(task_ids=name) is None]
+                failed = [
+                    name
+                    for name in ("pull_approved", "release")
+                    if context["ti"].xcom_pull(task_ids=name) is None
+                ]
                 if failed and not found.rejected:
                     found.unfinished.append(f"{failed[0]} did not finish, its log says why.")
         found.notes += mistakes()

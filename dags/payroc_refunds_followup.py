@@ -53,12 +53,17 @@ with DAG(
         from payroc_airflow.gateway import HookGateway
         from payroc_airflow.hooks.payroc import PayrocHook
 
-        async with open_ledger(get_current_context(), settings) as ledger, HookGateway(PayrocHook()) as gateway:
+        async with (
+            open_ledger(get_current_context(), settings) as ledger,
+            HookGateway(PayrocHook()) as gateway,
+        ):
             counts = await follow_up(ledger, gateway, settings)
             await ledger.tell_oldest()
         log.info("%s", ", ".join(f"{count} {what}" for what, count in counts.items()))
         if counts["failed"]:
-            raise AirflowException(f"{counts['failed']} look-ups or lists failed at Payroc; these come again, the others are done.")
+            raise AirflowException(
+                f"{counts['failed']} look-ups or lists failed at Payroc; these come again, the others are done."
+            )
         return dict(counts)
 
     @task(trigger_rule=TriggerRule.ALL_DONE)
@@ -87,7 +92,9 @@ with DAG(
             found = await follow_up_report(ledger.engine, settings.source)
         # The run's state is this task's, so what failed before it has to be told here.
         if context["ti"].xcom_pull(task_ids="follow_up") is None:
-            found.unfinished.append("follow_up failed, its log says why: what became of refunds at Payroc was not asked, or not of all.")
+            found.unfinished.append(
+                "follow_up failed, its log says why: what became of refunds at Payroc was not asked, or not of all."
+            )
         found.notes += mistakes()
         leave_for_notifier(found, context)
         log.info("%s", found)

@@ -54,10 +54,14 @@ with DAG(
         until = datetime.now(UTC)
         since = tells_since(settings, until, made_before(context))
         async with open_ledger(context, settings) as ledger:
-            found = await read_summary(ledger.engine, settings.source, since=since, until=until, timezone=settings.timezone)
+            found = await read_summary(
+                ledger.engine, settings.source, since=since, until=until, timezone=settings.timezone
+            )
         ti: Any = context["ti"]
         state_of = ti.get_dagrun_state
-        found.runs = [dataclasses.replace(run, state=ended_as(run, state_of, "payroc_refunds")) for run in found.runs]
+        found.runs = [
+            dataclasses.replace(run, state=ended_as(run, state_of, "payroc_refunds")) for run in found.runs
+        ]
         message = as_message(found, url=run_url("payroc_refunds_summary", context["run_id"]))
         try:
             kept = write(settings, f"{found.day:%Y-%m-%d}.html", message.html)

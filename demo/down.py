@@ -51,13 +51,19 @@ def _stop_holder(state: State) -> bool:
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while state.is_locked():
         if time.monotonic() > deadline:
-            raise DemoError(f"Process {pid} has not ended within {_PATIENCE_SECONDS} seconds. End it with `kill -9 {pid}`, then try again.")
+            raise DemoError(
+                f"Process {pid} has not ended within {_PATIENCE_SECONDS} seconds. End it with `kill -9 {pid}`, then try again."
+            )
         time.sleep(0.2)
     return True
 
 
 def _stop_left_overs(state: State) -> bool:
-    if not state.exists() or importlib.util.find_spec("psutil") is None or importlib.util.find_spec("psycopg") is None:
+    if (
+        not state.exists()
+        or importlib.util.find_spec("psutil") is None
+        or importlib.util.find_spec("psycopg") is None
+    ):
         return False
     from demo import processes
     from demo.postgres import PostgresServer

@@ -55,7 +55,14 @@ def connections(keys: Keys, ledger: URL, source: URL, sandbox: str) -> dict[str,
 
 
 def environment(
-    state: State, keys: Keys, *, airflow: URL, ledger: URL, source: URL, sandbox: str, connections_in_environment: bool = True
+    state: State,
+    keys: Keys,
+    *,
+    airflow: URL,
+    ledger: URL,
+    source: URL,
+    sandbox: str,
+    connections_in_environment: bool = True,
 ) -> dict[str, str]:
     """
     Return the whole environment for a process of the demo.
@@ -88,7 +95,9 @@ def environment(
         "AIRFLOW__CORE__TEST_CONNECTION": "Enabled",
         # A second wall: bank data should never get to a place where Airflow has to mask it.
         "AIRFLOW__CORE__SENSITIVE_VAR_CONN_NAMES": "account_number,routing_number,secure_token,name_on_account",
-        "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": airflow.set(drivername="postgresql+psycopg2").render_as_string(hide_password=False),
+        "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": airflow.set(drivername="postgresql+psycopg2").render_as_string(
+            hide_password=False
+        ),
         "AIRFLOW__API_AUTH__JWT_SECRET": keys.airflow_jwt,
         "AIRFLOW__API__SECRET_KEY": keys.airflow_session,
         "AIRFLOW__LOGGING__BASE_LOG_FOLDER": str(state.logs / "airflow"),
@@ -96,11 +105,19 @@ def environment(
         "AIRFLOW__USAGE_DATA_COLLECTION__ENABLED": "False",
         "PAYROC_REFUNDS_ENCRYPTION_KEYS": keys.ledger_encryption,
         "PAYROC_REFUNDS_FINGERPRINT_KEY": keys.ledger_fingerprint,
-        "PAYROC_REFUNDS_LEDGER_URL": ledger.set(drivername="postgresql").render_as_string(hide_password=False),
-        "PAYROC_REFUNDS_SOURCE_URL": source.set(drivername="postgresql").render_as_string(hide_password=False),
+        "PAYROC_REFUNDS_LEDGER_URL": ledger.set(drivername="postgresql").render_as_string(
+            hide_password=False
+        ),
+        "PAYROC_REFUNDS_SOURCE_URL": source.set(drivername="postgresql").render_as_string(
+            hide_password=False
+        ),
         "PAYROC_REFUNDS_TOKEN_CACHE_DIR": str(state.folder / "tokens"),
         **DEMO_SETTINGS,
-        **({f"AIRFLOW_CONN_{name.upper()}": json.dumps(known[name]) for name in known} if connections_in_environment else {}),
+        **(
+            {f"AIRFLOW_CONN_{name.upper()}": json.dumps(known[name]) for name in known}
+            if connections_in_environment
+            else {}
+        ),
     }
 
 

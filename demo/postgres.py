@@ -61,7 +61,9 @@ class PostgresServer:
         self.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Stop the server."""
         self.stop()
 
@@ -132,7 +134,13 @@ class PostgresServer:
     def connect(self, database: str = "postgres") -> Iterator[psycopg.Connection]:
         """Yield a connection in autocommit mode."""
         with psycopg.connect(
-            host=HOST, port=self.port, user=USER, password=self.password, dbname=database, autocommit=True, connect_timeout=10
+            host=HOST,
+            port=self.port,
+            user=USER,
+            password=self.password,
+            dbname=database,
+            autocommit=True,
+            connect_timeout=10,
         ) as connection:
             yield connection
 
@@ -232,13 +240,17 @@ class PostgresServer:
             )
         except (OSError, subprocess.SubprocessError) as error:
             said = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
-            raise DemoError(f"The database could not be created in {self.folder}: {str(said).strip()}") from error
+            raise DemoError(
+                f"The database could not be created in {self.folder}: {str(said).strip()}"
+            ) from error
         finally:
             readable.unlink(missing_ok=True)
         unfinished.rename(self._data)
 
     def _refuse_other_version(self, binaries: Path) -> None:
-        said = subprocess.run([binaries / "postgres", "--version"], check=True, capture_output=True, text=True).stdout
+        said = subprocess.run(
+            [binaries / "postgres", "--version"], check=True, capture_output=True, text=True
+        ).stdout
         ours = said.split()[-1].split(".")[0]
         try:
             theirs = (self._data / "PG_VERSION").read_text().strip()
@@ -265,7 +277,12 @@ class PostgresServer:
             settings |= {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
         begin = self.log.stat().st_size if self.log.exists() else 0
         self._process = processes.start(
-            [binaries / "postgres", "-D", self._data, *(f"--{name}={value}" for name, value in settings.items())],
+            [
+                binaries / "postgres",
+                "-D",
+                self._data,
+                *(f"--{name}={value}" for name, value in settings.items()),
+            ],
             env=_plain_environment(),
             log=self.log,
             cwd=self.folder,
@@ -273,7 +290,9 @@ class PostgresServer:
             account=self._account,
         )
         process = self._process
-        processes.wait_until(lambda: processes.has_ended(process) or self._answers(), seconds=_START_SECONDS, pause=0.05)
+        processes.wait_until(
+            lambda: processes.has_ended(process) or self._answers(), seconds=_START_SECONDS, pause=0.05
+        )
         if not processes.has_ended(process) and self._answers():
             return True
         self.stop()
@@ -282,7 +301,10 @@ class PostgresServer:
             said = log.read().decode(errors="replace")
         if "could not bind" in said or "Address already in use" in said:
             return False
-        last = next((line for line in reversed(said.splitlines()) if "FATAL" in line or "PANIC" in line), "it says nothing")
+        last = next(
+            (line for line in reversed(said.splitlines()) if "FATAL" in line or "PANIC" in line),
+            "it says nothing",
+        )
         raise DemoError(f"The database server did not start: {last} Its log is {self.log}.")
 
     def _answers(self) -> bool:

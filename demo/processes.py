@@ -63,7 +63,9 @@ def start(
         )
 
 
-def stop(process: subprocess.Popen[bytes], *, first: signal.Signals = signal.SIGTERM, patience: float = 15) -> None:
+def stop(
+    process: subprocess.Popen[bytes], *, first: signal.Signals = signal.SIGTERM, patience: float = 15
+) -> None:
     """
     End a process that :func:`start` started, and everything in its session or below it.
 
@@ -91,7 +93,9 @@ def has_ended(process: subprocess.Popen[bytes]) -> bool:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
-def end_all(processes: Iterable[psutil.Process], *, first: signal.Signals = signal.SIGTERM, patience: float = 10) -> int:
+def end_all(
+    processes: Iterable[psutil.Process], *, first: signal.Signals = signal.SIGTERM, patience: float = 10
+) -> int:
     """Ask processes to end, wait, kill what is left, and return how many there were."""
     alive = []
     for process in processes:

@@ -67,17 +67,29 @@ def read_rows(ledger: psycopg.Connection) -> list[Row]:
 
 def count_by_status(ledger: psycopg.Connection) -> dict[str, int]:
     """Return how many refunds have each status."""
-    return dict(ledger.execute("SELECT status, count(*) FROM refund_ledger.refunds GROUP BY status").fetchall())
+    return dict(
+        ledger.execute("SELECT status, count(*) FROM refund_ledger.refunds GROUP BY status").fetchall()
+    )
 
 
 def sent(counts: dict[str, int]) -> int:
     """Return how many refunds have been sent, or are being sent, of the counts by status."""
-    return sum(count for status, count in counts.items() if status not in ("approved", "held", "released", "cancelled"))
+    return sum(
+        count
+        for status, count in counts.items()
+        if status not in ("approved", "held", "released", "cancelled")
+    )
 
 
 def table_of(rows: list[Row]) -> Table:
     """Return the table of all refunds, for a terminal of 100 columns or more."""
-    table = Table(title="Every approved refund", title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    table = Table(
+        title="Every approved refund",
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+    )
     table.add_column("Order", no_wrap=True)
     table.add_column("Account", no_wrap=True)
     table.add_column("Amount", justify="right", no_wrap=True)
@@ -100,7 +112,9 @@ def table_of(rows: list[Row]) -> Table:
 
 def totals_of(rows: list[Row]) -> Table:
     """Return counts and sums by status and currency."""
-    table = Table(title="Totals", title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    table = Table(
+        title="Totals", title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 0, 0, 1)
+    )
     table.add_column("Status")
     table.add_column("Refunds", justify="right")
     table.add_column("Amount", justify="right")
@@ -138,11 +152,23 @@ def compare_with_payroc(rows: list[Row], theirs: list[dict[str, Any]]) -> list[s
     for row in rows:
         refund = known.get(row.payroc_refund_id or "")
         if row.payroc_refund_id and refund is None:
-            complaints.append(f"Order {row.order_id} is {row.status} in the ledger as {row.payroc_refund_id}, which Payroc does not know.")
-        elif refund and (refund["orderId"], refund["amount"], refund["currency"]) != (row.order_id, row.amount, row.currency):
-            complaints.append(f"Order {row.order_id} is another order or amount at Payroc, as {row.payroc_refund_id}.")
+            complaints.append(
+                f"Order {row.order_id} is {row.status} in the ledger as {row.payroc_refund_id}, which Payroc does not know."
+            )
+        elif refund and (refund["orderId"], refund["amount"], refund["currency"]) != (
+            row.order_id,
+            row.amount,
+            row.currency,
+        ):
+            complaints.append(
+                f"Order {row.order_id} is another order or amount at Payroc, as {row.payroc_refund_id}."
+            )
     ours = {row.payroc_refund_id for row in rows}
-    complaints += [f"Payroc has a refund {refund} that the ledger does not know." for refund in known if refund not in ours]
+    complaints += [
+        f"Payroc has a refund {refund} that the ledger does not know."
+        for refund in known
+        if refund not in ours
+    ]
     return complaints
 
 
@@ -169,7 +195,13 @@ _WORDS = {
 
 def _words_for(result: str) -> str:
     outcome, _, http_status = result.partition(" ")
-    return f"Payroc failed ({http_status})" if http_status.startswith("5") else f"{outcome} ({http_status})" if http_status else outcome
+    return (
+        f"Payroc failed ({http_status})"
+        if http_status.startswith("5")
+        else f"{outcome} ({http_status})"
+        if http_status
+        else outcome
+    )
 
 
 def _sentence(errors: Any) -> str:

@@ -9,7 +9,16 @@ from collections.abc import Callable
 from demo import processes
 from demo.console import console, say, step
 from demo.errors import DemoError
-from demo.result import UNFINISHED, compare_with_payroc, count_by_status, money, read_rows, sent, table_of, totals_of
+from demo.result import (
+    UNFINISHED,
+    compare_with_payroc,
+    count_by_status,
+    money,
+    read_rows,
+    sent,
+    table_of,
+    totals_of,
+)
 from demo.stack import Stack, telling_lines
 from demo.state import State
 
@@ -51,8 +60,17 @@ def run(state: State) -> int:
 def _set_limit(stack: Stack) -> None:
     """Let no refund pass by itself that is larger than this; a person decides about it."""
     if stack.limit("largest_refund") is None:
-        with step(f"{_BY} sets a limit: a refund over {money(_LARGEST_REFUND, 'USD')} is held until a person has looked at it"):
-            _command(stack, "limit", "largest_refund", str(_LARGEST_REFUND), "--reason", "Larger ones are looked at.")
+        with step(
+            f"{_BY} sets a limit: a refund over {money(_LARGEST_REFUND, 'USD')} is held until a person has looked at it"
+        ):
+            _command(
+                stack,
+                "limit",
+                "largest_refund",
+                str(_LARGEST_REFUND),
+                "--reason",
+                "Larger ones are looked at.",
+            )
 
 
 def _resume(stack: Stack) -> bool:
@@ -162,17 +180,25 @@ def _show_result(stack: Stack, *, succeeded: bool, received_before: int) -> int:
     console.print(totals_of(rows))
     say()
     if received == 0:
-        say("[green]✓[/] Nothing was sent in this run: every one of these refunds was sent before, and Payroc got no request to pay.")
+        say(
+            "[green]✓[/] Nothing was sent in this run: every one of these refunds was sent before, and Payroc got no request to pay."
+        )
     for complaint in complaints:
         say(f"[bold red]✗[/] {complaint}")
     if not complaints:
         declined = sum(refund["status"] == "declined" for refund in theirs)
-        exist = f"{len(theirs)} refunds exist at Payroc" + (f" ({declined} of them declined)" if declined else "")
+        exist = f"{len(theirs)} refunds exist at Payroc" + (
+            f" ({declined} of them declined)" if declined else ""
+        )
         say(f"[green]✓[/] {exist}, none twice. Each is in the ledger with the same order and amount.")
     for row in held:
-        say(f"[yellow]•[/] {row.order_id} is held, {money(row.amount, row.currency)}, until a person releases or cancels it.")
+        say(
+            f"[yellow]•[/] {row.order_id} is held, {money(row.amount, row.currency)}, until a person releases or cancels it."
+        )
     if open_refunds:
-        say(f"[bold yellow]•[/] {len(open_refunds)} refunds have not ended: {', '.join(row.order_id for row in open_refunds)}.")
+        say(
+            f"[bold yellow]•[/] {len(open_refunds)} refunds have not ended: {', '.join(row.order_id for row in open_refunds)}."
+        )
     if not succeeded:
         log = max(stack.state.logs.glob("run-*.log"), key=lambda log: log.stat().st_mtime)
         say(f"[bold yellow]•[/] Airflow marked the last run as failed. From its log ({log}):")

@@ -62,7 +62,9 @@ class Stack:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """End everything that was started."""
         self._stop()
 
@@ -85,7 +87,12 @@ class Stack:
 
     def connections(self) -> dict[str, dict[str, Any]]:
         """Return the Airflow connections to this stack, by id."""
-        return connections(self.keys, self.postgres.url(LEDGER_DATABASE), self.postgres.url(SOURCE_DATABASE), self.sandbox_url)
+        return connections(
+            self.keys,
+            self.postgres.url(LEDGER_DATABASE),
+            self.postgres.url(SOURCE_DATABASE),
+            self.sandbox_url,
+        )
 
     @contextmanager
     def ledger(self) -> Iterator[psycopg.Connection]:
@@ -116,13 +123,21 @@ class Stack:
         self._finish(name, self.start(name, *command))
 
     def start(
-        self, name: str, *command: str | Path, env: dict[str, str] | None = None, death_signal: signal.Signals = signal.SIGKILL
+        self,
+        name: str,
+        *command: str | Path,
+        env: dict[str, str] | None = None,
+        death_signal: signal.Signals = signal.SIGKILL,
     ) -> subprocess.Popen[bytes]:
         """Start a Python module, its output into a log of its own that begins anew."""
         log = self.log(name)
         log.unlink(missing_ok=True)
         return processes.start(
-            [sys.executable, "-m", *command], env=env or self.environment(), log=log, cwd=ROOT, death_signal=death_signal
+            [sys.executable, "-m", *command],
+            env=env or self.environment(),
+            log=log,
+            cwd=ROOT,
+            death_signal=death_signal,
         )
 
     @staticmethod
@@ -138,7 +153,9 @@ class Stack:
     def _start(self) -> None:
         left_over = processes.end_all(processes.orphans(str(self.state.folder)))
         if left_over:
-            say(f"[yellow]•[/] An earlier run was cut off: {left_over} of its processes were still there and have been stopped.")
+            say(
+                f"[yellow]•[/] An earlier run was cut off: {left_over} of its processes were still there and have been stopped."
+            )
         with step("Starting the database server", "Database server is running"):
             self.postgres.start()
             for database in (AIRFLOW_DATABASE, LEDGER_DATABASE, SOURCE_DATABASE):
@@ -147,15 +164,32 @@ class Stack:
         # The two longest preparations at the same time.
         preparation = self._begin_to_prepare_airflow()
         try:
-            with step("Starting the local Payroc", "Local Payroc is running: it knows no real bank and moves no money"):
+            with step(
+                "Starting the local Payroc",
+                "Local Payroc is running: it knows no real bank and moves no money",
+            ):
                 self._start_sandbox()
-            with step("Preparing the ledger and the approved refunds", "Ledger is ready, and the sample refunds are in the shop's table"):
+            with step(
+                "Preparing the ledger and the approved refunds",
+                "Ledger is ready, and the sample refunds are in the shop's table",
+            ):
                 self.run("ledger", "include.refunds", "migrate", "--demo-source")
                 self.run("import", "include.refunds", "import", SAMPLE)
             if preparation:
-                with step("Preparing Airflow's own database (only the first time)", "Airflow's own database is ready"):
+                with step(
+                    "Preparing Airflow's own database (only the first time)",
+                    "Airflow's own database is ready",
+                ):
                     self._finish("airflow-db", preparation)
-                    self.run("airflow-pool", "airflow", "pools", "set", POOL, POOL_SLOTS, "Calls to Payroc at a time")
+                    self.run(
+                        "airflow-pool",
+                        "airflow",
+                        "pools",
+                        "set",
+                        POOL,
+                        POOL_SLOTS,
+                        "Calls to Payroc at a time",
+                    )
                     self.state.set_note("airflow", self._airflow_note())
         finally:
             if preparation:
@@ -185,7 +219,9 @@ class Stack:
         finally:
             processes.stop(process)
         if process.returncode != 0:
-            raise DemoError(f"This step failed. From its log ({self.log(name)}):\n{telling_lines(self.log(name))}")
+            raise DemoError(
+                f"This step failed. From its log ({self.log(name)}):\n{telling_lines(self.log(name))}"
+            )
 
     def _choose_sandbox_port(self) -> int:
         # A ledger belongs to one Payroc, known by its address, so the port of the first run stays.
@@ -206,10 +242,16 @@ class Stack:
     def _start_sandbox(self) -> None:
         arguments = ["--port", str(self.sandbox_port), "--state", str(self.state.sandbox)]
         times = ["--token-seconds", str(TOKEN_SECONDS), "--hang-seconds", str(HANG_SECONDS)]
-        self._sandbox = sandbox = self.start("sandbox", "include.sandbox", *arguments, *times, death_signal=signal.SIGTERM)
-        processes.wait_until(lambda: processes.has_ended(sandbox) or self._sandbox_answers(), seconds=_SANDBOX_SECONDS)
+        self._sandbox = sandbox = self.start(
+            "sandbox", "include.sandbox", *arguments, *times, death_signal=signal.SIGTERM
+        )
+        processes.wait_until(
+            lambda: processes.has_ended(sandbox) or self._sandbox_answers(), seconds=_SANDBOX_SECONDS
+        )
         if processes.has_ended(sandbox) or not self._sandbox_answers():
-            raise DemoError(f"The local Payroc did not start. From its log ({self.log('sandbox')}):\n{telling_lines(self.log('sandbox'))}")
+            raise DemoError(
+                f"The local Payroc did not start. From its log ({self.log('sandbox')}):\n{telling_lines(self.log('sandbox'))}"
+            )
 
     def _sandbox_answers(self) -> bool:
         with suppress(urllib.error.URLError, OSError, ValueError):
@@ -231,13 +273,25 @@ class Stack:
                 "AND dag_run.state IN ('queued', 'running') "
                 "AND task_instance.state NOT IN ('success', 'failed', 'skipped', 'upstream_failed', 'removed')"
             )
-            connection.execute("UPDATE dag_run SET state = 'failed', end_date = now() WHERE state IN ('queued', 'running')")
+            connection.execute(
+                "UPDATE dag_run SET state = 'failed', end_date = now() WHERE state IN ('queued', 'running')"
+            )
 
     def _let_runs_pass(self) -> None:
         """Take the thresholds of `make up` away: in `make demo` nobody could be asked to approve a run."""
         for limit in ("approval_total", "approval_count"):
             if self.limit(limit) is not None:
-                self.run("limit", "include.refunds", "limit", limit, "none", "--reason", "Only `make up` asks.", "--by", "make up")
+                self.run(
+                    "limit",
+                    "include.refunds",
+                    "limit",
+                    limit,
+                    "none",
+                    "--reason",
+                    "Only `make up` asks.",
+                    "--by",
+                    "make up",
+                )
 
 
 def telling_lines(log: Path) -> str:
@@ -252,6 +306,11 @@ def telling_lines(log: Path) -> str:
 def _listener(port: int) -> str:
     with suppress(psutil.Error):
         for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr[1] == port and connection.pid:
+            if (
+                connection.status == psutil.CONN_LISTEN
+                and connection.laddr
+                and connection.laddr[1] == port
+                and connection.pid
+            ):
                 return f"{psutil.Process(connection.pid).name()} (process {connection.pid})"
     return "another program"

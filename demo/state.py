@@ -88,7 +88,11 @@ class State:
             state.folder.mkdir(mode=mode)
         except FileExistsError:
             found = state.folder.lstat()
-            ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and (state.exists() or not any(state.folder.iterdir()))
+            ours = (
+                stat.S_ISDIR(found.st_mode)
+                and found.st_uid == os.geteuid()
+                and (state.exists() or not any(state.folder.iterdir()))
+            )
             if not ours:
                 raise DemoError(
                     f"{state.folder} is there already, and this demo did not make it. Remove it, or name another in {FOLDER_VARIABLE}."
@@ -116,7 +120,9 @@ class State:
             # An earlier version of the demo may have kept others beside them.
             return Keys(**{field.name: kept[field.name] for field in fields(Keys)})
         except (ValueError, TypeError, KeyError):
-            raise DemoError(f"{self._keys} is damaged. `make clean` removes the demo's data, and the next start makes it anew.") from None
+            raise DemoError(
+                f"{self._keys} is damaged. `make clean` removes the demo's data, and the next start makes it anew."
+            ) from None
 
     def note(self, name: str) -> str | None:
         """Return a small fact that an earlier run left, such as the sandbox's port."""
@@ -144,7 +150,9 @@ class State:
             if not _try_lock(lock):
                 holder = self.holder()
                 by = f"`{holder[1]}` (process {holder[0]})" if holder else "Another command of this demo"
-                raise DemoError(f"{by} is at work with this demo's data. Wait until it has ended, or end it with `make down`.")
+                raise DemoError(
+                    f"{by} is at work with this demo's data. Wait until it has ended, or end it with `make down`."
+                )
             lock.truncate(0)
             lock.write(json.dumps([os.getpid(), what]))
             lock.flush()

@@ -45,19 +45,29 @@ def up(state: State) -> int:
         address = f"http://{HOST}:{port}"
         passwords = _passwords(state)
         env = _environment(stack, address, port)
-        with step("Storing the three connections in Airflow", "Connections are in Airflow: payroc_default, refunds_ledger, refunds_source"):
+        with step(
+            "Storing the three connections in Airflow",
+            "Connections are in Airflow: payroc_default, refunds_ledger, refunds_source",
+        ):
             _store_connections(stack)
-        with step("Setting a threshold in the ledger", f"A day's refunds over {money(THRESHOLD, 'USD')} wait for a second person's yes"):
+        with step(
+            "Setting a threshold in the ledger",
+            f"A day's refunds over {money(THRESHOLD, 'USD')} wait for a second person's yes",
+        ):
             _set_threshold(stack)
         with _components(stack, env) as components:
-            with step("Starting Airflow: scheduler, triggerer, DAG processor, API server", "Airflow is running"):
+            with step(
+                "Starting Airflow: scheduler, triggerer, DAG processor, API server", "Airflow is running"
+            ):
                 _wait_until_ready(stack, components, address)
             _welcome(stack, address, passwords)
             try:
                 _watch(stack, components)
             except KeyboardInterrupt:
                 say("\nStopping Airflow, the local Payroc and the database …")
-    say("[green]✓[/] Everything has been stopped. The data stays; `make up` goes on with it, `make clean` removes it.")
+    say(
+        "[green]✓[/] Everything has been stopped. The data stays; `make up` goes on with it, `make clean` removes it."
+    )
     return 0
 
 
@@ -81,7 +91,9 @@ def _environment(stack: Stack, address: str, port: int) -> dict[str, str]:
         "AIRFLOW__API__BASE_URL": address,
         "AIRFLOW__API__WORKERS": "1",
         "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"{address}/execution/",
-        "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS": ",".join(f"{user}:{role}" for user, role in USERS.items()),
+        "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS": ",".join(
+            f"{user}:{role}" for user, role in USERS.items()
+        ),
         "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE": str(_passwords_file(stack.state)),
         "PAYROC_REFUNDS_APPROVERS": ",".join(USERS),
         # A slot is held for a whole interval when a task ends at the wrong moment: a second is less to wait than five.
@@ -105,7 +117,17 @@ def _store_connections(stack: Stack) -> None:
 
 def _set_threshold(stack: Stack) -> None:
     reason = "A second person looks at what a day releases above it."
-    stack.run("limit", "include.refunds", "limit", "approval_total", str(THRESHOLD), "--reason", reason, "--by", "make up")
+    stack.run(
+        "limit",
+        "include.refunds",
+        "limit",
+        "approval_total",
+        str(THRESHOLD),
+        "--reason",
+        reason,
+        "--by",
+        "make up",
+    )
 
 
 @contextmanager
@@ -127,20 +149,30 @@ def _wait_until_ready(stack: Stack, components: dict[str, subprocess.Popen[bytes
     while not (_healthy(address) and _dags_are_known(stack)):
         _check_alive(stack, components)
         if time.monotonic() > deadline:
-            raise DemoError(f"Airflow did not become ready within {_READY_SECONDS} seconds. Its logs are in {stack.state.logs}.")
+            raise DemoError(
+                f"Airflow did not become ready within {_READY_SECONDS} seconds. Its logs are in {stack.state.logs}."
+            )
         time.sleep(0.5)
 
 
 def _healthy(address: str) -> bool:
-    with suppress(OSError, ValueError), WITHOUT_PROXY.open(f"{address}/api/v2/monitor/health", timeout=5) as answer:
+    with (
+        suppress(OSError, ValueError),
+        WITHOUT_PROXY.open(f"{address}/api/v2/monitor/health", timeout=5) as answer,
+    ):
         health: dict[str, Any] = json.load(answer)
-        return all(health[part]["status"] == "healthy" for part in ("metadatabase", "scheduler", "triggerer", "dag_processor"))
+        return all(
+            health[part]["status"] == "healthy"
+            for part in ("metadatabase", "scheduler", "triggerer", "dag_processor")
+        )
     return False
 
 
 def _dags_are_known(stack: Stack) -> bool:
     with stack.postgres.connect(AIRFLOW_DATABASE) as connection:
-        row = connection.execute("SELECT count(*) FROM dag WHERE dag_id = ANY(%s) AND NOT is_stale", [list(DAGS)]).fetchone()
+        row = connection.execute(
+            "SELECT count(*) FROM dag WHERE dag_id = ANY(%s) AND NOT is_stale", [list(DAGS)]
+        ).fetchone()
         errors = connection.execute("SELECT filename, stacktrace FROM import_error").fetchone()
     if errors:
         raise DemoError(f"Airflow cannot read {errors[0]}:\n{errors[1]}")
@@ -151,7 +183,9 @@ def _check_alive(stack: Stack, components: dict[str, subprocess.Popen[bytes]]) -
     for name, process in components.items():
         if processes.has_ended(process):
             log = stack.log(f"airflow-{name}")
-            raise DemoError(f"Airflow's {name} has ended by itself. From its log ({log}):\n{telling_lines(log)}")
+            raise DemoError(
+                f"Airflow's {name} has ended by itself. From its log ({log}):\n{telling_lines(log)}"
+            )
 
 
 def _watch(stack: Stack, components: dict[str, subprocess.Popen[bytes]]) -> None:
@@ -162,7 +196,12 @@ def _watch(stack: Stack, components: dict[str, subprocess.Popen[bytes]]) -> None
 
 def _welcome(stack: Stack, address: str, passwords: dict[str, str]) -> None:
     variables = stack.state.folder / "demo.env"
-    names = ("PAYROC_REFUNDS_LEDGER_URL", "PAYROC_REFUNDS_SOURCE_URL", "PAYROC_REFUNDS_ENCRYPTION_KEYS", "PAYROC_REFUNDS_FINGERPRINT_KEY")
+    names = (
+        "PAYROC_REFUNDS_LEDGER_URL",
+        "PAYROC_REFUNDS_SOURCE_URL",
+        "PAYROC_REFUNDS_ENCRYPTION_KEYS",
+        "PAYROC_REFUNDS_FINGERPRINT_KEY",
+    )
     env = stack.environment()
     write_private(variables, "".join(f"export {name}={shlex.quote(env[name])}\n" for name in names))
     one, other = USERS
@@ -175,15 +214,25 @@ def _welcome(stack: Stack, address: str, passwords: dict[str, str]) -> None:
     say()
     say("[bold]What to do[/]")
     say(f"  1. Open {address}/dags/{DAGS[0]} and log in as {one}.")
-    say("  2. Press Trigger. With dry_run on, the run only reports what it would send; without it, it pays the sample refunds.")
-    say(f"  3. Above {money(THRESHOLD, 'USD')} the run waits at approve_run. Who triggered it can't approve it: log in as {other}")
+    say(
+        "  2. Press Trigger. With dry_run on, the run only reports what it would send; without it, it pays the sample refunds."
+    )
+    say(
+        f"  3. Above {money(THRESHOLD, 'USD')} the run waits at approve_run. Who triggered it can't approve it: log in as {other}"
+    )
     say(f"     in a private window, open {address}/required_actions and answer.")
-    say("  4. Open the run, and in it the task send_refund: one row per refund, named by its order. The task report sums up.")
-    say(f"  5. Look into the ledger from another terminal:  . {variables} && .venv/bin/python -m include.refunds status")
+    say(
+        "  4. Open the run, and in it the task send_refund: one row per refund, named by its order. The task report sums up."
+    )
+    say(
+        f"  5. Look into the ledger from another terminal:  . {variables} && .venv/bin/python -m include.refunds status"
+    )
     say()
     if hint := _nothing_to_send(stack):
         say(hint)
-    say("Nothing runs by itself here: both DAGs have no schedule. Ctrl-C stops everything, and so does `make down`.")
+    say(
+        "Nothing runs by itself here: both DAGs have no schedule. Ctrl-C stops everything, and so does `make down`."
+    )
 
 
 def _nothing_to_send(stack: Stack) -> str | None:

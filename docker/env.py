@@ -52,7 +52,9 @@ def main(arguments: list[str]) -> int:
         # With its rights from the first moment on.
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
-        sys.stderr.write(f"{file} is there already, and its keys may be the only ones: nothing was written. Move it away for a new one.\n")
+        sys.stderr.write(
+            f"{file} is there already, and its keys may be the only ones: nothing was written. Move it away for a new one.\n"
+        )
         return 1
     with os.fdopen(descriptor, "w", encoding="utf-8") as written:
         written.write(content())
@@ -83,7 +85,10 @@ def content() -> str:
             {"AIRFLOW_ADMIN_PASSWORD": _password()},
         ),
         ("Airflow: connections in its database, tokens of its API, sessions.", _airflow_keys()),
-        ("The ledger. Without the first, what waits in it can't be sent; the second is never changed.", _ledger_keys()),
+        (
+            "The ledger. Without the first, what waits in it can't be sent; the second is never changed.",
+            _ledger_keys(),
+        ),
         (
             "Payroc: here the local one of the profile demo, which takes any key. For UAT:\n"
             """# AIRFLOW_CONN_PAYROC_DEFAULT='{"conn_type":"payroc","password":"<API key>","extra":{"environment":"uat"}}'\n"""
@@ -109,7 +114,10 @@ def _airflow_keys() -> dict[str, str]:
 
 def _ledger_keys() -> dict[str, str]:
     # What `python -m include.refunds generate-keys` prints.
-    return {"PAYROC_REFUNDS_ENCRYPTION_KEYS": _fernet_key(), "PAYROC_REFUNDS_FINGERPRINT_KEY": secrets.token_urlsafe(48)}
+    return {
+        "PAYROC_REFUNDS_ENCRYPTION_KEYS": _fernet_key(),
+        "PAYROC_REFUNDS_FINGERPRINT_KEY": secrets.token_urlsafe(48),
+    }
 
 
 def _local_payroc() -> str:

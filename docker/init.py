@@ -56,15 +56,26 @@ def create_logins_and_databases() -> None:
         for login, variable, _ in (*OWNERS, *MEMBERS):
             if connection.execute("SELECT FROM pg_roles WHERE rolname = %s", [login]).fetchone() is None:
                 connection.execute(SQL("CREATE ROLE {} LOGIN").format(Identifier(login)))
-            connection.execute(SQL("ALTER ROLE {} PASSWORD {}").format(Identifier(login), Literal(os.environ[variable])))
+            connection.execute(
+                SQL("ALTER ROLE {} PASSWORD {}").format(Identifier(login), Literal(os.environ[variable]))
+            )
         # The ledger's first migration makes its roles.
         connection.execute(SQL("ALTER ROLE {} CREATEROLE").format(Identifier(LEDGER_OWNER)))
         for login, _, _ in MEMBERS:
             # A program that stands still in a transaction must not hold up the others for ever.
-            connection.execute(SQL("ALTER ROLE {} SET idle_in_transaction_session_timeout = '5min'").format(Identifier(login)))
+            connection.execute(
+                SQL("ALTER ROLE {} SET idle_in_transaction_session_timeout = '5min'").format(
+                    Identifier(login)
+                )
+            )
         for login, _, database in OWNERS:
-            if connection.execute("SELECT FROM pg_database WHERE datname = %s", [database]).fetchone() is None:
-                connection.execute(SQL("CREATE DATABASE {} OWNER {}").format(Identifier(database), Identifier(login)))
+            if (
+                connection.execute("SELECT FROM pg_database WHERE datname = %s", [database]).fetchone()
+                is None
+            ):
+                connection.execute(
+                    SQL("CREATE DATABASE {} OWNER {}").format(Identifier(database), Identifier(login))
+                )
         for database in (*(each for _, _, each in OWNERS), *COMMON):
             connection.execute(SQL("REVOKE ALL ON DATABASE {} FROM PUBLIC").format(Identifier(database)))
 
@@ -83,7 +94,9 @@ def grant_roles() -> None:
     """Give each login its role, the roles the way into the ledger, and take from the owner what only the logins need."""
     with _connection("postgres", SUPERUSER, "POSTGRES_PASSWORD") as connection:
         for role in ROLES:
-            connection.execute(SQL("GRANT CONNECT ON DATABASE {} TO {}").format(Identifier(LEDGER), Identifier(role)))
+            connection.execute(
+                SQL("GRANT CONNECT ON DATABASE {} TO {}").format(Identifier(LEDGER), Identifier(role))
+            )
         for login, _, role in MEMBERS:
             connection.execute(SQL("GRANT {} TO {}").format(Identifier(role), Identifier(login)))
     with _connection(LEDGER, LEDGER_OWNER, "REFUNDS_OWNER_PASSWORD") as connection:
@@ -120,7 +133,13 @@ def _airflow(*command: str) -> None:
 def _connection(database: str, login: str, variable: str) -> Iterator[psycopg.Connection]:
     host, port = os.environ["POSTGRES_HOST"], os.environ["POSTGRES_PORT"]
     with psycopg.connect(
-        host=host, port=port, user=login, password=os.environ[variable], dbname=database, autocommit=True, connect_timeout=10
+        host=host,
+        port=port,
+        user=login,
+        password=os.environ[variable],
+        dbname=database,
+        autocommit=True,
+        connect_timeout=10,
     ) as connection:
         yield connection
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from sqlalchemy.engine import URL
 
@@ -67,16 +68,31 @@ _WITHOUT_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--long", action="store_true", help="run the tests that have a full size at that size; takes about an hour")
+    parser.addoption(
+        "--long",
+        action="store_true",
+        help="run the tests that have a full size at that size; takes about an hour",
+    )
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print the figures that tests measured: what they hand to ``record_property``."""
-    figures = [(name, value) for report in terminalreporter.getreports("passed") for name, value in report.user_properties]
+    figures = [
+        (name, value)
+        for report in terminalreporter.getreports("passed")
+        for name, value in report.user_properties
+    ]
     if figures:
         terminalreporter.section("measured")
         for name, value in figures:
             terminalreporter.line(f"{name}: {value}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give the property tests a fixed budget, the same examples each time; at full size new ones each time."""
+    hypothesis.settings.register_profile("short", max_examples=100, derandomize=True, deadline=None)
+    hypothesis.settings.register_profile("long", max_examples=5000, deadline=None)
+    hypothesis.settings.load_profile("long" if config.getoption("--long") else "short")
 
 
 @pytest.fixture(scope="session")
@@ -208,12 +224,20 @@ class Sandbox:
     def post(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """Post JSON to an admin endpoint and return what it answers."""
         headers = {"Content-Type": "application/json"}
-        return self._call(urllib.request.Request(self.url + path, data=json.dumps(body or {}).encode(), headers=headers, method="POST"))
+        return self._call(
+            urllib.request.Request(
+                self.url + path, data=json.dumps(body or {}).encode(), headers=headers, method="POST"
+            )
+        )
 
     def patch(self, path: str, body: dict[str, Any]) -> Any:
         """Change something by an admin endpoint and return what it answers."""
         headers = {"Content-Type": "application/json"}
-        return self._call(urllib.request.Request(self.url + path, data=json.dumps(body).encode(), headers=headers, method="PATCH"))
+        return self._call(
+            urllib.request.Request(
+                self.url + path, data=json.dumps(body).encode(), headers=headers, method="PATCH"
+            )
+        )
 
     def delete(self, path: str) -> None:
         """Delete something by an admin endpoint."""

@@ -32,7 +32,11 @@ class Mailbox:
                     if verb == b"DATA":
                         self._say("354 go on")
                         data = b"".join(iter(self.rfile.readline, b".\r\n"))
-                        box.mails.append(email.message_from_bytes(data.replace(b"\r\n..", b"\r\n."), policy=email.policy.default))
+                        box.mails.append(
+                            email.message_from_bytes(
+                                data.replace(b"\r\n..", b"\r\n."), policy=email.policy.default
+                            )
+                        )
                     self._say("221 bye" if verb == b"QUIT" else "250 fine")
                     if verb == b"QUIT":
                         return
@@ -46,8 +50,16 @@ class Mailbox:
     @property
     def connection(self) -> str:
         """The Airflow connection that leads here, as JSON."""
-        extra = {"disable_ssl": True, "disable_tls": True, "from_email": "airflow@merchant.example", "timeout": 10, "retry_limit": 1}
-        return json.dumps({"conn_type": "smtp", "host": HOST, "port": self._server.server_address[1], "extra": extra})
+        extra = {
+            "disable_ssl": True,
+            "disable_tls": True,
+            "from_email": "airflow@merchant.example",
+            "timeout": 10,
+            "retry_limit": 1,
+        }
+        return json.dumps(
+            {"conn_type": "smtp", "host": HOST, "port": self._server.server_address[1], "extra": extra}
+        )
 
     def about(self, words: str) -> list[EmailMessage]:
         """Return the mails that hold these words."""
@@ -94,7 +106,10 @@ class StatsD:
 
     def values(self, name: str) -> list[float]:
         """Return what was told of a metric of the project."""
-        found = [re.fullmatch(rf"airflow\.payroc_refunds\.{re.escape(name)}:([0-9.]+)\|(?:c|g|ms)", line) for line in self.lines]
+        found = [
+            re.fullmatch(rf"airflow\.payroc_refunds\.{re.escape(name)}:([0-9.]+)\|(?:c|g|ms)", line)
+            for line in self.lines
+        ]
         return [float(match[1]) for match in found if match]
 
     def __enter__(self) -> Self:

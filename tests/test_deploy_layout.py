@@ -67,9 +67,18 @@ def commands(page: str, block: int = 0) -> str:
 
 def run(script: str, folder: Path) -> None:
     """Run a script as a person would in a terminal, but stop at the first error."""
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"} | without_isolation()
+    environment = (
+        os.environ
+        | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+        | without_isolation()
+    )
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=100
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -105,7 +114,9 @@ def strange_python(folder: Path) -> Path:
 def install(python: Path, what: list[str], folder: Path) -> None:
     command = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", *what]
     # On the tests' own path pip would find this project installed already.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | without_isolation()
+    environment = {
+        name: value for name, value in os.environ.items() if name != "PYTHONPATH"
+    } | without_isolation()
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
 
@@ -121,7 +132,9 @@ def look(python: Path, home: Path, **variables: str) -> dict[str, Any]:
     }
     # -P: the folder in which a process was started is not on the path of Airflow's processes either.
     command = [str(python), "-P", "-c", PROBE]
-    done = subprocess.run(command, cwd=home, env=environment | variables, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        command, cwd=home, env=environment | variables, capture_output=True, text=True, timeout=100
+    )
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.partition("FOUND")[2])
     return found
@@ -142,7 +155,11 @@ def everything() -> dict[str, Any]:
 
 def names(requirements: str) -> list[str]:
     """Return the packages of a requirements file, in its order, with their extras and without versions."""
-    return [line.partition("==")[0] for line in requirements.splitlines() if line and not line.startswith(("#", "-", "/"))]
+    return [
+        line.partition("==")[0]
+        for line in requirements.splitlines()
+        if line and not line.startswith(("#", "-", "/"))
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +210,13 @@ def test_as_the_repository_stands_airflow_does_not_find_include_by_itself(tmp_pa
 
 def test_the_astro_project_has_what_the_runtime_image_copies(astro: Path, needed: list[str]) -> None:
     # https://astronomer.io/docs/astro/create-project; a missing packages.txt or requirements.txt ends the build.
-    assert {path.name for path in astro.iterdir()} >= {"dags", "include", "plugins", "requirements.txt", "packages.txt"}
+    assert {path.name for path in astro.iterdir()} >= {
+        "dags",
+        "include",
+        "plugins",
+        "requirements.txt",
+        "packages.txt",
+    }
     assert names((astro / "requirements.txt").read_text()) == needed
 
 
@@ -201,7 +224,10 @@ def test_airflow_finds_everything_in_the_astro_project(astro: Path, tmp_path: Pa
     # The image copies the project to /usr/local/airflow, then the Dockerfile's own lines are run there.
     home = shutil.copytree(astro, tmp_path / "home")
     dockerfile = blocks(PAGES / "astronomer.md", "dockerfile")[0]
-    path, options = re.search(r"^ENV PYTHONPATH=(.*)$", dockerfile, re.M), re.search(r"^RUN pip install (.*)$", dockerfile, re.M)
+    path, options = (
+        re.search(r"^ENV PYTHONPATH=(.*)$", dockerfile, re.M),
+        re.search(r"^RUN pip install (.*)$", dockerfile, re.M),
+    )
     assert path is not None
     assert options is not None
     python = strange_python(tmp_path / "venv")
@@ -209,7 +235,9 @@ def test_airflow_finds_everything_in_the_astro_project(astro: Path, tmp_path: Pa
     assert look(python, home, PYTHONPATH=path[1].replace("/usr/local/airflow", str(home))) == everything()
 
 
-def test_mwaas_requirements_name_a_constraint_and_the_wheel_and_what_the_project_needs(mwaa: Path, needed: list[str]) -> None:
+def test_mwaas_requirements_name_a_constraint_and_the_wheel_and_what_the_project_needs(
+    mwaa: Path, needed: list[str]
+) -> None:
     text = (mwaa / "build" / "requirements.txt").read_text()
     constraint, wheel, *_ = text.splitlines()
     # The pattern is that of MWAA's image; https://docs.aws.amazon.com/mwaa/latest/userguide/airflow-versions.html demands a constraint.
@@ -236,16 +264,22 @@ def test_airflow_finds_everything_in_mwaas_plugins_zip_without_pythonpath(mwaa: 
     assert look(python, home, PYTHONPATH="/python") == everything()
 
 
-def test_composers_bucket_has_the_two_folders_that_are_brought_to_all_components(composer: Path, needed: list[str]) -> None:
+def test_composers_bucket_has_the_two_folders_that_are_brought_to_all_components(
+    composer: Path, needed: list[str]
+) -> None:
     # https://cloud.google.com/composer/docs/composer-3/cloud-storage
     bucket = composer / "build" / "bucket"
     assert {path.name for path in bucket.iterdir()} == {"dags", "plugins"}
-    assert {path.name for path in bucket.glob("dags/*.py")} == {path.name for path in (ROOT / "dags").glob("*.py")}
+    assert {path.name for path in bucket.glob("dags/*.py")} == {
+        path.name for path in (ROOT / "dags").glob("*.py")
+    }
     assert (composer / "build" / "pypi-packages.txt").read_text().splitlines() == needed
 
 
 @pytest.mark.parametrize("path", [True, False], ids=["with PYTHONPATH", "without PYTHONPATH"])
-def test_airflow_finds_all_in_composers_bucket_and_without_pythonpath_all_but_the_form(composer: Path, tmp_path: Path, path: bool) -> None:
+def test_airflow_finds_all_in_composers_bucket_and_without_pythonpath_all_but_the_form(
+    composer: Path, tmp_path: Path, path: bool
+) -> None:
     home = shutil.copytree(composer / "build" / "bucket", tmp_path / "home")
     variables = {"PYTHONPATH": str(home / "plugins")} if path else {}
     found = look(strange_python(tmp_path / "venv"), home, **variables)
@@ -253,11 +287,17 @@ def test_airflow_finds_all_in_composers_bucket_and_without_pythonpath_all_but_th
 
 
 @pytest.mark.parametrize("page", ["mwaa", "composer"])
-def test_what_is_uploaded_brings_the_sql_files_but_no_local_payroc_and_no_bytecode(page: str, request: pytest.FixtureRequest) -> None:
+def test_what_is_uploaded_brings_the_sql_files_but_no_local_payroc_and_no_bytecode(
+    page: str, request: pytest.FixtureRequest
+) -> None:
     build = request.getfixturevalue(page) / "build"
     plugins = build / "plugins" if page == "mwaa" else build / "bucket" / "plugins"
     uploaded = {str(path.relative_to(plugins)) for path in plugins.rglob("*")}
-    assert {"include/sql/select_approved.sql", "include/sql/write_back.sql", "include/refunds/send.py"} <= uploaded
+    assert {
+        "include/sql/select_approved.sql",
+        "include/sql/write_back.sql",
+        "include/refunds/send.py",
+    } <= uploaded
     assert [name for name in sorted(uploaded) if "sandbox" in name or "__pycache__" in name] == []
 
 
@@ -266,7 +306,9 @@ def documents(page: str) -> Iterator[dict[str, Any]]:
         yield from yaml.safe_load_all(block)
 
 
-@pytest.mark.parametrize("page", sorted(path.name for path in PAGES.glob("*.md") if "```yaml" in path.read_text()))
+@pytest.mark.parametrize(
+    "page", sorted(path.name for path in PAGES.glob("*.md") if "```yaml" in path.read_text())
+)
 def test_the_yaml_of_the_pages_can_be_read(page: str) -> None:
     found = list(documents(page))
     assert found
@@ -290,16 +332,22 @@ def job() -> dict[str, Any]:
 def test_the_charts_values_run_the_image_that_was_built_with_the_version_of_the_requirements(
     values: dict[str, Any], job: dict[str, Any]
 ) -> None:
-    assert f"apache-airflow=={values['airflowVersion']}" in (ROOT / "requirements.txt").read_text().splitlines()
+    assert (
+        f"apache-airflow=={values['airflowVersion']}" in (ROOT / "requirements.txt").read_text().splitlines()
+    )
     image = values["images"]["airflow"]
     assert f"docker build -t {image['repository']}:{image['tag']} ." in commands("kubernetes.md")
     assert job["image"] == f"{image['repository']}:{image['tag']}"
 
 
-def test_the_charts_values_give_tasks_all_they_need_from_secrets_that_were_made(values: dict[str, Any], job: dict[str, Any]) -> None:
+def test_the_charts_values_give_tasks_all_they_need_from_secrets_that_were_made(
+    values: dict[str, Any], job: dict[str, Any]
+) -> None:
     made = {
         (secret, key.partition("=")[0])
-        for secret, keys in re.findall(r"create secret generic (\S+) (.*)$", commands("kubernetes.md", 1), re.M)
+        for secret, keys in re.findall(
+            r"create secret generic (\S+) (.*)$", commands("kubernetes.md", 1), re.M
+        )
         for key in re.findall(r"--from-file=(\S+)", keys)
     }
     used = {(entry["secretName"], entry["secretKey"]) for entry in values["secret"]}
@@ -312,11 +360,17 @@ def test_the_charts_values_give_tasks_all_they_need_from_secrets_that_were_made(
     }
 
 
-def test_the_charts_values_set_settings_that_exist_and_the_pool_of_the_send_tasks(values: dict[str, Any]) -> None:
+def test_the_charts_values_set_settings_that_exist_and_the_pool_of_the_send_tasks(
+    values: dict[str, Any],
+) -> None:
     from payroc_airflow.pools import POOL
 
     plain = {entry["name"]: entry["value"] for entry in values["env"]}
-    settings = {name.removeprefix("PAYROC_REFUNDS_").lower(): value for name, value in plain.items() if name.startswith("PAYROC_REFUNDS_")}
+    settings = {
+        name.removeprefix("PAYROC_REFUNDS_").lower(): value
+        for name, value in plain.items()
+        if name.startswith("PAYROC_REFUNDS_")
+    }
     assert settings
     assert settings.keys() <= Settings.model_fields.keys()
     # The values are strings, as a container's environment demands; a number would be refused by Kubernetes.
@@ -324,14 +378,21 @@ def test_the_charts_values_set_settings_that_exist_and_the_pool_of_the_send_task
     assert f"airflow pools set {POOL} 4 " in values["migrateDatabaseJob"]["args"][-1]
 
 
-def test_the_job_of_the_kubernetes_page_migrates_a_ledger(job: dict[str, Any], postgres: PostgresServer) -> None:
+def test_the_job_of_the_kubernetes_page_migrates_a_ledger(
+    job: dict[str, Any], postgres: PostgresServer
+) -> None:
     postgres.create_database("ledger_of_the_job")
     url = postgres.url("ledger_of_the_job").set(drivername="postgres").render_as_string(hide_password=False)
     (variable,) = [entry["name"] for entry in job["env"]]
     program, *arguments = job["args"]
     assert program == "python"
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=os.environ | {variable: url}, capture_output=True, text=True, timeout=100
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | {variable: url},
+        capture_output=True,
+        text=True,
+        timeout=100,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("The ledger is at revision")

@@ -16,7 +16,11 @@ from tests.conftest import ROOT
 from tests.dags.conftest import Runner, run_dag, world  # noqa: F401 - fixtures
 from tests.refunds.conftest import World
 
-DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "include" / "sandbox" / "README.md"]
+DOCS = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    ROOT / "include" / "sandbox" / "README.md",
+]
 
 
 def blocks(document: Path, language: str) -> list[str]:
@@ -34,7 +38,12 @@ def test_links_to_files_lead_to_files(document: Path) -> None:
 def test_the_commands_of_make_that_the_docs_name_exist() -> None:
     known = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     named = {name for document in DOCS for name in re.findall(r"`?\bmake ([a-z-]+)`", document.read_text())}
-    named |= {name for document in DOCS for block in blocks(document, "console") for name in re.findall(r"^\$ make ([a-z-]+)", block, re.M)}
+    named |= {
+        name
+        for document in DOCS
+        for block in blocks(document, "console")
+        for name in re.findall(r"^\$ make ([a-z-]+)", block, re.M)
+    }
     assert named
     assert named <= known
 
@@ -48,11 +57,17 @@ def test_the_settings_that_the_docs_name_exist() -> None:
 
     known = {f"PAYROC_REFUNDS_{name.upper()}" for name in Settings.model_fields}
     known |= {"PAYROC_REFUNDS_LEDGER_URL", "PAYROC_REFUNDS_SOURCE_URL"}
-    named = {name for document in DOCS for name in re.findall(r"PAYROC_REFUNDS_[A-Z_]+[A-Z]", document.read_text())}
+    named = {
+        name for document in DOCS for name in re.findall(r"PAYROC_REFUNDS_[A-Z_]+[A-Z]", document.read_text())
+    }
     assert named <= known
 
 
-def test_the_example_of_the_hook_counts_refunds_by_status(world: World, airflow_database: None, tmp_path: Path) -> None:  # noqa: F811
+def test_the_example_of_the_hook_counts_refunds_by_status(
+    world: World,  # noqa: F811
+    airflow_database: None,
+    tmp_path: Path,
+) -> None:
     from airflow.dag_processing.dagbag import DagBag
 
     world.send(world.released(processing_terminal_id="2201001"))
@@ -63,7 +78,10 @@ def test_the_example_of_the_hook_counts_refunds_by_status(world: World, airflow_
     assert task.python_callable(params={"processing_terminal_id": "2201001"})["ready"] >= 1
 
 
-def test_the_worked_example_of_the_readme_pulls_from_and_writes_back_to_a_table_with_other_names(world: World, tmp_path: Path) -> None:  # noqa: F811
+def test_the_worked_example_of_the_readme_pulls_from_and_writes_back_to_a_table_with_other_names(
+    world: World,  # noqa: F811
+    tmp_path: Path,
+) -> None:
     table, select, update = blocks(ROOT / "README.md", "sql")
     row: dict[str, Any] = {
         "number": 7001,
@@ -85,7 +103,11 @@ def test_the_worked_example_of_the_readme_pulls_from_and_writes_back_to_a_table_
         )
     for name, sql in (("select_approved.sql", select), ("write_back.sql", update)):
         (tmp_path / name).write_text(sql)
-    world.source = SqlSource(world.source_engine, select_approved=tmp_path / "select_approved.sql", write_back=tmp_path / "write_back.sql")
+    world.source = SqlSource(
+        world.source_engine,
+        select_approved=tmp_path / "select_approved.sql",
+        write_back=tmp_path / "write_back.sql",
+    )
     pulled = world.pull()
     assert (pulled.new, pulled.invalid) == (1, {})
     world.send(world.release()[0])

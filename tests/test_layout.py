@@ -26,9 +26,9 @@ def imports(file: Path) -> set[str]:
             case ast.ImportFrom(level=level) if level > 0:
                 # Relative imports are resolved by where a file stands; the project has none, and this test relies on it.
                 found.add("a relative import")
-            case ast.Call(func=function, args=[ast.Constant(value=str(name)), *_]) if ast.unparse(function).endswith(
-                ("import_module", "__import__")
-            ):
+            case ast.Call(func=function, args=[ast.Constant(value=str(name)), *_]) if ast.unparse(
+                function
+            ).endswith(("import_module", "__import__")):
                 found.add(name)
     return found
 
@@ -51,13 +51,22 @@ def offenders(folder: str, forbidden: set[str]) -> list[str]:
 
 def top_level_modules(folder: str) -> set[str]:
     """Return the names under which what stands directly in a folder can be imported, when the folder is on the path."""
-    return {path.stem for path in (ROOT / folder).iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    return {
+        path.stem
+        for path in (ROOT / folder).iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").is_file()
+    }
 
 
 @pytest.mark.parametrize(
     ("folder", "forbidden"),
     [
-        ("include", {"airflow", "plugins", "dags", "tests", "demo"} | top_level_modules("plugins") | top_level_modules("dags")),
+        (
+            "include",
+            {"airflow", "plugins", "dags", "tests", "demo"}
+            | top_level_modules("plugins")
+            | top_level_modules("dags"),
+        ),
         ("plugins", {"dags", "tests", "demo"} | top_level_modules("dags")),
         # Under this name the package would exist twice: once here, once on the path that holds plugins/.
         ("plugins", {"plugins"}),
@@ -72,7 +81,11 @@ def top_level_modules(folder: str) -> set[str]:
 def test_no_file_imports_from_a_room_that_it_must_not_know(folder: str, forbidden: set[str]) -> None:
     if folder == ".":
         # Payroc's own SDK owns the name; a file that imports it would work only where the SDK is installed.
-        folders = [path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".") and any(path.rglob("*.py"))]
+        folders = [
+            path.name
+            for path in ROOT.iterdir()
+            if path.is_dir() and not path.name.startswith(".") and any(path.rglob("*.py"))
+        ]
         assert {"dags", "plugins", "include", "tests"} <= set(folders)
         assert [line for name in folders for line in offenders(name, forbidden)] == []
     else:
@@ -88,11 +101,19 @@ def test_the_walk_sees_an_import_wherever_it_hides(tmp_path: Path) -> None:
         "from include import sandbox\n"
         "from . import near\n"
     )
-    assert imports(file) >= {"airflow.sdk", "dags.payroc_refunds", "payroc", "include.sandbox", "a relative import"}
+    assert imports(file) >= {
+        "airflow.sdk",
+        "dags.payroc_refunds",
+        "payroc",
+        "include.sandbox",
+        "a relative import",
+    }
 
 
 def test_no_file_of_the_project_imports_relatively() -> None:
-    assert [line for folder in ("dags", "plugins", "include") for line in offenders(folder, {"a relative import"})] == []
+    assert [
+        line for folder in ("dags", "plugins", "include") for line in offenders(folder, {"a relative import"})
+    ] == []
 
 
 def test_the_plugin_loader_is_told_to_leave_the_package_alone() -> None:
@@ -115,5 +136,7 @@ taken = [name for name in {sorted(stems)!r} if str(getattr(sys.modules.get(name)
 assert taken == [], taken
 """
     # In a process of its own: Airflow loads its plugins once for each, and what the loader did to this one could not be told.
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stderr

@@ -19,7 +19,10 @@ from benchmarks.peers.models import APPROVED, PAID, AccessToken, RefundAnswer, b
 async def pay(database: str, payroc: str, concurrency: int, limit: int) -> dict[str, float]:
     """Pay at most so many approved refunds."""
     connector = aiohttp.TCPConnector(limit=concurrency)
-    async with asyncpg.create_pool(database, min_size=8, max_size=16) as pool, aiohttp.ClientSession(connector=connector) as session:
+    async with (
+        asyncpg.create_pool(database, min_size=8, max_size=16) as pool,
+        aiohttp.ClientSession(connector=connector) as session,
+    ):
         began = time.perf_counter()
         async with session.post(f"{payroc}/authorize", headers={"x-api-key": "key"}) as answer:
             token = AccessToken.model_validate_json(await answer.read())
@@ -33,10 +36,14 @@ async def pay(database: str, payroc: str, concurrency: int, limit: int) -> dict[
                 "Content-Type": "application/json",
             }
             async with turn:
-                async with session.post(f"{payroc}/v1/bank-transfer-refunds", data=body_of(row), headers=headers) as answer:
+                async with session.post(
+                    f"{payroc}/v1/bank-transfer-refunds", data=body_of(row), headers=headers
+                ) as answer:
                     answer.raise_for_status()
                     refund = RefundAnswer.model_validate_json(await answer.read())
-                await pool.execute(PAID, row["source_ref"], refund.refund_id, refund.transaction_result.status)
+                await pool.execute(
+                    PAID, row["source_ref"], refund.refund_id, refund.transaction_result.status
+                )
 
         async with asyncio.TaskGroup() as tasks:
             for row in rows:

@@ -29,7 +29,18 @@ NAMESPACE = uuid.UUID("5d1f6a0e-6f0c-4f43-9a55-6a4c0f2f3d11")
 
 
 def _post(row: tuple[Any, ...], token: str) -> dict[str, Any]:
-    order_id, terminal, description, amount, currency, name, account_type, sec_code, routing_number, account_number = row
+    (
+        order_id,
+        terminal,
+        description,
+        amount,
+        currency,
+        name,
+        account_type,
+        sec_code,
+        routing_number,
+        account_number,
+    ) = row
     method = {"type": "ach", "nameOnAccount": name, "accountType": account_type, "secCode": sec_code}
     body = {
         "processingTerminalId": terminal,
@@ -37,7 +48,11 @@ def _post(row: tuple[Any, ...], token: str) -> dict[str, Any]:
         "refundMethod": {**method, "routingNumber": routing_number, "accountNumber": account_number},
     }
     key = uuid.UUID(bytes=uuid.uuid5(NAMESPACE, order_id).bytes, version=4)
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {token}", "Idempotency-Key": str(key)}
+    headers = {
+        "Content-Type": "application/json",
+        "Authorization": f"Bearer {token}",
+        "Idempotency-Key": str(key),
+    }
     return {"data": json.dumps(body), "headers": headers}
 
 
@@ -46,14 +61,21 @@ def _result(response: requests.Response) -> list[str]:
     return [refund["refundId"], refund["transactionResult"]["status"], refund["order"]["orderId"]]
 
 
-with DAG("http_operator", doc_md=__doc__, schedule=None, default_args={"retries": 3, "retry_delay": timedelta(seconds=10)}) as dag:
+with DAG(
+    "http_operator",
+    doc_md=__doc__,
+    schedule=None,
+    default_args={"retries": 3, "retry_delay": timedelta(seconds=10)},
+) as dag:
 
     @task
     def read() -> list[dict[str, Any]]:
         """Return what each task posts."""
         connection = BaseHook.get_connection("payroc_http")
         identity = connection.extra_dejson["identity_url"]
-        answer = requests.post(f"{identity}/authorize", headers={"x-api-key": connection.password or ""}, timeout=30)
+        answer = requests.post(
+            f"{identity}/authorize", headers={"x-api-key": connection.password or ""}, timeout=30
+        )
         answer.raise_for_status()
         rows = PostgresHook("refunds_source").get_records(ROWS)
         return [_post(row, answer.json()["access_token"]) for row in rows]

@@ -18,7 +18,10 @@ from benchmarks.peers.models import APPROVED, PAID, AccessToken, RefundAnswer, b
 async def pay(database: str, payroc: str, concurrency: int, limit: int) -> dict[str, float]:
     """Pay at most so many approved refunds."""
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
-    async with asyncpg.create_pool(database, min_size=8, max_size=16) as pool, httpx.AsyncClient(limits=limits, timeout=30) as client:
+    async with (
+        asyncpg.create_pool(database, min_size=8, max_size=16) as pool,
+        httpx.AsyncClient(limits=limits, timeout=30) as client,
+    ):
         began = time.perf_counter()
         answer = await client.post(f"{payroc}/authorize", headers={"x-api-key": "key"})
         token = AccessToken.model_validate_json(answer.content)
@@ -32,10 +35,14 @@ async def pay(database: str, payroc: str, concurrency: int, limit: int) -> dict[
                 "Content-Type": "application/json",
             }
             async with turn:
-                answer = await client.post(f"{payroc}/v1/bank-transfer-refunds", content=body_of(row), headers=headers)
+                answer = await client.post(
+                    f"{payroc}/v1/bank-transfer-refunds", content=body_of(row), headers=headers
+                )
                 answer.raise_for_status()
                 refund = RefundAnswer.model_validate_json(answer.content)
-                await pool.execute(PAID, row["source_ref"], refund.refund_id, refund.transaction_result.status)
+                await pool.execute(
+                    PAID, row["source_ref"], refund.refund_id, refund.transaction_result.status
+                )
 
         async with asyncio.TaskGroup() as tasks:
             for row in rows:

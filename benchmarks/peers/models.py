@@ -88,7 +88,12 @@ def body_of(row: Mapping[str, Any]) -> bytes:
     """Return the body of the POST for a row."""
     request = RefundRequest(
         processing_terminal_id=row["processing_terminal_id"],
-        order=Order(order_id=row["order_id"], description=row["description"], amount=row["amount"], currency=row["currency"]),
+        order=Order(
+            order_id=row["order_id"],
+            description=row["description"],
+            amount=row["amount"],
+            currency=row["currency"],
+        ),
         refund_method=RefundMethod(
             name_on_account=row["name_on_account"],
             account_type=row["account_type"],

@@ -135,7 +135,9 @@ class RefundOrder(_Request):
     @classmethod
     def _known_currency(cls, value: str) -> str:
         if value not in CURRENCIES:
-            raise PydanticCustomError("currency", "must be an ISO 4217 code in capitals that Payroc lists, such as USD")
+            raise PydanticCustomError(
+                "currency", "must be an ISO 4217 code in capitals that Payroc lists, such as USD"
+            )
         return value
 
 
@@ -154,8 +156,12 @@ class AchMethod(_Request):
     type: Literal["ach"] = "ach"
     sec_code: SecCode
     account_type: AccountType
-    name_on_account: Annotated[SecretStr, _secret(lambda value: 1 <= len(value) <= 50, "must have 1 to 50 characters")]
-    account_number: Annotated[SecretStr, _secret(lambda value: _digits(value, 4, 17), "must be 4 to 17 digits")]
+    name_on_account: Annotated[
+        SecretStr, _secret(lambda value: 1 <= len(value) <= 50, "must have 1 to 50 characters")
+    ]
+    account_number: Annotated[
+        SecretStr, _secret(lambda value: _digits(value, 4, 17), "must be 4 to 17 digits")
+    ]
     routing_number: Annotated[SecretStr, _secret(lambda value: _digits(value, 9, 9), "must be 9 digits")]
 
     @field_validator("routing_number")
@@ -165,7 +171,9 @@ class AchMethod(_Request):
         wanted = (info.context or {}).get("aba_checksum", True)
         # Nine zeros pass the checksum and are no bank.
         if wanted and (number == "000000000" or not aba_checksum_valid(number)):
-            raise PydanticCustomError("aba_checksum", "is not a valid ABA routing number: the check digit does not fit")
+            raise PydanticCustomError(
+                "aba_checksum", "is not a valid ABA routing number: the check digit does not fit"
+            )
         return value
 
 
@@ -179,7 +187,9 @@ class SecureTokenMethod(_Request):
     """
 
     type: Literal["secureToken"] = "secureToken"
-    token: Annotated[SecretStr, _secret(lambda value: 12 <= len(value) <= 19, "must have 12 to 19 characters")]
+    token: Annotated[
+        SecretStr, _secret(lambda value: 12 <= len(value) <= 19, "must have 12 to 19 characters")
+    ]
     account_type: AccountType | None = None
     sec_code: SecCode | None = None
 
@@ -215,7 +225,9 @@ class Customer(_Request):
     @field_validator("contact_methods")
     @classmethod
     def _unique(cls, value: tuple[ContactMethod, ...] | None) -> tuple[ContactMethod, ...] | None:
-        if value is not None and len({(item.type, item.value.get_secret_value()) for item in value}) != len(value):
+        if value is not None and len({(item.type, item.value.get_secret_value()) for item in value}) != len(
+            value
+        ):
             raise PydanticCustomError("unique", "must not repeat a contact method")
         return value
 
@@ -383,7 +395,9 @@ class Refund(_Answer):
     @property
     def refund_key(self) -> str | None:
         """The idempotency key that we sent along as a custom field."""
-        return next((field.value for field in self.custom_fields or () if field.name == REFUND_KEY_FIELD), None)
+        return next(
+            (field.value for field in self.custom_fields or () if field.name == REFUND_KEY_FIELD), None
+        )
 
 
 def _refund_or_none(value: object) -> Refund | None:
@@ -427,7 +441,9 @@ class AccessToken(_Answer):
 
     model_config = ConfigDict(alias_generator=None)
 
-    access_token: Annotated[SecretStr, _secret(lambda value: re.fullmatch(r"[!-~]+", value) is not None, "must be visible ASCII")]
+    access_token: Annotated[
+        SecretStr, _secret(lambda value: re.fullmatch(r"[!-~]+", value) is not None, "must be visible ASCII")
+    ]
     expires_in: Annotated[int, Field(gt=0)]
     token_type: str = "Bearer"  # noqa: S105 - the name of a scheme
     scope: str | None = None

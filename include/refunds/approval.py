@@ -49,7 +49,11 @@ class Question:
                 "",
                 f"Payees to whom nothing was released before: **{self.basis['new_payees']:,}**",
                 "",
-                *([f"Beside these, {self.basis['again']:,} that were released before and not sent.", ""] if self.basis["again"] else []),
+                *(
+                    [f"Beside these, {self.basis['again']:,} that were released before and not sent.", ""]
+                    if self.basis["again"]
+                    else []
+                ),
                 f"Released today without a person before: {sums(self.today)}.",
                 "",
                 f"{self.why} Approve releases exactly these refunds; what the source adds meanwhile waits for the next run, and what it "

@@ -42,7 +42,9 @@ class Head:
         """
         found = re.fullmatch(r"(\d{1,18}):([0-9a-f]{16,64})", given.strip())
         if found is None:
-            raise HeadError(f"{given!r} is no head of the audit trail, such as 1234:9f86d081884c7d65, as reports show it.")
+            raise HeadError(
+                f"{given!r} is no head of the audit trail, such as 1234:9f86d081884c7d65, as reports show it."
+            )
         return cls(int(found[1]), found[2])
 
 
@@ -81,7 +83,9 @@ async def verify_audit(engine: LedgerEngine, known: Iterable[Head] = ()) -> Audi
         await _check_the_rest(connection, audited)
     end = audited.head.position if audited.head else 0
     for position in sorted(position for position in expected if position > end):
-        audited.findings.append(f"The trail ends before event {position}, which was its end once: later events were removed.")
+        audited.findings.append(
+            f"The trail ends before event {position}, which was its end once: later events were removed."
+        )
     return audited
 
 
@@ -103,7 +107,9 @@ async def _check_chain(connection: Connection, audited: Audited, expected: dict[
         for row in rows:
             audited.findings += _findings(row, position, previous)
             if row.position in expected and not row.hash.startswith(expected[row.position]):
-                audited.findings.append(f"Event {row.position} of the trail has another hash than the one that was kept of it.")
+                audited.findings.append(
+                    f"Event {row.position} of the trail has another hash than the one that was kept of it."
+                )
             # From here on the chain counts as it stands, so that one changed event is one finding.
             position, previous = row.position, row.hash
             audited.events += 1
@@ -114,7 +120,11 @@ async def _check_chain(connection: Connection, audited: Audited, expected: dict[
 def _findings(row: Any, position: int, previous: str) -> list[str]:
     if row.position != position + 1:
         first, last = position + 1, row.position - 1
-        return [f"Event {first} of the trail was removed." if first == last else f"Events {first} to {last} of the trail were removed."]
+        return [
+            f"Event {first} of the trail was removed."
+            if first == last
+            else f"Events {first} to {last} of the trail were removed."
+        ]
     if not row.there:
         return [f"Event {row.position} of the trail (id {row.event_id}) was removed."]
     if event_hash(previous, row.fields) != row.hash:
@@ -126,7 +136,10 @@ async def _check_the_rest(connection: Connection, audited: Audited) -> None:
     unchained = """
         SELECT event.id FROM refund_ledger.refund_events AS event
         WHERE NOT EXISTS (SELECT FROM refund_ledger.refund_event_chain AS chain WHERE chain.event_id = event.id) ORDER BY event.id"""
-    audited.findings += [f"Event with the id {row.id} was inserted beside the trail." for row in await connection.execute(unchained)]
+    audited.findings += [
+        f"Event with the id {row.id} was inserted beside the trail."
+        for row in await connection.execute(unchained)
+    ]
     # The end of a chain can be cut off without a trace in it; a refund whose status has no event shows it.
     without_event = """
         SELECT r.id, r.status, last.to_status FROM refund_ledger.refunds_masked AS r

@@ -60,10 +60,16 @@ def is_confirmed(case: Case, decision: Mapping[str, str], by: str) -> bool:
     :raises DecisionRefused: when the same person says the same again.
     """
     proposal = case.proposal
-    if proposal is None or case.now - proposal.at > PROPOSAL_VALID or dict(proposal.decision) != dict(decision):
+    if (
+        proposal is None
+        or case.now - proposal.at > PROPOSAL_VALID
+        or dict(proposal.decision) != dict(decision)
+    ):
         return False
     if same_person(proposal.by, by):
-        raise DecisionRefused(f"{proposal.by} proposed this already; a different person has to run the same command.")
+        raise DecisionRefused(
+            f"{proposal.by} proposed this already; a different person has to run the same command."
+        )
     return True
 
 

@@ -61,7 +61,9 @@ class Cipher:
         """Return the body encrypted with the first key."""
         return Sealed(self._fernet.encrypt(body), self.key_ids[0])
 
-    def open(self, sealed: bytes, expected_sha256: str, refund_id: int, sealed_with: str | None = None) -> bytes:
+    def open(
+        self, sealed: bytes, expected_sha256: str, refund_id: int, sealed_with: str | None = None
+    ) -> bytes:
         """
         Return the frozen body, proven to be the one that was stored.
 

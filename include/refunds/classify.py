@@ -68,7 +68,11 @@ class Verdict:
     @property
     def is_hit(self) -> bool:
         """Whether Payroc holds an object that is or may be ours and is not declined: money moved, or may still move."""
-        return self.contradiction or self.unclear or (self.sighting is not None and self.outcome is not Outcome.REJECTED)
+        return (
+            self.contradiction
+            or self.unclear
+            or (self.sighting is not None and self.outcome is not Outcome.REJECTED)
+        )
 
 
 # Payroc's words (API reference, transactionResult.status). Any other word is for people: see judge_object.
@@ -120,7 +124,12 @@ def judge_object(found: models.Refund, refund: Refund, http_status: int | None =
     if status is Status.REJECTED:
         return Verdict(Outcome.REJECTED, "Declined by the bank.", http_status, sighting=sighting)
     if status is Status.REVIEW:
-        return Verdict(Outcome.REVIEW, f"Payroc's status is '{word}', which people must look at.", http_status, sighting=sighting)
+        return Verdict(
+            Outcome.REVIEW,
+            f"Payroc's status is '{word}', which people must look at.",
+            http_status,
+            sighting=sighting,
+        )
     return Verdict(Outcome.ACCEPTED, _REASON_OF_STATUS[status], http_status, sighting=sighting)
 
 
@@ -136,19 +145,36 @@ def judge_error(error: PayrocError, refund: Refund, history: History) -> Verdict
     :param history: what its earlier attempts left behind.
     """
     status = error.http_status
-    if isinstance(error, PayrocNoAnswer) or status is None or status < 300 or status >= 500 or status in _TRANSIENT:
+    if (
+        isinstance(error, PayrocNoAnswer)
+        or status is None
+        or status < 300
+        or status >= 500
+        or status in _TRANSIENT
+    ):
         return _verdict(Outcome.UNKNOWN, str(error), error)
     if status == 401 or error.problem_type == problems.NOT_AUTHORIZED:
         return _judge_unauthorized(error, history)
     if not isinstance(error, PayrocProblem) or error.problem_type is None:
-        return _verdict(Outcome.CONFIGURATION, f"{error}; something between us and Payroc answered.", error, pause=EVERYTHING)
+        return _verdict(
+            Outcome.CONFIGURATION,
+            f"{error}; something between us and Payroc answered.",
+            error,
+            pause=EVERYTHING,
+        )
     match error.problem_type:
         case problems.IDEMPOTENCY_KEY_IN_USE:
             if history.unresolved and not history.key_in_use:
-                return _verdict(Outcome.UNKNOWN, f"{error}; an earlier attempt may still be running there.", error)
-            return _verdict(Outcome.REVIEW, f"{error}; our key was used for another request.", error, look_up_first=True)
+                return _verdict(
+                    Outcome.UNKNOWN, f"{error}; an earlier attempt may still be running there.", error
+                )
+            return _verdict(
+                Outcome.REVIEW, f"{error}; our key was used for another request.", error, look_up_first=True
+            )
         case problems.RESOURCE_ALREADY_EXISTS:
-            return _verdict(Outcome.REVIEW, f"{error}; no refund with our key was found there.", error, look_up_first=True)
+            return _verdict(
+                Outcome.REVIEW, f"{error}; no refund with our key was found there.", error, look_up_first=True
+            )
         case problems.CAPABILITIES_MISSING:
             return _configuration(error, refund.processing_terminal_id)
         case problems.IDEMPOTENCY_KEY_MISSING:
@@ -171,13 +197,19 @@ def judge_look_up(found: list[models.Refund], refund: Refund) -> Verdict | None:
     ours = [item for item in same_order.values() if is_ours(item, refund)]
     if len(ours) > 1:
         ids = ", ".join(sorted(item.refund_id for item in ours))
-        return Verdict(Outcome.REVIEW, f"Payroc holds more than one refund of ours for this order: {ids}.", contradiction=True)
+        return Verdict(
+            Outcome.REVIEW,
+            f"Payroc holds more than one refund of ours for this order: {ids}.",
+            contradiction=True,
+        )
     if ours:
         return judge_object(ours[0], refund)
     if same_order:
         ids = ", ".join(sorted(same_order))
         unclear = any(not item.custom_fields for item in same_order.values())
-        return Verdict(Outcome.REVIEW, f"Payroc holds another refund with our order id: {ids}.", unclear=unclear)
+        return Verdict(
+            Outcome.REVIEW, f"Payroc holds another refund with our order id: {ids}.", unclear=unclear
+        )
     return None
 
 
@@ -192,12 +224,20 @@ def _judge_unauthorized(error: PayrocError, history: History) -> Verdict:
     if history.unauthorized_at is None:
         return _verdict(Outcome.UNKNOWN, f"{error}; the next attempt takes a new token.", error)
     reason = f"{error}; a new token was refused as well, so the API key lacks the right to refund."
-    return _verdict(Outcome.CONFIGURATION, reason, error, pause=EVERYTHING, not_processed=isinstance(error, PayrocProblem))
+    return _verdict(
+        Outcome.CONFIGURATION, reason, error, pause=EVERYTHING, not_processed=isinstance(error, PayrocProblem)
+    )
 
 
 def _configuration(error: PayrocError, scope: str) -> Verdict:
     about = ", ".join(error.parameters)
-    return _verdict(Outcome.CONFIGURATION, f"{error}{f', about {about}' if about else ''}.", error, pause=scope, not_processed=True)
+    return _verdict(
+        Outcome.CONFIGURATION,
+        f"{error}{f', about {about}' if about else ''}.",
+        error,
+        pause=scope,
+        not_processed=True,
+    )
 
 
 def _verdict(

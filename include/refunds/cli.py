@@ -69,8 +69,14 @@ The ledger is --ledger-url, else PAYROC_REFUNDS_LEDGER_URL, else AIRFLOW_CONN_RE
 for resolve and reissue: a second person has to run the command), 2 the command could not run, or was refused.""",
 )
 
-LedgerUrl = Annotated[str | None, typer.Option("--ledger-url", help="URL of the ledger's database, postgresql://…", show_default=False)]
-SourceUrl = Annotated[str | None, typer.Option("--source-url", help="URL of the source's database, postgresql://…", show_default=False)]
+LedgerUrl = Annotated[
+    str | None,
+    typer.Option("--ledger-url", help="URL of the ledger's database, postgresql://…", show_default=False),
+]
+SourceUrl = Annotated[
+    str | None,
+    typer.Option("--source-url", help="URL of the source's database, postgresql://…", show_default=False),
+]
 
 
 def _not_blank(value: str) -> str:
@@ -79,7 +85,15 @@ def _not_blank(value: str) -> str:
     return value
 
 
-By = Annotated[str, typer.Option("--by", help="Who does this, for the audit trail.", default_factory=getpass.getuser, callback=_not_blank)]
+By = Annotated[
+    str,
+    typer.Option(
+        "--by",
+        help="Who does this, for the audit trail.",
+        default_factory=getpass.getuser,
+        callback=_not_blank,
+    ),
+]
 Why = Annotated[str, typer.Option("--reason", help="Why, for the audit trail.", callback=_not_blank)]
 RefundId = Annotated[int, typer.Argument(help="The ledger's id, as `show` prints it.")]
 PayrocConnId = Annotated[str, typer.Option("--payroc-conn-id", help="Airflow connection to Payroc.")]
@@ -92,7 +106,10 @@ console = Console()
 @app.command()
 def migrate(
     url: LedgerUrl = None,
-    demo: Annotated[bool, typer.Option("--demo-source", help="Also create the table public.refund_requests in the source.")] = False,
+    demo: Annotated[
+        bool,
+        typer.Option("--demo-source", help="Also create the table public.refund_requests in the source."),
+    ] = False,
     source: SourceUrl = None,
 ) -> None:
     """Create the ledger's schema, or bring it to this version. Harmless to run again."""
@@ -112,7 +129,9 @@ def migrate(
 
 @app.command("import")
 def import_csv(
-    file: Annotated[Path, typer.Argument(help="CSV with a header of column names.", exists=True, dir_okay=False)],
+    file: Annotated[
+        Path, typer.Argument(help="CSV with a header of column names.", exists=True, dir_okay=False)
+    ],
     source: SourceUrl = None,
 ) -> None:
     """
@@ -126,19 +145,25 @@ def import_csv(
             lines = list(csv.DictReader(opened))
     except (csv.Error, UnicodeDecodeError):
         # The reader's own words may quote a line.
-        raise demo_source.ImportFailed(f"{file.name} is not a CSV file in UTF-8 that can be read: is a closing quote missing?") from None
+        raise demo_source.ImportFailed(
+            f"{file.name} is not a CSV file in UTF-8 that can be read: is a closing quote missing?"
+        ) from None
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("Importing", total=len(lines))
         result = demo_source.import_lines(source_url(source), lines, advance=lambda: progress.advance(task))
     for number, error in result.errors.items():
         console.print(f"Line {number}: {error}", style="red", highlight=False)
-    console.print(f"{result.imported} imported, {result.known} there already, {len(result.errors)} with errors.")
+    console.print(
+        f"{result.imported} imported, {result.known} there already, {len(result.errors)} with errors."
+    )
     if result.errors:
         raise typer.Exit(EXIT_TROUBLE)
 
 
 @app.command()
-def status(url: LedgerUrl = None, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def status(
+    url: LedgerUrl = None, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
+) -> None:
     """Show totals per status, what waits, and what needs people."""
     report = _with_engine(url, lambda engine: status_report(engine, get_settings().source))
     if as_json:
@@ -151,14 +176,18 @@ def status(url: LedgerUrl = None, as_json: Annotated[bool, typer.Option("--json"
 
 @app.command()
 def show(
-    which: Annotated[str, typer.Argument(help="The ledger's id, an order id, a source_ref or Payroc's refund id.")],
+    which: Annotated[
+        str, typer.Argument(help="The ledger's id, an order id, a source_ref or Payroc's refund id.")
+    ],
     url: LedgerUrl = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show one refund with its attempts and its history."""
     found = _with_engine(url, lambda engine: details(engine, get_settings().source, which))
     if found is None:
-        _fail(f"The ledger holds no refund {which!r}: give its id, order id, source_ref or Payroc's refund id.")
+        _fail(
+            f"The ledger holds no refund {which!r}: give its id, order id, source_ref or Payroc's refund id."
+        )
     if as_json:
         typer.echo(json.dumps(found))
         return
@@ -188,12 +217,16 @@ def resume(
 ) -> None:
     """Let the sending go on after a pause."""
     if not _with_ledger(url, by, lambda ledger: ledger.resume(terminal or EVERYTHING, reason)):
-        _fail(f"The sending was not paused{f' for terminal {terminal}' if terminal else ''}; `status` shows what is.")
+        _fail(
+            f"The sending was not paused{f' for terminal {terminal}' if terminal else ''}; `status` shows what is."
+        )
     console.print(f"The sending goes on{f' for terminal {terminal}' if terminal else ''}.")
 
 
 @app.command()
-def limits(url: LedgerUrl = None, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def limits(
+    url: LedgerUrl = None, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
+) -> None:
     """Show the limits of the sending. All are unset at first, and what is unset lets pass."""
     found = _with_ledger(url, "limits", lambda ledger: ledger.limits())
     if as_json:
@@ -205,7 +238,9 @@ def limits(url: LedgerUrl = None, as_json: Annotated[bool, typer.Option("--json"
 @app.command()
 def limit(
     name: Annotated[LimitName, typer.Argument(help="As `limits` lists them.", show_default=False)],
-    value: Annotated[str, typer.Argument(help="Minor units, a number of refunds or days; or none, which lets pass.")],
+    value: Annotated[
+        str, typer.Argument(help="Minor units, a number of refunds or days; or none, which lets pass.")
+    ],
     reason: Why,
     by: By,
     url: LedgerUrl = None,
@@ -219,7 +254,10 @@ def limit(
         raise typer.BadParameter("must be a whole number or none.", param_hint="VALUE")
     number = None if value == "none" else int(value)
     _with_ledger(url, by, lambda ledger: ledger.set_limit(name.value, number, reason))
-    console.print(f"The limit {name.value} is {'taken away' if number is None else _limit(name.value, number)}.", highlight=False)
+    console.print(
+        f"The limit {name.value} is {'taken away' if number is None else _limit(name.value, number)}.",
+        highlight=False,
+    )
 
 
 @app.command()
@@ -230,7 +268,10 @@ def release(refund_id: RefundId, reason: Why, by: By, url: LedgerUrl = None) -> 
     Whoever requested the refund can't release it.
     """
     _with_ledger(url, by, lambda ledger: ledger.release_hold(refund_id, reason))
-    console.print(f"Refund {refund_id} is approved again; the next run of payroc_refunds takes it through the door.", highlight=False)
+    console.print(
+        f"Refund {refund_id} is approved again; the next run of payroc_refunds takes it through the door.",
+        highlight=False,
+    )
 
 
 @app.command()
@@ -254,7 +295,11 @@ def resolve(
     reason: Why,
     by: By,
     payroc_refund_id: Annotated[
-        str | None, typer.Option("--payroc-refund-id", help="For accepted: Payroc's id of the refund, when Payroc's list does not tell.")
+        str | None,
+        typer.Option(
+            "--payroc-refund-id",
+            help="For accepted: Payroc's id of the refund, when Payroc's list does not tell.",
+        ),
     ] = None,
     conn_id: PayrocConnId = "payroc_default",
     url: LedgerUrl = None,
@@ -281,11 +326,16 @@ def resolve(
         typer.echo(f"Refund {refund_id} is {resolution.status}.")
         return
     found = resolution.decision.get("payroc_refund_id")
-    _proposed(f"resolve {refund_id} --as {outcome.value}" + (f" --payroc-refund-id {found}" if payroc_refund_id else ""))
+    _proposed(
+        f"resolve {refund_id} --as {outcome.value}"
+        + (f" --payroc-refund-id {found}" if payroc_refund_id else "")
+    )
 
 
 @app.command()
-def reissue(refund_id: RefundId, reason: Why, by: By, conn_id: PayrocConnId = "payroc_default", url: LedgerUrl = None) -> None:
+def reissue(
+    refund_id: RefundId, reason: Why, by: By, conn_id: PayrocConnId = "payroc_default", url: LedgerUrl = None
+) -> None:
     """
     Pay a refund again that was rejected, returned or reversed: as a new refund, which the next run sends.
 
@@ -297,7 +347,9 @@ def reissue(refund_id: RefundId, reason: Why, by: By, conn_id: PayrocConnId = "p
         url,
         by,
         conn_id,
-        lambda ledger, gateway: reissue_refund(refund_id, reason, ledger=ledger, gateway=gateway, cipher=cipher, source=settings.source),
+        lambda ledger, gateway: reissue_refund(
+            refund_id, reason, ledger=ledger, gateway=gateway, cipher=cipher, source=settings.source
+        ),
     )
     if new is None:
         _proposed(f"reissue {refund_id}")
@@ -305,9 +357,16 @@ def reissue(refund_id: RefundId, reason: Why, by: By, conn_id: PayrocConnId = "p
 
 
 @app.command()
-def reverse(refund_id: RefundId, reason: Why, by: By, conn_id: PayrocConnId = "payroc_default", url: LedgerUrl = None) -> None:
+def reverse(
+    refund_id: RefundId, reason: Why, by: By, conn_id: PayrocConnId = "payroc_default", url: LedgerUrl = None
+) -> None:
     """Take an accepted refund out of the open batch, before any money moves. Harmless to run again; a pause does not forbid it."""
-    result = _with_payroc(url, by, conn_id, lambda ledger, gateway: reverse_refund(refund_id, reason, ledger=ledger, gateway=gateway))
+    result = _with_payroc(
+        url,
+        by,
+        conn_id,
+        lambda ledger, gateway: reverse_refund(refund_id, reason, ledger=ledger, gateway=gateway),
+    )
     typer.echo(result.sentence)
     if not result.done:
         raise typer.Exit(EXIT_TROUBLE)
@@ -316,10 +375,16 @@ def reverse(refund_id: RefundId, reason: Why, by: By, conn_id: PayrocConnId = "p
 @app.command()
 def verify(
     first: Annotated[str, typer.Option("--from", help="First day, in UTC; or an instant with its zone.")],
-    last: Annotated[str, typer.Option("--to", help="Last day, included, in UTC; or an instant with its zone, not included.")],
+    last: Annotated[
+        str,
+        typer.Option("--to", help="Last day, included, in UTC; or an instant with its zone, not included."),
+    ],
     terminals: Annotated[
         list[str] | None,
-        typer.Option("--terminal", help="Ask for this terminal too, though the ledger has no refund of it, as after its loss; repeatable."),
+        typer.Option(
+            "--terminal",
+            help="Ask for this terminal too, though the ledger has no refund of it, as after its loss; repeatable.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     conn_id: PayrocConnId = "payroc_default",
@@ -347,14 +412,24 @@ def verify(
 
 @app.command()
 def restored(
-    backup_at: Annotated[str, typer.Option("--backup-at", help="When the backup was made: an instant with its zone, or a day, in UTC.")],
+    backup_at: Annotated[
+        str,
+        typer.Option(
+            "--backup-at", help="When the backup was made: an instant with its zone, or a day, in UTC."
+        ),
+    ],
     reason: Why,
     by: By,
     terminals: Annotated[
-        list[str] | None, typer.Option("--terminal", help="Ask for this terminal too, which neither ledger nor source knows; repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--terminal", help="Ask for this terminal too, which neither ledger nor source knows; repeatable."
+        ),
     ] = None,
     conn_id: PayrocConnId = "payroc_default",
-    source_conn_id: Annotated[str, typer.Option("--source-conn-id", help="Airflow connection to the source.")] = "refunds_source",
+    source_conn_id: Annotated[
+        str, typer.Option("--source-conn-id", help="Airflow connection to the source.")
+    ] = "refunds_source",
     url: LedgerUrl = None,
 ) -> None:
     """
@@ -369,12 +444,23 @@ def restored(
 
     def work(ledger: Ledger, gateway: Gateway) -> Coroutine[Any, Any, Restored]:
         return after_restore(
-            at, reason, terminals=terminals or (), source=source, ledger=ledger, gateway=gateway, cipher=cipher, settings=settings
+            at,
+            reason,
+            terminals=terminals or (),
+            source=source,
+            ledger=ledger,
+            gateway=gateway,
+            cipher=cipher,
+            settings=settings,
         )
 
     found = _with_payroc(url, by, conn_id, work)
-    typer.echo(f"The sending is paused. What happened since {found.since:%Y-%m-%d %H:%M %Z} may be forgotten, and was looked for.")
-    typer.echo(f"{found.pulled.new} refunds were pulled anew; {len(found.taken_over)} were taken over from Payroc.")
+    typer.echo(
+        f"The sending is paused. What happened since {found.since:%Y-%m-%d %H:%M %Z} may be forgotten, and was looked for."
+    )
+    typer.echo(
+        f"{found.pulled.new} refunds were pulled anew; {len(found.taken_over)} were taken over from Payroc."
+    )
     for source_ref in sorted({*found.pulled.invalid, *found.pulled.changed}):
         typer.echo(
             f"  Source row {source_ref} is {'invalid' if source_ref in found.pulled.invalid else 'changed'}; the next report says how."
@@ -393,7 +479,10 @@ def restored(
 @app.command("verify-audit")
 def check_audit(
     heads: Annotated[
-        list[str] | None, typer.Option("--head", help="A head that a report showed, such as 1234:9f86d081884c7d65; repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--head", help="A head that a report showed, such as 1234:9f86d081884c7d65; repeatable."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     url: LedgerUrl = None,
@@ -412,7 +501,8 @@ def check_audit(
         for finding in found.findings:
             typer.echo(finding)
         typer.echo(
-            f"{found.events} events, head {found.head or 'none'}: " + (f"{len(found.findings)} findings." if found.findings else "intact.")
+            f"{found.events} events, head {found.head or 'none'}: "
+            + (f"{len(found.findings)} findings." if found.findings else "intact.")
         )
     if found.findings:
         raise typer.Exit(EXIT_TROUBLE)
@@ -433,7 +523,9 @@ def rotate_keys(url: LedgerUrl = None) -> None:
         waiting = sum(count for key, count in (await ledger.requests_by_key()).items() if key != first)
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task("Encrypting", total=waiting)
-            rotated = await rotate_requests(ledger, cipher, advance=lambda count: progress.advance(task, count))
+            rotated = await rotate_requests(
+                ledger, cipher, advance=lambda count: progress.advance(task, count)
+            )
         return rotated, await ledger.requests_by_key()
 
     rotated, by_key = _with_ledger(url, "rotate-keys", work)
@@ -475,7 +567,9 @@ def main() -> None:
         _fail(str(error))
     except (DBAPIError, *DATABASE_ERRORS) as error:
         # A driver's message may quote values; its class tells enough.
-        _fail(f"The database can't be used ({type(getattr(error, 'orig', None) or error).__name__}): check its URL and that it runs.")
+        _fail(
+            f"The database can't be used ({type(getattr(error, 'orig', None) or error).__name__}): check its URL and that it runs."
+        )
 
 
 @asynccontextmanager
@@ -501,13 +595,17 @@ def _with_ledger(url: str | None, by: str, work: Callable[[Ledger], Coroutine[An
     return _with_engine(url, lambda engine: work(Ledger(engine, get_settings(), actor=by)))
 
 
-def _with_payroc(url: str | None, by: str, conn_id: str, work: Callable[[Ledger, Gateway], Coroutine[Any, Any, T]]) -> T:
+def _with_payroc(
+    url: str | None, by: str, conn_id: str, work: Callable[[Ledger, Gateway], Coroutine[Any, Any, T]]
+) -> T:
     gateway = connect(conn_id)
     return _with_ledger(url, by, lambda ledger: work(ledger, gateway))
 
 
 def _proposed(command: str) -> NoReturn:
-    typer.echo(f"Proposed. It takes two: a different person has to run `python -m include.refunds {command} --by … --reason …`.")
+    typer.echo(
+        f"Proposed. It takes two: a different person has to run `python -m include.refunds {command} --by … --reason …`."
+    )
     raise typer.Exit(EXIT_TROUBLE)
 
 
@@ -542,21 +640,37 @@ def _limits(found: Limits) -> Table:
 
 
 # What people look for first stands first; the rest follows.
-_FIRST = ("status", "reason", "amount", "order_id", "source_ref", "payroc_refund_id", "payroc_status", "payee_last4", "attempts so far")
+_FIRST = (
+    "status",
+    "reason",
+    "amount",
+    "order_id",
+    "source_ref",
+    "payroc_refund_id",
+    "payroc_status",
+    "payee_last4",
+    "attempts so far",
+)
 
 
 def _compared(found: Comparison) -> None:
     console.print(_sums(found))
     for currency, total in sorted(found.elsewhere.items()):
         amount = money(total.payroc_amount, currency)
-        console.print(f"Made elsewhere, not by this project: {total.payroc_count} refunds, {amount}.", highlight=False)
+        console.print(
+            f"Made elsewhere, not by this project: {total.payroc_count} refunds, {amount}.", highlight=False
+        )
     for item in found.differences:
         typer.echo(item.sentence)
-    typer.echo(f"{len(found.differences)} differences." if found.differences else "The ledger and Payroc agree.")
+    typer.echo(
+        f"{len(found.differences)} differences." if found.differences else "The ledger and Payroc agree."
+    )
 
 
 def _sums(found: Comparison) -> Table:
-    table = Table(title=f"First sent from {found.start} up to {found.end}", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(
+        title=f"First sent from {found.start} up to {found.end}", title_justify="left", box=SIMPLE_HEAD
+    )
     for name in ("status", "ledger", "", "Payroc", ""):
         table.add_column(name, justify="left" if name == "status" else "right")
     for (currency, status), total in sorted(found.sums.items()):
@@ -566,7 +680,11 @@ def _sums(found: Comparison) -> Table:
 
 
 def _facts(found: dict[str, Any]) -> Table:
-    facts = {name: value for name, value in found.items() if value is not None and name not in ("id", "attempts", "events", "currency")}
+    facts = {
+        name: value
+        for name, value in found.items()
+        if value is not None and name not in ("id", "attempts", "events", "currency")
+    }
     facts |= {"amount": money(found["amount"], found["currency"]), "attempts so far": len(found["attempts"])}
     table = Table(title=f"Refund {found['id']}", title_justify="left", box=SIMPLE_HEAD, show_header=False)
     for name in sorted(facts, key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST)):
@@ -583,7 +701,9 @@ def _attempts(attempts: list[dict[str, Any]]) -> Table:
         outcome, status = row["outcome"] or "none recorded", str(row["http_status"] or "")
         place = f"{row['run_id']} [{row['map_index']}] try {row['try_number']}"
         began, ended = _instant(row["started_at"]), _instant(row["finished_at"])[-8:]
-        table.add_row(str(row["attempt"]), began, ended, outcome, status, row["problem_type"] or "", escape(place))
+        table.add_row(
+            str(row["attempt"]), began, ended, outcome, status, row["problem_type"] or "", escape(place)
+        )
     return table
 
 

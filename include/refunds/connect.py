@@ -16,7 +16,9 @@ from include.refunds.source import Source
 GATEWAY = "payroc_refunds.gateway"
 KEYS = "payroc_refunds.keys"
 SOURCE = "payroc_refunds.source"
-_INSTALL = "run `pip install --no-deps --editable .` in the project's folder, with the Python that runs this command"
+_INSTALL = (
+    "run `pip install --no-deps --editable .` in the project's folder, with the Python that runs this command"
+)
 
 
 class NoGateway(Exception):
@@ -64,12 +66,18 @@ def _call(group: str, argument: Any) -> Any:
     """Call what is installed as the one entry point of a group."""
     found = list(entry_points(group=group))
     if len(found) != 1:
-        what = "Nothing that knows Airflow is installed" if not found else f"More than one package offers it ({len(found)})"
+        what = (
+            "Nothing that knows Airflow is installed"
+            if not found
+            else f"More than one package offers it ({len(found)})"
+        )
         raise NoGateway(f"{what} (entry point {group}): {_INSTALL}.")
     # What is imported here may greet people on the terminal; the output belongs to the command.
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         try:
             factory: Callable[[Any], Any] = found[0].load()
         except (ImportError, AttributeError) as error:
-            raise NoGateway(f"The entry point {group} ({found[0].value}) can't be imported ({error}): {_INSTALL}.") from None
+            raise NoGateway(
+                f"The entry point {group} ({found[0].value}) can't be imported ({error}): {_INSTALL}."
+            ) from None
         return factory(argument)

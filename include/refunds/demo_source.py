@@ -114,14 +114,26 @@ def import_lines(url: URL, lines: Sequence[dict[str, str]], *, advance: Callable
     header = [name for name in lines[0] if name is not None] if lines else []
     if header and not set(header) & set(COLUMNS):
         # The first line may be a payee, and is not repeated.
-        raise ImportFailed("The first line of the CSV file names none of the columns of include/sql/select_approved.sql: add a header.")
+        raise ImportFailed(
+            "The first line of the CSV file names none of the columns of include/sql/select_approved.sql: add a header."
+        )
     # A value that slipped into the header is not repeated either.
-    unknown = sorted(name if re.fullmatch(r"[A-Za-z_]{1,30}", name) else "a name that is none" for name in set(header) - set(COLUMNS))
+    unknown = sorted(
+        name if re.fullmatch(r"[A-Za-z_]{1,30}", name) else "a name that is none"
+        for name in set(header) - set(COLUMNS)
+    )
     missing = sorted(set(COLUMNS) - set(header)) if header else []
     if unknown or missing:
         raise ImportFailed(
             "The header of the CSV file does not fit: "
-            + "; ".join(part for part in (missing and f"missing {', '.join(missing)}", unknown and f"unknown {', '.join(unknown)}") if part)
+            + "; ".join(
+                part
+                for part in (
+                    missing and f"missing {', '.join(missing)}",
+                    unknown and f"unknown {', '.join(unknown)}",
+                )
+                if part
+            )
             + ". Use the columns of include/sql/select_approved.sql."
         )
     insert = text(
@@ -154,7 +166,9 @@ def import_lines(url: URL, lines: Sequence[dict[str, str]], *, advance: Callable
 
 
 def _typed(line: dict[str, str]) -> dict[str, str | int | None]:
-    values: dict[str, str | int | None] = {name: line[name].strip() or None if line[name] is not None else None for name in COLUMNS}
+    values: dict[str, str | int | None] = {
+        name: line[name].strip() or None if line[name] is not None else None for name in COLUMNS
+    }
     if None in line:
         raise ValueError("has more fields than the header")
     if None in line.values():
@@ -171,4 +185,8 @@ def _typed(line: dict[str, str]) -> dict[str, str | int | None]:
 def _column_of(error: DBAPIError) -> str:
     # The driver's message quotes the value; the column is what a person needs.
     column = getattr(getattr(error.orig, "diag", None), "column_name", None)
-    return f"{column} is missing or has a wrong form" if column else "a value has a wrong form, such as an instant that is none"
+    return (
+        f"{column} is missing or has a wrong form"
+        if column
+        else "a value has a wrong form, such as an instant that is none"
+    )

@@ -84,9 +84,13 @@ async def _look_up(refund: Refund, ledger: Ledger, gateway: Gateway, settings: S
     return verdict.sighting is not None
 
 
-async def _compare(terminal: str, since: datetime, ledger: Ledger, gateway: Gateway, counts: Counter[str]) -> None:
+async def _compare(
+    terminal: str, since: datetime, ledger: Ledger, gateway: Gateway, counts: Counter[str]
+) -> None:
     token = await gateway.token()
-    async for batch in in_batches(gateway.list_refunds(token, processing_terminal_id=terminal, date_from=since - _DATE_MARGIN)):
+    async for batch in in_batches(
+        gateway.list_refunds(token, processing_terminal_id=terminal, date_from=since - _DATE_MARGIN)
+    ):
         rows = await known(batch, ledger)
         seen = []
         for item, refund in pairs(batch, rows):

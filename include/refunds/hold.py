@@ -24,7 +24,9 @@ def check_hold(refund: Refund, requested_by: str, by: str) -> None:
     if refund.status is not Status.HELD:
         raise DecisionRefused(f"Refund {refund.id} is {refund.status}, not held.")
     if same_person(requested_by, by):
-        raise DecisionRefused(f"{by.strip()} requested refund {refund.id} and can't release it; another person has to.")
+        raise DecisionRefused(
+            f"{by.strip()} requested refund {refund.id} and can't release it; another person has to."
+        )
 
 
 def way_to_cancelled(refund: Refund) -> tuple[Status, ...]:
@@ -34,7 +36,11 @@ def way_to_cancelled(refund: Refund) -> tuple[Status, ...]:
     :raises DecisionRefused: when it may have been sent, or has ended.
     """
     if refund.status not in _WAYS:
-        raise DecisionRefused(f"Refund {refund.id} is {refund.status}; only one that was not sent yet is cancelled.")
+        raise DecisionRefused(
+            f"Refund {refund.id} is {refund.status}; only one that was not sent yet is cancelled."
+        )
     if refund.payroc_refund_id is not None:
-        raise DecisionRefused(f"Refund {refund.id} exists at Payroc as {refund.payroc_refund_id}, so it can't be cancelled.")
+        raise DecisionRefused(
+            f"Refund {refund.id} exists at Payroc as {refund.payroc_refund_id}, so it can't be cancelled."
+        )
     return _WAYS[refund.status]

@@ -12,7 +12,16 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 # The parameters of libpq that both drivers of the ledger know: asyncpg, and psycopg for its migrations.
-_PARAMETERS = ("sslmode", "sslrootcert", "sslcert", "sslkey", "connect_timeout", "options", "application_name", "host")
+_PARAMETERS = (
+    "sslmode",
+    "sslrootcert",
+    "sslcert",
+    "sslkey",
+    "connect_timeout",
+    "options",
+    "application_name",
+    "host",
+)
 
 
 class UrlError(Exception):
@@ -49,14 +58,22 @@ def as_ledger_url(url: URL) -> URL:
         that is not known or can't be used.
     """
     if url.get_backend_name() not in ("postgres", "postgresql"):
-        raise UrlError(f"The ledger must be a Postgres database, but its URL says {url.get_backend_name()!r}; use postgresql://….")
+        raise UrlError(
+            f"The ledger must be a Postgres database, but its URL says {url.get_backend_name()!r}; use postgresql://…."
+        )
     if not url.database:
-        raise UrlError("The ledger's URL names no database; add it after the host, as in postgresql://user@host/refunds.")
+        raise UrlError(
+            "The ledger's URL names no database; add it after the host, as in postgresql://user@host/refunds."
+        )
     if unknown := sorted(set(url.query) - set(_PARAMETERS)):
         known = ", ".join(_PARAMETERS)
-        raise UrlError(f"The ledger's URL has the parameter {unknown[0]!r}, which can't be used here: remove it; known are {known}.")
+        raise UrlError(
+            f"The ledger's URL has the parameter {unknown[0]!r}, which can't be used here: remove it; known are {known}."
+        )
     if not str(url.query.get("connect_timeout", "0")).isdecimal():
-        raise UrlError("The ledger's URL has a connect_timeout that is no number of seconds: give one, or 0 to wait without a limit.")
+        raise UrlError(
+            "The ledger's URL has a connect_timeout that is no number of seconds: give one, or 0 to wait without a limit."
+        )
     return url.set(drivername="postgresql+psycopg")
 
 
@@ -85,11 +102,17 @@ def url_of_connection(fields: Mapping[str, Any]) -> URL:
 def _from_environment(given: str | None, which: str) -> URL:
     names = (f"PAYROC_REFUNDS_{which}_URL", f"AIRFLOW_CONN_REFUNDS_{which}")
     name, value = next(
-        ((name, value) for name, value in ((f"--{which.lower()}-url", given), *((n, os.environ.get(n)) for n in names)) if value),
+        (
+            (name, value)
+            for name, value in ((f"--{which.lower()}-url", given), *((n, os.environ.get(n)) for n in names))
+            if value
+        ),
         (None, None),
     )
     if not value:
-        raise UrlError(f"No {which.lower()} database: give --{which.lower()}-url, or set {names[0]} or {names[1]}.")
+        raise UrlError(
+            f"No {which.lower()} database: give --{which.lower()}-url, or set {names[0]} or {names[1]}."
+        )
     try:
         if value.lstrip().startswith("{"):
             return url_of_connection(json.loads(value))
@@ -98,7 +121,9 @@ def _from_environment(given: str | None, which: str) -> URL:
         return make_url(value)
     except (ArgumentError, ValueError, KeyError):
         # The value may hold a password, so the parser's own message is not repeated.
-        raise UrlError(f"{name} is not a database URL such as postgresql://user:password@host:5432/refunds.") from None
+        raise UrlError(
+            f"{name} is not a database URL such as postgresql://user:password@host:5432/refunds."
+        ) from None
 
 
 def _fields_of_airflow_uri(uri: str) -> dict[str, Any]:

@@ -134,7 +134,13 @@ def day_start(now: datetime, timezone: str) -> datetime:
 
 
 def open_door(
-    asking: Sequence[AtTheDoor], limits: Limits, *, run: Totals, day: Totals, earlier: Sequence[AtTheDoor], now: datetime
+    asking: Sequence[AtTheDoor],
+    limits: Limits,
+    *,
+    run: Totals,
+    day: Totals,
+    earlier: Sequence[AtTheDoor],
+    now: datetime,
 ) -> Door:
     """
     Decide who passes.
@@ -199,7 +205,11 @@ def who_to_ask(limits: Limits, *, today: Totals, run: Totals, rejected: int = 0)
 
 
 def _hold(item: AtTheDoor, limits: Limits, others: Sequence[AtTheDoor], now: datetime) -> Hold | None:
-    found = {**_too_large(item, limits), **_payee_has_enough(item, limits, others, now), **_duplicates(item, limits, others, now)}
+    found = {
+        **_too_large(item, limits),
+        **_payee_has_enough(item, limits, others, now),
+        **_duplicates(item, limits, others, now),
+    }
     left = {name: reason for name, reason in found.items() if name not in item.released_holds}
     if not left:
         return None
@@ -210,10 +220,14 @@ def _too_large(item: AtTheDoor, limits: Limits) -> dict[str, str]:
     if limits.largest_refund is None or item.amount <= limits.largest_refund:
         return {}
     most = money(limits.largest_refund, item.currency)
-    return {"largest_refund": f"Held: {money(item.amount, item.currency)} is more than the largest refund that passes by itself, {most}."}
+    return {
+        "largest_refund": f"Held: {money(item.amount, item.currency)} is more than the largest refund that passes by itself, {most}."
+    }
 
 
-def _payee_has_enough(item: AtTheDoor, limits: Limits, others: Sequence[AtTheDoor], now: datetime) -> dict[str, str]:
+def _payee_has_enough(
+    item: AtTheDoor, limits: Limits, others: Sequence[AtTheDoor], now: datetime
+) -> dict[str, str]:
     if limits.payee_days is None:
         return {}
     within = [other for other in others if _is_within(other, limits.payee_days, now)]
@@ -231,13 +245,16 @@ def _payee_has_enough(item: AtTheDoor, limits: Limits, others: Sequence[AtTheDoo
     return found
 
 
-def _duplicates(item: AtTheDoor, limits: Limits, others: Sequence[AtTheDoor], now: datetime) -> dict[str, str]:
+def _duplicates(
+    item: AtTheDoor, limits: Limits, others: Sequence[AtTheDoor], now: datetime
+) -> dict[str, str]:
     if limits.duplicate_days is None:
         return {}
     same = [
         other
         for other in others
-        if (other.amount, other.currency) == (item.amount, item.currency) and _is_within(other, limits.duplicate_days, now)
+        if (other.amount, other.currency) == (item.amount, item.currency)
+        and _is_within(other, limits.duplicate_days, now)
     ]
     named = ", ".join(f"refund {other.id} (order {other.order_id})" for other in same[:_MOST_NAMED])
     more = f" and {len(same) - _MOST_NAMED} more" if len(same) > _MOST_NAMED else ""
@@ -250,7 +267,10 @@ def _passed_before(other: AtTheDoor, item: AtTheDoor) -> bool:
     if other.id == item.id or other.first_released_at is None or other.status in _UNPAID:
         return False
     # Of two that passed, the later one answers for the earlier one, and never both for each other.
-    return item.first_released_at is None or (other.first_released_at, other.id) < (item.first_released_at, item.id)
+    return item.first_released_at is None or (other.first_released_at, other.id) < (
+        item.first_released_at,
+        item.id,
+    )
 
 
 def _is_within(other: AtTheDoor, days: int, now: datetime) -> bool:

@@ -39,10 +39,14 @@ async def in_batches(listed: AsyncIterator[models.Refund]) -> AsyncIterator[list
 async def known(found: Sequence[models.Refund], ledger: Ledger) -> list[Refund]:
     """Return the refunds of the ledger that objects of Payroc's may belong to."""
     keys = [key for item in found if (key := _key(item)) is not None]
-    return await ledger.known(keys, [item.refund_id for item in found], [item.order.order_id for item in found])
+    return await ledger.known(
+        keys, [item.refund_id for item in found], [item.order.order_id for item in found]
+    )
 
 
-def pairs(found: Sequence[models.Refund], rows: Sequence[Refund]) -> list[tuple[models.Refund, Refund | None]]:
+def pairs(
+    found: Sequence[models.Refund], rows: Sequence[Refund]
+) -> list[tuple[models.Refund, Refund | None]]:
     """Return each object with the refund that it belongs to: by the key that it carries, else by its refund id, else by all the rest."""
     by_key = {str(row.idempotency_key): row for row in rows}
     by_id = {row.payroc_refund_id: row for row in rows}

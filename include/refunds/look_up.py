@@ -19,7 +19,9 @@ async def look_up(token: AccessToken, refund: Refund, gateway: Gateway) -> Verdi
 
     :raises PayrocError: when the list did not come, or not as a whole. A hit counts all the same: what was not seen can't undo it.
     """
-    listed = gateway.list_refunds(token, processing_terminal_id=refund.processing_terminal_id, order_id=refund.order_id)
+    listed = gateway.list_refunds(
+        token, processing_terminal_id=refund.processing_terminal_id, order_id=refund.order_id
+    )
     found: list[Found] = []
     try:
         async for item in listed:
@@ -32,7 +34,9 @@ async def look_up(token: AccessToken, refund: Refund, gateway: Gateway) -> Verdi
     return judge_look_up(found, refund)
 
 
-async def look_up_in_doubt(token: AccessToken, refund: Refund, gateway: Gateway, settings: Settings, now: datetime) -> Verdict | None:
+async def look_up_in_doubt(
+    token: AccessToken, refund: Refund, gateway: Gateway, settings: Settings, now: datetime
+) -> Verdict | None:
     """
     Look up a refund whose outcome is not known. One that Payroc does not list, and that may not be sent again, is for people.
 
@@ -42,7 +46,9 @@ async def look_up_in_doubt(token: AccessToken, refund: Refund, gateway: Gateway,
     """
     verdict = await look_up(token, refund, gateway)
     if verdict is None and past_window(refund, gateway, settings, now):
-        return Verdict(Outcome.REVIEW, "Its key may no longer be sent again, and Payroc lists no refund with it.")
+        return Verdict(
+            Outcome.REVIEW, "Its key may no longer be sent again, and Payroc lists no refund with it."
+        )
     return verdict
 
 
@@ -55,4 +61,7 @@ def past_window(refund: Refund, gateway: Gateway, settings: Settings, now: datet
     """
     if refund.first_sent_at is None:
         return False
-    return now - refund.first_sent_at >= timedelta(days=settings.key_window_days) or refund.sent_with != gateway.sent_with
+    return (
+        now - refund.first_sent_at >= timedelta(days=settings.key_window_days)
+        or refund.sent_with != gateway.sent_with
+    )

@@ -54,7 +54,9 @@ def run_ended(report: Report, *, what: str, failed: bool, url: str) -> Message |
     if not words:
         return None
     color = "#b42318" if failed else "#b54708"
-    return _message(words, report.title, color, report.unfinished, report.totals, report.notes, "Open the run", url)
+    return _message(
+        words, report.title, color, report.unfinished, report.totals, report.notes, "Open the run", url
+    )
 
 
 def approval_needed(question: Question, run_id: str, url: str) -> Message:
@@ -62,14 +64,20 @@ def approval_needed(question: Question, run_id: str, url: str) -> Message:
     totals = question.basis["totals"]
     largest = "; ".join(money(entry["largest"], currency) for currency, entry in sorted(totals.items()))
     sentences = [
-        f"The run would release {sums(totals)}. The largest is {largest}." if totals else "The run would release refunds again.",
+        f"The run would release {sums(totals)}. The largest is {largest}."
+        if totals
+        else "The run would release refunds again.",
         f"Payees to whom nothing was released before: {question.basis['new_payees']:,}.",
         f"{question.why} Nothing is sent until a person who did not trigger the run has approved it.",
     ]
     if question.basis["again"]:
-        sentences.insert(1, f"Beside these, {question.basis['again']:,} that were released before and not sent.")
+        sentences.insert(
+            1, f"Beside these, {question.basis['again']:,} that were released before and not sent."
+        )
     title = f"Refund run {run_id} waits for approval"
-    return _message(["approval needed", sums(totals)], title, "#175cd3", sentences, [], [], "Answer the question", url)
+    return _message(
+        ["approval needed", sums(totals)], title, "#175cd3", sentences, [], [], "Answer the question", url
+    )
 
 
 def deadline_missed(report: Report | None, run_id: str, *, due: datetime, now: datetime, url: str) -> Message:
@@ -81,12 +89,16 @@ def deadline_missed(report: Report | None, run_id: str, *, due: datetime, now: d
     """
     hours = (now - due).total_seconds() / 3600
     long = f"{hours:.0f} hours" if hours >= 2 else f"{hours * 60:.0f} minutes"
-    sentences = [f"It was due to begin {long} ago ({due:%Y-%m-%d %H:%M %Z}) and has not ended. It may wait for an approval or for Payroc."]
+    sentences = [
+        f"It was due to begin {long} ago ({due:%Y-%m-%d %H:%M %Z}) and has not ended. It may wait for an approval or for Payroc."
+    ]
     if report is None:
         sentences.append("The ledger could not be read.")
     title = f"Refund run {run_id} has not finished by its deadline"
     totals = report.totals if report else []
-    return _message(["run not finished by its deadline"], title, "#b54708", sentences, totals, [], "Open the run", url)
+    return _message(
+        ["run not finished by its deadline"], title, "#b54708", sentences, totals, [], "Open the run", url
+    )
 
 
 def environment() -> Environment:
@@ -100,7 +112,9 @@ def _environment() -> Environment:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     loader = FileSystemLoader(Path(__file__).parent / "templates")
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters |= {"money": money, "code": _code}
     return environment
 
@@ -112,7 +126,10 @@ def _code(sentence: str) -> Markup:
     parts = sentence.split("`")
     if len(parts) % 2 == 0:
         return Markup.escape(sentence)
-    marked = [Markup("<code>{}</code>").format(part) if number % 2 else Markup.escape(part) for number, part in enumerate(parts)]
+    marked = [
+        Markup("<code>{}</code>").format(part) if number % 2 else Markup.escape(part)
+        for number, part in enumerate(parts)
+    ]
     return Markup("").join(marked)
 
 
@@ -121,8 +138,16 @@ def _needs(report: Report) -> list[str]:
     counts: dict[str, int] = {}
     for total in report.totals:
         counts[total.status] = counts.get(total.status, 0) + total.count
-    words = [f"{counts[status]:,} {'in review' if status == 'review' else status}" for status in _TELLING if status in counts]
-    flags: Mapping[str, bool] = {"sending paused": report.paused, "run rejected": report.rejected, "refunds wait for room": report.waiting}
+    words = [
+        f"{counts[status]:,} {'in review' if status == 'review' else status}"
+        for status in _TELLING
+        if status in counts
+    ]
+    flags: Mapping[str, bool] = {
+        "sending paused": report.paused,
+        "run rejected": report.rejected,
+        "refunds wait for room": report.waiting,
+    }
     return words + [word for word, holds in flags.items() if holds]
 
 
@@ -144,7 +169,9 @@ def _message(
     return Message(f"Payroc refunds: {', '.join(words)}", _text(**parts, url=url), html, url)
 
 
-def _text(title: str, sentences: Sequence[str], totals: Sequence[Total], notes: Sequence[str], url: str) -> str:
+def _text(
+    title: str, sentences: Sequence[str], totals: Sequence[Total], notes: Sequence[str], url: str
+) -> str:
     lines = [title, "", *sentences]
     if totals:
         lines += ["", *(f"{t.status:<10} {t.count:>6,}  {money(t.amount, t.currency):>18}" for t in totals)]

@@ -6,7 +6,26 @@ from collections.abc import Mapping
 
 # ISO 4217: currencies whose minor unit is not a hundredth.
 _DECIMALS = dict.fromkeys(
-    ("BIF", "CLP", "DJF", "GNF", "ISK", "JPY", "KMF", "KRW", "PYG", "RWF", "UGX", "UYI", "VND", "VUV", "XAF", "XOF", "XPF"), 0
+    (
+        "BIF",
+        "CLP",
+        "DJF",
+        "GNF",
+        "ISK",
+        "JPY",
+        "KMF",
+        "KRW",
+        "PYG",
+        "RWF",
+        "UGX",
+        "UYI",
+        "VND",
+        "VUV",
+        "XAF",
+        "XOF",
+        "XPF",
+    ),
+    0,
 ) | dict.fromkeys(("BHD", "IQD", "JOD", "KWD", "LYD", "OMR", "TND"), 3)
 
 
@@ -18,7 +37,10 @@ def money(amount: int, currency: str) -> str:
 
 def sums(totals: Mapping[str, Mapping[str, int]]) -> str:
     """Return counts and sums per currency in words, such as ``12 refunds, 3,456.00 USD``."""
-    parts = [f"{_refunds(entry['count'])}, {money(entry['amount'], currency)}" for currency, entry in sorted(totals.items())]
+    parts = [
+        f"{_refunds(entry['count'])}, {money(entry['amount'], currency)}"
+        for currency, entry in sorted(totals.items())
+    ]
     return "; ".join(parts) or "no refunds"
 
 

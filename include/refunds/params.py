@@ -46,7 +46,9 @@ class RunParams(BaseModel):
         unknown = sorted({*params, *(conf or {})} - set(cls.model_fields))
         if unknown:
             known = ", ".join(cls.model_fields)
-            raise ParamsError(f"The run was triggered with unknown params ({', '.join(unknown)}); known are {known}.")
+            raise ParamsError(
+                f"The run was triggered with unknown params ({', '.join(unknown)}); known are {known}."
+            )
         try:
             return cls.model_validate(params)
         except ValidationError as error:

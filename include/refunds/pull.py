@@ -82,11 +82,15 @@ async def pull(source: Source, ledger: Ledger, cipher: Cipher, settings: Setting
     valid = validate(rows, cipher, settings, pulled.invalid)
     for start in range(0, len(valid), _BATCH):
         await _store(valid[start : start + _BATCH], ledger, cipher, pulled)
-    await ledger.note_invalid(pulled.invalid, [refund.source_ref for refund, _ in valid if refund.source_ref not in pulled.invalid])
+    await ledger.note_invalid(
+        pulled.invalid, [refund.source_ref for refund, _ in valid if refund.source_ref not in pulled.invalid]
+    )
     pulled.warnings = warnings(rows, frozenset(pulled.standing))
     aside = await ledger.set_aside(pulled.standing)
     named = {*pulled.changed, *pulled.invalid}
-    pulled.withdrawn = {key: "Its source row is no longer approved." for key, ref in aside.items() if ref not in named}
+    pulled.withdrawn = {
+        key: "Its source row is no longer approved." for key, ref in aside.items() if ref not in named
+    }
     return pulled
 
 
@@ -122,7 +126,11 @@ def warnings(rows: Sequence[SourceRow], source_refs: Collection[str]) -> dict[st
     :returns: sentences by source_ref, for the rows of which there is something to say.
     """
     asked = [row for row in rows if row["source_ref"] in source_refs]
-    return {row["source_ref"]: [warning] for row in asked if (warning := routing_number_warning(row["routing_number"]))}
+    return {
+        row["source_ref"]: [warning]
+        for row in asked
+        if (warning := routing_number_warning(row["routing_number"]))
+    }
 
 
 def build(row: SourceRow, cipher: Cipher, settings: Settings) -> tuple[NewRefund, bytes]:
@@ -151,7 +159,9 @@ def build(row: SourceRow, cipher: Cipher, settings: Settings) -> tuple[NewRefund
                     "currency": row["currency"],
                 },
                 "refund_method": _method(row, settings, errors),
-                "customer": {"contact_methods": [{"type": "email", "value": row["email"]}]} if _given(row["email"]) else None,
+                "customer": {"contact_methods": [{"type": "email", "value": row["email"]}]}
+                if _given(row["email"])
+                else None,
                 "custom_fields": [{"name": REFUND_KEY_FIELD, "value": str(key)}],
             },
             context={"aba_checksum": settings.aba_checksum},
@@ -166,7 +176,11 @@ def build(row: SourceRow, cipher: Cipher, settings: Settings) -> tuple[NewRefund
     if errors or amount is None or approved_at is None:
         raise InvalidRow(errors)
     body = request.to_body()
-    payee = row["secure_token"] if _given(row["secure_token"]) else f"{row['routing_number']}/{row['account_number']}"
+    payee = (
+        row["secure_token"]
+        if _given(row["secure_token"])
+        else f"{row['routing_number']}/{row['account_number']}"
+    )
     refund = NewRefund(
         source_ref=row["source_ref"],
         processing_terminal_id=request.processing_terminal_id,
@@ -185,17 +199,23 @@ def build(row: SourceRow, cipher: Cipher, settings: Settings) -> tuple[NewRefund
     return refund, body
 
 
-async def _store(valid: list[tuple[NewRefund, bytes]], ledger: Ledger, cipher: Cipher, pulled: Pulled) -> None:
+async def _store(
+    valid: list[tuple[NewRefund, bytes]], ledger: Ledger, cipher: Cipher, pulled: Pulled
+) -> None:
     refs = [refund.source_ref for refund, _ in valid]
     known = await ledger.stored(refs)
-    inserted = await ledger.store([(refund, cipher.seal(body)) for refund, body in valid if refund.source_ref not in known])
+    inserted = await ledger.store(
+        [(refund, cipher.seal(body)) for refund, body in valid if refund.source_ref not in known]
+    )
     pulled.new += len(inserted)
     if len(inserted) + len(known) < len(valid):
         # Another pull may have stored them a moment ago.
         known = await ledger.stored(refs)
     for refund, _ in valid:
         if refund.source_ref not in inserted and refund.source_ref not in known:
-            pulled.invalid[refund.source_ref] = {"order_id": "is used by another refund of this terminal; order ids are unique"}
+            pulled.invalid[refund.source_ref] = {
+                "order_id": "is used by another refund of this terminal; order ids are unique"
+            }
         elif refund.source_ref in known and (differing := differences(refund, known[refund.source_ref])):
             pulled.changed[refund.source_ref] = differing
         else:
@@ -220,7 +240,12 @@ def _method(row: SourceRow, settings: Settings, errors: dict[str, str]) -> dict[
         return None
     if has_token:
         account_type = row["account_type"] if _given(row["account_type"]) else None
-        return {"type": "secureToken", "token": row["secure_token"], "account_type": account_type, "sec_code": code}
+        return {
+            "type": "secureToken",
+            "token": row["secure_token"],
+            "account_type": account_type,
+            "sec_code": code,
+        }
     if not any(_given(row[name]) for name in ("routing_number", "account_number")):
         errors["account_number"] = "is missing, and so is secure_token; give one of the two"
         return None
@@ -268,7 +293,9 @@ def _text_or(value: object, default: str) -> object:
     return default if value is None or (isinstance(value, str) and not value.strip()) else value
 
 
-def source_changes(rows: Sequence[SourceRow], stored: Mapping[str, Any], cipher: Cipher, settings: Settings) -> dict[str, str]:
+def source_changes(
+    rows: Sequence[SourceRow], stored: Mapping[str, Any], cipher: Cipher, settings: Settings
+) -> dict[str, str]:
     """
     Return what the source no longer stands by: source_refs that are gone, invalid or different now, each with a sentence.
 
@@ -285,5 +312,7 @@ def source_changes(rows: Sequence[SourceRow], stored: Mapping[str, Any], cipher:
         elif source_ref not in now:
             findings[source_ref] = "Its source row is no longer approved."
         elif differing := differences(now[source_ref], row):
-            findings[source_ref] = f"Its source row changed ({', '.join(differing)}); give it a new source_ref."
+            findings[source_ref] = (
+                f"Its source row changed ({', '.join(differing)}); give it a new source_ref."
+            )
     return findings

@@ -15,7 +15,9 @@ from include.refunds.source import Source
 _RUN = "dry run"
 
 
-async def rehearse(params: RunParams, source: Source, ledger: Ledger, cipher: Cipher, settings: Settings) -> Report:
+async def rehearse(
+    params: RunParams, source: Source, ledger: Ledger, cipher: Cipher, settings: Settings
+) -> Report:
     """
     Report what a run with these params would send. Nothing is stored, asked of a person, sent or written back.
 
@@ -38,7 +40,10 @@ async def rehearse(params: RunParams, source: Source, ledger: Ledger, cipher: Ci
         for source_ref, names in pulled.changed.items()
     ]
     report.notes += warning_notes(pulled.warnings)
-    report.notes += [f"The sending is paused for {'everything' if scope == '*' else scope}: {why}" for scope, why in pauses.items()]
+    report.notes += [
+        f"The sending is paused for {'everything' if scope == '*' else scope}: {why}"
+        for scope, why in pauses.items()
+    ]
     return report
 
 
@@ -48,4 +53,6 @@ def _line(item: Candidate, door: Door) -> Line:
         would, why = "would hold", door.held[item.id].reason
     elif item.id in door.waiting:
         would, why = "would wait", f"The limit {door.waiting[item.id]} leaves no room."
-    return Line(item.id, item.order_id, item.amount, item.currency, item.payee_last4, would, None, item.attempts, why)
+    return Line(
+        item.id, item.order_id, item.amount, item.currency, item.payee_last4, would, None, item.attempts, why
+    )

@@ -42,7 +42,9 @@ class Reissue:
         return {"reissue": self.source_ref}
 
 
-async def reissue(refund_id: int, reason: str, *, ledger: Ledger, gateway: Gateway, cipher: Cipher, source: str) -> int | None:
+async def reissue(
+    refund_id: int, reason: str, *, ledger: Ledger, gateway: Gateway, cipher: Cipher, source: str
+) -> int | None:
     """
     Reissue a refund, or propose to. Who does it is the ledger's actor.
 
@@ -57,23 +59,33 @@ async def reissue(refund_id: int, reason: str, *, ledger: Ledger, gateway: Gatew
     check_replaceable(case)
     await ledger.check_environment(gateway.environment)
     try:
-        paid = await paid_after_all(await gateway.token(), [case.refund, *await ledger.replaced(refund_id)], ledger, gateway)
+        paid = await paid_after_all(
+            await gateway.token(), [case.refund, *await ledger.replaced(refund_id)], ledger, gateway
+        )
     except PayrocError as error:
-        raise DecisionRefused(f"{error}, so whether refund {refund_id} is paid after all is not known; nothing was changed.") from None
+        raise DecisionRefused(
+            f"{error}, so whether refund {refund_id} is paid after all is not known; nothing was changed."
+        ) from None
     if paid is not None:
         raise DecisionRefused(paid)
     try:
-        body = cipher.open(case.refund.request or b"", case.refund.request_sha256, refund_id, case.refund.request_key)
+        body = cipher.open(
+            case.refund.request or b"", case.refund.request_sha256, refund_id, case.refund.request_key
+        )
     except UnreadableRequest as error:
         raise DecisionRefused(str(error)) from None
     source_ref = next_source_ref(case)
     key = idempotency_key(source, source_ref)
     order_id = default_order_id(key)
     new_body = with_order(body, order_id, str(key))
-    return await ledger.reissue(case, Reissue(source_ref, order_id, str(key), cipher.seal(new_body), cipher.sha256(new_body)), reason)
+    return await ledger.reissue(
+        case, Reissue(source_ref, order_id, str(key), cipher.seal(new_body), cipher.sha256(new_body)), reason
+    )
 
 
-async def paid_after_all(token: AccessToken, replaced: Sequence[Refund], ledger: Ledger, gateway: Gateway) -> str | None:
+async def paid_after_all(
+    token: AccessToken, replaced: Sequence[Refund], ledger: Ledger, gateway: Gateway
+) -> str | None:
     """
     Return a sentence when Payroc holds a refund of these that is neither declined, nor returned, nor reversed. The ledger learns it.
 
@@ -81,7 +93,11 @@ async def paid_after_all(token: AccessToken, replaced: Sequence[Refund], ledger:
     """
     for refund in replaced:
         found = await look_up(token, refund, gateway)
-        if found is None or not found.is_hit or (found.sighting is not None and found.sighting.status in REPLACEABLE):
+        if (
+            found is None
+            or not found.is_hit
+            or (found.sighting is not None and found.sighting.status in REPLACEABLE)
+        ):
             continue
         if found.sighting is not None:
             await ledger.record(refund.id, found)
@@ -97,13 +113,19 @@ def check_replaceable(case: Case) -> None:
     """
     refund = case.refund
     if refund.status not in REPLACEABLE:
-        raise DecisionRefused(f"Refund {refund.id} is {refund.status}; only one that is rejected, returned or reversed is reissued.")
+        raise DecisionRefused(
+            f"Refund {refund.id} is {refund.status}; only one that is rejected, returned or reversed is reissued."
+        )
     if not case.chain_unpaid:
-        raise DecisionRefused(f"Refund {refund.id} replaces one that may be paid after all; `show {refund.id}` names it.")
+        raise DecisionRefused(
+            f"Refund {refund.id} replaces one that may be paid after all; `show {refund.id}` names it."
+        )
     if case.reissue is not None:
         raise DecisionRefused(f"Refund {refund.id} was reissued already, as refund {case.reissue}.")
     if refund.request is None:
-        raise DecisionRefused(f"The request of refund {refund.id} was emptied, so there is nothing to send: approve it anew in the source.")
+        raise DecisionRefused(
+            f"The request of refund {refund.id} was emptied, so there is nothing to send: approve it anew in the source."
+        )
 
 
 def next_source_ref(case: Case) -> str:
@@ -116,7 +138,9 @@ def next_source_ref(case: Case) -> str:
     number = 2 if own == first else int(own.removeprefix(f"{first}/")) + 1
     source_ref = f"{first}/{number}"
     if len(source_ref) > _LONGEST_SOURCE_REF:
-        raise DecisionRefused(f"The source_ref of refund {case.refund.id} has no room for /{number}: approve it anew in the source.")
+        raise DecisionRefused(
+            f"The source_ref of refund {case.refund.id} has no room for /{number}: approve it anew in the source."
+        )
     return source_ref
 
 
@@ -125,7 +149,8 @@ def with_order(body: bytes, order_id: str, key: str) -> bytes:
     # It was checked when it was frozen; a stricter setting of today must not refuse it.
     request = RefundRequest.model_validate_json(body, context={"aba_checksum": False})
     fields = tuple(
-        CustomField(name=field.name, value=key) if field.name == REFUND_KEY_FIELD else field for field in request.custom_fields or ()
+        CustomField(name=field.name, value=key) if field.name == REFUND_KEY_FIELD else field
+        for field in request.custom_fields or ()
     )
     order = request.order.model_copy(update={"order_id": order_id})
     return request.model_copy(update={"order": order, "custom_fields": fields}).to_body()

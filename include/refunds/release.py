@@ -108,7 +108,9 @@ async def _judge_preflight(error: PayrocError, terminal: str, ledger: Ledger) ->
         # Payroc let us read. That an object of somebody else's can't be understood says nothing about our configuration.
         return
     if status == 401:
-        raise PreflightRefused(f"{error}, with a new token too; nothing was released: {_CHECK_THE_KEY}.") from None
+        raise PreflightRefused(
+            f"{error}, with a new token too; nothing was released: {_CHECK_THE_KEY}."
+        ) from None
     if status is None or status >= 500 or status in (408, 429):
         raise PreflightFailed(f"{error}; nothing was released, try again later.") from None
     if error.problem_type and (status in (400, 404) or error.resource is not None):

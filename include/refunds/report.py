@@ -83,7 +83,10 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """Return the totals and sentences as JSON: counts and sums, no refund and no bank data."""
         return {
-            "totals": [{"status": t.status, "currency": t.currency, "count": t.count, "amount": t.amount} for t in self.totals],
+            "totals": [
+                {"status": t.status, "currency": t.currency, "count": t.count, "amount": t.amount}
+                for t in self.totals
+            ],
             "invalid_rows": len(self.invalid),
             "notes": self.notes,
             "unfinished": self.unfinished,
@@ -92,19 +95,36 @@ class Report:
 
     def __str__(self) -> str:
         parts = [self.title, ""]
-        shown = self.refunds if len(self.refunds) <= _MOST_LINES else [line for line in self.refunds if line.status not in _EXPECTED]
+        shown = (
+            self.refunds
+            if len(self.refunds) <= _MOST_LINES
+            else [line for line in self.refunds if line.status not in _EXPECTED]
+        )
         shown = shown[:_MOST_LINES]
         if shown:
             parts += [*_table(shown), ""]
         if len(shown) < len(self.refunds):
-            parts += [f"{len(self.refunds) - len(shown)} more are not listed: `python -m include.refunds show ID` shows each.", ""]
+            parts += [
+                f"{len(self.refunds) - len(shown)} more are not listed: `python -m include.refunds show ID` shows each.",
+                "",
+            ]
         if self.invalid:
             parts += ["Invalid source rows:"]
-            parts += [f"  {ref}: " + "; ".join(f"{name} {what}" for name, what in errors.items()) for ref, errors in self.invalid.items()]
+            parts += [
+                f"  {ref}: " + "; ".join(f"{name} {what}" for name, what in errors.items())
+                for ref, errors in self.invalid.items()
+            ]
             parts += [""]
-        parts += ["Totals:", *(f"  {t.status:<10} {t.count:>6}  {money(t.amount, t.currency):>18}" for t in self.totals)]
+        parts += [
+            "Totals:",
+            *(f"  {t.status:<10} {t.count:>6}  {money(t.amount, t.currency):>18}" for t in self.totals),
+        ]
         if not self.totals:
-            parts[-1] = "No refunds: nothing was approved, so nothing was sent." if not self.unfinished else "No refunds."
+            parts[-1] = (
+                "No refunds: nothing was approved, so nothing was sent."
+                if not self.unfinished
+                else "No refunds."
+            )
         parts += [f"Note: {note}" for note in self.notes]
         parts += [f"Unfinished: {what}" for what in self.unfinished]
         if self.audit_head:
@@ -127,7 +147,9 @@ async def run_report(engine: LedgerEngine, source: str, run_id: str) -> Report:
     :param run_id: Airflow's run id.
     """
     async with engine.connect() as connection:
-        run = await connection.execute("SELECT * FROM refund_ledger.refund_runs WHERE run_id = :id", {"id": run_id})
+        run = await connection.execute(
+            "SELECT * FROM refund_ledger.refund_runs WHERE run_id = :id", {"id": run_id}
+        )
         row = run.one_or_none()
         report = Report(f"Refund run {run_id}")
         since = row["started_at"] if row else None
@@ -140,7 +162,9 @@ async def run_report(engine: LedgerEngine, source: str, run_id: str) -> Report:
             _note_approval(report, row)
             _note_findings(report, row["findings"])
             if unsent := sum(line.status == "released" for line in report.refunds):
-                report.unfinished.append(f"{unsent} released and not sent: the log of send_refund says why; the next run takes them up.")
+                report.unfinished.append(
+                    f"{unsent} released and not sent: the log of send_refund says why; the next run takes them up."
+                )
         await _note_state(connection, source, report)
         return report
 
@@ -168,7 +192,9 @@ async def _ledger_report(engine: LedgerEngine, source: str, *, following: bool) 
         now = (await connection.execute("SELECT clock_timestamp()")).scalar_one()
         report = Report(f"Refund ledger at {now:%Y-%m-%d %H:%M %Z}")
         report.refunds = await _lines(
-            connection, "status IN ('approved', 'held', 'released', 'sending', 'unknown', 'review')", {"source": source}
+            connection,
+            "status IN ('approved', 'held', 'released', 'sending', 'unknown', 'review')",
+            {"source": source},
         )
         query = """
             SELECT status, currency, count(*) AS count, sum(amount)::bigint AS amount FROM refund_ledger.refunds_masked
@@ -192,12 +218,16 @@ async def details(engine: LedgerEngine, source: str, which: str) -> dict[str, An
             WHERE source = :source AND (id = :id OR order_id = :which OR source_ref = :which OR payroc_refund_id = :which)
             ORDER BY (id = :id) IS TRUE DESC, id LIMIT 1"""
         refund_id = int(which) if re.fullmatch("[1-9][0-9]{0,17}", which) else None
-        found = (await connection.execute(query, {"source": source, "which": which, "id": refund_id})).scalar_one_or_none()
+        found = (
+            await connection.execute(query, {"source": source, "which": which, "id": refund_id})
+        ).scalar_one_or_none()
         if found is None:
             return None
         for name, order in (("refund_attempts", "attempt"), ("refund_events", "id")):
             rows = f"SELECT to_jsonb(t) - 'refund_id' FROM refund_ledger.{name} AS t WHERE refund_id = :id ORDER BY {order}"
-            found[name.removeprefix("refund_")] = list((await connection.execute(rows, {"id": found["id"]})).scalars())
+            found[name.removeprefix("refund_")] = list(
+                (await connection.execute(rows, {"id": found["id"]})).scalars()
+            )
         return dict(found)
 
 
@@ -222,7 +252,9 @@ def totals_of(lines: Iterable[Line]) -> list[Total]:
         entry = sums.setdefault((line.status, line.currency), [0, 0])
         entry[0] += 1
         entry[1] += line.amount
-    return [Total(status, currency, count, amount) for (status, currency), (count, amount) in sorted(sums.items())]
+    return [
+        Total(status, currency, count, amount) for (status, currency), (count, amount) in sorted(sums.items())
+    ]
 
 
 def _note_approval(report: Report, run: Row) -> None:
@@ -230,16 +262,22 @@ def _note_approval(report: Report, run: Row) -> None:
         report.notes.append(f"{run['approved_by']} approved the run.")
     if run["rejected_by"]:
         report.rejected = True
-        report.notes.append(f"{run['rejected_by']} rejected the run: nothing was sent, {sums(run['candidate_totals'])} stay approved.")
+        report.notes.append(
+            f"{run['rejected_by']} rejected the run: nothing was sent, {sums(run['candidate_totals'])} stay approved."
+        )
     elif run["released"] is None and run["approval_needed"] and not run["approved_by"]:
-        report.unfinished.append("Nobody approved the run, so nothing was sent: clear approve_run to ask again.")
+        report.unfinished.append(
+            "Nobody approved the run, so nothing was sent: clear approve_run to ask again."
+        )
     elif run["released"] is None:
         report.unfinished.append("Nothing was released.")
 
 
 def _note_findings(report: Report, findings: dict[str, Any]) -> None:
     for source_ref, names in findings.get("changed", {}).items():
-        report.notes.append(f"Source row {source_ref} changed after it was pulled ({', '.join(names)}); give it a new source_ref.")
+        report.notes.append(
+            f"Source row {source_ref} changed after it was pulled ({', '.join(names)}); give it a new source_ref."
+        )
     for refund_id, what in findings.get("withdrawn", {}).items():
         report.notes.append(f"Refund {refund_id} was not released. {what}")
     for cap, waiting in findings.get("waiting", {}).items():
@@ -250,7 +288,9 @@ def _note_findings(report: Report, findings: dict[str, Any]) -> None:
         )
     report.notes += warning_notes(findings.get("warnings", {}))
     for source_ref in findings.get("untouched", []):
-        report.notes.append(f"Source row {source_ref} was not written back: the UPDATE of write_back.sql touched no row.")
+        report.notes.append(
+            f"Source row {source_ref} was not written back: the UPDATE of write_back.sql touched no row."
+        )
 
 
 def warning_notes(warnings: Mapping[str, Sequence[str]]) -> list[str]:
@@ -271,7 +311,9 @@ async def pause_sentences(connection: Connection) -> list[str]:
     return sentences
 
 
-async def _note_state(connection: Connection, source: str, report: Report, *, following: bool = False) -> None:
+async def _note_state(
+    connection: Connection, source: str, report: Report, *, following: bool = False
+) -> None:
     pauses = await pause_sentences(connection)
     report.paused = bool(pauses)
     report.unfinished += pauses
@@ -317,7 +359,9 @@ async def _note_state(connection: Connection, source: str, report: Report, *, fo
         SELECT count(*) FROM refund_ledger.refunds_masked AS r
         WHERE source = :source AND (written_back_at = updated_at) IS NOT TRUE AND {NEWEST}"""
     if missing := (await connection.execute(due, {"source": source})).scalar_one():
-        report.notes.append(f"{missing} refunds have news that the source does not have yet; the next write_back tries again.")
+        report.notes.append(
+            f"{missing} refunds have news that the source does not have yet; the next write_back tries again."
+        )
     report.audit_head = await head_of(connection)
 
 
@@ -359,4 +403,9 @@ def _table(lines: Sequence[Line]) -> list[str]:
         for line in lines
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
-    return ["  ".join([*(cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=True)), row[-1]]).rstrip() for row in rows]
+    return [
+        "  ".join(
+            [*(cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=True)), row[-1]]
+        ).rstrip()
+        for row in rows
+    ]

@@ -46,11 +46,20 @@ class Resolution:
         """What two people have to agree on. Payroc's status is not theirs to decide, so it may move on in between."""
         if self.status is Status.REJECTED:
             return {"resolve": "rejected"}
-        return {"resolve": "accepted", "payroc_refund_id": self.sighting.payroc_refund_id if self.sighting else ""}
+        return {
+            "resolve": "accepted",
+            "payroc_refund_id": self.sighting.payroc_refund_id if self.sighting else "",
+        }
 
 
 async def resolve(
-    refund_id: int, outcome: Status, reason: str, *, payroc_refund_id: str | None, ledger: Ledger, gateway: Gateway
+    refund_id: int,
+    outcome: Status,
+    reason: str,
+    *,
+    payroc_refund_id: str | None,
+    ledger: Ledger,
+    gateway: Gateway,
 ) -> tuple[Resolution, bool]:
     """
     End a refund's review, or propose to when it takes a second person. Who does it is the ledger's actor.
@@ -72,9 +81,13 @@ async def resolve(
             resolution = as_rejected(listed, known)
         else:
             chosen = choose(case, listed, payroc_refund_id)
-            resolution = as_accepted(case, await gateway.get_refund(token, chosen), by_hand=chosen == payroc_refund_id)
+            resolution = as_accepted(
+                case, await gateway.get_refund(token, chosen), by_hand=chosen == payroc_refund_id
+            )
     except PayrocError as error:
-        raise DecisionRefused(f"{error}, so what Payroc holds of refund {refund_id} is not known; nothing was changed.") from None
+        raise DecisionRefused(
+            f"{error}, so what Payroc holds of refund {refund_id} is not known; nothing was changed."
+        ) from None
     return resolution, await ledger.resolve(case, resolution, reason)
 
 
@@ -86,7 +99,9 @@ def check_case(case: Case, outcome: Status) -> None:
     """
     refund = case.refund
     if refund.status is not Status.REVIEW:
-        raise DecisionRefused(f"Refund {refund.id} is {refund.status}, not in review; only a review is resolved.")
+        raise DecisionRefused(
+            f"Refund {refund.id} is {refund.status}, not in review; only a review is resolved."
+        )
     if refund.lease_until is not None and refund.lease_until > case.now:
         raise DecisionRefused(
             f"An attempt of refund {refund.id} may still be under way until {refund.lease_until:%Y-%m-%d %H:%M:%S %Z}; resolve it then."
@@ -110,10 +125,18 @@ def as_rejected(listed: Verdict | None, known: models.Refund | None) -> Resoluti
     """
     if listed is not None and listed.is_hit:
         whose = "a refund that may be ours" if listed.unclear else "a refund of ours"
-        raise DecisionRefused(f"Payroc holds {whose}, so it is not rejected: {listed.reason} Resolve it as accepted.")
+        raise DecisionRefused(
+            f"Payroc holds {whose}, so it is not rejected: {listed.reason} Resolve it as accepted."
+        )
     if known is not None and status_of(known) is not Status.REJECTED:
-        raise DecisionRefused(f"Payroc holds refund {known.refund_id} of it ('{word_of(known)}'), so it is not rejected.")
-    declined = Sighting(known.refund_id, word_of(known), Status.REJECTED) if known else (listed.sighting if listed else None)
+        raise DecisionRefused(
+            f"Payroc holds refund {known.refund_id} of it ('{word_of(known)}'), so it is not rejected."
+        )
+    declined = (
+        Sighting(known.refund_id, word_of(known), Status.REJECTED)
+        if known
+        else (listed.sighting if listed else None)
+    )
     return Resolution(Status.REJECTED, declined, listed.reason if listed and declined is None else None)
 
 
@@ -124,10 +147,14 @@ def choose(case: Case, listed: Verdict | None, payroc_refund_id: str | None) -> 
     :raises DecisionRefused: when there is none, or the one that people gave is not the one that is known.
     """
     own = case.refund.payroc_refund_id
-    listed_id = listed.sighting.payroc_refund_id if listed is not None and listed.sighting is not None else None
+    listed_id = (
+        listed.sighting.payroc_refund_id if listed is not None and listed.sighting is not None else None
+    )
     known = own or (listed_id if listed is not None and listed.is_hit else None)
     if payroc_refund_id is not None and known not in (None, payroc_refund_id):
-        raise DecisionRefused(f"Refund {case.refund.id} is Payroc's refund {known}, not {payroc_refund_id}; leave --payroc-refund-id out.")
+        raise DecisionRefused(
+            f"Refund {case.refund.id} is Payroc's refund {known}, not {payroc_refund_id}; leave --payroc-refund-id out."
+        )
     chosen = payroc_refund_id or own or listed_id
     if chosen is None:
         raise DecisionRefused(
@@ -146,13 +173,22 @@ def as_accepted(case: Case, found: models.Refund, *, by_hand: bool) -> Resolutio
     :raises DecisionRefused: when the object is declined, or another refund's.
     """
     refund = case.refund
-    if by_hand and (found.order.order_id, found.processing_terminal_id) != (refund.order_id, refund.processing_terminal_id):
-        raise DecisionRefused(f"Payroc's refund {found.refund_id} has another order id or terminal than refund {refund.id}.")
+    if by_hand and (found.order.order_id, found.processing_terminal_id) != (
+        refund.order_id,
+        refund.processing_terminal_id,
+    ):
+        raise DecisionRefused(
+            f"Payroc's refund {found.refund_id} has another order id or terminal than refund {refund.id}."
+        )
     if by_hand and found.refund_key not in (None, str(refund.idempotency_key)):
-        raise DecisionRefused(f"Payroc's refund {found.refund_id} carries the key of another refund than {refund.id}.")
+        raise DecisionRefused(
+            f"Payroc's refund {found.refund_id} carries the key of another refund than {refund.id}."
+        )
     status = status_of(found)
     if status is Status.REJECTED:
-        raise DecisionRefused(f"Payroc's refund {found.refund_id} is declined, so it is not accepted; resolve it as rejected.")
+        raise DecisionRefused(
+            f"Payroc's refund {found.refund_id} is declined, so it is not accepted; resolve it as rejected."
+        )
     status = status if status in PAID else Status.ACCEPTED
     return Resolution(status, Sighting(found.refund_id, word_of(found), status))
 

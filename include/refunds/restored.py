@@ -105,15 +105,21 @@ async def restored(
         taken_over: list[TakenOver] = []
         lost: dict[str, str] = {}
         for terminal in sorted({*await ledger.all_terminals(), *terminals}):
-            listed = gateway.list_refunds(await gateway.token(), processing_terminal_id=terminal, date_from=since - _MARGIN)
+            listed = gateway.list_refunds(
+                await gateway.token(), processing_terminal_id=terminal, date_from=since - _MARGIN
+            )
             # Of what can't be understood the comparison speaks.
             with suppress(PayrocIncompleteList):
                 async for batch in in_batches(listed):
                     taken_over += await _take_over(batch, lost, ledger)
         await _set_aside_reissued(lost, ledger, settings)
         if failed := (await follow_up(ledger, gateway, settings))["failed"]:
-            raise LedgerError(f"{failed} look-ups or lists failed at Payroc, so not everything is known: run it again.")
-        comparison = await verify(since - _MARGIN, now + _MARGIN, terminals=terminals, ledger=ledger, gateway=gateway)
+            raise LedgerError(
+                f"{failed} look-ups or lists failed at Payroc, so not everything is known: run it again."
+            )
+        comparison = await verify(
+            since - _MARGIN, now + _MARGIN, terminals=terminals, ledger=ledger, gateway=gateway
+        )
         await ledger.end_restore(reason)
     return Restored(since, pulled, taken_over, comparison)
 

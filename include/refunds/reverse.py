@@ -51,7 +51,9 @@ async def reverse(refund_id: int, reason: str, *, ledger: Ledger, gateway: Gatew
     payroc_refund_id = refund.payroc_refund_id or ""
     refused = None
     try:
-        answer = await gateway.reverse_refund(token, payroc_refund_id, str(reverse_key(refund.idempotency_key)))
+        answer = await gateway.reverse_refund(
+            token, payroc_refund_id, str(reverse_key(refund.idempotency_key))
+        )
     except PayrocError as error:
         refused = error if _is_refusal(error) else None
         what, found = str(error), await _ask(token, payroc_refund_id, gateway)
@@ -62,10 +64,15 @@ async def reverse(refund_id: int, reason: str, *, ledger: Ledger, gateway: Gatew
     recorded = await _record(refund, found, ledger) if found is not None else refund
     if recorded.status is Status.REVERSED:
         return Reversed(True, f"Refund {refund_id} is reversed: it left the open batch, and no money moves.")
-    state = f"Payroc says it is '{word_of(found)}'" if found is not None else "its state there can't be read now"
+    state = (
+        f"Payroc says it is '{word_of(found)}'" if found is not None else "its state there can't be read now"
+    )
     if refused is not None or (found is not None and recorded.status is not Status.ACCEPTED):
         raise DecisionRefused(f"Refund {refund_id} was not reversed: {what}; {state}.")
-    return Reversed(False, f"Not known whether refund {refund_id} is reversed: {what}; {state}. Run it again, the same key does no harm.")
+    return Reversed(
+        False,
+        f"Not known whether refund {refund_id} is reversed: {what}; {state}. Run it again, the same key does no harm.",
+    )
 
 
 def _is_refusal(error: PayrocError) -> bool:

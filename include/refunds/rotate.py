@@ -39,7 +39,9 @@ async def rotate_keys(ledger: Ledger, cipher: Cipher, *, advance: Callable[[int]
         anew = []
         for row in kept:
             try:
-                anew.append((row, cipher.seal(cipher.open(row.request, row.request_sha256, row.id, row.request_key))))
+                anew.append(
+                    (row, cipher.seal(cipher.open(row.request, row.request_sha256, row.id, row.request_key)))
+                )
             except UnreadableRequest as error:
                 rotated.unreadable.append(str(error))
         rotated.done += await ledger.store_rotated(anew)

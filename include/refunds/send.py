@@ -146,7 +146,11 @@ async def _send(
         return Result(refund.id, refund.order_id, Sent.CONFIGURATION, str(error))
 
     claim = await ledger.claim(
-        refund.id, task, environment=gateway.environment, sent_with=gateway.sent_with, token_seconds=token.expires_in
+        refund.id,
+        task,
+        environment=gateway.environment,
+        sent_with=gateway.sent_with,
+        token_seconds=token.expires_in,
     )
     async with gateway.turn():
         if claim is None:
@@ -156,7 +160,10 @@ async def _send(
             if await ledger.may_post(claim, seconds=2 * settings.http_timeout_seconds):
                 verdict = await _post(token, claim, body, gateway)
             else:
-                verdict = Verdict(Outcome.NOT_SENT, "Not sent: the sending was paused, or this worker was too slow for its lease.")
+                verdict = Verdict(
+                    Outcome.NOT_SENT,
+                    "Not sent: the sending was paused, or this worker was too slow for its lease.",
+                )
     return claim, verdict
 
 
@@ -166,14 +173,26 @@ async def _recorded(sent: Result | tuple[Claim, Verdict], ledger: Ledger) -> Res
     claim, verdict = sent
     recorded, now = await ledger.record(claim.refund.id, verdict, claim.attempt)
     if verdict.outcome is Outcome.CONFIGURATION:
-        return Result(recorded.id, recorded.order_id, Sent.CONFIGURATION, verdict.reason, stops_all=verdict.pause == EVERYTHING)
+        return Result(
+            recorded.id,
+            recorded.order_id,
+            Sent.CONFIGURATION,
+            verdict.reason,
+            stops_all=verdict.pause == EVERYTHING,
+        )
     if verdict.outcome is Outcome.NOT_SENT:
         return await _stopped(recorded, now, ledger)
     return _result(recorded, now)
 
 
 async def _look_up_first(
-    token: models.AccessToken, claim: Claim, refund: Refund, now: datetime, ledger: Ledger, gateway: Gateway, settings: Settings
+    token: models.AccessToken,
+    claim: Claim,
+    refund: Refund,
+    now: datetime,
+    ledger: Ledger,
+    gateway: Gateway,
+    settings: Settings,
 ) -> Verdict | None:
     """Look for what an earlier attempt may have left at Payroc: one of this ledger, or one that a restored ledger has forgotten."""
     age = now - min(refund.approved_at, refund.created_at)
@@ -191,7 +210,9 @@ async def _look_up_first(
         # Inside the key's window an error proves nothing and the attempt goes on: Payroc knows the key. If the ledger has forgotten
         # an attempt that lies before the window, nothing but the look-up stands between this POST and a second payment.
         if is_reissue or (refund.first_sent_at is None and age >= timedelta(days=settings.key_window_days)):
-            return Verdict(Outcome.NOT_SENT, f"Not sent: such a refund is looked up first, and that failed: {error}.")
+            return Verdict(
+                Outcome.NOT_SENT, f"Not sent: such a refund is looked up first, and that failed: {error}."
+            )
         return None
 
 
@@ -207,11 +228,18 @@ async def _post(token: models.AccessToken, claim: Claim, body: bytes, gateway: G
     try:
         found_verdict = await look_up(token, refund, gateway)
     except PayrocError as error:
-        return Verdict(Outcome.UNKNOWN, f"{verdict.reason} The look-up failed: {error}.", verdict.http_status, verdict.problem_type)
+        return Verdict(
+            Outcome.UNKNOWN,
+            f"{verdict.reason} The look-up failed: {error}.",
+            verdict.http_status,
+            verdict.problem_type,
+        )
     return found_verdict or verdict
 
 
-async def _not_claimed(refund_id: int, token: models.AccessToken, ledger: Ledger, gateway: Gateway, settings: Settings) -> Result:
+async def _not_claimed(
+    refund_id: int, token: models.AccessToken, ledger: Ledger, gateway: Gateway, settings: Settings
+) -> Result:
     """Find out why a claim was refused, and for a refund in doubt what Payroc holds: a GET is always allowed."""
     # Before any look-up: another Payroc's refunds say nothing about ours, even under the same key.
     await ledger.check_environment(gateway.environment)
@@ -221,7 +249,9 @@ async def _not_claimed(refund_id: int, token: models.AccessToken, ledger: Ledger
             verdict = await look_up_in_doubt(token, refund, gateway, settings, now)
         except PayrocError as error:
             wait = max(_seconds_until(refund, now), float(settings.retry_delay_seconds))
-            return Result(refund_id, refund.order_id, Sent.BUSY, f"Not known, and the look-up failed: {error}.", wait)
+            return Result(
+                refund_id, refund.order_id, Sent.BUSY, f"Not known, and the look-up failed: {error}.", wait
+            )
         if verdict is not None:
             refund, now = await ledger.record(refund_id, verdict)
     if refund.status in IN_DOUBT and _seconds_until(refund, now) > 0:
@@ -238,14 +268,28 @@ async def _stopped(refund: Refund, now: datetime, ledger: Ledger) -> Result:
         if scope in pauses:
             what = "The sending" if scope == EVERYTHING else f"The sending for terminal {scope}"
             reason = f"{what} is paused: {pauses[scope]}"
-            return Result(refund.id, refund.order_id, Sent.CONFIGURATION, reason, stops_all=scope == EVERYTHING)
-    if refund.status is Status.RELEASED and refund.released_at is not None and now - refund.released_at >= RELEASE_VALID:
-        return Result(refund.id, refund.order_id, Sent.NOT_RELEASED, "Its release was not used within 24 hours.")
+            return Result(
+                refund.id, refund.order_id, Sent.CONFIGURATION, reason, stops_all=scope == EVERYTHING
+            )
+    if (
+        refund.status is Status.RELEASED
+        and refund.released_at is not None
+        and now - refund.released_at >= RELEASE_VALID
+    ):
+        return Result(
+            refund.id, refund.order_id, Sent.NOT_RELEASED, "Its release was not used within 24 hours."
+        )
     for replaced in await ledger.replaced(refund.id):
         if replaced.status not in REPLACEABLE:
             reason = f"Not sent: refund {replaced.id}, which it replaces, is {replaced.status}."
             return Result(refund.id, refund.order_id, Sent.NOT_RELEASED, reason)
-    return Result(refund.id, refund.order_id, Sent.BUSY, refund.reason or "It was not sent.", max(1.0, _seconds_until(refund, now)))
+    return Result(
+        refund.id,
+        refund.order_id,
+        Sent.BUSY,
+        refund.reason or "It was not sent.",
+        max(1.0, _seconds_until(refund, now)),
+    )
 
 
 def _no_token(refund: Refund, error: PayrocError, settings: Settings) -> Result:

@@ -28,18 +28,34 @@ class Settings(BaseSettings):
         max_length=100,
         description="Fixed name of the source. Idempotency keys are derived from it: never change it once refunds were sent.",
     )
-    schedule: str = Field("0 7 * * 1-5", description="Cron of the refund run, in TIMEZONE. Empty means manual runs only.")
+    schedule: str = Field(
+        "0 7 * * 1-5", description="Cron of the refund run, in TIMEZONE. Empty means manual runs only."
+    )
     followup_schedule: str = Field(
-        "0 */2 * * 1-5", description="Cron of the follow-up. ACH moves in days, two hours are soon enough. Empty means manual runs only."
+        "0 */2 * * 1-5",
+        description="Cron of the follow-up. ACH moves in days, two hours are soon enough. Empty means manual runs only.",
     )
     summary_schedule: str = Field(
-        "0 18 * * 1-5", description="Cron of the daily summary. What happens after it is told in the next. Empty means manual runs only."
+        "0 18 * * 1-5",
+        description="Cron of the daily summary. What happens after it is told in the next. Empty means manual runs only.",
     )
-    timezone: str = Field("America/New_York", description="IANA time zone of all schedules; the ACH calendar runs on Eastern time.")
-    retries: int = Field(5, ge=0, le=50, description="Airflow retries of a send task. What they do not finish, the next run does.")
-    retry_delay_seconds: int = Field(60, ge=1, description="Seconds between tries when no outcome asks for another delay.")
+    timezone: str = Field(
+        "America/New_York",
+        description="IANA time zone of all schedules; the ACH calendar runs on Eastern time.",
+    )
+    retries: int = Field(
+        5,
+        ge=0,
+        le=50,
+        description="Airflow retries of a send task. What they do not finish, the next run does.",
+    )
+    retry_delay_seconds: int = Field(
+        60, ge=1, description="Seconds between tries when no outcome asks for another delay."
+    )
     unknown_wait_seconds: int = Field(
-        90, ge=1, description="Seconds before an unknown refund is sent again under its key, so that a POST in flight has ended at Payroc."
+        90,
+        ge=1,
+        description="Seconds before an unknown refund is sent again under its key, so that a POST in flight has ended at Payroc.",
     )
     key_window_days: float = Field(
         6,
@@ -48,9 +64,13 @@ class Settings(BaseSettings):
         description="Days after the first POST in which a key may be sent again. Payroc keeps keys for 7; this can only be lowered.",
     )
     lease_margin_seconds: int = Field(
-        600, ge=5, description="Seconds by which a lease outlives its token, so that a POST sent on the token's last second has ended."
+        600,
+        ge=5,
+        description="Seconds by which a lease outlives its token, so that a POST sent on the token's last second has ended.",
     )
-    http_timeout_seconds: float = Field(30, gt=0, le=120, description="Seconds to connect, and seconds to wait for an answer from Payroc.")
+    http_timeout_seconds: float = Field(
+        30, gt=0, le=120, description="Seconds to connect, and seconds to wait for an answer from Payroc."
+    )
     requests_in_flight: int = Field(
         32,
         ge=1,
@@ -59,7 +79,9 @@ class Settings(BaseSettings):
         "Fewer after a 429, until Payroc takes more again.",
     )
     requests_per_second: float | None = Field(
-        None, gt=0, description="Refunds that one worker host begins to send in a second. Unset: no limit, for Payroc documents none."
+        None,
+        gt=0,
+        description="Refunds that one worker host begins to send in a second. Unset: no limit, for Payroc documents none.",
     )
     approval_timeout_hours: float = Field(
         8,
@@ -68,7 +90,8 @@ class Settings(BaseSettings):
         description="Hours in which a person may approve a run. The wait ends earlier when the next scheduled run is due.",
     )
     approvers: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), description="Ids of the Airflow users who may approve a run, comma-separated. Unset: everybody who may answer for the DAG."
+        (),
+        description="Ids of the Airflow users who may approve a run, comma-separated. Unset: everybody who may answer for the DAG.",
     )
     notifiers: SecretStr | None = Field(
         None,
@@ -88,10 +111,12 @@ class Settings(BaseSettings):
         "s3://conn_id@bucket/summaries. Unset: the folder summaries in AIRFLOW_HOME.",
     )
     sec_code: Literal["ppd", "ccd"] = Field(
-        "ppd", description="SEC code of rows that name none: ppd for payees who are consumers, ccd for businesses."
+        "ppd",
+        description="SEC code of rows that name none: ppd for payees who are consumers, ccd for businesses.",
     )
     allow_sec_web: bool = Field(
-        False, description="Accept the SEC code web. As a credit it is for payments between consumers: ask your originating bank first."
+        False,
+        description="Accept the SEC code web. As a credit it is for payments between consumers: ask your originating bank first.",
     )
     request_days: int = Field(
         30,
@@ -99,22 +124,30 @@ class Settings(BaseSettings):
         description="Days for which the encrypted request, with the payee's account, is kept after a refund has ended. "
         "Without it a refund can't be reissued.",
     )
-    aba_checksum: bool = Field(True, description="Refuse routing numbers that fail the ABA checksum. Payroc's own samples fail it.")
-    token_cache: bool = Field(True, description="Share tokens between the tasks of one host through an encrypted file.")
+    aba_checksum: bool = Field(
+        True, description="Refuse routing numbers that fail the ABA checksum. Payroc's own samples fail it."
+    )
+    token_cache: bool = Field(
+        True, description="Share tokens between the tasks of one host through an encrypted file."
+    )
     token_cache_dir: Path | None = Field(
-        None, description="Folder of that file. Unset: a folder with owner-only rights in the temporary directory."
+        None,
+        description="Folder of that file. Unset: a folder with owner-only rights in the temporary directory.",
     )
     encryption_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         (), description="Fernet keys, comma-separated; the first encrypts, all decrypt."
     )
     encryption_keys_secret: str | None = Field(
-        None, description="Name of those keys in Airflow's secrets backend, for deployments that hold no secrets in the environment."
+        None,
+        description="Name of those keys in Airflow's secrets backend, for deployments that hold no secrets in the environment.",
     )
     fingerprint_key: SecretStr | None = Field(
         None,
         description="Key of payee fingerprints and request hashes, at least 32 characters. Never rotated: old ones must stay comparable.",
     )
-    fingerprint_key_secret: str | None = Field(None, description="Name of that key in Airflow's secrets backend.")
+    fingerprint_key_secret: str | None = Field(
+        None, description="Name of that key in Airflow's secrets backend."
+    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -160,4 +193,6 @@ def get_settings() -> Settings:
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         variable = f"{ENV_PREFIX}{first['loc'][0]}".upper() if first["loc"] else f"{ENV_PREFIX}…"
-        raise SettingsError(f"Environment variable {variable} is not usable: {first['msg'].removeprefix('Value error, ')}.") from None
+        raise SettingsError(
+            f"Environment variable {variable} is not usable: {first['msg'].removeprefix('Value error, ')}."
+        ) from None

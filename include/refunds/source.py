@@ -99,7 +99,9 @@ class SqlSource:
                 returned = set(result.keys())
                 missing = [name for name in COLUMNS if name not in returned]
                 if missing:
-                    raise SourceError(f"{self._select.name} does not return {', '.join(missing)}: add the column, or NULL AS {missing[0]}.")
+                    raise SourceError(
+                        f"{self._select.name} does not return {', '.join(missing)}: add the column, or NULL AS {missing[0]}."
+                    )
                 return [dict(row) for row in result.mappings()]
         except DBAPIError as error:
             raise _failed(self._select, error) from None
@@ -107,12 +109,21 @@ class SqlSource:
     def _run_update(self, rows: Sequence[WriteBack]) -> list[str]:
         statement = text(_read(self._update))
         # Typed, so that a parameter may stand anywhere in the statement, and each dialect gets the instant in its own form.
-        types = {name: DateTime(timezone=True) if name == "updated_at" else String() for name in WriteBack.__slots__}
+        types = {
+            name: DateTime(timezone=True) if name == "updated_at" else String()
+            for name in WriteBack.__slots__
+        }
         used = statement.compile().params
         unknown = sorted(set(used) - set(types))
         if unknown or "source_ref" not in used:
-            problem = f"names unknown parameters ({', '.join(unknown)})" if unknown else "does not name the parameter :source_ref"
-            raise SourceError(f"{self._update.name} {problem}; it may use {', '.join(f':{name}' for name in types)}.")
+            problem = (
+                f"names unknown parameters ({', '.join(unknown)})"
+                if unknown
+                else "does not name the parameter :source_ref"
+            )
+            raise SourceError(
+                f"{self._update.name} {problem}; it may use {', '.join(f':{name}' for name in types)}."
+            )
         statement = statement.bindparams(*(bindparam(name, type_=types[name]) for name in used))
         untouched = []
         try:
@@ -159,7 +170,11 @@ def _without_values(error: DBAPIError) -> str:
     state = getattr(error.orig, "sqlstate", None)
     # What is told of these classes of SQLSTATE is about names, rights and the server. Anything else may quote a value: one that does not
     # fit, one that a constraint refuses, or what a trigger of the merchant's says.
-    is_told = state.startswith(("08", "28", "3D", "42", "53", "57")) if state else not isinstance(error, DataError | IntegrityError)
+    is_told = (
+        state.startswith(("08", "28", "3D", "42", "53", "57"))
+        if state
+        else not isinstance(error, DataError | IntegrityError)
+    )
     if not is_told:
         column = getattr(getattr(error.orig, "diag", None), "column_name", None)
         return f"{type(error.orig).__name__}{f', SQLSTATE {state}' if state else ''}{f', column {column}' if column else ''}."

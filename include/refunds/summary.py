@@ -93,7 +93,9 @@ class Summary:
         return [run for run in self.runs if run.state == "failed"]
 
 
-async def read_summary(engine: LedgerEngine, source: str, *, since: datetime, until: datetime, timezone: str) -> Summary:
+async def read_summary(
+    engine: LedgerEngine, source: str, *, since: datetime, until: datetime, timezone: str
+) -> Summary:
     """
     Read what a summary tells. The rights of the payer or the auditor are enough.
 
@@ -107,7 +109,9 @@ async def read_summary(engine: LedgerEngine, source: str, *, since: datetime, un
     async with engine.begin("repeatable_read", readonly=True) as connection:
         summary.outcomes = await _outcomes(connection, source, since, until)
         summary.totals = await _totals(connection, source)
-        summary.waiting = sorted((t for t in summary.totals if t.status in _WAITING), key=lambda t: _WAITING.index(t.status))
+        summary.waiting = sorted(
+            (t for t in summary.totals if t.status in _WAITING), key=lambda t: _WAITING.index(t.status)
+        )
         summary.pauses = await pause_sentences(connection)
         oldest = "SELECT min(approved_at) FROM refund_ledger.refunds_masked WHERE source = :source AND status IN ('approved', 'held')"
         found = (await connection.execute(oldest, {"source": source})).scalar_one()
@@ -130,7 +134,11 @@ def as_message(summary: Summary, *, url: str) -> Message:
     """
     most = max((day.paid + day.unpaid for day in summary.days), default=0)
     accepted = _by_currency(summary.outcomes, "accepted")
-    needs = [f"{total.count:,} {total.status}" for total in summary.waiting if total.status in ("held", "review", "unknown")]
+    needs = [
+        f"{total.count:,} {total.status}"
+        for total in summary.waiting
+        if total.status in ("held", "review", "unknown")
+    ]
     headline = [f"{sums(accepted)} accepted", *needs, *(["sending paused"] if summary.pauses else [])]
     values: dict[str, Any] = {
         "summary": summary,
@@ -139,10 +147,19 @@ def as_message(summary: Summary, *, url: str) -> Message:
         "meanings": MEANINGS,
         "most": most,
         "waits": _age(summary.until - summary.oldest) if summary.oldest else None,
-        "alert": bool(summary.pauses or summary.failed_runs or any(total.status == "review" for total in summary.waiting)),
+        "alert": bool(
+            summary.pauses
+            or summary.failed_runs
+            or any(total.status == "review" for total in summary.waiting)
+        ),
     }
     html = environment().get_template("summary.html").render(values)
-    return Message(f"Payroc refunds: {summary.day:%a %d %b}, {', '.join(headline)}", _text(summary, headline, url), html, url)
+    return Message(
+        f"Payroc refunds: {summary.day:%a %d %b}, {', '.join(headline)}",
+        _text(summary, headline, url),
+        html,
+        url,
+    )
 
 
 async def _outcomes(connection: Connection, source: str, since: datetime, until: datetime) -> list[Total]:
@@ -197,7 +214,11 @@ def _day(day: date, rows: Sequence[Any]) -> Day:
 
 
 def _by_currency(totals: Sequence[Total], status: str) -> dict[str, dict[str, int]]:
-    return {total.currency: {"count": total.count, "amount": total.amount} for total in totals if total.status == status}
+    return {
+        total.currency: {"count": total.count, "amount": total.amount}
+        for total in totals
+        if total.status == status
+    }
 
 
 def _age(age: timedelta) -> str:
@@ -208,10 +229,18 @@ def _age(age: timedelta) -> str:
 
 
 def _text(summary: Summary, headline: Sequence[str], url: str) -> str:
-    lines = [f"Refunds from {summary.since:%a %d %b %H:%M} to {summary.until:%a %d %b %H:%M %Z}", "", ", ".join(headline)]
+    lines = [
+        f"Refunds from {summary.since:%a %d %b %H:%M} to {summary.until:%a %d %b %H:%M %Z}",
+        "",
+        ", ".join(headline),
+    ]
     for name, totals in (("Became", summary.outcomes), ("Waiting", summary.waiting)):
         if totals:
-            lines += ["", f"{name}:", *(f"  {t.status:<10} {t.count:>6,}  {money(t.amount, t.currency):>18}" for t in totals)]
+            lines += [
+                "",
+                f"{name}:",
+                *(f"  {t.status:<10} {t.count:>6,}  {money(t.amount, t.currency):>18}" for t in totals),
+            ]
     lines += ["", *summary.pauses] if summary.pauses else []
     lines += ["", f"Runs: {len(summary.runs)}, failed: {len(summary.failed_runs)}"]
     return "\n".join([*lines, *(["", url] if url else [])]) + "\n"

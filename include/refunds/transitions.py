@@ -49,7 +49,10 @@ def is_known(refund: Refund, sighting: Sighting) -> bool:
 
     Its status does not count: people may have resolved a refund whose object differs, or whose word is none that we know.
     """
-    return (refund.payroc_refund_id, refund.payroc_status) == (sighting.payroc_refund_id, sighting.payroc_status)
+    return (refund.payroc_refund_id, refund.payroc_status) == (
+        sighting.payroc_refund_id,
+        sighting.payroc_status,
+    )
 
 
 def decide(
@@ -80,9 +83,16 @@ def decide(
         contradiction.
     """
     if verdict.sighting is not None:
-        if restored and not foreign_id and refund.status in _WAITING and verdict.sighting.status is not Status.REVIEW:
+        if (
+            restored
+            and not foreign_id
+            and refund.status in _WAITING
+            and verdict.sighting.status is not Status.REVIEW
+        ):
             steps = (*_way_to_review(refund.status), verdict.sighting.status)
-            return Change(steps, f"{verdict.reason} Sent before the ledger was restored.", sighting=verdict.sighting)
+            return Change(
+                steps, f"{verdict.reason} Sent before the ledger was restored.", sighting=verdict.sighting
+            )
         return _decide_sighting(refund, verdict, verdict.sighting, foreign_id, told)
     if verdict.contradiction:
         return _contradiction(refund, verdict.reason)
@@ -96,14 +106,18 @@ def decide(
         case Outcome.CONFIGURATION | Outcome.NOT_SENT if verdict.proves_no_processing and not reached:
             return Change((Status.RELEASED,), verdict.reason, never_sent=True, pause=verdict.pause)
         case Outcome.CONFIGURATION | Outcome.NOT_SENT:
-            return Change((Status.UNKNOWN,), verdict.reason, wait_until=now + unknown_wait, pause=verdict.pause)
+            return Change(
+                (Status.UNKNOWN,), verdict.reason, wait_until=now + unknown_wait, pause=verdict.pause
+            )
         case Outcome.REJECTED:
             return Change((Status.REJECTED,), verdict.reason)
         case _:
             return Change((Status.REVIEW,), verdict.reason)
 
 
-def _decide_sighting(refund: Refund, verdict: Verdict, sighting: Sighting, foreign_id: bool, told: bool) -> Change | None:
+def _decide_sighting(
+    refund: Refund, verdict: Verdict, sighting: Sighting, foreign_id: bool, told: bool
+) -> Change | None:
     if foreign_id or refund.payroc_refund_id not in (None, sighting.payroc_refund_id):
         what = f"Payroc's refund {sighting.payroc_refund_id} does not belong to this row."
         if told and refund.status not in IN_DOUBT:
@@ -116,7 +130,9 @@ def _decide_sighting(refund: Refund, verdict: Verdict, sighting: Sighting, forei
         return Change(sighting=sighting)
     if refund.status in _ENDED_UNPAID and sighting.status is Status.REVIEW:
         # Whatever else is odd about it: there is an object that may pay, of a refund that is called unpaid and may have been reissued.
-        return _contradiction(refund, f"{verdict.reason} The refund is {refund.status} here.", sighting=sighting)
+        return _contradiction(
+            refund, f"{verdict.reason} The refund is {refund.status} here.", sighting=sighting
+        )
     steps = _way(refund.status, sighting.status)
     if steps:
         return Change(steps, verdict.reason, sighting=sighting)
@@ -124,7 +140,9 @@ def _decide_sighting(refund: Refund, verdict: Verdict, sighting: Sighting, forei
     if older and refund.payroc_refund_id == sighting.payroc_refund_id:
         # A list may lag behind what an earlier answer already told; an older word is no news.
         return None
-    return _contradiction(refund, f"Payroc says {sighting.status} of a refund that is {refund.status} here.", sighting=sighting)
+    return _contradiction(
+        refund, f"Payroc says {sighting.status} of a refund that is {refund.status} here.", sighting=sighting
+    )
 
 
 def _way(start: Status, end: Status) -> tuple[Status, ...]:
@@ -135,9 +153,16 @@ def _way(start: Status, end: Status) -> tuple[Status, ...]:
     return ()
 
 
-def _contradiction(refund: Refund, what: str, *, sighting: Sighting | None = None, contradicting_id: str | None = None) -> Change:
+def _contradiction(
+    refund: Refund, what: str, *, sighting: Sighting | None = None, contradicting_id: str | None = None
+) -> Change:
     return Change(
-        _way_to_review(refund.status), what, sighting=sighting, contradiction=what, contradicting_id=contradicting_id, pause=EVERYTHING
+        _way_to_review(refund.status),
+        what,
+        sighting=sighting,
+        contradiction=what,
+        contradicting_id=contradicting_id,
+        pause=EVERYTHING,
     )
 
 

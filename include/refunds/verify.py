@@ -73,7 +73,10 @@ class Comparison:
         return {
             "from": self.start.isoformat(),
             "to": self.end.isoformat(),
-            "totals": [{"currency": key[0], "status": key[1], **asdict(total)} for key, total in sorted(self.sums.items())],
+            "totals": [
+                {"currency": key[0], "status": key[1], **asdict(total)}
+                for key, total in sorted(self.sums.items())
+            ],
             "made_elsewhere": [
                 {"currency": currency, "count": total.payroc_count, "amount": total.payroc_amount}
                 for currency, total in sorted(self.elsewhere.items())
@@ -96,7 +99,9 @@ def read_range(first: str, last: str) -> tuple[datetime, datetime]:
     return start, end
 
 
-async def verify(start: datetime, end: datetime, *, terminals: Sequence[str] = (), ledger: Ledger, gateway: Gateway) -> Comparison:
+async def verify(
+    start: datetime, end: datetime, *, terminals: Sequence[str] = (), ledger: Ledger, gateway: Gateway
+) -> Comparison:
     """
     Compare what was first sent from ``start`` up to ``end`` with what Payroc holds.
 
@@ -109,13 +114,18 @@ async def verify(start: datetime, end: datetime, *, terminals: Sequence[str] = (
     compare = _Compare(comparison, ledger)
     for terminal in sorted({*await ledger.all_terminals(), *terminals}):
         listed = gateway.list_refunds(
-            await gateway.token(), processing_terminal_id=terminal, date_from=start - _MARGIN, date_to=end + _MARGIN
+            await gateway.token(),
+            processing_terminal_id=terminal,
+            date_from=start - _MARGIN,
+            date_to=end + _MARGIN,
         )
         try:
             async for batch in in_batches(listed):
                 await compare.listed(batch)
         except PayrocIncompleteList as error:
-            sentence = f"Payroc lists {error.missing} refunds of terminal {terminal} that can't be understood."
+            sentence = (
+                f"Payroc lists {error.missing} refunds of terminal {terminal} that can't be understood."
+            )
             comparison.differences.append(Difference(sentence))
     after = 0
     while rows := await ledger.sent_between(start, end, after=after, limit=BATCH):
@@ -181,11 +191,15 @@ class _Compare:
         self._count_row(row)
         self._count_object(item)
         if differing := differences(item, row):
-            self._differ(f"differs from Payroc's refund {item.refund_id} in {', '.join(differing)}", row, item)
+            self._differ(
+                f"differs from Payroc's refund {item.refund_id} in {', '.join(differing)}", row, item
+            )
         # What people resolved with this very word before their eyes is what they decided.
         known = row.status in PAID and row.payroc_status == word_of(item)
         if not known and row.status is not status_of(item):
-            self._differ(f"is {row.status} here and '{word_of(item)}' at Payroc (refund {item.refund_id})", row, item)
+            self._differ(
+                f"is {row.status} here and '{word_of(item)}' at Payroc (refund {item.refund_id})", row, item
+            )
 
     def _without_row(self, item: models.Refund) -> None:
         if item.refund_key is None:
@@ -199,7 +213,9 @@ class _Compare:
 
     def _differ(self, what: str, row: Refund, item: models.Refund | None = None) -> None:
         sentence = f"Refund {row.id} (order {row.order_id}) {what}."
-        self._into.differences.append(Difference(sentence, row.id, item.refund_id if item else row.payroc_refund_id))
+        self._into.differences.append(
+            Difference(sentence, row.id, item.refund_id if item else row.payroc_refund_id)
+        )
 
     def _date_of(self, item: models.Refund) -> datetime:
         # An object without a date was listed for this range, so it is taken to lie in it.
@@ -228,7 +244,9 @@ async def _look_for(row: Refund, token: AccessToken, gateway: Gateway) -> models
             if error.http_status != 404:
                 raise
             return None
-    listed = gateway.list_refunds(token, processing_terminal_id=row.processing_terminal_id, order_id=row.order_id)
+    listed = gateway.list_refunds(
+        token, processing_terminal_id=row.processing_terminal_id, order_id=row.order_id
+    )
     return next(iter([item async for item in listed if is_ours(item, row)]), None)
 
 
@@ -248,4 +266,6 @@ def read_instant(text: str, *, whole_day: timedelta = timedelta()) -> datetime:
             return instant
     except (ValueError, OverflowError):
         pass
-    raise RangeError(f"{text!r} is neither a date such as 2026-11-23, in UTC, nor an instant with its zone such as 2026-11-23T09:00-05:00.")
+    raise RangeError(
+        f"{text!r} is neither a date such as 2026-11-23, in UTC, nor an instant with its zone such as 2026-11-23T09:00-05:00."
+    )

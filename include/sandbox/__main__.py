@@ -22,23 +22,49 @@ def parser() -> argparse.ArgumentParser:
     described = argparse.ArgumentParser(
         prog="python -m include.sandbox",
         description="A local Payroc: identity, bank transfer refunds and closing of batches, with failures on demand.",
-        epilog="Behaviour on demand, by the last four digits of the account number or of the secure token:\n" + as_text(),
+        epilog="Behaviour on demand, by the last four digits of the account number or of the secure token:\n"
+        + as_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     described.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    described.add_argument("--port", type=int, default=DEFAULT_PORT, help="port to listen on; 0 picks a free one (default: %(default)s)")
     described.add_argument(
-        "--allow-remote", action="store_true", help="listen on an address that other machines reach; nothing is protected"
+        "--port",
+        type=int,
+        default=DEFAULT_PORT,
+        help="port to listen on; 0 picks a free one (default: %(default)s)",
     )
     described.add_argument(
-        "--api-key", action="append", default=[], metavar="KEY", help="accept this API key; repeatable (default: every key but wrong…)"
+        "--allow-remote",
+        action="store_true",
+        help="listen on an address that other machines reach; nothing is protected",
     )
-    described.add_argument("--token-seconds", type=int, default=3600, metavar="N", help="lifetime of access tokens (default: %(default)s)")
-    described.add_argument("--state", metavar="FILE", help="keep the state in this SQLite file (default: in memory)")
     described.add_argument(
-        "--hang-seconds", type=float, default=60.0, metavar="N", help="how long a hanging request is held (default: %(default)s)"
+        "--api-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="accept this API key; repeatable (default: every key but wrong…)",
     )
-    described.add_argument("--schema-only", action="store_true", help="accept a create without secCode, as the schema does")
+    described.add_argument(
+        "--token-seconds",
+        type=int,
+        default=3600,
+        metavar="N",
+        help="lifetime of access tokens (default: %(default)s)",
+    )
+    described.add_argument(
+        "--state", metavar="FILE", help="keep the state in this SQLite file (default: in memory)"
+    )
+    described.add_argument(
+        "--hang-seconds",
+        type=float,
+        default=60.0,
+        metavar="N",
+        help="how long a hanging request is held (default: %(default)s)",
+    )
+    described.add_argument(
+        "--schema-only", action="store_true", help="accept a create without secCode, as the schema does"
+    )
     return described
 
 
@@ -54,18 +80,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{asked.host} can be reached by other machines and the sandbox protects nothing: add --allow-remote to do it."
         )
     if not 0 <= asked.port <= 65535 or asked.token_seconds < 1 or asked.hang_seconds < 0:
-        return _cannot_start("--port must be 0 to 65535, --token-seconds at least 1 and --hang-seconds not negative.")
+        return _cannot_start(
+            "--port must be 0 to 65535, --token-seconds at least 1 and --hang-seconds not negative."
+        )
     try:
         bound = listen(asked.host, asked.port)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            return _cannot_start(f"Port {asked.port} on {asked.host} is in use: stop what runs there, or choose another with --port.")
+            return _cannot_start(
+                f"Port {asked.port} on {asked.host} is in use: stop what runs there, or choose another with --port."
+            )
         return _cannot_start(f"Cannot listen on {asked.host}, port {asked.port}: {error.strerror}.")
     try:
         store = Store(asked.state or ":memory:")
     except sqlite3.Error as error:
         bound.close()
-        return _cannot_start(f"Cannot use {asked.state} as the state file (is another sandbox using it?): {error}.")
+        return _cannot_start(
+            f"Cannot use {asked.state} as the state file (is another sandbox using it?): {error}."
+        )
 
     options = Options(
         api_keys=frozenset(asked.api_key),

@@ -63,7 +63,9 @@ def admin_routes(sandbox: Sandbox) -> APIRouter:
 
     @router.get("/refunds")
     async def refunds(orderId: str | None = None) -> dict[str, Any]:
-        found = store.refunds([] if orderId is None else [Condition("order_id = ?", (orderId,))], newest_first=False)
+        found = store.refunds(
+            [] if orderId is None else [Condition("order_id = ?", (orderId,))], newest_first=False
+        )
         return {
             "count": len(found),
             "refundsPerOrder": Counter(refund.order_id for refund in found),
@@ -95,7 +97,9 @@ def admin_routes(sandbox: Sandbox) -> APIRouter:
         operation: OperationName | None = None, orderId: str | None = None, idempotencyKey: str | None = None
     ) -> dict[str, Any]:
         wanted = {"operation = ?": operation, "order_id = ?": orderId, "idempotency_key = ?": idempotencyKey}
-        entries = store.journal([Condition(sql, (value,)) for sql, value in wanted.items() if value is not None])
+        entries = store.journal(
+            [Condition(sql, (value,)) for sql, value in wanted.items() if value is not None]
+        )
         return {
             "count": len(entries),
             "tokensIssued": store.tokens_issued(),
@@ -149,7 +153,9 @@ def admin_routes(sandbox: Sandbox) -> APIRouter:
 
     @router.post("/clock")
     async def advance_clock(change: ClockChange) -> dict[str, Any]:
-        store.change_settings(clock_offset_seconds=store.settings.clock_offset_seconds + change.advance_seconds)
+        store.change_settings(
+            clock_offset_seconds=store.settings.clock_offset_seconds + change.advance_seconds
+        )
         return {"now": _exact(store.now())}
 
     @router.post("/tokens/revoke")

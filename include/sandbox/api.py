@@ -43,7 +43,12 @@ def api_routes(sandbox: Sandbox) -> APIRouter:
 
     def create_refund(call: Call) -> Answer:
         if not call.is_json:
-            raise Refusal(problem("bad-request", errors=[{"detail": "Invalid format", "message": "The body is not valid JSON"}]))
+            raise Refusal(
+                problem(
+                    "bad-request",
+                    errors=[{"detail": "Invalid format", "message": "The body is not valid JSON"}],
+                )
+            )
         errors = create_errors(call.content, demand_sec_code=sandbox.options.demand_sec_code)
         if errors:
             raise Refusal(problem("bad-request", errors=errors))
@@ -52,13 +57,21 @@ def api_routes(sandbox: Sandbox) -> APIRouter:
         trigger = trigger_for(method["accountNumber"] if method["type"] == "ach" else method["token"])
         _pull(sandbox, call, trigger)
         refund = new_refund(
-            call.content, refund_id=store.new_refund_id(), created_at=store.now(), idempotency_key=call.key, trigger=trigger
+            call.content,
+            refund_id=store.new_refund_id(),
+            created_at=store.now(),
+            idempotency_key=call.key,
+            trigger=trigger,
         )
         store.add_refund(refund)
         call.entry.refund_id = refund.refund_id
         call.entry.created = True
         shown = with_wrong_amount(refund.object) if trigger.wrong_amount else refund.object
-        return Answer(201, json.dumps(shown), headers={"Location": f"{call.base_url}/bank-transfer-refunds/{refund.refund_id}"})
+        return Answer(
+            201,
+            json.dumps(shown),
+            headers={"Location": f"{call.base_url}/bank-transfer-refunds/{refund.refund_id}"},
+        )
 
     def list_refunds(call: Call) -> Answer:
         return list_page(store, call.request.query_params, f"{call.base_url}/bank-transfer-refunds")
@@ -69,7 +82,12 @@ def api_routes(sandbox: Sandbox) -> APIRouter:
     def reverse_refund(call: Call) -> Answer:
         refund = _refund(sandbox, call)
         if refund.status not in REVERSIBLE:
-            raise Refusal(problem("bad-request", detail=f"Bank transfer with status {refund.status.upper()} can not be reversed"))
+            raise Refusal(
+                problem(
+                    "bad-request",
+                    detail=f"Bank transfer with status {refund.status.upper()} can not be reversed",
+                )
+            )
         reverse(refund)
         store.change_refund(refund)
         return Answer(200, json.dumps(refund.object))
@@ -110,7 +128,9 @@ def close_batch_of(sandbox: Sandbox, terminal: str) -> None:
     store = sandbox.store
     in_terminal = Condition("terminal = ?", (terminal,))
     marks = ",".join("?" * len(RETURNING))
-    returned = store.refunds([in_terminal, Condition("status = 'complete'"), Condition(f"digits IN ({marks})", RETURNING)])
+    returned = store.refunds(
+        [in_terminal, Condition("status = 'complete'"), Condition(f"digits IN ({marks})", RETURNING)]
+    )
     for refund in store.refunds([in_terminal, Condition("status = 'ready'")]):
         settle(refund, store.now())
         store.change_refund(refund)
@@ -139,7 +159,11 @@ def _check_terminal(mode: str, instance: str) -> None:
         raise Refusal(problem("forbidden", instance=instance, resource="processingTerminal"))
     if mode == "no-ach":
         message = "Processing terminal does not support bank transfers"
-        raise Refusal(problem("capabilities-missing", errors=[{"parameter": "processingTerminalId", "message": message}]))
+        raise Refusal(
+            problem(
+                "capabilities-missing", errors=[{"parameter": "processingTerminalId", "message": message}]
+            )
+        )
 
 
 def _refund(sandbox: Sandbox, call: Call) -> Refund:

@@ -27,5 +27,7 @@ def create_app(sandbox: Sandbox) -> FastAPI:
 async def _no_route(request: Request, error: Exception) -> Response:
     # Payroc documents no problem type for a wrong method; the title says what happened.
     status = error.status_code if isinstance(error, HTTPException) else 500
-    fragment = "not-found" if status == HTTPStatus.NOT_FOUND else HTTPStatus(status).phrase.lower().replace(" ", "-")
+    fragment = (
+        "not-found" if status == HTTPStatus.NOT_FOUND else HTTPStatus(status).phrase.lower().replace(" ", "-")
+    )
     return Response(problem(fragment, status=status).body, status, media_type=MEDIA_TYPE)

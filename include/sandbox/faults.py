@@ -32,8 +32,12 @@ class Fault(BaseModel):
     parameter: str | None = Field(None, description="problem: the parameter that errors[] names.")
     resource: str | None = Field(None, description="problem: the resource member, as on a 403.")
     status: int | None = Field(None, ge=200, le=599, description="HTTP status; status and problem only.")
-    retry_after_seconds: int | None = Field(None, ge=0, description="Retry-After header; a 429 has one anyway.")
-    seconds: float | None = Field(None, ge=0, description="hang and slow: how long. Default of hang: --hang-seconds; of slow: 1.")
+    retry_after_seconds: int | None = Field(
+        None, ge=0, description="Retry-After header; a 429 has one anyway."
+    )
+    seconds: float | None = Field(
+        None, ge=0, description="hang and slow: how long. Default of hang: --hang-seconds; of slow: 1."
+    )
 
     def answer(self, *, normal_status: int, hang_seconds: float, retry_after_seconds: int) -> Answer:
         """
@@ -52,7 +56,13 @@ class Fault(BaseModel):
                 members = {} if self.resource is None else {"resource": self.resource}
                 errors = None
                 if self.parameter is not None:
-                    errors = [{"parameter": self.parameter, "detail": "Invalid format", "message": f"'{self.parameter}' is not valid"}]
+                    errors = [
+                        {
+                            "parameter": self.parameter,
+                            "detail": "Invalid format",
+                            "message": f"'{self.parameter}' is not valid",
+                        }
+                    ]
                 return problem(self.problem, status=self.status, errors=errors, headers=headers, **members)
             case "status":
                 status = self.status or 503

@@ -32,7 +32,12 @@ def identity_routes(sandbox: Sandbox) -> APIRouter:
         token = _new_token()
         call.entry.token = sandbox.store.add_token(token, sandbox.options.token_seconds)
         lifetime = sandbox.options.token_seconds
-        return Answer(200, json.dumps({"access_token": token, "expires_in": lifetime, "scope": SCOPE, "token_type": "Bearer"}))
+        return Answer(
+            200,
+            json.dumps(
+                {"access_token": token, "expires_in": lifetime, "scope": SCOPE, "token_type": "Bearer"}
+            ),
+        )
 
     @router.post("/authorize")
     async def authorize(request: Request) -> Response:
@@ -49,7 +54,10 @@ def _accepted(api_key: str, api_keys: frozenset[str]) -> bool:
 
 def _new_token() -> str:
     # Payroc's tokens are JWTs. A client must treat them as opaque; the look of one lets masking rules recognise it.
-    header, claims = (_base64(json.dumps(part).encode()) for part in ({"alg": "none", "typ": "JWT"}, {"iss": "payroc-sandbox"}))
+    header, claims = (
+        _base64(json.dumps(part).encode())
+        for part in ({"alg": "none", "typ": "JWT"}, {"iss": "payroc-sandbox"})
+    )
     return f"{header}.{claims}.{_base64(secrets.token_bytes(32))}"
 
 

@@ -95,7 +95,9 @@ def read_query(query: QueryParams) -> ListQuery:
     words(
         "settlementState",
         ("settled", "unsettled"),
-        lambda values: Condition("settled_at IS NOT NULL" if values[-1] == "settled" else "settled_at IS NULL"),
+        lambda values: Condition(
+            "settled_at IS NOT NULL" if values[-1] == "settled" else "settled_at IS NULL"
+        ),
     )
     if "settlementDate" in query:
         day = _day(query["settlementDate"])
@@ -137,7 +139,9 @@ def list_page(store: Store, query: QueryParams, url: str) -> Answer:
         page.reverse()
 
     has_more = bool(page) and store.has_refund([*visible, _older(page[-1].seq)])
-    filters = [(name, value) for name, value in query.multi_items() if name not in ("before", "after", "limit")]
+    filters = [
+        (name, value) for name, value in query.multi_items() if name not in ("before", "after", "limit")
+    ]
     filters.append(("limit", str(asked.limit)))
     links = []
     if has_more:
@@ -145,7 +149,12 @@ def list_page(store: Store, query: QueryParams, url: str) -> Answer:
     if page and store.has_refund([*visible, _newer(page[0].seq)]):
         links.append(_link("previous", url, [*filters, ("before", page[0].refund_id)]))
     data = [refund.object for refund in page for _ in range(2 if duplicates else 1)][: asked.limit]
-    return Answer(200, json.dumps({"limit": asked.limit, "count": len(data), "hasMore": has_more, "data": data, "links": links}))
+    return Answer(
+        200,
+        json.dumps(
+            {"limit": asked.limit, "count": len(data), "hasMore": has_more, "data": data, "links": links}
+        ),
+    )
 
 
 def shown_refunds(store: Store) -> Condition:

@@ -120,7 +120,9 @@ class Call:
 Work = Callable[[Call], Answer]
 
 
-async def serve(sandbox: Sandbox, request: Request, operation: Operation, work: Work, *, order_id: str | None = None) -> Response:
+async def serve(
+    sandbox: Sandbox, request: Request, operation: Operation, work: Work, *, order_id: str | None = None
+) -> Response:
     """
     Answer one request.
 
@@ -227,7 +229,10 @@ def _receive(store: Store, request: Request, operation: Operation, raw: bytes, o
         order_id = None
     key = request.headers.get("Idempotency-Key", "")
     entry = JournalEntry(
-        at=store.now(), operation=operation.name, idempotency_key=key.lower() if UUID4.fullmatch(key) else None, order_id=order_id
+        at=store.now(),
+        operation=operation.name,
+        idempotency_key=key.lower() if UUID4.fullmatch(key) else None,
+        order_id=order_id,
     )
     return Call(request, operation, raw, content, is_json, entry)
 
@@ -249,7 +254,9 @@ def _check_headers(store: Store, call: Call) -> None:
     if call.operation.key and call.entry.idempotency_key is None:
         if not headers.get("Idempotency-Key"):
             raise Refusal(problem("idempotency-key-missing"))
-        raise Refusal(problem("bad-request", errors=[invalid("Idempotency-Key", "'Idempotency-Key' must be a UUID v4")]))
+        raise Refusal(
+            problem("bad-request", errors=[invalid("Idempotency-Key", "'Idempotency-Key' must be a UUID v4")])
+        )
 
 
 def _admits_json(accept: str) -> bool:
@@ -273,5 +280,7 @@ def _no_constant(name: str) -> None:
 
 
 def _fingerprint(call: Call) -> str:
-    same = json.dumps(call.content, sort_keys=True, separators=(",", ":")).encode() if call.is_json else call.raw
+    same = (
+        json.dumps(call.content, sort_keys=True, separators=(",", ":")).encode() if call.is_json else call.raw
+    )
     return hashlib.sha256(same).hexdigest()

@@ -16,18 +16,42 @@ MEDIA_TYPE = "application/problem+json"
 TYPE_BASE = "https://docs.payroc.com/api/errors#"
 
 DOCUMENTED: Mapping[str, tuple[int, str, str]] = {
-    "bad-request": (400, "Bad request", "One or more validation errors occurred, see error section for more info"),
-    "idempotency-key-missing": (400, "Idempotency-Key header missing", "An 'Idempotency-Key' must be supplied for this request"),
-    "capabilities-missing": (400, "Capabilities missing", "The terminal does not support the capability you are trying to use."),
+    "bad-request": (
+        400,
+        "Bad request",
+        "One or more validation errors occurred, see error section for more info",
+    ),
+    "idempotency-key-missing": (
+        400,
+        "Idempotency-Key header missing",
+        "An 'Idempotency-Key' must be supplied for this request",
+    ),
+    "capabilities-missing": (
+        400,
+        "Capabilities missing",
+        "The terminal does not support the capability you are trying to use.",
+    ),
     "not-authorized": (401, "Not Authorized", "Your identity could not be verified"),
     "forbidden": (403, "Forbidden", "You do not have the required permissions to perform this action"),
     "not-found": (404, "Not found", "Resource not found"),
     "not-acceptable": (406, "Not acceptable", "Resource does not support the representation requested"),
-    "idempotency-key-in-use": (409, "Idempotency-Key in use", "'Idempotency-Key' is already in use against a different request"),
-    "resource-already-exists": (409, "Resource already exists", "The resource you attempted to create already exists"),
+    "idempotency-key-in-use": (
+        409,
+        "Idempotency-Key in use",
+        "'Idempotency-Key' is already in use against a different request",
+    ),
+    "resource-already-exists": (
+        409,
+        "Resource already exists",
+        "The resource you attempted to create already exists",
+    ),
     "cannot-be-modified": (409, "Cannot be modified", "You cannot modify this resource in its current state"),
     "payload-too-large": (413, "Payload too large", "The payload submitted is too large"),
-    "unsupported-media-type": (415, "Unsupported media type", "You submitted a payload in an unsupported format"),
+    "unsupported-media-type": (
+        415,
+        "Unsupported media type",
+        "You submitted a payload in an unsupported format",
+    ),
     "api-error": (500, "Api error", "We are unable to process your request at this time"),
 }
 

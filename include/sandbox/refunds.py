@@ -20,7 +20,9 @@ REVERSIBLE = ("ready", "pending")
 PAYEE = "Sandbox Payee"
 
 
-def new_refund(content: dict[str, Any], *, refund_id: str, created_at: float, idempotency_key: str, trigger: Trigger) -> Refund:
+def new_refund(
+    content: dict[str, Any], *, refund_id: str, created_at: float, idempotency_key: str, trigger: Trigger
+) -> Refund:
     """
     Make the refund that a valid request asks for.
 

@@ -52,7 +52,12 @@ def base_url(host: str, port: int) -> str:
 
 def connection_line(url: str, password: str) -> str:
     """Write the shell line that points the Airflow connection ``payroc_default`` to a sandbox."""
-    connection = {"conn_type": "payroc", "password": password, "host": f"{url}/v1", "extra": {"identity_url": url}}
+    connection = {
+        "conn_type": "payroc",
+        "password": password,
+        "host": f"{url}/v1",
+        "extra": {"identity_url": url},
+    }
     return f"export AIRFLOW_CONN_PAYROC_DEFAULT='{json.dumps(connection, separators=(',', ':'))}'"
 
 

@@ -193,7 +193,9 @@ class Store:
     def change_settings(self, **changes: Any) -> None:
         """Change some settings; a restarted sandbox with the same file keeps them."""
         self.settings = replace(self.settings, **changes)
-        self._db.execute("INSERT OR REPLACE INTO settings VALUES (1, ?)", (json.dumps(asdict(self.settings)),))
+        self._db.execute(
+            "INSERT OR REPLACE INTO settings VALUES (1, ?)", (json.dumps(asdict(self.settings)),)
+        )
 
     def reset(self) -> None:
         """Forget everything, tokens and settings too, as if the sandbox had been started anew."""
@@ -246,7 +248,9 @@ class Store:
         found = self.refunds([Condition("refund_id = ?", (refund_id,))])
         return found[0] if found else None
 
-    def refunds(self, conditions: Sequence[Condition], *, newest_first: bool = True, limit: int = -1) -> list[Refund]:
+    def refunds(
+        self, conditions: Sequence[Condition], *, newest_first: bool = True, limit: int = -1
+    ) -> list[Refund]:
         """
         Find refunds in the order of their creation.
 
@@ -255,7 +259,10 @@ class Store:
         """
         where, parameters = _where(conditions)
         order = "DESC" if newest_first else "ASC"
-        rows = self._db.execute(f"SELECT * FROM refunds {where} ORDER BY seq {order} LIMIT ?", (*parameters, limit))  # noqa: S608 - see Condition
+        rows = self._db.execute(
+            f"SELECT * FROM refunds {where} ORDER BY seq {order} LIMIT ?",  # noqa: S608 - see Condition
+            (*parameters, limit),
+        )
         return [_refund(row) for row in rows]
 
     def has_refund(self, conditions: Sequence[Condition]) -> bool:
@@ -280,11 +287,14 @@ class Store:
     def saved_response(self, key: str) -> SavedResponse | None:
         """Find the first response to a key; None for a new key and for one older than the retention."""
         row = self._db.execute(
-            "SELECT * FROM saved_responses WHERE idempotency_key = ? AND saved_at > ?", (key, self.now() - KEY_RETENTION_SECONDS)
+            "SELECT * FROM saved_responses WHERE idempotency_key = ? AND saved_at > ?",
+            (key, self.now() - KEY_RETENTION_SECONDS),
         ).fetchone()
         if row is None:
             return None
-        answer = Answer(row["status"], row["body"], row["media_type"], json.loads(row["headers"]), row["problem"])
+        answer = Answer(
+            row["status"], row["body"], row["media_type"], json.loads(row["headers"]), row["problem"]
+        )
         return SavedResponse(row["uri"], row["fingerprint"], row["refund_id"], answer)
 
     def save_response(self, key: str, saved: SavedResponse) -> None:
@@ -312,19 +322,25 @@ class Store:
 
     def add_token(self, token: str, lifetime_seconds: float) -> int:
         """Remember an issued token by its hash and return its number."""
-        cursor = self._db.execute("INSERT INTO tokens (hash, expires_at) VALUES (?, ?)", (_hash(token), self.now() + lifetime_seconds))
+        cursor = self._db.execute(
+            "INSERT INTO tokens (hash, expires_at) VALUES (?, ?)",
+            (_hash(token), self.now() + lifetime_seconds),
+        )
         return int(cursor.lastrowid or 0)
 
     def token_serial(self, token: str) -> int | None:
         """Find the number of a token; None when it is unknown, expired or revoked."""
         row = self._db.execute(
-            "SELECT serial FROM tokens WHERE hash = ? AND expires_at > ? AND NOT revoked", (_hash(token), self.now())
+            "SELECT serial FROM tokens WHERE hash = ? AND expires_at > ? AND NOT revoked",
+            (_hash(token), self.now()),
         ).fetchone()
         return None if row is None else int(row["serial"])
 
     def revoke_tokens(self) -> int:
         """Revoke all tokens and return how many were valid until now."""
-        return self._db.execute("UPDATE tokens SET revoked = 1 WHERE NOT revoked AND expires_at > ?", (self.now(),)).rowcount
+        return self._db.execute(
+            "UPDATE tokens SET revoked = 1 WHERE NOT revoked AND expires_at > ?", (self.now(),)
+        ).rowcount
 
     def tokens_issued(self) -> int:
         """Count the tokens ever issued."""
@@ -343,7 +359,10 @@ class Store:
 
     def terminals(self) -> Mapping[str, str]:
         """List the terminals whose mode was set."""
-        return {row["terminal"]: row["mode"] for row in self._db.execute("SELECT terminal, mode FROM terminals ORDER BY terminal")}
+        return {
+            row["terminal"]: row["mode"]
+            for row in self._db.execute("SELECT terminal, mode FROM terminals ORDER BY terminal")
+        }
 
     # Journal
 

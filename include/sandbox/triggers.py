@@ -37,7 +37,9 @@ class Trigger:
 
 
 TRIGGERS: tuple[Trigger, ...] = (
-    Trigger("9001", "declined by the bank: 201 with status `declined` and responseCode `D`", status="declined"),
+    Trigger(
+        "9001", "declined by the bank: 201 with status `declined` and responseCode `D`", status="declined"
+    ),
     Trigger(
         "9002",
         "400 bad-request that names refundMethod.accountNumber",
@@ -54,25 +56,55 @@ TRIGGERS: tuple[Trigger, ...] = (
         Fault(kind="hang"),
         once=True,
     ),
-    Trigger("9005", "500 api-error once, before commit; a repeat is processed", Fault(kind="problem"), once=True),
-    Trigger("9006", "500 api-error once, after commit; a repeat is replayed", Fault(kind="problem", when="after")),
+    Trigger(
+        "9005", "500 api-error once, before commit; a repeat is processed", Fault(kind="problem"), once=True
+    ),
+    Trigger(
+        "9006", "500 api-error once, after commit; a repeat is replayed", Fault(kind="problem", when="after")
+    ),
     Trigger("9007", "500 api-error every time, nothing is created", Fault(kind="problem")),
-    Trigger("9008", "429 with Retry-After once, before commit; a repeat is processed", Fault(kind="status", status=429), once=True),
-    Trigger("9009", "connection closed without an answer once, after commit; a repeat is replayed", Fault(kind="close", when="after")),
-    Trigger("9010", "201 with an HTML body once, after commit; a repeat is replayed", Fault(kind="garbage", when="after")),
-    Trigger("9011", "201 with an empty body once, after commit; a repeat is replayed", Fault(kind="empty", when="after")),
+    Trigger(
+        "9008",
+        "429 with Retry-After once, before commit; a repeat is processed",
+        Fault(kind="status", status=429),
+        once=True,
+    ),
+    Trigger(
+        "9009",
+        "connection closed without an answer once, after commit; a repeat is replayed",
+        Fault(kind="close", when="after"),
+    ),
+    Trigger(
+        "9010",
+        "201 with an HTML body once, after commit; a repeat is replayed",
+        Fault(kind="garbage", when="after"),
+    ),
+    Trigger(
+        "9011",
+        "201 with an empty body once, after commit; a repeat is replayed",
+        Fault(kind="empty", when="after"),
+    ),
     Trigger("9012", "status `pending`: accepted, held back when the batch closes", status="pending"),
     Trigger("9013", "status `admin`: under review by Payroc", status="admin"),
-    Trigger("9014", "409 resource-already-exists, nothing is created", Fault(kind="problem", problem="resource-already-exists")),
+    Trigger(
+        "9014",
+        "409 resource-already-exists, nothing is created",
+        Fault(kind="problem", problem="resource-already-exists"),
+    ),
     Trigger(
         "9015",
         "409 idempotency-key-in-use once, before commit; a repeat is processed",
         Fault(kind="problem", problem="idempotency-key-in-use"),
         once=True,
     ),
-    Trigger("9016", "accepted; `complete` at the first batch close, `returned` (R01) at the next", returns=True),
     Trigger(
-        "9017", "401 not-authorized once, before commit; a repeat is processed", Fault(kind="problem", problem="not-authorized"), once=True
+        "9016", "accepted; `complete` at the first batch close, `returned` (R01) at the next", returns=True
+    ),
+    Trigger(
+        "9017",
+        "401 not-authorized once, before commit; a repeat is processed",
+        Fault(kind="problem", problem="not-authorized"),
+        once=True,
     ),
     Trigger(
         "9018",
@@ -84,8 +116,17 @@ TRIGGERS: tuple[Trigger, ...] = (
         "400 capabilities-missing that names processingTerminalId, nothing is created",
         Fault(kind="problem", problem="capabilities-missing", parameter="processingTerminalId"),
     ),
-    Trigger("9020", "503 with an HTML body once, before commit; a repeat is processed", Fault(kind="status", status=503), once=True),
-    Trigger("9021", "201 whose order.amount differs from the request; the refund has the right amount", wrong_amount=True),
+    Trigger(
+        "9020",
+        "503 with an HTML body once, before commit; a repeat is processed",
+        Fault(kind="status", status=503),
+        once=True,
+    ),
+    Trigger(
+        "9021",
+        "201 whose order.amount differs from the request; the refund has the right amount",
+        wrong_amount=True,
+    ),
 )
 
 NORMAL = Trigger("", "accepted: 201 with status `ready` and responseCode `A`")
@@ -106,7 +147,14 @@ def as_text() -> str:
 def as_markdown() -> str:
     """List the triggers as the table of README.md."""
     rows = [f"| {trigger.digits} | {trigger.text} |" for trigger in TRIGGERS]
-    return "\n".join(["| last four | what happens to the create |", "| --- | --- |", *rows, f"| any other | {NORMAL.text} |"])
+    return "\n".join(
+        [
+            "| last four | what happens to the create |",
+            "| --- | --- |",
+            *rows,
+            f"| any other | {NORMAL.text} |",
+        ]
+    )
 
 
 if __name__ == "__main__":

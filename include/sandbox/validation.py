@@ -123,7 +123,10 @@ def create_errors(content: object, *, demand_sec_code: bool) -> Sequence[Error]:
     try:
         _Create.model_validate(content)
     except ValidationError as failed:
-        errors = [_error(detail) for detail in failed.errors(include_url=False, include_context=False, include_input=False)]
+        errors = [
+            _error(detail)
+            for detail in failed.errors(include_url=False, include_context=False, include_input=False)
+        ]
     if (
         demand_sec_code
         and isinstance(content, dict)
@@ -141,7 +144,11 @@ def required(parameter: str) -> Error:
 
 def invalid(parameter: str, message: str = "") -> Error:
     """Make the error about a parameter with an unusable value."""
-    return {"parameter": parameter, "detail": INVALID, "message": message or f"The value of '{parameter}' is not valid"}
+    return {
+        "parameter": parameter,
+        "detail": INVALID,
+        "message": message or f"The value of '{parameter}' is not valid",
+    }
 
 
 _TAGS = {"ach", "secureToken", "email", "phone", "mobile", "fax"}

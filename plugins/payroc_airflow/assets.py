@@ -23,5 +23,9 @@ def has_finished(alias: AssetAlias, context: Context, report: Report) -> None:
     :param alias: an outlet of the running task. Airflow emits the event when the task succeeds.
     :param report: its totals go along, counts and sums.
     """
-    extra = {"dag_id": context["ti"].dag_id, "run_id": context["run_id"], "totals": report.as_dict()["totals"]}
+    extra = {
+        "dag_id": context["ti"].dag_id,
+        "run_id": context["run_id"],
+        "totals": report.as_dict()["totals"],
+    }
     context["outlet_events"][alias].add(Asset(alias.name), extra=extra)

@@ -76,7 +76,9 @@ class PayrocClient:
         operation = "authorize"
         url = f"{self._connection.identity_url}/authorize"
         with timed(_latency(operation)):
-            answer = await self._transport.exchange(operation, "POST", url, headers={"x-api-key": self._connection.api_key})
+            answer = await self._transport.exchange(
+                operation, "POST", url, headers={"x-api-key": self._connection.api_key}
+            )
         token = _parse(AccessToken, operation, answer, (200,))
         if token.expires_in > MAX_TOKEN_SECONDS:
             raise PayrocConfigurationError(
@@ -88,7 +90,9 @@ class PayrocClient:
     async def create_refund(self, token: AccessToken, idempotency_key: str | UUID, body: bytes) -> Refund:
         """POST once."""
         operation = "create refund"
-        answer = await self._call(operation, "POST", self._refunds_url, token, idempotency_key=idempotency_key, body=body)
+        answer = await self._call(
+            operation, "POST", self._refunds_url, token, idempotency_key=idempotency_key, body=body
+        )
         # The contract is 201; some of Payroc's own examples show 200.
         return _parse(Refund, operation, answer, (201, 200))
 
@@ -131,13 +135,17 @@ class PayrocClient:
         params += [("type", word) for word in _words(refund_type)]
         params += [("status", word) for word in _words(status)]
         params += [("dateFrom", _instant(date_from))] if date_from is not None else []
-        params += [("dateTo", _instant(date_to + timedelta(microseconds=999_999)))] if date_to is not None else []
+        params += (
+            [("dateTo", _instant(date_to + timedelta(microseconds=999_999)))] if date_to is not None else []
+        )
         params += [("last4", last4)] if last4 is not None else []
         params += [("settlementState", settlement_state)] if settlement_state is not None else []
         params += [("limit", str(min(page_size, limit or page_size)))]
         return Pages(self, self._refunds_url, params, limit)
 
-    async def list_page(self, token: AccessToken, url: str, params: list[tuple[str, str]] | None) -> RefundPage:
+    async def list_page(
+        self, token: AccessToken, url: str, params: list[tuple[str, str]] | None
+    ) -> RefundPage:
         """Return one page of a list."""
         return _parse(RefundPage, LIST, await self._call(LIST, "GET", url, token, params=params), (200,))
 
@@ -167,7 +175,9 @@ class PayrocClient:
         if body is not None:
             headers["Content-Type"] = "application/json"
         with timed(_latency(operation)):
-            return await self._transport.exchange(operation, method, url, headers=headers, params=params, body=body)
+            return await self._transport.exchange(
+                operation, method, url, headers=headers, params=params, body=body
+            )
 
 
 class Pages:
@@ -177,7 +187,9 @@ class Pages:
     :param limit: stop after so many refunds; ``None`` reads to the end.
     """
 
-    def __init__(self, client: PayrocClient, url: str, params: list[tuple[str, str]], limit: int | None) -> None:
+    def __init__(
+        self, client: PayrocClient, url: str, params: list[tuple[str, str]], limit: int | None
+    ) -> None:
         self._client = client
         self._first = self._url = url
         self._params: list[tuple[str, str]] | None = params
@@ -212,7 +224,9 @@ class Pages:
             return False
         href = next((link.href for link in self._page.links if link.rel == "next"), None)
         if href is None:
-            raise PayrocUnexpectedAnswer(LIST, "the list has more pages but no link to the next", http_status=200)
+            raise PayrocUnexpectedAnswer(
+                LIST, "the list has more pages but no link to the next", http_status=200
+            )
         # The token goes along, so a link may lead nowhere else.
         self._url, self._params = _next_page(href, self._first), None
         if self._url in self._seen:
@@ -268,8 +282,14 @@ def _parse(model: type[Model], operation: str, answer: Answer, expected: tuple[i
     if answer.status >= 400:
         raise _refusal(operation, answer)
     if answer.status not in expected:
-        kind = "a redirect, which is not followed" if 300 <= answer.status < 400 else "a status that this operation does not have"
-        raise PayrocUnexpectedAnswer(operation, kind, http_status=answer.status, retry_after=answer.retry_after)
+        kind = (
+            "a redirect, which is not followed"
+            if 300 <= answer.status < 400
+            else "a status that this operation does not have"
+        )
+        raise PayrocUnexpectedAnswer(
+            operation, kind, http_status=answer.status, retry_after=answer.retry_after
+        )
     if not answer.body:
         raise PayrocUnexpectedAnswer(operation, "an empty body", http_status=answer.status)
     try:
@@ -288,9 +308,14 @@ def _refusal(operation: str, answer: Answer) -> PayrocError:
     # Any server's JSON may have a "type"; without the content type it takes all of the format's members to be Payroc's.
     if problem is None or not (answer.content_type == PROBLEM_JSON or problem.complete):
         return PayrocUnexpectedAnswer(
-            operation, "an error that is not in Payroc's problem format", http_status=answer.status, retry_after=answer.retry_after
+            operation,
+            "an error that is not in Payroc's problem format",
+            http_status=answer.status,
+            retry_after=answer.retry_after,
         )
-    parameters = tuple(dict.fromkeys(name for item in problem.errors or () if (name := _field_name(item.parameter))))[:10]
+    parameters = tuple(
+        dict.fromkeys(name for item in problem.errors or () if (name := _field_name(item.parameter)))
+    )[:10]
     fragment = _word(problem.fragment, 64)
     about = f" about {', '.join(parameters)}" if parameters else ""
     return PayrocProblem(
@@ -317,4 +342,8 @@ def _word(text: str | None, most: int) -> str | None:
 
 def _field_name(text: str | None) -> str | None:
     # A run of digits would be a value, not a name.
-    return text if text is not None and re.fullmatch(r"(?!.*[0-9]{4})[A-Za-z_][A-Za-z0-9_.\[\]]{0,63}", text) else None
+    return (
+        text
+        if text is not None and re.fullmatch(r"(?!.*[0-9]{4})[A-Za-z_][A-Za-z0-9_.\[\]]{0,63}", text)
+        else None
+    )

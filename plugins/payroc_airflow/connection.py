@@ -87,7 +87,9 @@ class _Reader:
         )
 
     def refuse(self, field_name: str, sentence: str) -> NoReturn:
-        raise PayrocConfigurationError(f"Airflow connection {self.connection.conn_id!r}, {field_name}: {sentence}")
+        raise PayrocConfigurationError(
+            f"Airflow connection {self.connection.conn_id!r}, {field_name}: {sentence}"
+        )
 
     def _extra(self) -> dict[str, Any]:
         text = self.connection.extra
@@ -123,7 +125,9 @@ class _Reader:
         if not key:
             self.refuse("password", "is empty; put Payroc's API key there.")
         if not _VISIBLE_ASCII.fullmatch(key):
-            self.refuse("password", "holds white space or characters that no API key has; copy the key again.")
+            self.refuse(
+                "password", "holds white space or characters that no API key has; copy the key again."
+            )
         return key
 
     def _urls(self) -> tuple[str, str]:
@@ -135,7 +139,10 @@ class _Reader:
         if host is None and identity_url is None:
             return ENVIRONMENTS[environment or "uat"]
         if environment is not None:
-            self.refuse("extra environment", "gives both hosts already; remove it, or remove host and extra identity_url.")
+            self.refuse(
+                "extra environment",
+                "gives both hosts already; remove it, or remove host and extra identity_url.",
+            )
         if host is None:
             self.refuse("host", "is empty but extra identity_url is set; a custom Payroc needs both.")
         if identity_url is None:
@@ -172,12 +179,21 @@ class _Reader:
         if scheme not in PORTS or not hostname or not _VISIBLE_ASCII.fullmatch(url):
             self.refuse(field_name, "must be a URL such as https://api.uat.payroc.com/v1.")
         if parts.username is not None or parts.query or parts.fragment:
-            self.refuse(field_name, "must be a base URL without user, query or fragment; the API key goes into the password.")
+            self.refuse(
+                field_name,
+                "must be a base URL without user, query or fragment; the API key goes into the password.",
+            )
         hostname = hostname.rstrip(".")
         if hostname in PRODUCTION_HOSTS:
-            self.refuse(field_name, "names Payroc's production; remove the URLs and set extra environment to production.")
+            self.refuse(
+                field_name,
+                "names Payroc's production; remove the URLs and set extra environment to production.",
+            )
         if scheme == "http" and not _is_loopback(hostname) and not self._allow_http():
-            self.refuse(field_name, "is plain http, which shows the API key to the network; use https, or set extra allow_http to true.")
+            self.refuse(
+                field_name,
+                "is plain http, which shows the API key to the network; use https, or set extra allow_http to true.",
+            )
         netloc = f"[{hostname}]" if ":" in hostname else hostname
         if port is not None and port != PORTS[scheme]:
             netloc = f"{netloc}:{port}"

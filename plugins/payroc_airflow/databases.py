@@ -31,7 +31,10 @@ def ledger_url_of(conn_id: str = LEDGER_CONN_ID) -> URL:
     :raises UrlError: when the connection is missing or is not a Postgres one.
     """
     connection = _connection(conn_id, "a Postgres connection to the database that holds the refund ledger")
-    fields = {name: getattr(connection, name) for name in ("conn_type", "host", "port", "login", "password", "schema", "extra")}
+    fields = {
+        name: getattr(connection, name)
+        for name in ("conn_type", "host", "port", "login", "password", "schema", "extra")
+    }
     try:
         return as_ledger_url(url_of_connection(fields))
     except UrlError as error:
@@ -39,7 +42,9 @@ def ledger_url_of(conn_id: str = LEDGER_CONN_ID) -> URL:
 
 
 @asynccontextmanager
-async def open_ledger(context: Context, settings: Settings, conn_id: str = LEDGER_CONN_ID) -> AsyncIterator[MeteredLedger]:
+async def open_ledger(
+    context: Context, settings: Settings, conn_id: str = LEDGER_CONN_ID
+) -> AsyncIterator[MeteredLedger]:
     """
     Yield the ledger, once it is known to be reachable and migrated. What is changed is the doing of the DAG run.
 
@@ -53,7 +58,9 @@ async def open_ledger(context: Context, settings: Settings, conn_id: str = LEDGE
 
 
 @asynccontextmanager
-async def ledger_as(actor: str, settings: Settings, conn_id: str = LEDGER_CONN_ID) -> AsyncIterator[MeteredLedger]:
+async def ledger_as(
+    actor: str, settings: Settings, conn_id: str = LEDGER_CONN_ID
+) -> AsyncIterator[MeteredLedger]:
     """
     Yield the ledger as :func:`open_ledger` does, also where there is no task.
 
@@ -110,4 +117,6 @@ def _connection(conn_id: str, what: str) -> Connection:
         return BaseHook.get_connection(conn_id)
     except (AirflowNotFoundException, ValueError):
         # Airflow's text may quote the URI, and with it a password.
-        raise UrlError(f"Airflow connection {conn_id!r} is not defined or can't be read; create it: {what}.") from None
+        raise UrlError(
+            f"Airflow connection {conn_id!r} is not defined or can't be read; create it: {what}."
+        ) from None

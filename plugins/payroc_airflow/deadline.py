@@ -25,4 +25,8 @@ def deadline_after(interval: timedelta) -> Any:
     # There a run with a deadline ends in an error (https://github.com/apache/airflow/issues/73428), and nobody has to be told.
     if not interval or sys.argv[1:3] == ["dags", "test"]:
         return None
-    return DeadlineAlert(reference=DeadlineReference.DAGRUN_LOGICAL_DATE, interval=interval, callback=SyncCallback(DeadlineMissed))
+    return DeadlineAlert(
+        reference=DeadlineReference.DAGRUN_LOGICAL_DATE,
+        interval=interval,
+        callback=SyncCallback(DeadlineMissed),
+    )

@@ -38,13 +38,17 @@ class HookGateway:
         self.environment = hook.api_url
         self.sent_with = hook.sent_with
         settings = get_settings()
-        self._limiter = Limiter(shared_folder(), self.sent_with[:16], settings.requests_in_flight, settings.requests_per_second)
+        self._limiter = Limiter(
+            shared_folder(), self.sent_with[:16], settings.requests_in_flight, settings.requests_per_second
+        )
 
     async def __aenter__(self) -> Self:
         """Return the gateway."""
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Close the gateway."""
         await self.close()
 
@@ -91,7 +95,9 @@ class HookGateway:
         limit: int | None = None,
     ) -> AsyncIterator[Refund]:
         """Yield refunds, each page fetched when it is needed."""
-        pages = self._client.pages(processing_terminal_id, order_id=order_id, date_from=date_from, date_to=date_to, limit=limit)
+        pages = self._client.pages(
+            processing_terminal_id, order_id=order_id, date_from=date_from, date_to=date_to, limit=limit
+        )
         more = True
         while more:
             for refund in await self._heeded(token, pages.fetch(token)):

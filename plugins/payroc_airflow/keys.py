@@ -24,10 +24,16 @@ def cipher_of(settings: Settings) -> Cipher:
     :param settings: the settings; a key in them wins over one in the backend.
     :raises SettingsError: when a key is missing, malformed, or not in the backend.
     """
-    names = {key: name for key in _KEYS if not getattr(settings, key) and (name := getattr(settings, f"{key}_secret"))}
+    names = {
+        key: name
+        for key in _KEYS
+        if not getattr(settings, key) and (name := getattr(settings, f"{key}_secret"))
+    }
     if not names:
         return Cipher(settings)
-    found: dict[str, Any] = {key: _from_backend(name, f"{ENV_PREFIX}{key}_SECRET".upper()) for key, name in names.items()}
+    found: dict[str, Any] = {
+        key: _from_backend(name, f"{ENV_PREFIX}{key}_SECRET".upper()) for key, name in names.items()
+    }
     return Cipher(Settings(**found))
 
 
@@ -44,7 +50,9 @@ def _from_backend(name: str, variable: str) -> str:
             f"{variable} names a secret, but Airflow has no secrets backend: set AIRFLOW__SECRETS__BACKEND, or the key itself."
         )
     if not value:
-        raise SettingsError(f"Airflow's secrets backend has no {name!r}, which {variable} names: store the key there.")
+        raise SettingsError(
+            f"Airflow's secrets backend has no {name!r}, which {variable} names: store the key there."
+        )
     for key in str(value).split(","):
         mask_secret(key.strip())
     return str(value)

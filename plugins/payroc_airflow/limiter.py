@@ -204,12 +204,19 @@ class _Host:
         """Return how many processes of the host send, this one included."""
         now = time.monotonic()
         # Each looks at each other's file: the more there are, the less often.
-        if now - self._counted_at < COUNT_EVERY_SECONDS * max(1, self._count / 2) and self._pid == os.getpid():
+        if (
+            now - self._counted_at < COUNT_EVERY_SECONDS * max(1, self._count / 2)
+            and self._pid == os.getpid()
+        ):
             return self._count
         self._join()
         if self._own is not None:
             self._counted_at = now
-            self._count = 1 + sum(_alive(path) for path in self._folder.glob(f"{self._account}-*.sending") if path != self._own[0])
+            self._count = 1 + sum(
+                _alive(path)
+                for path in self._folder.glob(f"{self._account}-*.sending")
+                if path != self._own[0]
+            )
         return self._count
 
     async def ready(self) -> None:

@@ -11,7 +11,11 @@ def run_url(dag_id: str, run_id: str) -> str:
     """Return the address of a run, empty when ``[api] base_url`` does not say where Airflow is."""
     base = str(conf.get("api", "base_url", fallback="") or "").rstrip("/")
     # Airflow's own default may be a path only, which leads nowhere from a mail.
-    return f"{base}/dags/{quote(dag_id, safe='')}/runs/{quote(run_id, safe='')}" if base.startswith("http") else ""
+    return (
+        f"{base}/dags/{quote(dag_id, safe='')}/runs/{quote(run_id, safe='')}"
+        if base.startswith("http")
+        else ""
+    )
 
 
 def question_url(dag_id: str, run_id: str, task_id: str) -> str:

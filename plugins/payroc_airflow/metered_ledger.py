@@ -26,7 +26,9 @@ class MeteredLedger(Ledger):
         """Tell for how long the refund that was approved first has been waiting."""
         if metrics.are_on():
             try:
-                metrics.gauge("oldest_approved_age", await oldest_approved_age(self.engine, self._settings.source))
+                metrics.gauge(
+                    "oldest_approved_age", await oldest_approved_age(self.engine, self._settings.source)
+                )
             except Exception as error:  # noqa: BLE001 - no figure may undo what was recorded
                 log.warning("The age of the oldest approved refund was not told (%s).", type(error).__name__)
 

@@ -25,7 +25,10 @@ def are_on() -> bool:
     from airflow.sdk.exceptions import AirflowConfigException
 
     try:
-        return any(conf.getboolean("metrics", name, fallback=False) for name in ("statsd_on", "statsd_datadog_enabled", "otel_on"))
+        return any(
+            conf.getboolean("metrics", name, fallback=False)
+            for name in ("statsd_on", "statsd_datadog_enabled", "otel_on")
+        )
     except AirflowConfigException:
         # Neither yes nor no: Airflow's own processes do not even start with it, and a command has money to move.
         return False

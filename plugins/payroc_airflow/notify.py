@@ -43,10 +43,16 @@ EACH_SECONDS, ALL_SECONDS = 8.0, 16.0
 _OPEN = "open"
 
 # What a notifier is given of a message when the setting says nothing else, by the name of its argument.
-_GIVEN = {"subject": "{{ refunds.subject }}", "html_content": "{{ refunds.html }}", "text": "{{ refunds.text }}"}
+_GIVEN = {
+    "subject": "{{ refunds.subject }}",
+    "html_content": "{{ refunds.html }}",
+    "text": "{{ refunds.text }}",
+}
 
 _VARIABLE = "PAYROC_REFUNDS_NOTIFIERS"
-_EXAMPLE = '[{"notifier": "airflow.providers.smtp.notifications.smtp.SmtpNotifier", "to": "finance@example.com"}]'
+_EXAMPLE = (
+    '[{"notifier": "airflow.providers.smtp.notifications.smtp.SmtpNotifier", "to": "finance@example.com"}]'
+)
 
 
 class NotifierMistake(Exception):
@@ -110,7 +116,9 @@ class RunEnded(_OurNotifier):
             try:
                 report = _read(run_id, following=self.following)
             except _Unread as error:
-                report = Report(f"{'Follow-up' if self.following else 'Refund run'} {run_id}", unfinished=[str(error)])
+                report = Report(
+                    f"{'Follow-up' if self.following else 'Refund run'} {run_id}", unfinished=[str(error)]
+                )
             report.unfinished.insert(0, _why("report", context.get("exception")))
         what = "follow-up" if self.following else "run"
         return run_ended(report, what=what, failed=self.failed, url=run_url(context["ti"].dag_id, run_id))
@@ -125,7 +133,9 @@ class ApprovalNeeded(_OurNotifier):
 
         question: Question = context[QUESTION]  # type: ignore[literal-required]
         ti = context["ti"]
-        return approval_needed(question, context["run_id"], question_url(ti.dag_id, context["run_id"], ti.task_id))
+        return approval_needed(
+            question, context["run_id"], question_url(ti.dag_id, context["run_id"], ti.task_id)
+        )
 
 
 class SummaryFailed(_OurNotifier):
@@ -175,7 +185,9 @@ def leave_for_notifier(report: Report, context: Context) -> None:
     in_review = [line.id for line in report.refunds if line.status == "review"]
     is_open = sha256(json.dumps([str(today), in_review, sorted(report.unfinished)]).encode()).hexdigest()
     before = ti.get_previous_dagrun()
-    no_news = before is not None and ti.xcom_pull(run_id=before.run_id, task_ids=ti.task_id, key=_OPEN) == is_open
+    no_news = (
+        before is not None and ti.xcom_pull(run_id=before.run_id, task_ids=ti.task_id, key=_OPEN) == is_open
+    )
     ti.xcom_push(key=_OPEN, value=is_open)
     left: Any = context
     left[REPORT], left[NO_NEWS] = report, no_news
@@ -200,9 +212,19 @@ def tell(message: Message, context: Context) -> None:
         handing.join(seconds)
         name, error = type(notifier).__name__, handing.error
         if handing.is_alive():
-            log.error("%s has not ended after %.0f s and is left behind, it may have sent or not: %s.", name, seconds, message.subject)
+            log.error(
+                "%s has not ended after %.0f s and is left behind, it may have sent or not: %s.",
+                name,
+                seconds,
+                message.subject,
+            )
         elif error is not None:
-            log.error("%s failed (%s), so a message was not sent: %s. Check its connection.", name, type(error).__name__, message.subject)
+            log.error(
+                "%s failed (%s), so a message was not sent: %s. Check its connection.",
+                name,
+                type(error).__name__,
+                message.subject,
+            )
             log.debug("Where %s failed:\n%s", name, _frames(error))
         else:
             log.info("%s was given a message: %s", name, message.subject)
@@ -247,8 +269,13 @@ def _configured() -> Iterator[tuple[BaseNotifier | None, str]]:
         entries = json.loads(setting.get_secret_value())
     except ValueError:
         entries = None
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) and isinstance(entry.get("notifier"), str) for entry in entries):
-        yield None, f"{_VARIABLE} is not usable, so nobody is told: it has to be a JSON list such as {_EXAMPLE}."
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict) and isinstance(entry.get("notifier"), str) for entry in entries
+    ):
+        yield (
+            None,
+            f"{_VARIABLE} is not usable, so nobody is told: it has to be a JSON list such as {_EXAMPLE}.",
+        )
         return
     for number, entry in enumerate(entries, start=1):
         try:
@@ -271,16 +298,26 @@ def _made(arguments: dict[str, Any]) -> BaseNotifier:
             f"{path} can't be imported ({type(error).__name__}): correct the path, or install the provider that has it."
         ) from None
     if not (inspect.isclass(kind) and issubclass(kind, BaseNotifier)):
-        raise NotifierMistake(f"{path} is no notifier: give the path of a class that is an airflow.sdk.BaseNotifier.")
+        raise NotifierMistake(
+            f"{path} is no notifier: give the path of a class that is an airflow.sdk.BaseNotifier."
+        )
     accepted = inspect.signature(kind).parameters
-    given = {name: template for name, template in _GIVEN.items() if name in accepted and name in kind.template_fields}
+    given = {
+        name: template
+        for name, template in _GIVEN.items()
+        if name in accepted and name in kind.template_fields
+    }
     try:
         return kind(**given | arguments)
     except Exception as error:  # noqa: BLE001 - a notifier may raise anything
         # Python's own words about arguments name no value.
-        names_no_value = isinstance(error, TypeError) and re.search(r"unexpected keyword argument '\w+'$|missing \d+ required", str(error))
+        names_no_value = isinstance(error, TypeError) and re.search(
+            r"unexpected keyword argument '\w+'$|missing \d+ required", str(error)
+        )
         why = str(error) if names_no_value else type(error).__name__
-        raise NotifierMistake(f"{kind.__name__} does not take these arguments ({why}): correct them.") from None
+        raise NotifierMistake(
+            f"{kind.__name__} does not take these arguments ({why}): correct them."
+        ) from None
 
 
 def _read(run_id: str, *, following: bool = False) -> Report:
@@ -296,7 +333,11 @@ def _read(run_id: str, *, following: bool = False) -> Report:
     try:
         return asyncio.run(_report(run_id, following))
     except (LedgerError, UrlError, *DATABASE_ERRORS) as error:
-        why = str(error) if isinstance(error, LedgerError | UrlError) else f"The ledger can't be read ({type(error).__name__})."
+        why = (
+            str(error)
+            if isinstance(error, LedgerError | UrlError)
+            else f"The ledger can't be read ({type(error).__name__})."
+        )
         raise _Unread(f"{why} So this message has no counts.") from None
 
 
@@ -322,4 +363,7 @@ def _why(task_id: str, error: BaseException | str | None) -> str:
 
 def _frames(error: BaseException) -> str:
     """Return where an error comes from, without its text and without code, which may quote a secret."""
-    return "\n".join(f"{frame.filename}, line {frame.lineno}, in {frame.name}" for frame in traceback.extract_tb(error.__traceback__))
+    return "\n".join(
+        f"{frame.filename}, line {frame.lineno}, in {frame.name}"
+        for frame in traceback.extract_tb(error.__traceback__)
+    )

@@ -37,9 +37,18 @@ def pool_exists(name: str) -> bool | None:
 
     for base, verify in _api_servers():
         try:
-            answer = requests.get(f"{base}{URL_PREFIX}/pools/{name}", timeout=TIMEOUT_SECONDS, allow_redirects=False, verify=verify)
+            answer = requests.get(
+                f"{base}{URL_PREFIX}/pools/{name}",
+                timeout=TIMEOUT_SECONDS,
+                allow_redirects=False,
+                verify=verify,
+            )
             # Airflow's UI answers unknown paths with its start page: only our own words count.
-            exists = answer.json()["exists"] if answer.status_code == 200 and answer.json()["pool"] == name else None
+            exists = (
+                answer.json()["exists"]
+                if answer.status_code == 200 and answer.json()["pool"] == name
+                else None
+            )
         except (requests.RequestException, OSError, ValueError, KeyError, TypeError):
             continue
         if isinstance(exists, bool):
@@ -47,7 +56,9 @@ def pool_exists(name: str) -> bool | None:
     return None
 
 
-async def pool_app(scope: dict[str, Any], receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Awaitable[None]]) -> None:
+async def pool_app(
+    scope: dict[str, Any], receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Awaitable[None]]
+) -> None:
     """
     Answer ``GET /payroc-refunds/pools/payroc_api`` on the API server with ``{"pool": "payroc_api", "exists": true}``.
 
@@ -81,7 +92,10 @@ def _api_servers() -> Iterator[tuple[str, str | bool]]:
 
     verify: str | bool = conf.get("api", "ssl_cert", fallback="") or True
     seen = set()
-    for url in (conf.get("core", "execution_api_server_url", fallback=""), conf.get("api", "base_url", fallback="")):
+    for url in (
+        conf.get("core", "execution_api_server_url", fallback=""),
+        conf.get("api", "base_url", fallback=""),
+    ):
         base = (url or "").rstrip("/").removesuffix("/execution")
         # Airflow's own default for a base URL that is missing or only a path.
         base = base if base.startswith("http") else f"http://localhost:8080{base}"

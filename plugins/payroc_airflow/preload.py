@@ -86,4 +86,8 @@ if forks():
     try:
         preload()
     except Exception as error:  # noqa: BLE001 - whatever it is, people are told where the DAGs are parsed
-        log.warning("Each task imports what it needs itself, which takes longer (%s: %s).", type(error).__name__, error)
+        log.warning(
+            "Each task imports what it needs itself, which takes longer (%s: %s).",
+            type(error).__name__,
+            error,
+        )

@@ -22,7 +22,9 @@ class PayrocRetryPolicy(RetryPolicy):
     follows the task's own delay: a retry never sends a second time, because the ledger decides.
     """
 
-    def evaluate(self, exception: BaseException, try_number: int, max_tries: int, context: Context | None = None) -> RetryDecision:
+    def evaluate(
+        self, exception: BaseException, try_number: int, max_tries: int, context: Context | None = None
+    ) -> RetryDecision:
         """Return the decision; see :meth:`airflow.sdk.RetryPolicy.evaluate`."""
         if isinstance(exception, RefundsInDoubt):
             # A second more, so that the wait has surely ended by the database's clock.
@@ -51,5 +53,15 @@ def _mended_by_people(exception: BaseException) -> bool:
     from include.refunds.settings import SettingsError
     from include.refunds.source import SourceError, SourceUnavailable
 
-    by_people = (PayrocConfigurationError, LedgerError, UrlError, ParamsError, PreflightRefused, SettingsError, SourceError)
-    return isinstance(exception, by_people) and not isinstance(exception, LedgerUnavailable | SourceUnavailable)
+    by_people = (
+        PayrocConfigurationError,
+        LedgerError,
+        UrlError,
+        ParamsError,
+        PreflightRefused,
+        SettingsError,
+        SourceError,
+    )
+    return isinstance(exception, by_people) and not isinstance(
+        exception, LedgerUnavailable | SourceUnavailable
+    )

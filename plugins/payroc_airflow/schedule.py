@@ -16,7 +16,9 @@ def timetable(schedule: str, timezone: str) -> CronTriggerTimetable | None:
     :param timezone: the IANA time zone in which it is meant.
     """
     # A timedelta of nothing: ``False`` still runs a time that was due within the last tenth of the interval.
-    return CronTriggerTimetable(schedule, timezone=timezone, run_immediately=timedelta()) if schedule else None
+    return (
+        CronTriggerTimetable(schedule, timezone=timezone, run_immediately=timedelta()) if schedule else None
+    )
 
 
 def next_due(schedule: str, timezone: str, instant: datetime) -> datetime | None:

@@ -53,7 +53,9 @@ def made_before(context: Context) -> dict[str, Any] | None:
 
 
 def _was_due(settings: Settings, now: datetime) -> datetime:
-    today = datetime.combine(now.astimezone(ZoneInfo(settings.timezone)).date(), time(), ZoneInfo(settings.timezone))
+    today = datetime.combine(
+        now.astimezone(ZoneInfo(settings.timezone)).date(), time(), ZoneInfo(settings.timezone)
+    )
     if not settings.summary_schedule:
         return now - timedelta(days=1)
     last = following = today - _LONGEST

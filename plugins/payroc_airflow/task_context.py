@@ -17,7 +17,9 @@ def run_params(context: Context) -> RunParams:
 
     :raises ParamsError: when a name is unknown or a value unusable.
     """
-    from include.refunds.params import RunParams  # what only asks where it runs, such as our plugin, need not load the ledger
+    from include.refunds.params import (
+        RunParams,
+    )  # what only asks where it runs, such as our plugin, need not load the ledger
 
     return RunParams.check(dict(context["params"]), context["dag_run"].conf)
 

@@ -65,7 +65,9 @@ class CachedToken:
 class TokenCache(Protocol):
     """Keeps one token for one Payroc and one API key."""
 
-    async def get(self, fetch: Callable[[], Awaitable[AccessToken]], *, younger_than: float | None = None) -> AccessToken:
+    async def get(
+        self, fetch: Callable[[], Awaitable[AccessToken]], *, younger_than: float | None = None
+    ) -> AccessToken:
         """
         Return the kept token, or fetch one and keep it.
 
@@ -84,7 +86,9 @@ class MemoryTokenCache:
         self._entry: CachedToken | None = None
         self._fetching = False
 
-    async def get(self, fetch: Callable[[], Awaitable[AccessToken]], *, younger_than: float | None = None) -> AccessToken:
+    async def get(
+        self, fetch: Callable[[], Awaitable[AccessToken]], *, younger_than: float | None = None
+    ) -> AccessToken:
         """See :class:`TokenCache`."""
         while self._fetching:
             await asyncio.sleep(LOCK_POLL_SECONDS)
@@ -119,7 +123,9 @@ class FileTokenCache:
     """
 
     def __init__(self, folder: Path, connection: PayrocConnection, *, lock_seconds: float) -> None:
-        name = hashlib.sha256(f"{connection.identity_url}\0{connection.api_url}\0{connection.api_key}".encode()).hexdigest()
+        name = hashlib.sha256(
+            f"{connection.identity_url}\0{connection.api_url}\0{connection.api_key}".encode()
+        ).hexdigest()
         self._fernet = seal(name, connection.api_key)
         self._lock_seconds = lock_seconds
         self._entry_path = folder / f"{name}.token"
@@ -129,7 +135,9 @@ class FileTokenCache:
         self._unshared: CachedToken | None = None
         own_folder(folder)
 
-    async def get(self, fetch: Callable[[], Awaitable[AccessToken]], *, younger_than: float | None = None) -> AccessToken:
+    async def get(
+        self, fetch: Callable[[], Awaitable[AccessToken]], *, younger_than: float | None = None
+    ) -> AccessToken:
         """See :class:`TokenCache`."""
         entry = self._read()
         if entry is not None and entry.usable(time.time(), younger_than):
@@ -192,7 +200,11 @@ class FileTokenCache:
                 file.write(sealed)
             Path(name).replace(self._entry_path)
         except OSError as error:
-            log.warning("The token could not be kept for other tasks (%s in %s).", error.strerror, self._entry_path.parent)
+            log.warning(
+                "The token could not be kept for other tasks (%s in %s).",
+                error.strerror,
+                self._entry_path.parent,
+            )
             return False
         return True
 
@@ -202,7 +214,11 @@ class FileTokenCache:
         try:
             handle = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            log.warning("Tokens are not shared: the lock can't be opened (%s in %s).", error.strerror, self._lock_path.parent)
+            log.warning(
+                "Tokens are not shared: the lock can't be opened (%s in %s).",
+                error.strerror,
+                self._lock_path.parent,
+            )
             yield False
             return
         try:
@@ -225,7 +241,9 @@ async def _lock_within(handle: int, seconds: float) -> bool:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() >= ends:
-                log.warning("Tokens are not shared this time: another process held the lock for %g s.", seconds)
+                log.warning(
+                    "Tokens are not shared this time: another process held the lock for %g s.", seconds
+                )
                 return False
             await asyncio.sleep(LOCK_POLL_SECONDS)
         else:
@@ -243,7 +261,9 @@ def own_folder(folder: Path) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.lstat()
     except OSError as error:
-        raise PayrocConfigurationError(f"The token cache folder {folder} can't be used ({error.strerror}); {remedy}") from None
+        raise PayrocConfigurationError(
+            f"The token cache folder {folder} can't be used ({error.strerror}); {remedy}"
+        ) from None
     if stat.S_ISLNK(found.st_mode):
         raise PayrocConfigurationError(f"The token cache folder {folder} is a symbolic link; {remedy}")
     if found.st_uid != os.geteuid():

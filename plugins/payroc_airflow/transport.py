@@ -89,7 +89,9 @@ class Transport:
             # Otherwise long timeouts are rounded up to whole seconds of the loop's clock.
             ceil_threshold=inf,
         )
-        self._opened: dict[asyncio.AbstractEventLoop, tuple[ClientSession, AsyncGenerator[ClientSession, None]]] = {}
+        self._opened: dict[
+            asyncio.AbstractEventLoop, tuple[ClientSession, AsyncGenerator[ClientSession, None]]
+        ] = {}
         # It holds the sessions as well: they are closed before they can be forgotten.
         weakref.finalize(self, _close_all, self._opened).atexit = False
 
@@ -157,7 +159,9 @@ class Transport:
         return session
 
 
-def _close_all(opened: dict[asyncio.AbstractEventLoop, tuple[ClientSession, AsyncGenerator[ClientSession, None]]]) -> None:
+def _close_all(
+    opened: dict[asyncio.AbstractEventLoop, tuple[ClientSession, AsyncGenerator[ClientSession, None]]],
+) -> None:
     for loop, (_, owner) in opened.items():
         # A loop that has ended has closed its sessions.
         with contextlib.suppress(RuntimeError):
@@ -168,7 +172,9 @@ def _close_soon(loop: asyncio.AbstractEventLoop, owner: AsyncGenerator[ClientSes
     loop.create_task(owner.aclose())
 
 
-async def _session_of_the_loop(connection: PayrocConnection, timeout: aiohttp.ClientTimeout) -> AsyncGenerator[ClientSession, None]:
+async def _session_of_the_loop(
+    connection: PayrocConnection, timeout: aiohttp.ClientTimeout
+) -> AsyncGenerator[ClientSession, None]:
     """Yield a session. An event loop closes its generators when it ends, and so the session, also where nobody thought of it."""
     urls = (connection.api_url, connection.identity_url, connection.proxy or "")
     connector = _Connector(
@@ -232,7 +238,9 @@ async def _read(response: ClientResponse, operation: str) -> bytes:
     while chunk := await response.content.readany():
         size += len(chunk)
         if size > MAX_ANSWER_BYTES:
-            raise PayrocUnexpectedAnswer(operation, "the answer is larger than 1 MiB", http_status=response.status)
+            raise PayrocUnexpectedAnswer(
+                operation, "the answer is larger than 1 MiB", http_status=response.status
+            )
         chunks.append(chunk)
     return b"".join(chunks)
 
@@ -251,15 +259,27 @@ def _why(error: Exception, timeout: float, *, started: bool) -> str:
         case aiohttp.ClientConnectorSSLError():
             return "TLS could not be set up"
         case aiohttp.ClientConnectorError():
-            return "connection refused" if isinstance(error.os_error, ConnectionRefusedError) else "no connection could be made"
+            return (
+                "connection refused"
+                if isinstance(error.os_error, ConnectionRefusedError)
+                else "no connection could be made"
+            )
         case aiohttp.ConnectionTimeoutError():
             return f"no connection within {timeout:g} s"
         case aiohttp.SocketTimeoutError():
-            return f"the answer stopped for {timeout:g} s before its end" if started else f"no answer within {timeout:g} s"
+            return (
+                f"the answer stopped for {timeout:g} s before its end"
+                if started
+                else f"no answer within {timeout:g} s"
+            )
         case TimeoutError():
             return f"no complete answer within {timeout * ANSWER_TIMEOUTS:g} s"
         case aiohttp.ClientConnectionError() | aiohttp.ClientPayloadError() | ConnectionError():
-            return "connection closed before the answer's end" if started else "connection closed without an answer"
+            return (
+                "connection closed before the answer's end"
+                if started
+                else "connection closed without an answer"
+            )
         case aiohttp.ClientResponseError() | HttpProcessingError():
             return "the answer is not HTTP, or its head is too large"
     return f"no usable answer ({type(error).__name__})"

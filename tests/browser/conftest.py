@@ -53,7 +53,9 @@ def frank(chromium: Browser, merchant: Merchant, request: pytest.FixtureRequest)
 
 def _log_in(name: str, chromium: Browser, merchant: Merchant, request: pytest.FixtureRequest) -> Person:
     pictures = os.environ.get("SCREENSHOTS")
-    person = Person(chromium, merchant.airflow.client, name, pictures=ROOT / Path(pictures) if pictures else None)
+    person = Person(
+        chromium, merchant.airflow.client, name, pictures=ROOT / Path(pictures) if pictures else None
+    )
     request.config.stash.setdefault(_PEOPLE, []).append(person)
     return person
 
@@ -63,5 +65,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     """Add to the report of a test that failed what its people had before their eyes."""
     report = yield
     if report.failed and call.when != "teardown":
-        report.sections += [(f"{person.name}'s page", person.sees()) for person in item.config.stash.get(_PEOPLE, [])]
+        report.sections += [
+            (f"{person.name}'s page", person.sees()) for person in item.config.stash.get(_PEOPLE, [])
+        ]
     return report

@@ -29,7 +29,11 @@ class Person:
         self.name = name
         self._pictures = pictures
         context = chromium.new_context(
-            viewport=_WINDOW, base_url=client.address, locale="en-GB", timezone_id="UTC", reduced_motion="reduce"
+            viewport=_WINDOW,
+            base_url=client.address,
+            locale="en-GB",
+            timezone_id="UTC",
+            reduced_motion="reduce",
         )
         context.set_default_timeout(PATIENCE_SECONDS * 1000)
         self.page = context.new_page()

@@ -38,7 +38,9 @@ def new_connection(person: Person, conn_id: str) -> None:
     person.page.get_by_role("option", name="Payroc").click()
 
 
-def save_connection(person: Person, merchant: Merchant, conn_id: str, api_key: str, *, port: str = "0") -> None:
+def save_connection(
+    person: Person, merchant: Merchant, conn_id: str, api_key: str, *, port: str = "0"
+) -> None:
     new_connection(person, conn_id)
     person.field("API base URL").get_by_role("textbox").fill(merchant.sandbox.api_url)
     person.field("API key").get_by_role("textbox").fill(api_key)
@@ -50,7 +52,9 @@ def save_connection(person: Person, merchant: Merchant, conn_id: str, api_key: s
 
 
 def press_test(person: Person, conn_id: str) -> None:
-    person.page.get_by_role("row").filter(has_text=conn_id).get_by_role("button", name="Test Connection").click()
+    person.page.get_by_role("row").filter(has_text=conn_id).get_by_role(
+        "button", name="Test Connection"
+    ).click()
 
 
 def test_the_connection_form_of_type_payroc_has_its_fields_with_hints_and_no_others(olivia: Person) -> None:
@@ -74,16 +78,27 @@ def test_a_connection_saved_in_the_form_is_of_type_payroc_and_its_test_passes_wi
     olivia: Person, merchant: Merchant
 ) -> None:
     save_connection(olivia, merchant, "payroc_right", "sandbox-key")
-    expect(olivia.page.get_by_role("row").filter(has_text="payroc_right")).to_contain_text(f"payroc{merchant.sandbox.api_url}")
+    expect(olivia.page.get_by_role("row").filter(has_text="payroc_right")).to_contain_text(
+        f"payroc{merchant.sandbox.api_url}"
+    )
     with olivia.page.expect_response(re.compile("/connections/test")) as answer:
         press_test(olivia, "payroc_right")
     # The page itself only turns the icon green.
-    assert answer.value.json() == {"status": True, "message": f"Payroc accepted the API key at {merchant.sandbox.url}."}
-    button = olivia.page.get_by_role("row").filter(has_text="payroc_right").get_by_role("button", name="Test Connection")
+    assert answer.value.json() == {
+        "status": True,
+        "message": f"Payroc accepted the API key at {merchant.sandbox.url}.",
+    }
+    button = (
+        olivia.page.get_by_role("row")
+        .filter(has_text="payroc_right")
+        .get_by_role("button", name="Test Connection")
+    )
     expect(button.locator("svg")).to_have_css("color", "rgb(0, 128, 0)")
 
 
-def test_the_test_of_a_wrong_key_says_what_to_check_and_shows_no_key(olivia: Person, merchant: Merchant) -> None:
+def test_the_test_of_a_wrong_key_says_what_to_check_and_shows_no_key(
+    olivia: Person, merchant: Merchant
+) -> None:
     save_connection(olivia, merchant, "payroc_refused", "wrong-key-of-olivia")
     press_test(olivia, "payroc_refused")
     expect(olivia.notice).to_contain_text(
@@ -93,7 +108,9 @@ def test_the_test_of_a_wrong_key_says_what_to_check_and_shows_no_key(olivia: Per
     assert "wrong-key-of-olivia" not in olivia.page.content()
 
 
-def test_airflow_tests_no_connection_with_an_empty_port_which_is_why_the_form_asks_for_one(olivia: Person, merchant: Merchant) -> None:
+def test_airflow_tests_no_connection_with_an_empty_port_which_is_why_the_form_asks_for_one(
+    olivia: Person, merchant: Merchant
+) -> None:
     # When this fails, Airflow has mended it (https://github.com/apache/airflow/pull/73298): hide the port again.
     save_connection(olivia, merchant, "payroc_no_port", "sandbox-key", port="")
     with olivia.page.expect_response(re.compile("/connections/test")) as answer:
@@ -125,12 +142,23 @@ def test_the_form_takes_no_limit_of_zero_but_shows_the_smallest_one(olivia: Pers
     ("conf", "message"),
     [
         ('{"limit": 0}', "Invalid input for param limit: 0 is less than the minimum of 1"),
-        ('{"processing_terminal_id": "abc"}', "Invalid input for param processing_terminal_id: 'abc' is too short"),
-        ('{"approved_before": "yesterday"}', "Invalid input for param approved_before: 'yesterday' is not a 'date-time'"),
-        ('{"approved_before": "2026-11-20T10:00:00"}', "approved_before: '2026-11-20T10:00:00' is not a 'date-time'"),
+        (
+            '{"processing_terminal_id": "abc"}',
+            "Invalid input for param processing_terminal_id: 'abc' is too short",
+        ),
+        (
+            '{"approved_before": "yesterday"}',
+            "Invalid input for param approved_before: 'yesterday' is not a 'date-time'",
+        ),
+        (
+            '{"approved_before": "2026-11-20T10:00:00"}',
+            "approved_before: '2026-11-20T10:00:00' is not a 'date-time'",
+        ),
     ],
 )
-def test_a_bad_value_is_refused_in_the_form_with_its_reason_and_there_is_no_run(olivia: Person, conf: str, message: str) -> None:
+def test_a_bad_value_is_refused_in_the_form_with_its_reason_and_there_is_no_run(
+    olivia: Person, conf: str, message: str
+) -> None:
     olivia.opens_trigger_form(DAG)
     olivia.writes_conf(conf)
     olivia.triggers()
@@ -138,17 +166,25 @@ def test_a_bad_value_is_refused_in_the_form_with_its_reason_and_there_is_no_run(
     assert not re.search("/runs/", olivia.page.url)
 
 
-def test_a_param_that_does_not_exist_fails_the_run_at_once_and_its_log_says_why(olivia: Person, merchant: Merchant) -> None:
+def test_a_param_that_does_not_exist_fails_the_run_at_once_and_its_log_says_why(
+    olivia: Person, merchant: Merchant
+) -> None:
     olivia.opens_trigger_form(DAG)
     olivia.writes_conf('{"limits": 5}')
     run_id = olivia.triggered()
     merchant.airflow.client.wait_for_run(DAG, unquote(run_id), "failed")
     olivia.page.goto(f"/dags/{DAG}/runs/{run_id}/tasks/pull_approved")
-    expect(olivia.page.get_by_text("The run was triggered with unknown params (limits)").first).to_be_visible()
-    assert merchant.rows("SELECT 1 FROM refund_ledger.refund_runs WHERE run_id = :id", id=unquote(run_id)) == []
+    expect(
+        olivia.page.get_by_text("The run was triggered with unknown params (limits)").first
+    ).to_be_visible()
+    assert (
+        merchant.rows("SELECT 1 FROM refund_ledger.refund_runs WHERE run_id = :id", id=unquote(run_id)) == []
+    )
 
 
-def test_a_dry_run_is_triggered_in_the_form_and_reports_what_would_be_sent(olivia: Person, merchant: Merchant) -> None:
+def test_a_dry_run_is_triggered_in_the_form_and_reports_what_would_be_sent(
+    olivia: Person, merchant: Merchant
+) -> None:
     ref = merchant.approve(order_id="SO-104207", amount=4_500)
     olivia.opens_trigger_form(DAG)
     olivia.field("Dry run").locator("[data-part=control]").click()
@@ -157,7 +193,9 @@ def test_a_dry_run_is_triggered_in_the_form_and_reports_what_would_be_sent(olivi
     merchant.airflow.client.wait_for_run(DAG, unquote(run_id), "success")
     olivia.page.goto(f"/dags/{DAG}/runs/{run_id}/tasks/report")
     expect(olivia.page.get_by_text("Dry run: this is what would be sent.").first).to_be_visible()
-    expect(olivia.page.get_by_text(re.compile(r"SO-104207 +45\.00 USD +4321 +would send")).first).to_be_visible()
+    expect(
+        olivia.page.get_by_text(re.compile(r"SO-104207 +45\.00 USD +4321 +would send")).first
+    ).to_be_visible()
     assert merchant.refunds_at_payroc(ref) == []
     # No other test's run shall take it.
     merchant.change_source(ref, "approved_at = NULL, approved_by = NULL")
@@ -183,7 +221,10 @@ class PaidRun:
 
 @pytest.fixture(scope="module")
 def run(olivia: Person, frank: Person, merchant: Merchant) -> PaidRun:
-    paid = [merchant.approve(order_id=f"SO-1042{n}", amount=amount) for n, amount in ((11, 18_990), (19, 6_450), (23, 129_900))]
+    paid = [
+        merchant.approve(order_id=f"SO-1042{n}", amount=amount)
+        for n, amount in ((11, 18_990), (19, 6_450), (23, 129_900))
+    ]
     refused = merchant.approve("9001", order_id="SO-104231", amount=21_500)
     olivia.opens_trigger_form(DAG)
     olivia.field("Only these source_refs").get_by_role("textbox").fill("\n".join([*paid, refused]))
@@ -192,14 +233,18 @@ def run(olivia: Person, frank: Person, merchant: Merchant) -> PaidRun:
     client.question(DAG, unquote(run_id))
     asked = client.task_instances(DAG, unquote(run_id))["approve_run", -1]
     # An answer that comes earlier may be lost (https://github.com/apache/airflow/issues/67287); people are slower.
-    merchant.wait_until(lambda: not merchant.airflow.is_at_work_on(asked), "the asking process ends", pause=0.3)
+    merchant.wait_until(
+        lambda: not merchant.airflow.is_at_work_on(asked), "the asking process ends", pause=0.3
+    )
     frank.page.get_by_role("button", name="Browse").click()
     frank.page.get_by_role("menuitem", name="Required Actions").click()
     frank.picture("required-actions", height=420)
     frank.page.get_by_role("link", name=re.compile("^Release ")).click()
     approve = frank.page.get_by_role("button", name="Approve")
     expect(approve).to_be_enabled()
-    question = frank.page.get_by_role("table").filter(has_text="Largest refund").get_by_role("row").all_inner_texts()
+    question = (
+        frank.page.get_by_role("table").filter(has_text="Largest refund").get_by_role("row").all_inner_texts()
+    )
     frank.picture("approval", height=720)
     approve.click()
     expect(frank.notice).to_contain_text("response successful")
@@ -217,26 +262,43 @@ def test_required_actions_shows_as_a_table_what_would_be_released(run: PaidRun) 
 def test_after_approve_the_run_goes_on_and_pays_each_refund_once(run: PaidRun, merchant: Merchant) -> None:
     merchant.assert_paid_once(*run.paid)
     assert merchant.row(run.refused)["status"] == "rejected"
-    noted = merchant.rows("SELECT approved_by FROM refund_ledger.refund_runs WHERE run_id = :id", id=unquote(run.id))
+    noted = merchant.rows(
+        "SELECT approved_by FROM refund_ledger.refund_runs WHERE run_id = :id", id=unquote(run.id)
+    )
     assert noted == [{"approved_by": "frank"}]
 
 
 def test_the_grid_names_each_mapped_task_by_its_order_id(run: PaidRun, olivia: Person) -> None:
     olivia.page.goto(f"/dags/{DAG}/runs/{run.id}/tasks/send_refund/mapped")
-    for order_id, state in (("SO-104211", "Success"), ("SO-104219", "Success"), ("SO-104223", "Success"), ("SO-104231", "Failed")):
+    for order_id, state in (
+        ("SO-104211", "Success"),
+        ("SO-104219", "Success"),
+        ("SO-104223", "Success"),
+        ("SO-104231", "Failed"),
+    ):
         expect(olivia.page.get_by_role("row").filter(has_text=order_id)).to_contain_text(state)
     olivia.picture("grid", height=680)
 
 
-def test_the_report_is_a_table_in_the_log_of_its_task_and_the_totals_are_its_xcom(run: PaidRun, olivia: Person) -> None:
+def test_the_report_is_a_table_in_the_log_of_its_task_and_the_totals_are_its_xcom(
+    run: PaidRun, olivia: Person
+) -> None:
     olivia.page.goto(f"/dags/{DAG}/runs/{run.id}/tasks/report")
     log = olivia.page.locator("body")
     expect(log).to_contain_text("Audit trail:")
     # What ends a line of the table stands at the end of a line on the page: the columns are not run together.
     seen = log.inner_text()
     assert re.search(r"^order id +amount +last4 +status +refund id +attempts +reason$", seen, re.MULTILINE)
-    assert re.search(r"^SO-104223 +1,299\.00 USD +4321 +accepted +[A-Z0-9]{10} +1 +Accepted by Payroc\.$", seen, re.MULTILINE)
-    assert re.search(r"^SO-104231 +215\.00 USD +9001 +rejected +[A-Z0-9]{10} +1 +Declined by the bank\.$", seen, re.MULTILINE)
+    assert re.search(
+        r"^SO-104223 +1,299\.00 USD +4321 +accepted +[A-Z0-9]{10} +1 +Accepted by Payroc\.$",
+        seen,
+        re.MULTILINE,
+    )
+    assert re.search(
+        r"^SO-104231 +215\.00 USD +9001 +rejected +[A-Z0-9]{10} +1 +Declined by the bank\.$",
+        seen,
+        re.MULTILINE,
+    )
     assert re.search(r"^ +accepted +3 +1,553\.40 USD$", seen, re.MULTILINE)
     olivia.picture("report", height=700)
     olivia.page.goto(f"/dags/{DAG}/runs/{run.id}/tasks/report/xcom")

@@ -30,7 +30,9 @@ _NOT = re.compile("/auth/|/logs/")
 _ALL = "limit=10000"
 
 
-def everything_told(client: AirflowClient, runs: Iterable[tuple[str, str]], connections: Iterable[str]) -> dict[str, httpx.Response]:
+def everything_told(
+    client: AirflowClient, runs: Iterable[tuple[str, str]], connections: Iterable[str]
+) -> dict[str, httpx.Response]:
     """
     Ask for everything that can be asked for with a GET, and return the answers by path.
 
@@ -41,12 +43,19 @@ def everything_told(client: AirflowClient, runs: Iterable[tuple[str, str]], conn
 
     def ask(path: str) -> httpx.Response:
         if path not in told:
-            headers = {"Authorization": f"Bearer {client._token}", "Accept": "application/json, application/x-ndjson, */*"}
+            headers = {
+                "Authorization": f"Bearer {client._token}",
+                "Accept": "application/json, application/x-ndjson, */*",
+            }
             told[path] = client._http.get(path, headers=headers)
         return told[path]
 
     described = ask("/openapi.json").json()["paths"]
-    paths = [path.replace(":path", "") for path, operations in described.items() if "get" in operations and not _NOT.search(path)]
+    paths = [
+        path.replace(":path", "")
+        for path, operations in described.items()
+        if "get" in operations and not _NOT.search(path)
+    ]
     instances = []
     for dag_id, run_id in runs:
         of_run = f"/api/v2/dags/{dag_id}/dagRuns/{run_id}/taskInstances"

@@ -62,7 +62,15 @@ class TalkativeDeployment(Deployment):
     :param identity_url: where it gets its bearer tokens.
     """
 
-    def __init__(self, folder: Path, postgres: PostgresServer, ledger: URL, source: URL, sandbox: Sandbox, identity_url: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        postgres: PostgresServer,
+        ledger: URL,
+        source: URL,
+        sandbox: Sandbox,
+        identity_url: str,
+    ) -> None:
         super().__init__(folder, postgres, ledger, source, sandbox)
         (folder / "tmp").mkdir()
         self._env |= _TALKATIVE | _SETTINGS | {"TMPDIR": str(folder / "tmp")}
@@ -82,7 +90,9 @@ class TalkativeDeployment(Deployment):
     def start(self) -> None:
         """Start everything, and create the connections in Airflow's database, as people do."""
         super().start()
-        assert processes.wait_until(lambda: self.client.is_ready(FOLLOW_UP_DAG, LOUD_DAG), seconds=60), "not all DAGs are there"
+        assert processes.wait_until(lambda: self.client.is_ready(FOLLOW_UP_DAG, LOUD_DAG), seconds=60), (
+            "not all DAGs are there"
+        )
         for conn_id, fields in self.connections.items():
             extra = {"extra": json.dumps(fields["extra"])} if "extra" in fields else {}
             self.client._request("POST", "/connections", json={"connection_id": conn_id} | fields | extra)

@@ -91,7 +91,11 @@ class Mint:
         return self.secure_tokens[-1]
 
     def _word(self) -> str:
-        return self._new(lambda: "".join(self._random.choice(_VOWELS if place % 2 else _CONSONANTS) for place in range(WORD_LENGTH)))
+        return self._new(
+            lambda: "".join(
+                self._random.choice(_VOWELS if place % 2 else _CONSONANTS) for place in range(WORD_LENGTH)
+            )
+        )
 
     def _digits(self, length: int, ending: str | None) -> str:
         # Ordinary accounts must not trigger anything.

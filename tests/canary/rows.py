@@ -38,7 +38,10 @@ _ALONE = {"9007": "7701007", "9018": "7701018", "9019": "7701019"}
 def listed_rows(mint: Mint) -> list[Row]:
     """Return the rows that are paid in lists: every tenth by a token, and every behaviour that ends, by account and by token."""
     endings = [trigger.digits for trigger in TRIGGERS if trigger.digits not in _ALONE]
-    rows = [_row(f"L{number}", mint.payee(by_token=number % 10 == 0).columns(), LISTED_TERMINAL) for number in range(LISTED)]
+    rows = [
+        _row(f"L{number}", mint.payee(by_token=number % 10 == 0).columns(), LISTED_TERMINAL)
+        for number in range(LISTED)
+    ]
     # Apart from each other, so that no list has many of them.
     for number, (ending, by_token) in enumerate(product(endings, (False, True))):
         rows[27 * number + 5] |= mint.payee(ending, by_token=by_token).columns()
@@ -53,7 +56,10 @@ def single_rows(mint: Mint) -> list[Row]:
     """Return the rows that are paid in small lists: one of each behaviour."""
     digits = [trigger.digits for trigger in TRIGGERS]
     terminals = [_ALONE.get(ending, SINGLE_TERMINAL) for ending in digits]
-    return [_row(ref, mint.payee(ending).columns(), terminal) for ref, ending, terminal in zip(SINGLE_REFS, digits, terminals, strict=True)]
+    return [
+        _row(ref, mint.payee(ending).columns(), terminal)
+        for ref, ending, terminal in zip(SINGLE_REFS, digits, terminals, strict=True)
+    ]
 
 
 def invalid_rows(mint: Mint) -> list[Row]:
@@ -78,14 +84,25 @@ def invalid_rows(mint: Mint) -> list[Row]:
         {"account_number": None},
         {"secure_token": mint.secure_token()},
         {"secure_token": account()[:10], "account_number": None, "routing_number": None},
-        {"secure_token": mint.secure_token() + mint.secure_token(), "account_number": None, "routing_number": None},
+        {
+            "secure_token": mint.secure_token() + mint.secure_token(),
+            "account_number": None,
+            "routing_number": None,
+        },
         {"email": f"{mint.name()}.{mint.name()}.{mint.email()}".replace(" ", ".")},
         {"requested_by": f"{long_name} " * 7},
         {"approved_by": f"{long_name} " * 7},
         {"approved_by": "ann@merchant.example"},
-        {"name_on_account": mint.name() + "\ud7ff\u0001" * 30, "account_number": account() + "\u0660", "email": mint.email() * 3},
+        {
+            "name_on_account": mint.name() + "\ud7ff\u0001" * 30,
+            "account_number": account() + "\u0660",
+            "email": mint.email() * 3,
+        },
     ]
-    return [_row(f"X{number}", mint.payee().columns() | columns, LISTED_TERMINAL) for number, columns in enumerate(wrong)]
+    return [
+        _row(f"X{number}", mint.payee().columns() | columns, LISTED_TERMINAL)
+        for number, columns in enumerate(wrong)
+    ]
 
 
 def broken_lines(mint: Mint) -> list[Row]:
@@ -102,10 +119,20 @@ def broken_lines(mint: Mint) -> list[Row]:
         {"requested_by": ""},
         {"name_on_account": mint.name() + "\x00"},
     ]
-    return [_row(f"B{number}", mint.payee().columns() | columns, LISTED_TERMINAL) for number, columns in enumerate(wrong)]
+    return [
+        _row(f"B{number}", mint.payee().columns() | columns, LISTED_TERMINAL)
+        for number, columns in enumerate(wrong)
+    ]
 
 
-def write_csv(path: Path, rows: Iterable[Row], *, columns: Sequence[str] = COLUMNS, header: bool = True, encoding: str = "utf-8") -> Path:
+def write_csv(
+    path: Path,
+    rows: Iterable[Row],
+    *,
+    columns: Sequence[str] = COLUMNS,
+    header: bool = True,
+    encoding: str = "utf-8",
+) -> Path:
     with path.open("w", encoding=encoding, newline="") as file:
         writer = csv.DictWriter(file, columns)
         if header:

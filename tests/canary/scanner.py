@@ -97,7 +97,9 @@ def files(folder: Path) -> Iterator[Artefact]:
     for path in paths:
         if path.is_file():
             data = path.read_bytes()
-            yield Artefact(str(path.relative_to(folder)), gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data)
+            yield Artefact(
+                str(path.relative_to(folder)), gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+            )
 
 
 def tables(url: URL) -> Iterator[Artefact]:
@@ -107,10 +109,16 @@ def tables(url: URL) -> Iterator[Artefact]:
         JOIN information_schema.tables USING (table_schema, table_name)
         WHERE table_type = 'BASE TABLE' AND table_schema NOT IN ('pg_catalog', 'information_schema')
         GROUP BY table_schema, table_name ORDER BY table_schema, table_name"""
-    with psycopg.connect(url.set(drivername="postgresql").render_as_string(hide_password=False)) as connection:
+    with psycopg.connect(
+        url.set(drivername="postgresql").render_as_string(hide_password=False)
+    ) as connection:
         for schema, table, columns in connection.execute(query).fetchall():
-            with connection.cursor().copy(SQL("COPY (SELECT * FROM {}) TO STDOUT").format(Identifier(schema, table))) as rows:
-                yield Artefact(f"table {schema}.{table}", b"".join(map(bytes, rows)), _RowAndColumn(tuple(columns)))
+            with connection.cursor().copy(
+                SQL("COPY (SELECT * FROM {}) TO STDOUT").format(Identifier(schema, table))
+            ) as rows:
+                yield Artefact(
+                    f"table {schema}.{table}", b"".join(map(bytes, rows)), _RowAndColumn(tuple(columns))
+                )
 
 
 @dataclass(frozen=True)
@@ -156,7 +164,11 @@ class Scanner:
     def add_words(self, kind: str, values: Iterable[str]) -> None:
         """Search for any of the words in each value, in small and capital letters."""
         for number, value in enumerate(values):
-            words = [word for word in re.findall(rb"[a-z]+", value.lower().encode()) if len(word) == self._word_length]
+            words = [
+                word
+                for word in re.findall(rb"[a-z]+", value.lower().encode())
+                if len(word) == self._word_length
+            ]
             assert words, f"{kind} {number} has no word of {self._word_length} letters"
             self._words |= dict.fromkeys(words, Needle(kind, number))
 
@@ -164,7 +176,9 @@ class Scanner:
         """Search for keys, passwords and tokens; of a token in parts for the last one, which alone is secret."""
         for number, value in enumerate(values):
             secret = value.rpartition(".")[2].encode()
-            assert _SECRET.match(secret), f"{kind} {number} is too short, or has characters that are not looked for"
+            assert _SECRET.match(secret), (
+                f"{kind} {number} is too short, or has characters that are not looked for"
+            )
             self._secrets[secret[:_SECRET_LENGTH]] = Needle(kind, number)
 
     def scan(self, artefacts: Iterable[Artefact]) -> list[Leak]:

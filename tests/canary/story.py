@@ -25,7 +25,9 @@ from tests.processes.line import Handler, Line
 from tests.scheduler.deployment import DAG, OVERLAPPING_DAG
 
 # What goes wrong in the merchant's database when something is written back: Postgres quotes the whole row, and a value.
-ROW_IS_QUOTED = "ALTER TABLE refund_requests ADD CONSTRAINT nothing_is_written_back CHECK (updated_at IS NULL) NOT VALID"
+ROW_IS_QUOTED = (
+    "ALTER TABLE refund_requests ADD CONSTRAINT nothing_is_written_back CHECK (updated_at IS NULL) NOT VALID"
+)
 VALUE_IS_QUOTED = """
     ALTER TABLE refund_requests DROP CONSTRAINT nothing_is_written_back;
     CREATE FUNCTION stumble() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM NEW.name_on_account::integer; RETURN NEW; END';
@@ -57,7 +59,14 @@ class Story:
     :param tokens: gets every bearer token that is issued.
     """
 
-    def __init__(self, airflow: TalkativeDeployment, postgres: PostgresServer, mint: Mint, folder: Path, tokens: list[str]) -> None:
+    def __init__(
+        self,
+        airflow: TalkativeDeployment,
+        postgres: PostgresServer,
+        mint: Mint,
+        folder: Path,
+        tokens: list[str],
+    ) -> None:
         self.airflow = airflow
         self.postgres = postgres
         self.mint = mint
@@ -90,7 +99,9 @@ class Story:
         self.command("limit", "largest_refund", str(rows.LARGEST), *WHO["ann"])
         listed = rows.listed_rows(self.mint)
         invalid, broken = rows.invalid_rows(self.mint), rows.broken_lines(self.mint)
-        good = rows.write_csv(self.folder / "refunds.csv", [*listed, *rows.single_rows(self.mint), *invalid, *broken])
+        good = rows.write_csv(
+            self.folder / "refunds.csv", [*listed, *rows.single_rows(self.mint), *invalid, *broken]
+        )
         self.command("import", str(good))
 
     def queue_faults(self) -> None:
@@ -116,10 +127,15 @@ class Story:
         assert processes.wait_until(self.has_sent, seconds=150, pause=0.5), "nothing is sent"
         for fault in rows.FAULTS:
             self.fault("authorize", fault)
-        is_rejected = processes.wait_until(lambda: self.refund(rows.REJECTED)["status"] == "rejected", seconds=150, pause=1)
+        is_rejected = processes.wait_until(
+            lambda: self.refund(rows.REJECTED)["status"] == "rejected", seconds=150, pause=1
+        )
         assert is_rejected, self.refund(rows.REJECTED)
         rejected = self.refund(rows.REJECTED)["id"]
-        self.commands([("reissue", f"{rejected}", *WHO[who]) for who in ("ann", "bob")], [("status",), ("show", "S9003")])
+        self.commands(
+            [("reissue", f"{rejected}", *WHO[who]) for who in ("ann", "bob")],
+            [("status",), ("show", "S9003")],
+        )
         self.wait_for(runs)
 
     def has_sent(self) -> bool:
@@ -134,7 +150,9 @@ class Story:
         )
         self.change_source(ROW_IS_QUOTED)
         for status, ref in (("complete", "L1"), ("returned", "L2"), ("reversal", "L4"), ("frozen", "L6")):
-            self.airflow.sandbox.patch(f"/_sandbox/refunds/{self.refund(ref)['payroc_refund_id']}", {"status": status})
+            self.airflow.sandbox.patch(
+                f"/_sandbox/refunds/{self.refund(ref)['payroc_refund_id']}", {"status": status}
+            )
         runs = [(DAG, client.trigger(DAG)), (FOLLOW_UP_DAG, client.trigger(FOLLOW_UP_DAG))]
         self.commands([("status", "--json"), ("show", "S9006", "--json")])
         self.approve(*runs[0])
@@ -160,7 +178,11 @@ class Story:
 
     def wait_for(self, runs: list[tuple[str, str]]) -> None:
         client = self.airflow.client
-        ended = processes.wait_until(lambda: all(client.run_state(*run) in ("success", "failed") for run in runs), seconds=200, pause=0.5)
+        ended = processes.wait_until(
+            lambda: all(client.run_state(*run) in ("success", "failed") for run in runs),
+            seconds=200,
+            pause=0.5,
+        )
         assert ended, f"{runs} have not ended: {[client.task_instances(*run) for run in runs]}"
         self.runs += runs
 
@@ -168,7 +190,9 @@ class Story:
         """Return the ledger's row of a refund."""
         with self.postgres.connect(str(self.airflow.ledger.database)) as connection:
             connection.row_factory = dict_row
-            row = connection.execute("SELECT * FROM refund_ledger.refunds WHERE source_ref = %s", [source_ref]).fetchone()
+            row = connection.execute(
+                "SELECT * FROM refund_ledger.refunds WHERE source_ref = %s", [source_ref]
+            ).fetchone()
         assert row is not None, f"the ledger has no refund {source_ref}"
         return row
 

@@ -39,7 +39,9 @@ def story(postgres: PostgresServer, new_ledger: NewDatabase, new_source: NewData
     for made in (folder, merchants_own):
         made.mkdir(mode=0o711)
     with (
-        running_sandbox(folder / "sandbox.log", "--token-seconds", str(TOKEN_SECONDS), "--hang-seconds", "2") as sandbox,
+        running_sandbox(
+            folder / "sandbox.log", "--token-seconds", str(TOKEN_SECONDS), "--hang-seconds", "2"
+        ) as sandbox,
         running(sandbox.url) as line,
     ):
         airflow = TalkativeDeployment(folder, postgres, new_ledger(), new_source(), sandbox, line.url)
@@ -88,24 +90,39 @@ def told(leaks: list[Leak]) -> str:
     """Return what was found where, without the values."""
     by_place = Counter((leak.needle.kind, leak.artefact) for leak in leaks)
     first = {(leak.needle.kind, leak.artefact): leak for leak in reversed(leaks)}
-    lines = [f"{count} x {kind} in {artefact}, such as {first[kind, artefact]}" for (kind, artefact), count in by_place.most_common(30)]
+    lines = [
+        f"{count} x {kind} in {artefact}, such as {first[kind, artefact]}"
+        for (kind, artefact), count in by_place.most_common(30)
+    ]
     return "\n".join([f"{len(leaks)} leaks:", *lines])
 
 
 # -- the run was what it should be -----------------------------------------------------------------------------------------
 
 
-def test_a_thousand_payees_were_paid_in_runs_that_tried_again(story: Story, record_property: Measured) -> None:
+def test_a_thousand_payees_were_paid_in_runs_that_tried_again(
+    story: Story, record_property: Measured
+) -> None:
     with story.postgres.connect(str(story.airflow.ledger.database)) as ledger:
-        statuses = dict(ledger.execute("SELECT status, count(*) FROM refund_ledger.refunds GROUP BY status").fetchall())
+        statuses = dict(
+            ledger.execute("SELECT status, count(*) FROM refund_ledger.refunds GROUP BY status").fetchall()
+        )
         [(attempts, retried)] = ledger.execute(
             "SELECT count(*), count(*) FILTER (WHERE attempt > 1) FROM refund_ledger.refund_attempts"
         ).fetchall()
         [(invalid,)] = ledger.execute("SELECT count(*) FROM refund_ledger.invalid_rows").fetchall()
     with story.postgres.connect(str(story.airflow.metadata.database)) as metadata:
-        [(tasks, tasks_retried)] = metadata.execute("SELECT count(*), count(*) FILTER (WHERE try_number > 1) FROM task_instance").fetchall()
-    record_property("canary refunds by status", ", ".join(f"{status} {count}" for status, count in sorted(statuses.items())))
-    record_property("canary attempts", f"{attempts}, {retried} of them not the first; {tasks_retried} of {tasks} tasks tried again")
+        [(tasks, tasks_retried)] = metadata.execute(
+            "SELECT count(*), count(*) FILTER (WHERE try_number > 1) FROM task_instance"
+        ).fetchall()
+    record_property(
+        "canary refunds by status",
+        ", ".join(f"{status} {count}" for status, count in sorted(statuses.items())),
+    )
+    record_property(
+        "canary attempts",
+        f"{attempts}, {retried} of them not the first; {tasks_retried} of {tasks} tasks tried again",
+    )
     record_property("canary invalid rows", invalid)
     assert sum(statuses.values()) > LISTED
     assert statuses["accepted"] > 0.95 * LISTED
@@ -123,14 +140,18 @@ def test_every_behaviour_of_the_local_payroc_was_met(story: Story) -> None:
 def test_every_queued_fault_was_met(story: Story, record_property: Measured) -> None:
     assert story.faults_left == []
     hit = Counter(entry["operation"] for entry in story.journal if entry["behaviour"] == "queued")
-    record_property("canary faults met", ", ".join(f"{operation} {count}" for operation, count in sorted(hit.items())))
+    record_property(
+        "canary faults met", ", ".join(f"{operation} {count}" for operation, count in sorted(hit.items()))
+    )
     assert sum(hit.values()) == story.faults
 
 
 def test_all_loggers_spoke_at_debug(artefacts: dict[str, list[Artefact]], record_property: Measured) -> None:
     logs = b"\n".join(artefact.data for artefact in artefacts["files"] if artefact.name.endswith(".log"))
     said = Counter(re.findall(rb'"level":"debug".{1,400000}?"logger":"([a-z0-9_]+)', logs))
-    record_property("canary debug lines", ", ".join(f"{logger.decode()} {count}" for logger, count in said.most_common(8)))
+    record_property(
+        "canary debug lines", ", ".join(f"{logger.decode()} {count}" for logger, count in said.most_common(8))
+    )
     assert {b"airflow", b"asyncio", b"httpx", b"sqlalchemy", b"urllib3"} <= set(said)
     assert b"[httpcore.http11]" in logs
     # What http.client prints.
@@ -140,16 +161,33 @@ def test_all_loggers_spoke_at_debug(artefacts: dict[str, list[Artefact]], record
 def test_the_api_was_asked_about_everything(story: Story, record_property: Measured) -> None:
     answered = [path for path, answer in story.answers.items() if answer.is_success]
     record_property("canary API answers", f"{len(answered)} of {len(story.answers)} with success")
-    parts = ("/logs/1", "/logs/2", "/xcomEntries/return_value", "/connections/payroc_default", "/approve_run/-1/hitlDetails", "/ui/grid/")
+    parts = (
+        "/logs/1",
+        "/logs/2",
+        "/xcomEntries/return_value",
+        "/connections/payroc_default",
+        "/approve_run/-1/hitlDetails",
+        "/ui/grid/",
+    )
     for part in (*parts, "/eventLogs", "/dagRuns/"):
         assert any(part in path for path in answered), f"nothing about {part}"
 
 
 def test_the_databases_are_full_of_what_is_searched(artefacts: dict[str, list[Artefact]]) -> None:
-    airflows = ("connection", "dag_run", "hitl_detail", "log", "rendered_task_instance_fields", "task_instance", "xcom")
+    airflows = (
+        "connection",
+        "dag_run",
+        "hitl_detail",
+        "log",
+        "rendered_task_instance_fields",
+        "task_instance",
+        "xcom",
+    )
     ledgers = ("invalid_rows", "refund_attempts", "refund_events", "refund_runs", "refunds")
     full = {artefact.name for several in artefacts.values() for artefact in several if artefact.data}
-    assert {f"table public.{name}" for name in airflows} | {f"table refund_ledger.{name}" for name in ledgers} <= full
+    assert {f"table public.{name}" for name in airflows} | {
+        f"table refund_ledger.{name}" for name in ledgers
+    } <= full
 
 
 def test_the_commands_were_run_and_some_refused(story: Story) -> None:
@@ -171,7 +209,9 @@ def test_the_scanner_knows_every_payee_of_the_merchants_own_database(story: Stor
 
 
 @pytest.mark.parametrize("where", PLACES)
-def test_nothing_leaked_into(where: str, artefacts: dict[str, list[Artefact]], scanner: Scanner, record_property: Measured) -> None:
+def test_nothing_leaked_into(
+    where: str, artefacts: dict[str, list[Artefact]], scanner: Scanner, record_property: Measured
+) -> None:
     searched = artefacts[where]
     size = sum(len(artefact.data) for artefact in searched) / 1e6
     record_property(f"canary searched in {where}", f"{len(searched)} artefacts, {size:.1f} MB")

@@ -122,7 +122,12 @@ def world(
     tmp_path: Path,
 ) -> Iterator[World]:
     """A merchant with keys of his own."""
-    connection = {"conn_type": "payroc", "password": api_key, "host": sandbox.api_url, "extra": {"identity_url": line.url}}
+    connection = {
+        "conn_type": "payroc",
+        "password": api_key,
+        "host": sandbox.api_url,
+        "extra": {"identity_url": line.url},
+    }
     environment = {
         "AIRFLOW_CONN_PAYROC_DEFAULT": json.dumps(connection),
         "PAYROC_REFUNDS_ENCRYPTION_KEYS": f"{Fernet.generate_key().decode()},{Fernet.generate_key().decode()}",
@@ -156,7 +161,10 @@ def assert_nothing_leaked(
         scanner.add_secrets("bearer token", tokens)
         scanner.add_secrets("API key", [api_key])
         scanner.add_secrets("encryption key", [key.get_secret_value() for key in settings.encryption_keys])
-        scanner.add_secrets("fingerprint key", [settings.fingerprint_key.get_secret_value() if settings.fingerprint_key else ""])
+        scanner.add_secrets(
+            "fingerprint key",
+            [settings.fingerprint_key.get_secret_value() if settings.fingerprint_key else ""],
+        )
         scanner.add_secrets("database password", [postgres.password])
         heard = talk.heard()
         leaks = scanner.scan(texts(heard))
@@ -185,7 +193,11 @@ def request_of(world: World, columns: dict[str, Any]) -> bytes:
 )
 @pytest.mark.parametrize("kind", ["account", "name", "token"])
 def test_what_is_said_anywhere_is_heard(
-    mint: Mint, tokens: list[str], assert_nothing_leaked: Callable[[], None], say: Callable[[str], object], kind: str
+    mint: Mint,
+    tokens: list[str],
+    assert_nothing_leaked: Callable[[], None],
+    say: Callable[[str], object],
+    kind: str,
 ) -> None:
     payee = mint.payee()
     tokens.append(secrets.token_urlsafe(32))
@@ -195,9 +207,15 @@ def test_what_is_said_anywhere_is_heard(
 
 
 @pytest.mark.parametrize("place", ["message", "cause", "attribute"])
-def test_what_an_exception_holds_is_heard(mint: Mint, talk: Talk, assert_nothing_leaked: Callable[[], None], place: str) -> None:
+def test_what_an_exception_holds_is_heard(
+    mint: Mint, talk: Talk, assert_nothing_leaked: Callable[[], None], place: str
+) -> None:
     value = mint.payee().account_number
-    error = PayrocError("create refund", value if place == "message" else "refused", instance=value if place == "attribute" else None)
+    error = PayrocError(
+        "create refund",
+        value if place == "message" else "refused",
+        instance=value if place == "attribute" else None,
+    )
     with talk.failing("planted", PayrocError):
         raise error from (ValueError(value) if place == "cause" else None)
     with pytest.raises(AssertionError, match="account number 0"):
@@ -208,26 +226,39 @@ def test_what_an_exception_holds_is_heard(mint: Mint, talk: Talk, assert_nothing
 
 
 def test_calls_that_go_wrong_in_every_way_show_nothing(
-    world: World, mint: Mint, talk: Talk, tokens: list[str], assert_nothing_leaked: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+    world: World,
+    mint: Mint,
+    talk: Talk,
+    tokens: list[str],
+    assert_nothing_leaked: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # A loop tells at DEBUG that it was made, and an earlier test may have made the process's own: that proves that the level is heard.
     monkeypatch.setattr(own_loop, "_own", own_loop._OwnLoop())
     patient, hook = PayrocHook(), PayrocHook(timeout_seconds=SHORT)
     token = patient.get_token()
     key = "8e03978e-40d5-43e8-bc93-6894a57f93{:02}"
-    paid = patient.create_refund(request_of(world, mint.payee().columns()), idempotency_key=key.format(0), token=token)
+    paid = patient.create_refund(
+        request_of(world, mint.payee().columns()), idempotency_key=key.format(0), token=token
+    )
     calls: dict[str, Callable[[int], object]] = {
         "create": lambda number: hook.create_refund(
-            request_of(world, mint.payee(by_token=number % 2 == 0).columns()), idempotency_key=key.format(number), token=token
+            request_of(world, mint.payee(by_token=number % 2 == 0).columns()),
+            idempotency_key=key.format(number),
+            token=token,
         ),
         "get": lambda number: hook.get_refund(paid.refund_id, token=token),
         "list": lambda number: list(hook.list_refunds("7701001", token=token)),
-        "reverse": lambda number: hook.reverse_refund(paid.refund_id, idempotency_key=key.format(50 + number), token=token),
+        "reverse": lambda number: hook.reverse_refund(
+            paid.refund_id, idempotency_key=key.format(50 + number), token=token
+        ),
         "authorize": lambda number: hook.get_token(younger_than=0),
     }
     faults = [fault | ({"seconds": 2 * SHORT} if "seconds" in fault else {}) for fault in rows.FAULTS]
     for operation, call in calls.items():
-        for number, fault in enumerate([*faults, {"kind": "problem", "status": 400, "problem": "bad-request"}], start=1):
+        for number, fault in enumerate(
+            [*faults, {"kind": "problem", "status": 400, "problem": "bad-request"}], start=1
+        ):
             world.fault(None, operation=operation, **fault)
             with talk.failing(f"{operation}, {fault['kind']} {fault.get('when')}", PayrocError):
                 talk.note(f"{operation}, answer", call(number))
@@ -262,7 +293,10 @@ def test_a_connection_that_can_not_be_used_does_not_show_its_key(
     broken: dict[str, Any],
 ) -> None:
     parts = {"conn_type": "payroc", "password": "{key}"} | broken
-    forms = {"json": json.dumps(parts).replace("{key}", api_key), "uri": f"payroc://:{api_key}@payroc.example:port/v1?extra={api_key}"}
+    forms = {
+        "json": json.dumps(parts).replace("{key}", api_key),
+        "uri": f"payroc://:{api_key}@payroc.example:port/v1?extra={api_key}",
+    }
     for form, value in forms.items():
         monkeypatch.setenv("AIRFLOW_CONN_PAYROC_DEFAULT", value)
         with talk.failing(form, PayrocConfigurationError, PayrocError):
@@ -276,7 +310,9 @@ def test_a_connection_that_can_not_be_used_does_not_show_its_key(
 # -- what is printed of objects --------------------------------------------------------------------------------------------
 
 
-def test_no_object_shows_what_it_holds(world: World, mint: Mint, talk: Talk, assert_nothing_leaked: Callable[[], None]) -> None:
+def test_no_object_shows_what_it_holds(
+    world: World, mint: Mint, talk: Talk, assert_nothing_leaked: Callable[[], None]
+) -> None:
     hook = PayrocHook()
     token = hook.get_token()
     for by_token in (False, True):
@@ -285,11 +321,23 @@ def test_no_object_shows_what_it_holds(world: World, mint: Mint, talk: Talk, ass
         answer = {
             **json.loads(body),
             "refundId": "CD3HN88U9F",
-            "bankAccount": {"type": "ach", "nameOnAccount": mint.name(), "accountNumber": mint.account_number()},
+            "bankAccount": {
+                "type": "ach",
+                "nameOnAccount": mint.name(),
+                "accountNumber": mint.account_number(),
+            },
             "transactionResult": {"type": "unreferencedRefund", "status": "ready", "responseCode": "A"},
         }
         refund = Refund.model_validate_json(json.dumps(answer))
-        for model in (request, request.refund_method, request.customer, refund, refund.bank_account, refund.customer, token):
+        for model in (
+            request,
+            request.refund_method,
+            request.customer,
+            refund,
+            refund.bank_account,
+            refund.customer,
+            token,
+        ):
             assert model is not None
             talk.note(type(model).__name__, model)
             talk.note(type(model).__name__, model.model_dump())
@@ -321,8 +369,12 @@ def test_rows_that_are_refused_are_explained_without_their_values(
             build(row, world.cipher, world.settings)
         values = {name: value for name, value in row.items() if isinstance(value, str)}
         with talk.failing("model", ValidationError):
-            method = {"type": "ach"} | {name: values.get(name) for name in ("account_number", "routing_number", "name_on_account")}
-            RefundRequest.model_validate(values | {"refund_method": method, "order": values, "customer": values})
+            method = {"type": "ach"} | {
+                name: values.get(name) for name in ("account_number", "routing_number", "name_on_account")
+            }
+            RefundRequest.model_validate(
+                values | {"refund_method": method, "order": values, "customer": values}
+            )
     assert talk.errors > 40
     assert_nothing_leaked()
 
@@ -330,16 +382,27 @@ def test_rows_that_are_refused_are_explained_without_their_values(
 # -- databases that refuse -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cast", ["account_number::smallint", "name_on_account::integer", "email::timestamptz", "secure_token::smallint"])
+@pytest.mark.parametrize(
+    "cast",
+    ["account_number::smallint", "name_on_account::integer", "email::timestamptz", "secure_token::smallint"],
+)
 def test_a_source_that_quotes_a_value_in_its_error_is_not_repeated(
-    world: World, mint: Mint, talk: Talk, source_url: URL, tmp_path: Path, assert_nothing_leaked: Callable[[], None], cast: str
+    world: World,
+    mint: Mint,
+    talk: Talk,
+    source_url: URL,
+    tmp_path: Path,
+    assert_nothing_leaked: Callable[[], None],
+    cast: str,
 ) -> None:
     world.approve(**mint.payee(by_token=True).columns())
     world.approve(**mint.payee().columns())
     column = cast.partition("::")[0]
     select, update = tmp_path / "select.sql", tmp_path / "update.sql"
     select.write_text(f"SELECT *, {cast} AS cast FROM refund_requests WHERE {column} IS NOT NULL")
-    update.write_text(f"UPDATE refund_requests SET reason = {cast} WHERE {column} IS NOT NULL OR source_ref = :source_ref")
+    update.write_text(
+        f"UPDATE refund_requests SET reason = {cast} WHERE {column} IS NOT NULL OR source_ref = :source_ref"
+    )
     source = SqlSource(world.source_engine, select_approved=select, write_back=update)
     world.pull()
     world.release()
@@ -356,7 +419,9 @@ def test_a_source_that_quotes_a_row_in_its_error_is_not_repeated(
 ) -> None:
     world.send(world.released(**mint.payee().columns()))
     with world.source_engine.begin() as connection:
-        connection.execute(text("ALTER TABLE refund_requests ADD CONSTRAINT nothing_is_paid CHECK (status <> 'accepted')"))
+        connection.execute(
+            text("ALTER TABLE refund_requests ADD CONSTRAINT nothing_is_paid CHECK (status <> 'accepted')")
+        )
     with talk.failing("write-back", SourceError):
         world.write_back()
     assert talk.errors == 1
@@ -384,7 +449,11 @@ def test_a_ledger_that_quotes_a_row_in_its_error_is_not_repeated(
     world.approve(**mint.payee().columns())
     engine = create_engine(ledger_url)
     with engine.begin() as connection:
-        connection.execute(text("ALTER TABLE refund_ledger.refunds ADD CONSTRAINT nothing_comes_in CHECK (amount < 0) NOT VALID"))
+        connection.execute(
+            text(
+                "ALTER TABLE refund_ledger.refunds ADD CONSTRAINT nothing_comes_in CHECK (amount < 0) NOT VALID"
+            )
+        )
     try:
         with talk.failing("pull", LedgerError):
             world.pull()
@@ -445,17 +514,32 @@ def test_an_import_that_goes_wrong_quotes_no_line(
     files[2].write_bytes(whole.replace("returned", "zurückgegeben").encode("latin-1"))
     files[3].write_text(whole + f'"{mint.account_number()}' + "x" * 200_000)
     files[4].write_text(
-        "".join(f"{line},{mint.account_number()}\n" if number else f"{line}\n" for number, line in enumerate(whole.splitlines()))
+        "".join(
+            f"{line},{mint.account_number()}\n" if number else f"{line}\n"
+            for number, line in enumerate(whole.splitlines())
+        )
     )
-    files[5].write_text("".join(f"{line.rpartition(',')[0] if number else line}\n" for number, line in enumerate(whole.splitlines())))
+    files[5].write_text(
+        "".join(
+            f"{line.rpartition(',')[0] if number else line}\n"
+            for number, line in enumerate(whole.splitlines())
+        )
+    )
     for file in files:
         assert command("import", str(file)) != 0
     password = postgres.password
-    for url in (f"mysql://u:{password}@h/x", f"postgresql://u:{password}@127.0.0.1:1/x", f"postgresql://u:{password}@h:port/x", password):
+    for url in (
+        f"mysql://u:{password}@h/x",
+        f"postgresql://u:{password}@127.0.0.1:1/x",
+        f"postgresql://u:{password}@h:port/x",
+        password,
+    ):
         assert command("import", str(good), "--source-url", url) != 0
     world.change_source(world.approve(), "name_on_account = NULL")
     with world.source_engine.begin() as connection:
-        connection.execute(text("ALTER TABLE refund_requests ADD CONSTRAINT nobody CHECK (name_on_account IS NULL)"))
+        connection.execute(
+            text("ALTER TABLE refund_requests ADD CONSTRAINT nobody CHECK (name_on_account IS NULL)")
+        )
     assert command("import", str(good)) == 1
     assert_nothing_leaked()
 
@@ -463,12 +547,19 @@ def test_an_import_that_goes_wrong_quotes_no_line(
 def test_an_import_of_a_file_without_a_header_does_not_take_the_first_payee_for_one(
     mint: Mint, tmp_path: Path, command: Callable[..., int], assert_nothing_leaked: Callable[[], None]
 ) -> None:
-    assert command("import", str(rows.write_csv(tmp_path / "refunds.csv", rows.single_rows(mint), header=False))) == 2
+    assert (
+        command("import", str(rows.write_csv(tmp_path / "refunds.csv", rows.single_rows(mint), header=False)))
+        == 2
+    )
     assert_nothing_leaked()
 
 
 def test_commands_that_are_used_wrongly_show_no_password_and_no_key(
-    world: World, command: Callable[..., int], postgres: PostgresServer, api_key: str, assert_nothing_leaked: Callable[[], None]
+    world: World,
+    command: Callable[..., int],
+    postgres: PostgresServer,
+    api_key: str,
+    assert_nothing_leaked: Callable[[], None],
 ) -> None:
     password = postgres.password
     key = world.settings.encryption_keys[0].get_secret_value()
@@ -497,15 +588,27 @@ def test_commands_that_are_used_wrongly_show_no_password_and_no_key(
     ]
     for environment in wrong:
         assert command("reissue", "1", *WHO["ann"], **environment) == 2
-    for arguments in (("show",), ("show", "--nonsense"), ("resolve", "x"), ("verify", "--from", "then", "--to", "now"), ("nonsense",)):
+    for arguments in (
+        ("show",),
+        ("show", "--nonsense"),
+        ("resolve", "x"),
+        ("verify", "--from", "then", "--to", "now"),
+        ("nonsense",),
+    ):
         assert command(*arguments) == 2
     assert_nothing_leaked()
 
 
 def test_commands_about_refunds_show_no_bank_data_whatever_payroc_answers(
-    world: World, mint: Mint, talk: Talk, command: Callable[..., int], assert_nothing_leaked: Callable[[], None]
+    world: World,
+    mint: Mint,
+    talk: Talk,
+    command: Callable[..., int],
+    assert_nothing_leaked: Callable[[], None],
 ) -> None:
-    paid, refused, odd = (world.released(ending, **mint.payee(ending).columns()) for ending in ("4321", "9002", "9013"))
+    paid, refused, odd = (
+        world.released(ending, **mint.payee(ending).columns()) for ending in ("4321", "9002", "9013")
+    )
     for refund_id in (paid, refused, odd):
         world.send(refund_id)
     row = world.row(paid)

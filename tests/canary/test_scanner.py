@@ -81,7 +81,9 @@ def test_a_planted_value_is_found_in_every_encoding(scanner: Scanner, kind: str,
     assert {leak.place for leak in leaks} == {"line 2"}
 
 
-@pytest.mark.parametrize("form", ["{routing}/{account}", "{routing}{account}", "{routing} {account}", "{account}{routing}"])
+@pytest.mark.parametrize(
+    "form", ["{routing}/{account}", "{routing}{account}", "{routing} {account}", "{account}{routing}"]
+)
 def test_an_account_number_is_found_beside_its_routing_number(scanner: Scanner, form: str) -> None:
     payee = payees[7]
     text = form.format(routing=payee.routing_number, account=payee.account_number)
@@ -91,7 +93,9 @@ def test_an_account_number_is_found_beside_its_routing_number(scanner: Scanner, 
 @pytest.mark.parametrize("name", ["md5", "sha1", "sha256"])
 def test_an_unkeyed_hash_of_an_account_number_is_found(scanner: Scanner, name: str) -> None:
     digest = hashlib.new(name, mint.account_numbers[7].encode()).hexdigest()
-    assert [leak.needle.kind for leak in scanner.scan(texts({"a log": f"fingerprint={digest}"}))] == [f"{name} of account number"]
+    assert [leak.needle.kind for leak in scanner.scan(texts({"a log": f"fingerprint={digest}"}))] == [
+        f"{name} of account number"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +120,9 @@ def test_a_leak_is_told_by_kind_number_and_place_and_never_by_its_value(scanner:
 
 
 @pytest.mark.parametrize("kind", PLANTED)
-def test_leaks_in_files_are_found_packed_ones_and_names_of_files_included(scanner: Scanner, tmp_path: Path, kind: str) -> None:
+def test_leaks_in_files_are_found_packed_ones_and_names_of_files_included(
+    scanner: Scanner, tmp_path: Path, kind: str
+) -> None:
     (tmp_path / "logs" / "run").mkdir(parents=True)
     (tmp_path / "logs" / "clean.log").write_text("nothing here\n")
     (tmp_path / "logs" / "run" / "attempt=1.log").write_text(f'{{"event":"paying {PLANTED[kind]}"}}\n')
@@ -124,7 +130,11 @@ def test_leaks_in_files_are_found_packed_ones_and_names_of_files_included(scanne
     (tmp_path / f"dump {PLANTED[kind]}").touch()
     leaks = scanner.scan(files(tmp_path))
     assert {leak.needle.kind for leak in leaks} == {kind}
-    assert {leak.artefact for leak in leaks} == {"the names of files", "logs/run/attempt=1.log", "logs/old.log.gz"}
+    assert {leak.artefact for leak in leaks} == {
+        "the names of files",
+        "logs/run/attempt=1.log",
+        "logs/old.log.gz",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +142,9 @@ def database(postgres: PostgresServer) -> URL:
     postgres.create_database("canary_scanner")
     with postgres.connect("canary_scanner") as connection:
         connection.execute("CREATE SCHEMA ledger")
-        connection.execute("CREATE TABLE ledger.found (id int, said text, detail jsonb, raw bytea, list text[])")
+        connection.execute(
+            "CREATE TABLE ledger.found (id int, said text, detail jsonb, raw bytea, list text[])"
+        )
         connection.execute("CREATE TABLE xcom (key text, value jsonb)")
     return postgres.url("canary_scanner")
 
@@ -151,7 +163,13 @@ def database(postgres: PostgresServer) -> URL:
     ids=["text", "jsonb", "bytea", "base64 in bytea", "array", "xcom"],
 )
 def test_leaks_in_a_database_are_found_by_table_row_and_column(
-    scanner: Scanner, postgres: PostgresServer, database: URL, kind: str, table: str, column: str, store: Callable[[str], object]
+    scanner: Scanner,
+    postgres: PostgresServer,
+    database: URL,
+    kind: str,
+    table: str,
+    column: str,
+    store: Callable[[str], object],
 ) -> None:
     with postgres.connect("canary_scanner") as connection:
         for name in ("ledger.found", "public.xcom"):

@@ -33,7 +33,9 @@ class Cluster:
 
     def wait_until_ready(self) -> None:
         """Wait until Airflow knows the DAG, and let it run."""
-        assert processes.wait_until(lambda: self.client.is_ready(DAG), seconds=60), "Airflow does not know the DAG"
+        assert processes.wait_until(lambda: self.client.is_ready(DAG), seconds=60), (
+            "Airflow does not know the DAG"
+        )
         self.client.unpause(DAG)
 
     def add_worker(self) -> str:
@@ -45,13 +47,19 @@ class Cluster:
     def worker_of(self, ti: TaskInstance) -> str:
         """Return the name of the worker whose process runs a task."""
         above = {parent.pid for parent in psutil.Process(ti.pid).parents()}
-        found = [name for name, each in self._workers().items() if each.process is not None and each.process.pid in above]
+        found = [
+            name
+            for name, each in self._workers().items()
+            if each.process is not None and each.process.pid in above
+        ]
         assert len(found) == 1, f"process {ti.pid} of {ti.task_id} {ti.map_index} belongs to no worker"
         return found[0]
 
     def tasks_done_by(self, name: str) -> int:
         """Return how many tasks a worker says that it has ended well."""
-        return len(re.findall(r"Task execute_workload\[\S+\] succeeded", self._workers()[name].log.read_text()))
+        return len(
+            re.findall(r"Task execute_workload\[\S+\] succeeded", self._workers()[name].log.read_text())
+        )
 
     def kill(self, name: str) -> None:
         """Kill a worker and everything below it, with no chance to say so."""

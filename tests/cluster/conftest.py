@@ -51,10 +51,19 @@ def cluster() -> Iterator[Cluster]:
     folder.mkdir(mode=0o711)
     assert make_env(folder / "env").returncode == 0
     with running_sandbox(folder / "sandbox.log", "--token-seconds", str(TOKEN_SECONDS)) as sandbox:
-        connection = {"conn_type": "payroc", "password": "sandbox-key", "host": sandbox.api_url, "extra": {"identity_url": sandbox.url}}
-        variables = read_env_file(folder / "env") | SETTINGS | {"AIRFLOW_CONN_PAYROC_DEFAULT": json.dumps(connection)}
+        connection = {
+            "conn_type": "payroc",
+            "password": "sandbox-key",
+            "host": sandbox.api_url,
+            "extra": {"identity_url": sandbox.url},
+        }
+        variables = (
+            read_env_file(folder / "env") | SETTINGS | {"AIRFLOW_CONN_PAYROC_DEFAULT": json.dumps(connection)}
+        )
         services = read(ROOT / "docker-compose.yaml", variables)
-        with NativeDeployment(folder / "compose", services, profiles={"celery"}, overrides=OVERRIDES, scale={"worker": 2}) as deployment:
+        with NativeDeployment(
+            folder / "compose", services, profiles={"celery"}, overrides=OVERRIDES, scale={"worker": 2}
+        ) as deployment:
             cluster = Cluster(deployment, sandbox, variables)
             cluster.wait_until_ready()
             yield cluster
@@ -65,7 +74,14 @@ def cluster() -> Iterator[Cluster]:
 def world(cluster: Cluster) -> Iterator[World]:
     """The merchant, with all rights on ledger and source."""
     deployment, variables = cluster.deployment, cluster.variables
-    url = URL.create("postgresql+psycopg", "postgres", variables["POSTGRES_PASSWORD"], HOST, deployment.postgres.port, "refunds")
+    url = URL.create(
+        "postgresql+psycopg",
+        "postgres",
+        variables["POSTGRES_PASSWORD"],
+        HOST,
+        deployment.postgres.port,
+        "refunds",
+    )
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("AIRFLOW_CONN_PAYROC_DEFAULT", variables["AIRFLOW_CONN_PAYROC_DEFAULT"])
         get_settings.cache_clear()

@@ -39,15 +39,22 @@ def test_500_refunds_are_paid_once_though_a_worker_dies_one_is_added_and_the_bro
     refs = [world.approve() for _ in range(REFUNDS)]
     order_id = str(world.source_row(refs[0])["order_id"])
     # Payroc pays this one so long after it was asked that nobody is there any more to hear of it.
-    cluster.sandbox.post("/_sandbox/faults", {"operation": "create", "kind": "slow", "seconds": SLOW_SECONDS, "orderId": order_id})
+    cluster.sandbox.post(
+        "/_sandbox/faults",
+        {"operation": "create", "kind": "slow", "seconds": SLOW_SECONDS, "orderId": order_id},
+    )
     begin = time.monotonic()
     runs = [cluster.client.trigger(DAG, batch_size=1 if long else LIST)]
 
-    wait_until(lambda: not cluster.sandbox.get("/_sandbox/faults")["faults"], "Payroc has received the create")
+    wait_until(
+        lambda: not cluster.sandbox.get("/_sandbox/faults")["faults"], "Payroc has received the create"
+    )
     task = task_of(cluster, world, refs[0])
     victim = cluster.worker_of(task)
     cluster.kill(victim)
-    assert outcome_of_last_attempt(world, refs[0]) is None, "the worker had ended the attempt before it was killed"
+    assert outcome_of_last_attempt(world, refs[0]) is None, (
+        "the worker had ended the attempt before it was killed"
+    )
     killed_at = paid(cluster)
 
     added = cluster.add_worker()
@@ -55,7 +62,9 @@ def test_500_refunds_are_paid_once_though_a_worker_dies_one_is_added_and_the_bro
     wait_until(lambda: paid(cluster) >= REFUNDS // 2, "half are paid")
     restarted_at = paid(cluster)
     cluster.restart_broker()
-    assert cluster.client.run_state(DAG, runs[0]) == "running", "the run had ended before the broker was restarted"
+    assert cluster.client.run_state(DAG, runs[0]) == "running", (
+        "the run had ended before the broker was restarted"
+    )
 
     states = [cluster.client.end_of_run(DAG, runs[0], seconds=900)]
     while world_states(world) != {"accepted": REFUNDS} and len(runs) < RUNS:
@@ -68,8 +77,12 @@ def test_500_refunds_are_paid_once_though_a_worker_dies_one_is_added_and_the_bro
         str(row["order_id"]) for row in rows(world, "SELECT order_id FROM refund_requests")
     )
     ledger = "SELECT source_ref, order_id, amount, payroc_refund_id FROM refund_ledger.refunds"
-    source = "SELECT source_ref, order_id, amount, payroc_refund_id FROM refund_requests WHERE status = 'accepted'"
-    assert {tuple(row.values()) for row in rows(world, ledger)} == {tuple(row.values()) for row in rows(world, source)}
+    source = (
+        "SELECT source_ref, order_id, amount, payroc_refund_id FROM refund_requests WHERE status = 'accepted'"
+    )
+    assert {tuple(row.values()) for row in rows(world, ledger)} == {
+        tuple(row.values()) for row in rows(world, source)
+    }
     assert {(row["order_id"], row["amount"], row["payroc_refund_id"]) for row in rows(world, ledger)} == {
         (each["orderId"], each["amount"], each["refundId"]) for each in theirs
     }

@@ -19,7 +19,13 @@ from tests.refunds.conftest import world as world
 
 def airflow_connection(url: URL) -> str:
     """Return an Airflow connection of a Postgres database, as JSON."""
-    fields = {"conn_type": "postgres", "host": url.host, "port": url.port, "login": url.username, "password": url.password}
+    fields = {
+        "conn_type": "postgres",
+        "host": url.host,
+        "port": url.port,
+        "login": url.username,
+        "password": url.password,
+    }
     return json.dumps(fields | {"schema": url.database})
 
 
@@ -75,9 +81,18 @@ def run_dag(
         dag_run = dag.test(run_conf=params)
         captured = capfd.readouterr()
         instances = dag_run.get_task_instances()
-        tasks = {ti.task_id if ti.map_index < 0 else f"{ti.task_id} {ti.rendered_map_index}": str(ti.state) for ti in instances}
+        tasks = {
+            ti.task_id if ti.map_index < 0 else f"{ti.task_id} {ti.rendered_map_index}": str(ti.state)
+            for ti in instances
+        }
         last = next(ti for ti in instances if ti.task_id == last_task)
-        return Run(dag_run.run_id, str(dag_run.state), tasks, captured.out + captured.err + caplog.text, last.xcom_pull(task_ids=last_task))
+        return Run(
+            dag_run.run_id,
+            str(dag_run.state),
+            tasks,
+            captured.out + captured.err + caplog.text,
+            last.xcom_pull(task_ids=last_task),
+        )
 
     return run
 

@@ -31,7 +31,9 @@ def test_there_are_three_dags_with_their_tasks_in_order(dags: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("dag_id", DAG_IDS)
-def test_a_dag_runs_one_at_a_time_and_never_for_days_that_have_passed(dags: dict[str, Any], dag_id: str) -> None:
+def test_a_dag_runs_one_at_a_time_and_never_for_days_that_have_passed(
+    dags: dict[str, Any], dag_id: str
+) -> None:
     dag = dags[dag_id]
     assert (dag.catchup, dag.max_active_runs) == (False, 1)
     assert {kind.value for kind in dag.allowed_run_types} == {"scheduled", "manual"}
@@ -68,7 +70,14 @@ def test_the_refund_run_is_scheduled_on_weekday_mornings_in_its_time_zone(dags: 
 
 def test_each_param_explains_itself(dags: dict[str, Any]) -> None:
     params = dags["payroc_refunds"].params
-    assert set(params) == {"dry_run", "limit", "source_refs", "processing_terminal_id", "approved_before", "batch_size"}
+    assert set(params) == {
+        "dry_run",
+        "limit",
+        "source_refs",
+        "processing_terminal_id",
+        "approved_before",
+        "batch_size",
+    }
     for name in params:
         assert params.get_param(name).description
         assert params.get_param(name).schema["title"]
@@ -136,5 +145,7 @@ late = ("include.refunds.message", "include.refunds.summary", "airflow.providers
 assert [name for name in late if name in sys.modules] == []
 """
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "plugins"), str(ROOT / "dags")])}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stderr

@@ -12,10 +12,15 @@ from tests.refunds.conftest import World
 
 
 def posted(world: World) -> int:
-    return sum(entry["operation"] == "create" for entry in world.sandbox.get("/_sandbox/requests?operation=create")["requests"])
+    return sum(
+        entry["operation"] == "create"
+        for entry in world.sandbox.get("/_sandbox/requests?operation=create")["requests"]
+    )
 
 
-def test_every_kind_of_refund_ends_in_one_run_paid_at_most_once_and_is_written_back(world: World, run_dag: Runner) -> None:
+def test_every_kind_of_refund_ends_in_one_run_paid_at_most_once_and_is_written_back(
+    world: World, run_dag: Runner
+) -> None:
     expected = {
         "4321": ("accepted", 1),
         "9001": ("rejected", 1),
@@ -26,7 +31,9 @@ def test_every_kind_of_refund_ends_in_one_run_paid_at_most_once_and_is_written_b
         "9020": ("accepted", 1),
     }
     refs = {ending: world.approve(ending) for ending in expected}
-    token = world.approve(routing_number=None, account_number=None, secure_token="296753128804", name_on_account=None)
+    token = world.approve(
+        routing_number=None, account_number=None, secure_token="296753128804", name_on_account=None
+    )
     invalid = world.approve(routing_number="123456789")
     run = run_dag()
     assert run.state == "success"
@@ -34,10 +41,15 @@ def test_every_kind_of_refund_ends_in_one_run_paid_at_most_once_and_is_written_b
         row = world.row(refs[ending])
         assert (row["status"], world.paid(row["id"])) == (status, paid), ending
         assert world.source_row(refs[ending])["status"] == status
-        assert run.tasks[f"send_refund {row['order_id']}"] == ("success" if status == "accepted" else "failed")
+        assert run.tasks[f"send_refund {row['order_id']}"] == (
+            "success" if status == "accepted" else "failed"
+        )
     assert world.row(token)["status"] == "accepted"
     assert world.source_row(invalid)["status"] == "invalid"
-    assert {(total["status"], total["count"]) for total in run.result["totals"]} == {("accepted", 6), ("rejected", 2)}
+    assert {(total["status"], total["count"]) for total in run.result["totals"]} == {
+        ("accepted", 6),
+        ("rejected", 2),
+    }
     assert run.result["invalid_rows"] == 1
 
     before = posted(world)
@@ -79,18 +91,24 @@ def test_a_dry_run_shows_what_would_be_sent_and_changes_nothing(world: World, ru
         ({"batch_size": 2}, "abc"),
     ],
 )
-def test_params_say_what_a_manual_run_is_about(world: World, run_dag: Runner, params: dict[str, Any], expected: str) -> None:
+def test_params_say_what_a_manual_run_is_about(
+    world: World, run_dag: Runner, params: dict[str, Any], expected: str
+) -> None:
     # Keys are derived from source_refs, so another test's "a" would be the same refund to Payroc.
     mark = next(iter(params))
     refs = {letter: f"{letter}-{mark}" for letter in "abc"}
     for number, (letter, ref) in enumerate(refs.items()):
         terminal = "7701002" if letter == "c" else "7701001"
-        world.approve(source_ref=ref, approved_at=f"2026-11-20T09:00:0{number}Z", processing_terminal_id=terminal)
+        world.approve(
+            source_ref=ref, approved_at=f"2026-11-20T09:00:0{number}Z", processing_terminal_id=terminal
+        )
     if "source_refs" in params:
         params = {"source_refs": [ref.replace("REF", mark) for ref in params["source_refs"]]}
     run = run_dag(**params)
     assert run.state == "success"
-    assert "".join(letter for letter, ref in refs.items() if world.row(ref)["status"] == "accepted") == expected
+    assert (
+        "".join(letter for letter, ref in refs.items() if world.row(ref)["status"] == "accepted") == expected
+    )
     mapped = [name for name in run.tasks if name.startswith("send_refund ")]
     assert len(mapped) == (2 if "batch_size" in params else len(expected))
 
@@ -103,8 +121,12 @@ def test_an_unknown_param_fails_before_anything_is_written(world: World, run_dag
     assert world.rows("SELECT * FROM refund_ledger.refunds") == []
 
 
-@pytest.mark.parametrize("params", [{"approved_before": "2026-11-20T09:00:00"}, {"approved_before": "yesterday"}, {"limit": 0}])
-def test_airflow_itself_refuses_a_bad_value_of_a_param(world: World, run_dag: Runner, params: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "params", [{"approved_before": "2026-11-20T09:00:00"}, {"approved_before": "yesterday"}, {"limit": 0}]
+)
+def test_airflow_itself_refuses_a_bad_value_of_a_param(
+    world: World, run_dag: Runner, params: dict[str, Any]
+) -> None:
     world.approve()
     with pytest.raises(ParamValidationError):
         run_dag(**params)
@@ -119,7 +141,9 @@ def test_a_refund_in_review_fails_the_run_and_blocks_no_other(world: World, run_
     assert [world.row(ref)["status"] for ref in (odd, fine)] == ["review", "accepted"]
 
 
-def test_a_refund_that_stays_unknown_fails_the_run_and_the_next_run_takes_it_up(world: World, run_dag: Runner) -> None:
+def test_a_refund_that_stays_unknown_fails_the_run_and_the_next_run_takes_it_up(
+    world: World, run_dag: Runner
+) -> None:
     ref = world.approve()
     world.pull()
     world.fault(world.row(ref)["id"], "status", status=503, times=3)
@@ -140,14 +164,20 @@ def test_a_refund_whose_source_row_changed_is_named_and_not_sent(world: World, r
 
 
 TROUBLE = {
-    "no connection to Payroc": ({"AIRFLOW_CONN_PAYROC_DEFAULT": None}, "release", "Airflow connection 'payroc_default'"),
+    "no connection to Payroc": (
+        {"AIRFLOW_CONN_PAYROC_DEFAULT": None},
+        "release",
+        "Airflow connection 'payroc_default'",
+    ),
     "no API key": (
         {"AIRFLOW_CONN_PAYROC_DEFAULT": '{"conn_type": "payroc", "extra": {"environment": "uat"}}'},
         "release",
         "password",
     ),
     "a wrong API key": (
-        {"AIRFLOW_CONN_PAYROC_DEFAULT": '{"conn_type":"payroc","password":"wrong-key","host":"URL/v1","extra":{"identity_url":"URL"}}'},
+        {
+            "AIRFLOW_CONN_PAYROC_DEFAULT": '{"conn_type":"payroc","password":"wrong-key","host":"URL/v1","extra":{"identity_url":"URL"}}'
+        },
         "release",
         "check the API key and the environment of the connection",
     ),
@@ -159,10 +189,26 @@ TROUBLE = {
         "release",
         "connection refused",
     ),
-    "no ledger": ({"AIRFLOW_CONN_REFUNDS_LEDGER": None}, "pull_approved", "Airflow connection 'refunds_ledger' is not defined"),
-    "no source": ({"AIRFLOW_CONN_REFUNDS_SOURCE": None}, "pull_approved", "Airflow connection 'refunds_source' is not defined"),
-    "a source without SQL": ({"AIRFLOW_CONN_REFUNDS_SOURCE": "http://example.com"}, "pull_approved", "has no SQL hook"),
-    "no encryption key": ({"PAYROC_REFUNDS_ENCRYPTION_KEYS": None}, "pull_approved", "set PAYROC_REFUNDS_ENCRYPTION_KEYS"),
+    "no ledger": (
+        {"AIRFLOW_CONN_REFUNDS_LEDGER": None},
+        "pull_approved",
+        "Airflow connection 'refunds_ledger' is not defined",
+    ),
+    "no source": (
+        {"AIRFLOW_CONN_REFUNDS_SOURCE": None},
+        "pull_approved",
+        "Airflow connection 'refunds_source' is not defined",
+    ),
+    "a source without SQL": (
+        {"AIRFLOW_CONN_REFUNDS_SOURCE": "http://example.com"},
+        "pull_approved",
+        "has no SQL hook",
+    ),
+    "no encryption key": (
+        {"PAYROC_REFUNDS_ENCRYPTION_KEYS": None},
+        "pull_approved",
+        "set PAYROC_REFUNDS_ENCRYPTION_KEYS",
+    ),
 }
 
 
@@ -228,7 +274,9 @@ def test_a_configuration_error_at_the_first_post_stops_the_run_before_the_second
 def test_no_bank_data_reaches_airflow(world: World, run_dag: Runner) -> None:
     secrets = ["77665544332211", "021000021", "Ottoline Featherstone"]
     for ending in ("4321", "9002", "9006", "9009", "9021"):
-        world.approve(account_number=secrets[0] + ending[-3:], routing_number=secrets[1], name_on_account=secrets[2])
+        world.approve(
+            account_number=secrets[0] + ending[-3:], routing_number=secrets[1], name_on_account=secrets[2]
+        )
     world.approve(account_number=secrets[0], routing_number="021000022", name_on_account=secrets[2])
     run = run_dag()
     kept = everything_that_airflow_kept()
@@ -238,7 +286,9 @@ def test_no_bank_data_reaches_airflow(world: World, run_dag: Runner) -> None:
         assert secret.encode() not in kept
 
 
-def test_the_follow_up_brings_accepted_refunds_to_settled_and_writes_it_back(world: World, run_dag: Runner) -> None:
+def test_the_follow_up_brings_accepted_refunds_to_settled_and_writes_it_back(
+    world: World, run_dag: Runner
+) -> None:
     ref = world.approve()
     run_dag()
     world.sandbox.patch(f"/_sandbox/refunds/{world.row(ref)['payroc_refund_id']}", {"status": "complete"})
@@ -247,7 +297,9 @@ def test_the_follow_up_brings_accepted_refunds_to_settled_and_writes_it_back(wor
     assert (world.row(ref)["status"], world.source_row(ref)["status"]) == ("settled", "settled")
 
 
-def test_a_follow_up_is_red_when_people_have_something_to_do_and_green_while_time_will_tell(world: World, run_dag: Runner) -> None:
+def test_a_follow_up_is_red_when_people_have_something_to_do_and_green_while_time_will_tell(
+    world: World, run_dag: Runner
+) -> None:
     world.send(world.released("9005"))
     run = run_dag("payroc_refunds_followup")
     assert (run.state, run.tasks["report"]) == ("success", "success")
@@ -259,7 +311,9 @@ def test_a_follow_up_is_red_when_people_have_something_to_do_and_green_while_tim
     assert "1 in review: people have to look at them" in run.log
 
 
-def test_a_run_that_released_and_could_not_send_is_red_and_says_so(world: World, run_dag: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_released_and_could_not_send_is_red_and_says_so(
+    world: World, run_dag: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     world.approve()
     # The preflight's token is the last one that is given.
     monkeypatch.setattr("include.refunds.release._token", _then_refuse_tokens(world))

@@ -36,7 +36,12 @@ def env() -> Iterator[dict[str, str]]:
 def kill_everything(demo: subprocess.Popen[bytes], server: PostgresServer) -> None:
     """As a machine that loses its power: nobody gets a chance to tidy up."""
     postmaster = psutil.Process(int((server.folder / "data" / "postmaster.pid").read_text().splitlines()[0]))
-    everything = [psutil.Process(demo.pid), *processes.orphans(str(FOLDER)), postmaster, *postmaster.children(recursive=True)]
+    everything = [
+        psutil.Process(demo.pid),
+        *processes.orphans(str(FOLDER)),
+        postmaster,
+        *postmaster.children(recursive=True),
+    ]
     for process in everything:
         with suppress(psutil.NoSuchProcess):
             process.send_signal(signal.SIGKILL)
@@ -54,12 +59,16 @@ def kill_while_it_sends(demo: subprocess.Popen[bytes], server: PostgresServer) -
         server.port = int((server.folder / "port").read_text())
         with server.connect(LEDGER_DATABASE) as ledger, ledger.transaction():
             refused = "SELECT status FROM refund_ledger.refunds WHERE order_id = %s FOR UPDATE"
-            if ledger.execute(refused, [REFUSED_BY_PAYROC]).fetchone() != ("sending",) and count_by_status(ledger).get("sending", 0):
+            if ledger.execute(refused, [REFUSED_BY_PAYROC]).fetchone() != ("sending",) and count_by_status(
+                ledger
+            ).get("sending", 0):
                 kill_everything(demo, server)
 
 
 @pytest.mark.timeout(400)
-def test_a_demo_that_was_killed_while_it_sent_is_finished_by_the_next_and_pays_nothing_twice(env: dict[str, str], tmp_path: Path) -> None:
+def test_a_demo_that_was_killed_while_it_sent_is_finished_by_the_next_and_pays_nothing_twice(
+    env: dict[str, str], tmp_path: Path
+) -> None:
     server = PostgresServer(FOLDER / "postgres")
     with (tmp_path / "first").open("wb") as output:
         first = subprocess.Popen([*COMMAND, "run"], cwd=ROOT, env=env, stdout=output, stderr=output)

@@ -88,7 +88,9 @@ def test_a_process_that_got_the_number_of_a_dead_server_is_left_alone(server: Po
     stranger = subprocess.Popen(["sleep", "60"])
     try:
         pid_file = server.folder / "data" / "postmaster.pid"
-        pid_file.write_text(f"{stranger.pid}\n{server.folder / 'data'}\n1\n{server.port}\n\n{HOST}\n\nready\n")
+        pid_file.write_text(
+            f"{stranger.pid}\n{server.folder / 'data'}\n1\n{server.port}\n\n{HOST}\n\nready\n"
+        )
         server.start()
         assert stranger.poll() is None
     finally:
@@ -107,9 +109,13 @@ _START_AND_SLEEP = textwrap.dedent("""
 """)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process that its parent has died")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="only Linux tells a process that its parent has died"
+)
 def test_it_does_not_outlive_a_killed_demo() -> None:
-    with subprocess.Popen([sys.executable, "-c", _START_AND_SLEEP, SCRATCH / "left-over"], cwd=ROOT, stdout=subprocess.PIPE) as demo:
+    with subprocess.Popen(
+        [sys.executable, "-c", _START_AND_SLEEP, SCRATCH / "left-over"], cwd=ROOT, stdout=subprocess.PIPE
+    ) as demo:
         assert demo.stdout is not None
         pid = int(demo.stdout.readline())
         demo.kill()
@@ -119,15 +125,23 @@ def test_it_does_not_outlive_a_killed_demo() -> None:
 def test_a_left_over_server_is_found_by_its_data_and_ended(server: PostgresServer) -> None:
     pid = server.pid
     assert PostgresServer(server.folder).end_left_over()
-    assert processes.wait_until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie", seconds=5)
+    assert processes.wait_until(
+        lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie", seconds=5
+    )
     assert not PostgresServer(server.folder).end_left_over()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root runs the server as another account")
-def test_root_can_run_it_from_a_folder_that_is_closed_to_the_servers_account(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_root_can_run_it_from_a_folder_that_is_closed_to_the_servers_account(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     reachable = PostgresServer._can_run
     copied = SCRATCH / "copied"
-    monkeypatch.setattr(PostgresServer, "_can_run", lambda self, package: package.is_relative_to(copied) and reachable(self, package))
+    monkeypatch.setattr(
+        PostgresServer,
+        "_can_run",
+        lambda self, package: package.is_relative_to(copied) and reachable(self, package),
+    )
     with PostgresServer(copied, fast=True) as server, server.connect() as connection:
         assert connection.execute("SELECT 1").fetchone() == (1,)
         assert list(server.folder.glob("programs-*"))

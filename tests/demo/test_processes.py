@@ -75,10 +75,17 @@ def test_orphans_are_found_by_their_owner_and_by_nothing_else(tmp_path: Path) ->
 def test_this_process_is_no_orphan() -> None:
     code = f"from demo import processes; print(processes.orphans({OWNER!r}))"
     env = {**os.environ, processes.OWNER_VARIABLE: OWNER}
-    assert subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+        == "[]\n"
+    )
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process that its parent has died")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="only Linux tells a process that its parent has died"
+)
 def test_a_process_dies_with_a_demo_that_is_killed(tmp_path: Path) -> None:
     code = textwrap.dedent(f"""
         import os, time

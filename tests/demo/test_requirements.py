@@ -19,13 +19,17 @@ def requirements(name: str) -> list[Requirement]:
 
 @pytest.mark.parametrize("name", [*DIRECT, "constraints.txt"])
 def test_every_version_is_exact(name: str) -> None:
-    assert [str(each) for each in requirements(name) if not re.fullmatch(r"==[0-9][^*,]*", str(each.specifier))] == []
+    assert [
+        str(each) for each in requirements(name) if not re.fullmatch(r"==[0-9][^*,]*", str(each.specifier))
+    ] == []
 
 
 @pytest.mark.parametrize("name", DIRECT)
 def test_constraints_hold_the_same_versions(name: str) -> None:
     locked = {(each.name.lower(), str(each.specifier)) for each in requirements("constraints.txt")}
-    assert [str(each) for each in requirements(name) if (each.name.lower(), str(each.specifier)) not in locked] == []
+    assert [
+        str(each) for each in requirements(name) if (each.name.lower(), str(each.specifier)) not in locked
+    ] == []
 
 
 def test_constraints_name_packages_and_no_places_to_get_them_from() -> None:

@@ -47,7 +47,9 @@ def printed(*tables: Any) -> str:
 
 def test_two_records_that_agree_give_no_complaint() -> None:
     rejected = row("SO-2", status="rejected", payroc_refund_id=None)
-    invalid = row("(RF-9)", status="invalid", payroc_refund_id=None, amount=None, currency=None, terminal=None)
+    invalid = row(
+        "(RF-9)", status="invalid", payroc_refund_id=None, amount=None, currency=None, terminal=None
+    )
     assert compare_with_payroc([row(), rejected, invalid], [theirs()]) == []
 
 
@@ -59,16 +61,22 @@ def test_an_order_that_was_paid_twice_is_named() -> None:
 
 def test_the_same_order_of_two_terminals_is_no_duplicate() -> None:
     rows = [row(), row(terminal="2201002", payroc_refund_id="OTHER")]
-    assert compare_with_payroc(rows, [theirs(), theirs(refundId="OTHER", processingTerminalId="2201002")]) == []
+    assert (
+        compare_with_payroc(rows, [theirs(), theirs(refundId="OTHER", processingTerminalId="2201002")]) == []
+    )
 
 
 def test_a_payment_that_payroc_does_not_know_is_named() -> None:
-    assert compare_with_payroc([row()], []) == ["Order SO-1 is accepted in the ledger as ID-SO-1, which Payroc does not know."]
+    assert compare_with_payroc([row()], []) == [
+        "Order SO-1 is accepted in the ledger as ID-SO-1, which Payroc does not know."
+    ]
 
 
 @pytest.mark.parametrize("changes", [{"amount": 5000}, {"currency": "CAD"}, {"orderId": "SO-7"}])
 def test_another_amount_currency_or_order_is_named(changes: dict[str, Any]) -> None:
-    assert compare_with_payroc([row()], [theirs(**changes)]) == ["Order SO-1 is another order or amount at Payroc, as ID-SO-1."]
+    assert compare_with_payroc([row()], [theirs(**changes)]) == [
+        "Order SO-1 is another order or amount at Payroc, as ID-SO-1."
+    ]
 
 
 def test_amounts_are_written_as_people_write_them() -> None:

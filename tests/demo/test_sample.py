@@ -24,7 +24,10 @@ def rows() -> list[dict[str, str]]:
 
 
 def checksum_is_right(routing_number: str) -> bool:
-    return len(routing_number) == 9 and sum(int(d) * w for d, w in zip(routing_number, (3, 7, 1) * 3, strict=True)) % 10 == 0
+    return (
+        len(routing_number) == 9
+        and sum(int(d) * w for d, w in zip(routing_number, (3, 7, 1) * 3, strict=True)) % 10 == 0
+    )
 
 
 def test_the_columns_are_those_of_the_source(rows: list[dict[str, str]]) -> None:
@@ -51,7 +54,9 @@ def test_nothing_leaves_work_for_people(rows: list[dict[str, str]], digits: str)
     assert not any((row["account_number"] or row["secure_token"]).endswith(digits) for row in rows)
 
 
-def test_exactly_two_rows_are_no_refunds_one_by_its_routing_number_one_by_its_sec_code(rows: list[dict[str, str]]) -> None:
+def test_exactly_two_rows_are_no_refunds_one_by_its_routing_number_one_by_its_sec_code(
+    rows: list[dict[str, str]],
+) -> None:
     mistyped = [row for row in rows if row["routing_number"] and not checksum_is_right(row["routing_number"])]
     by_telephone = [row for row in rows if row["sec_code"] == "tel"]
     assert len(mistyped) == len(by_telephone) == 1
@@ -66,7 +71,9 @@ def test_a_row_has_a_bank_account_or_a_token(rows: list[dict[str, str]]) -> None
 
 def test_businesses_get_ccd_and_people_ppd(rows: list[dict[str, str]]) -> None:
     assert {row["sec_code"] for row in rows} == {"ppd", "ccd", "tel"}
-    assert all((row["sec_code"] == "ccd") == row["name_on_account"].endswith((" LLC", " Inc", " LP")) for row in rows)
+    assert all(
+        (row["sec_code"] == "ccd") == row["name_on_account"].endswith((" LLC", " Inc", " LP")) for row in rows
+    )
 
 
 def test_the_times_of_approval_have_a_zone(rows: list[dict[str, str]]) -> None:
@@ -74,5 +81,7 @@ def test_the_times_of_approval_have_a_zone(rows: list[dict[str, str]]) -> None:
 
 
 def test_the_addresses_are_of_domains_that_nobody_owns(rows: list[dict[str, str]]) -> None:
-    addresses = [row[column] for row in rows for column in ("email", "requested_by", "approved_by") if row[column]]
+    addresses = [
+        row[column] for row in rows for column in ("email", "requested_by", "approved_by") if row[column]
+    ]
     assert all(address.endswith("example.com") for address in addresses)

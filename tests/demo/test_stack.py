@@ -9,7 +9,10 @@ from demo.stack import telling_lines
 
 def test_of_a_long_log_the_errors_are_shown(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    lines = ["2026-11-23T05:54:44Z [info     ] Filling up the DagBag", "2026-11-23T05:54:45Z [error    ] LEASE_MARGIN_SECONDS is too small"]
+    lines = [
+        "2026-11-23T05:54:44Z [info     ] Filling up the DagBag",
+        "2026-11-23T05:54:45Z [error    ] LEASE_MARGIN_SECONDS is too small",
+    ]
     log.write_text("\n".join(lines + ["  File somewhere, line 1"] * 50))
     assert telling_lines(log) == lines[1]
 

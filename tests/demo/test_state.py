@@ -62,7 +62,9 @@ def test_notes_are_kept(folder: Path) -> None:
     assert State.open().note("other") is None
 
 
-def test_a_folder_with_other_things_in_it_is_neither_used_nor_removed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_with_other_things_in_it_is_neither_used_nor_removed(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder.mkdir()
     (folder / "thesis.txt").write_text("years of work")
     with pytest.raises(DemoError, match="this demo did not make it"):
@@ -99,7 +101,9 @@ def test_the_lock_of_a_killed_command_is_free(folder: Path) -> None:
         pass
 
 
-def test_down_asks_the_command_that_holds_the_lock_to_end(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_down_asks_the_command_that_holds_the_lock_to_end(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code = "import time\nfrom demo.state import State\nwith State.open().locked('make up'):\n    print(flush=True)\n    time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
@@ -125,5 +129,7 @@ def test_clean_works_where_no_package_is_installed(folder: Path) -> None:
         "-c",
         "import sys; sys.path.insert(0, '.'); sys.argv[1:] = ['clean']; from demo.__main__ import main; main()",
     ]
-    subprocess.run(clean, cwd=ROOT, check=True, env={FOLDER_VARIABLE: str(folder), "PATH": os.environ["PATH"]})
+    subprocess.run(
+        clean, cwd=ROOT, check=True, env={FOLDER_VARIABLE: str(folder), "PATH": os.environ["PATH"]}
+    )
     assert not folder.exists()

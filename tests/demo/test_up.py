@@ -26,7 +26,9 @@ def test_each_user_keeps_a_password_that_only_the_owner_of_the_demo_reads(state:
     assert (state.airflow / "passwords.json").stat().st_mode & 0o777 == 0o600
 
 
-def test_a_user_who_is_new_gets_a_password_and_one_who_is_gone_loses_it(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_who_is_new_gets_a_password_and_one_who_is_gone_loses_it(
+    state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
     passwords = up._passwords(state)
     monkeypatch.setattr(up, "USERS", {"olivia": "op", "greta": "viewer"})
     changed = up._passwords(state)
@@ -43,5 +45,9 @@ def test_a_threshold_ends_with_make_up_for_in_make_demo_nobody_could_be_asked(
     for change in (up._set_threshold, Stack._let_runs_pass):
         change(stack)
         with stack.ledger() as ledger:
-            found.append(ledger.execute("SELECT approval_total FROM refund_ledger.refund_control WHERE scope = '*'").fetchone())
+            found.append(
+                ledger.execute(
+                    "SELECT approval_total FROM refund_ledger.refund_control WHERE scope = '*'"
+                ).fetchone()
+            )
     assert found == [(up.THRESHOLD,), (None,)]

@@ -31,9 +31,9 @@ class FreshClient(AirflowClient):
     def end_of_run(self, dag_id: str, run_id: str, *, seconds: float) -> str:
         """Wait until a run has ended, and return how."""
         ended = ("success", "failed")
-        assert processes.wait_until(lambda: self.run_state(dag_id, run_id) in ended, seconds=seconds, pause=0.5), (
-            f"{run_id} has not ended within {seconds} s: {self.task_instances(dag_id, run_id)}"
-        )
+        assert processes.wait_until(
+            lambda: self.run_state(dag_id, run_id) in ended, seconds=seconds, pause=0.5
+        ), f"{run_id} has not ended within {seconds} s: {self.task_instances(dag_id, run_id)}"
         return self.run_state(dag_id, run_id)
 
     def pool_slots(self, name: str) -> int:
@@ -43,6 +43,8 @@ class FreshClient(AirflowClient):
     def connection_form(self, conn_type: str) -> dict[str, Any]:
         """Return the form of a connection type, as the web interface gets it."""
         # Beside the public API, under the same login.
-        answer = self._http.get("/ui/connections/hook_meta", headers={"Authorization": f"Bearer {self._token}"})
+        answer = self._http.get(
+            "/ui/connections/hook_meta", headers={"Authorization": f"Bearer {self._token}"}
+        )
         assert answer.is_success, f"hook_meta answered {answer.status_code}: {answer.text}"
         return next(dict(form) for form in answer.json() if form["connection_type"] == conn_type)

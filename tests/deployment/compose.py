@@ -19,7 +19,17 @@ import yaml
 
 # ${NAME}, ${NAME:-default} or ${NAME:?message}; a default may hold others. $$ is a dollar sign.
 _NAME = re.compile(r"(?<!\$)\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?P<rule>:-|:\?)?")
-_STARTS = {"image", "build", "entrypoint", "command", "environment", "depends_on", "profiles", "healthcheck", "restart"}
+_STARTS = {
+    "image",
+    "build",
+    "entrypoint",
+    "command",
+    "environment",
+    "depends_on",
+    "profiles",
+    "healthcheck",
+    "restart",
+}
 _SURROUNDINGS = {"expose", "ports", "volumes", "shm_size", "stop_grace_period", "cap_drop", "security_opt"}
 _KNOWN_KEYS = _STARTS | _SURROUNDINGS
 
@@ -106,9 +116,14 @@ def in_order(services: Mapping[str, Service], profiles: frozenset[str] | set[str
     """Return the services that ``up`` with these profiles starts, each after those that it depends on."""
     active = {name: each for name, each in services.items() if not each.profiles or each.profiles & profiles}
     for each in active.values():
-        missing = [other.service for other in each.depends_on if other.required and other.service not in active]
+        missing = [
+            other.service for other in each.depends_on if other.required and other.service not in active
+        ]
         assert not missing, f"{each.name} depends on {missing}, which no active profile has"
-    graph = {name: [other.service for other in each.depends_on if other.service in active] for name, each in active.items()}
+    graph = {
+        name: [other.service for other in each.depends_on if other.service in active]
+        for name, each in active.items()
+    }
     return [active[name] for name in TopologicalSorter(graph).static_order()]
 
 
@@ -168,7 +183,10 @@ def _service(name: str, body: dict[str, Any], variables: Mapping[str, str]) -> S
 
     body = filled(body)
     # A name without a value is taken from .env; when it is not there either, the process does not get it.
-    environment = {key: variables.get(key) if value is None else str(value) for key, value in body.get("environment", {}).items()}
+    environment = {
+        key: variables.get(key) if value is None else str(value)
+        for key, value in body.get("environment", {}).items()
+    }
     volumes = dict(each.split(":") for each in body.get("volumes", []))
     return Service(
         name=name,
@@ -181,7 +199,8 @@ def _service(name: str, body: dict[str, Any], variables: Mapping[str, str]) -> S
         ports=tuple(body.get("ports", [])),
         profiles=frozenset(body.get("profiles", [])),
         depends_on=tuple(
-            Dependency(other, how["condition"], how.get("required", True)) for other, how in body.get("depends_on", {}).items()
+            Dependency(other, how["condition"], how.get("required", True))
+            for other, how in body.get("depends_on", {}).items()
         ),
         health=_words(body.get("healthcheck", {}).get("test", [])),
         restart=body.get("restart", "no"),

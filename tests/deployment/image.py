@@ -15,7 +15,11 @@ _KNOWN = {"ARG", "FROM", "ENV", "COPY", "RUN"}
 
 def instructions(dockerfile: str) -> list[tuple[str, str]]:
     """Return the instructions of a Dockerfile with their arguments, each on one line."""
-    lines = [line for line in dockerfile.replace("\\\n", " ").splitlines() if line.strip() and not line.startswith("#")]
+    lines = [
+        line
+        for line in dockerfile.replace("\\\n", " ").splitlines()
+        if line.strip() and not line.startswith("#")
+    ]
     found = [(line.split(maxsplit=1)[0], line.split(maxsplit=1)[1]) for line in lines]
     assert {name for name, _ in found} <= _KNOWN, f"instructions that these tests do not know: {found}"
     return found
@@ -36,7 +40,9 @@ def lay_out(folder: Path) -> dict[str, str]:
         elif name == "COPY":
             *sources, target = [word for word in argument.split() if not word.startswith("--")]
             for source in sources:
-                _copy(ROOT / source, folder / target.removeprefix(HOME).lstrip("/"), into=target.endswith("/"))
+                _copy(
+                    ROOT / source, folder / target.removeprefix(HOME).lstrip("/"), into=target.endswith("/")
+                )
         elif name == "RUN" and "mkdir -p" in argument:
             for made in argument.split("mkdir -p")[1].split():
                 (folder / made).mkdir()

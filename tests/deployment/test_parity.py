@@ -58,15 +58,26 @@ def airflow(deployment: NativeDeployment, variables: dict[str, str]) -> Iterator
 
 @pytest.fixture(scope="module")
 def ledger(deployment: NativeDeployment, variables: dict[str, str]) -> Iterator[psycopg.Connection]:
-    with deployment.connect("refunds", user="postgres", password=variables["POSTGRES_PASSWORD"]) as connection:
+    with deployment.connect(
+        "refunds", user="postgres", password=variables["POSTGRES_PASSWORD"]
+    ) as connection:
         yield connection
 
 
-def test_every_service_becomes_healthy_by_its_own_check(deployment: NativeDeployment, record_property: Callable[..., None]) -> None:
-    took = {each.service.name: each.healthy_after for each in deployment.running.values() if not each.service.is_one_shot}
+def test_every_service_becomes_healthy_by_its_own_check(
+    deployment: NativeDeployment, record_property: Callable[..., None]
+) -> None:
+    took = {
+        each.service.name: each.healthy_after
+        for each in deployment.running.values()
+        if not each.service.is_one_shot
+    }
     assert set(took) == {"postgres", "api-server", "scheduler", "dag-processor", "triggerer", "sandbox"}
     assert None not in took.values()
-    record_property("services healthy after seconds", ", ".join(f"{name} {seconds:.0f}" for name, seconds in took.items() if seconds))
+    record_property(
+        "services healthy after seconds",
+        ", ".join(f"{name} {seconds:.0f}" for name, seconds in took.items() if seconds),
+    )
 
 
 def test_init_has_made_the_pool_and_the_web_interface_knows_the_connection_type(airflow: FreshClient) -> None:
@@ -76,7 +87,10 @@ def test_init_has_made_the_pool_and_the_web_interface_knows_the_connection_type(
 
 
 def test_the_sample_is_paid_with_the_payers_rights_once_a_person_has_unpaused_the_dag(
-    deployment: NativeDeployment, airflow: FreshClient, ledger: psycopg.Connection, record_property: Callable[..., None]
+    deployment: NativeDeployment,
+    airflow: FreshClient,
+    ledger: psycopg.Connection,
+    record_property: Callable[..., None],
 ) -> None:
     assert airflow.is_paused(DAG)
     begin = time.monotonic()
@@ -85,7 +99,9 @@ def test_the_sample_is_paid_with_the_payers_rights_once_a_person_has_unpaused_th
     assert airflow.end_of_run(DAG, run_id, seconds=300) == "success", airflow.errors(DAG, run_id)
     record_property("the run of the sample, seconds", round(time.monotonic() - begin))
 
-    rows = ledger.execute("SELECT source_ref, status, payroc_refund_id, amount FROM refund_ledger.refunds").fetchall()
+    rows = ledger.execute(
+        "SELECT source_ref, status, payroc_refund_id, amount FROM refund_ledger.refunds"
+    ).fetchall()
     assert Counter(status for _, status, _, _ in rows) == {"accepted": 32, "rejected": 2}
     theirs = Sandbox(deployment.address("sandbox", 8089)).get("/_sandbox/refunds")["refunds"]
     paid = {(each["refundId"], each["amount"]) for each in theirs}
@@ -95,7 +111,9 @@ def test_the_sample_is_paid_with_the_payers_rights_once_a_person_has_unpaused_th
     assert dict(source) == {"accepted": 32, "rejected": 2, "invalid": 2}
 
     # The migrations write events as well, as the owner; none of them is about a refund.
-    logins = ledger.execute("SELECT DISTINCT login FROM refund_ledger.refund_events WHERE refund_id IS NOT NULL").fetchall()
+    logins = ledger.execute(
+        "SELECT DISTINCT login FROM refund_ledger.refund_events WHERE refund_id IS NOT NULL"
+    ).fetchall()
     assert logins == [("airflow_payer",)]
 
 
@@ -105,16 +123,36 @@ def test_the_sample_is_paid_with_the_payers_rights_once_a_person_has_unpaused_th
         ("airflow", "AIRFLOW_DATABASE_PASSWORD", "refunds", None),
         ("celery", "CELERY_DATABASE_PASSWORD", "airflow", None),
         ("airflow_payer", "REFUNDS_PAYER_PASSWORD", "airflow", None),
-        ("airflow_payer", "REFUNDS_PAYER_PASSWORD", "refunds", "UPDATE refund_ledger.refund_control SET largest_refund = 1"),
-        ("airflow_payer", "REFUNDS_PAYER_PASSWORD", "refunds", "UPDATE public.refund_requests SET amount = 1"),
-        ("refunds_operations", "REFUNDS_OPERATOR_PASSWORD", "refunds", "UPDATE refund_ledger.refunds SET amount = 1"),
+        (
+            "airflow_payer",
+            "REFUNDS_PAYER_PASSWORD",
+            "refunds",
+            "UPDATE refund_ledger.refund_control SET largest_refund = 1",
+        ),
+        (
+            "airflow_payer",
+            "REFUNDS_PAYER_PASSWORD",
+            "refunds",
+            "UPDATE public.refund_requests SET amount = 1",
+        ),
+        (
+            "refunds_operations",
+            "REFUNDS_OPERATOR_PASSWORD",
+            "refunds",
+            "UPDATE refund_ledger.refunds SET amount = 1",
+        ),
         ("refunds_operations", "REFUNDS_OPERATOR_PASSWORD", "celery", None),
         ("airflow_payer", "REFUNDS_PAYER_PASSWORD", "postgres", None),
         ("airflow", "AIRFLOW_DATABASE_PASSWORD", "template1", None),
     ],
 )
 def test_each_login_is_refused_what_is_not_its_own(
-    deployment: NativeDeployment, variables: dict[str, str], login: str, variable: str, database: str, refused: str | None
+    deployment: NativeDeployment,
+    variables: dict[str, str],
+    login: str,
+    variable: str,
+    database: str,
+    refused: str | None,
 ) -> None:
     if refused is None:
         with pytest.raises(psycopg.OperationalError, match="permission denied for database"):
@@ -125,13 +163,20 @@ def test_each_login_is_refused_what_is_not_its_own(
         connection.execute(refused)
 
 
-def test_the_ledgers_owner_can_neither_pay_nor_release_once_the_logins_are_there(ledger: psycopg.Connection) -> None:
+def test_the_ledgers_owner_can_neither_pay_nor_release_once_the_logins_are_there(
+    ledger: psycopg.Connection,
+) -> None:
     roles = ("refunds_payer", "refunds_operator", "refunds_key_rotator")
-    held = ledger.execute("SELECT role FROM unnest(%s::text[]) AS role WHERE pg_has_role('refunds_owner', role, 'USAGE')", [list(roles)])
+    held = ledger.execute(
+        "SELECT role FROM unnest(%s::text[]) AS role WHERE pg_has_role('refunds_owner', role, 'USAGE')",
+        [list(roles)],
+    )
     assert held.fetchall() == []
 
 
-def test_peoples_commands_work_with_the_operators_rights_and_reach_payroc(deployment: NativeDeployment) -> None:
+def test_peoples_commands_work_with_the_operators_rights_and_reach_payroc(
+    deployment: NativeDeployment,
+) -> None:
     today = datetime.now(UTC).date()
     yesterday, tomorrow = str(today - timedelta(days=1)), str(today + timedelta(days=1))
     for command in (
@@ -145,16 +190,22 @@ def test_peoples_commands_work_with_the_operators_rights_and_reach_payroc(deploy
 def test_init_can_run_again_and_sets_passwords_that_were_changed_and_makes_no_user_where_there_are_some(
     deployment: NativeDeployment, airflow: FreshClient, variables: dict[str, str]
 ) -> None:
-    changed = variables | SHORT | {"REFUNDS_OPERATOR_PASSWORD": "another", "AIRFLOW_ADMIN_PASSWORD": "not used"}
+    changed = (
+        variables | SHORT | {"REFUNDS_OPERATOR_PASSWORD": "another", "AIRFLOW_ADMIN_PASSWORD": "not used"}
+    )
     deployment.use(read(ROOT / "docker-compose.yaml", changed))
-    with deployment.connect("airflow", user="airflow", password=variables["AIRFLOW_DATABASE_PASSWORD"]) as connection:
+    with deployment.connect(
+        "airflow", user="airflow", password=variables["AIRFLOW_DATABASE_PASSWORD"]
+    ) as connection:
         # As if people had made their own users and deleted the first one.
         connection.execute("UPDATE ab_user SET username = 'fiona'")
         again = deployment.run("init")
         assert again.returncode == 0, again.stdout[-2000:] + again.stderr[-2000:]
         assert connection.execute("SELECT username FROM ab_user").fetchall() == [("fiona",)]
     with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
-        deployment.connect("refunds", user="refunds_operations", password=variables["REFUNDS_OPERATOR_PASSWORD"])
+        deployment.connect(
+            "refunds", user="refunds_operations", password=variables["REFUNDS_OPERATOR_PASSWORD"]
+        )
     with deployment.connect("refunds", user="refunds_operations", password="another") as connection:
         assert connection.execute("SELECT 1").fetchone() == (1,)
     assert airflow.pool_slots("payroc_api") == 4
@@ -173,7 +224,9 @@ def test_a_ledger_whose_database_was_lost_is_restored_as_the_page_says(
 
     dump = str(tmp_path / "refunds.dump")
     program("pg_dump", "--format=custom", "--file", dump, "refunds")
-    with deployment.connect("postgres", user="postgres", password=variables["POSTGRES_PASSWORD"]) as connection:
+    with deployment.connect(
+        "postgres", user="postgres", password=variables["POSTGRES_PASSWORD"]
+    ) as connection:
         connection.execute("DROP DATABASE refunds WITH (FORCE)")
     again = deployment.run("init")
     assert again.returncode == 0, again.stdout[-2000:] + again.stderr[-2000:]
@@ -183,7 +236,15 @@ def test_a_ledger_whose_database_was_lost_is_restored_as_the_page_says(
     connections = {"AIRFLOW_CONN_REFUNDS_LEDGER": ledger, "AIRFLOW_CONN_REFUNDS_SOURCE": ledger}
     for command in (
         ["pause", "--by", "ann", "--reason", "restored from a backup"],
-        ["restored", "--backup-at", at.isoformat(timespec="seconds"), "--by", "ann", "--reason", "the disk was lost"],
+        [
+            "restored",
+            "--backup-at",
+            at.isoformat(timespec="seconds"),
+            "--by",
+            "ann",
+            "--reason",
+            "the disk was lost",
+        ],
         ["resume", "--by", "bob", "--reason", "compared"],
         ["verify", "--from", str(at.date() - timedelta(days=1)), "--to", str(at.date() + timedelta(days=1))],
     ):

@@ -44,11 +44,25 @@ _RUN_BY_TASKS = [
 _LOADED = "import sys; told = sorted(sys.modules)"
 
 
-def _airflow(command: Sequence[str], code: str, home: Path, *, path: Sequence[Path] = (ROOT, ROOT / "plugins")) -> tuple[Any, str]:
+def _airflow(
+    command: Sequence[str], code: str, home: Path, *, path: Sequence[Path] = (ROOT, ROOT / "plugins")
+) -> tuple[Any, str]:
     """Start a process as one of Airflow's, run code in it, and return what it told and what it wrote to its terminal."""
     start = f"import sys; sys.argv = {['airflow', *command]!r}; import airflow\n{code}\nimport json; print('told:' + json.dumps(told))"
-    env = os.environ | {"AIRFLOW_HOME": str(home), "PYTHONPATH": os.pathsep.join(map(str, path)), "AIRFLOW__CORE__LOAD_EXAMPLES": "False"}
-    done = subprocess.run([sys.executable, "-c", start], env=env, cwd=home, capture_output=True, text=True, timeout=100, check=False)
+    env = os.environ | {
+        "AIRFLOW_HOME": str(home),
+        "PYTHONPATH": os.pathsep.join(map(str, path)),
+        "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", start],
+        env=env,
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.rpartition("told:")[2]), done.stdout + done.stderr
 
@@ -59,7 +73,9 @@ def test_a_process_forked_for_a_task_or_a_dag_file_finds_everything_imported(tmp
 
     assert "Each task imports what it needs itself" not in written
     heavy = (*_OURS, "aiohttp", "asyncpg", "psycopg", "requests", "sqlalchemy", "uvloop")
-    assert [name for name in told if name.split(".")[0] in heavy or name.startswith("airflow.providers")] == []
+    assert [
+        name for name in told if name.split(".")[0] in heavy or name.startswith("airflow.providers")
+    ] == []
 
 
 def test_a_celery_worker_and_the_dag_processor_import_it_too(tmp_path: Path) -> None:
@@ -81,10 +97,19 @@ def test_what_can_not_be_imported_keeps_no_process_of_airflow_from_starting(tmp_
     assert "Each task imports what it needs itself" in written
 
 
-def test_who_only_reads_the_dag_files_imports_neither_a_driver_nor_the_ledger_nor_payrocs_models(tmp_path: Path) -> None:
+def test_who_only_reads_the_dag_files_imports_neither_a_driver_nor_the_ledger_nor_payrocs_models(
+    tmp_path: Path,
+) -> None:
     files = [str(file) for file in (ROOT / "dags").glob("*.py")]
     read = f"import runpy, sys\nfor file in {files!r}: runpy.run_path(file)\ntold = sorted(sys.modules)"
     told, _ = _airflow(["dags", "list"], read, tmp_path)
 
     assert "payroc_airflow.operators.refund" in told
-    assert {"aiohttp", "asyncpg", "uvloop", "include.refunds.ledger", "include.payroc.models", "payroc_airflow.client"} & set(told) == set()
+    assert {
+        "aiohttp",
+        "asyncpg",
+        "uvloop",
+        "include.refunds.ledger",
+        "include.payroc.models",
+        "payroc_airflow.client",
+    } & set(told) == set()

@@ -23,7 +23,12 @@ REFUND = {
     "refundId": "CD3HN88U9F",
     "processingTerminalId": "1234001",
     "order": {"orderId": "OrderRef6543", "description": "A refund", "amount": 4999, "currency": "USD"},
-    "bankAccount": {"type": "ach", "nameOnAccount": "Canary Payee", "accountNumber": "****7890", "routingNumber": "*****6789"},
+    "bankAccount": {
+        "type": "ach",
+        "nameOnAccount": "Canary Payee",
+        "accountNumber": "****7890",
+        "routingNumber": "*****6789",
+    },
     "transactionResult": {
         "type": "unreferencedRefund",
         "status": "ready",
@@ -86,8 +91,23 @@ class FakePayroc:
                 return planned.pop(0) if len(planned) > 1 else planned[0]
             if request.path == "/authorize":
                 self.tokens += 1
-                return Reply(200, {"access_token": f"canary-token-{self.tokens}", "expires_in": 3600, "token_type": "Bearer"})
-        return Reply(404, {"type": "https://docs.payroc.com/api/errors#not-found", "title": "Not found", "status": 404, "detail": "x"})
+                return Reply(
+                    200,
+                    {
+                        "access_token": f"canary-token-{self.tokens}",
+                        "expires_in": 3600,
+                        "token_type": "Bearer",
+                    },
+                )
+        return Reply(
+            404,
+            {
+                "type": "https://docs.payroc.com/api/errors#not-found",
+                "title": "Not found",
+                "status": 404,
+                "detail": "x",
+            },
+        )
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -98,7 +118,9 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         headers = {name.lower(): value for name, value in self.headers.items()}
-        reply = self.payroc.reply(Seen(self.command, url.path, parse_qsl(url.query), headers, body, self.client_address))
+        reply = self.payroc.reply(
+            Seen(self.command, url.path, parse_qsl(url.query), headers, body, self.client_address)
+        )
         if reply.raw is not None:
             self.close_connection = True
             reply.raw(self)
@@ -169,7 +191,9 @@ def connect(monkeypatch) -> Callable[..., None]:
     """Define an Airflow connection, as JSON from parts or as the text given."""
 
     def define(text: str | None = None, *, conn_id: str = "payroc_default", **parts: Any) -> None:
-        value = text if text is not None else json.dumps({"conn_type": "payroc", "password": API_KEY, **parts})
+        value = (
+            text if text is not None else json.dumps({"conn_type": "payroc", "password": API_KEY, **parts})
+        )
         monkeypatch.setenv(f"AIRFLOW_CONN_{conn_id.upper()}", value)
 
     return define

@@ -18,7 +18,9 @@ from include.refunds.source import COLUMNS
 
 OPENAPI = Path(__file__).parents[3] / "shared" / "payroc" / "openapi-bank-transfer-refunds.json"
 
-pytestmark = pytest.mark.skipif(not OPENAPI.is_file(), reason="Payroc's OpenAPI file is not beside this checkout")
+pytestmark = pytest.mark.skipif(
+    not OPENAPI.is_file(), reason="Payroc's OpenAPI file is not beside this checkout"
+)
 
 ROW: dict[str, Any] = dict.fromkeys(COLUMNS) | {
     "source_ref": "ref-1",
@@ -36,13 +38,20 @@ ROW: dict[str, Any] = dict.fromkeys(COLUMNS) | {
     "approved_at": datetime(2026, 11, 20, tzinfo=UTC),
 }
 EMPTY_PAGE = {"limit": 10, "count": 0, "hasMore": False, "links": [], "data": []}
-TOKEN_ROW = ROW | {"routing_number": None, "account_number": None, "name_on_account": None, "secure_token": "296753123456"}
+TOKEN_ROW = ROW | {
+    "routing_number": None,
+    "account_number": None,
+    "name_on_account": None,
+    "secure_token": "296753123456",
+}
 
 
 def violations(operation: dict[str, Any], seen: Any) -> list[str]:
     """Return what a received request breaks of an operation: required parameters, their schemas, unknown ones, the body."""
     found = []
-    known = {parameter["name"]: parameter for parameter in operation["parameters"] if parameter["in"] == "query"}
+    known = {
+        parameter["name"]: parameter for parameter in operation["parameters"] if parameter["in"] == "query"
+    }
     found += [f"unknown query parameter {name}" for name, _ in seen.query if name not in known]
     for parameter in operation["parameters"]:
         name = parameter["name"]

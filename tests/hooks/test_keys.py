@@ -26,7 +26,10 @@ KEYS = {
     "refunds/encryption": "bmV3LWZlcm5ldC1rZXktb2YtdGhlLXRlc3RzLS0tLSE=,bGVkZ2VyLWZlcm5ldC1rZXktb2YtdGhlLXRlc3RzISE=",
     "refunds/fingerprint": "fingerprint key of the tests, never rotated",
 }
-NAMES = {"PAYROC_REFUNDS_ENCRYPTION_KEYS_SECRET": "refunds/encryption", "PAYROC_REFUNDS_FINGERPRINT_KEY_SECRET": "refunds/fingerprint"}
+NAMES = {
+    "PAYROC_REFUNDS_ENCRYPTION_KEYS_SECRET": "refunds/encryption",
+    "PAYROC_REFUNDS_FINGERPRINT_KEY_SECRET": "refunds/fingerprint",
+}
 BACKEND = """
 from airflow.secrets import BaseSecretsBackend
 
@@ -63,12 +66,16 @@ def vault(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("vault", ["secrets", "workers"], indirect=True)
 def test_the_keys_come_from_the_backend_of_the_worker_or_of_all(vault: None) -> None:
     cipher = cipher_of(get_settings())
-    both = Cipher(Settings(encryption_keys=KEYS["refunds/encryption"], fingerprint_key=KEYS["refunds/fingerprint"]))
+    both = Cipher(
+        Settings(encryption_keys=KEYS["refunds/encryption"], fingerprint_key=KEYS["refunds/fingerprint"])
+    )
     assert cipher.key_ids == both.key_ids
     assert cipher.fingerprint_check == both.fingerprint_check
 
 
-def test_a_key_of_the_environment_wins_over_one_of_the_backend(vault: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_of_the_environment_wins_over_one_of_the_backend(
+    vault: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     own = "b3duLWZlcm5ldC1rZXktb2YtdGhlLXRlc3RzLS0tLSE="
     monkeypatch.setenv("PAYROC_REFUNDS_ENCRYPTION_KEYS", own)
     fingerprint = KEYS["refunds/fingerprint"]
@@ -82,16 +89,22 @@ def test_a_name_that_the_backend_does_not_have_and_a_missing_backend_are_told_in
 ) -> None:
     monkeypatch.setenv("PAYROC_REFUNDS_FINGERPRINT_KEY_SECRET", "refunds/other")
     with pytest.raises(
-        SettingsError, match=r"^Airflow's secrets backend has no 'refunds/other', which PAYROC_REFUNDS_FINGERPRINT_KEY_SECRET names:"
+        SettingsError,
+        match=r"^Airflow's secrets backend has no 'refunds/other', which PAYROC_REFUNDS_FINGERPRINT_KEY_SECRET names:",
     ):
         cipher_of(get_settings())
     for name in [name for name in os.environ if "BACKEND" in name]:
         monkeypatch.delenv(name)
-    with pytest.raises(SettingsError, match=r"_SECRET names a secret, but Airflow has no secrets backend: set AIRFLOW__SECRETS__BACKEND"):
+    with pytest.raises(
+        SettingsError,
+        match=r"_SECRET names a secret, but Airflow has no secrets backend: set AIRFLOW__SECRETS__BACKEND",
+    ):
         cipher_of(get_settings())
 
 
-def test_a_backend_that_fails_is_told_in_a_sentence_without_its_own_words(vault: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_that_fails_is_told_in_a_sentence_without_its_own_words(
+    vault: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from vault_of_the_tests import Vault
 
     def fail(self: object, key: str) -> str:
@@ -126,4 +139,7 @@ def test_a_run_sends_and_the_commands_rotate_with_keys_of_the_backend_and_no_log
 def test_the_commands_say_in_a_sentence_what_the_backend_does_not_have(vault: None, ledger_url: URL) -> None:
     refused = cli("rotate-keys", ledger=ledger_url, PAYROC_REFUNDS_ENCRYPTION_KEYS_SECRET="refunds/other")
     assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)
-    assert "secrets backend has no 'refunds/other', which PAYROC_REFUNDS_ENCRYPTION_KEYS_SECRET names" in refused.stderr
+    assert (
+        "secrets backend has no 'refunds/other', which PAYROC_REFUNDS_ENCRYPTION_KEYS_SECRET names"
+        in refused.stderr
+    )

@@ -66,11 +66,20 @@ def test_a_uri_says_the_same_as_json(connect, api_key) -> None:
     identity = quote("http://127.0.0.1:8089", safe="")
     connect(f"payroc://http://:{api_key}@127.0.0.1:8089/v1?identity_url={identity}", conn_id="as_uri")
     from_uri = PayrocHook(payroc_conn_id="as_uri")
-    assert (from_uri.api_url, from_uri.identity_url, from_uri.sent_with) == (from_json.api_url, from_json.identity_url, from_json.sent_with)
+    assert (from_uri.api_url, from_uri.identity_url, from_uri.sent_with) == (
+        from_json.api_url,
+        from_json.identity_url,
+        from_json.sent_with,
+    )
 
 
 @pytest.mark.parametrize(
-    "parts", [PAIR, {"extra": {"environment": "production"}}, {"host": "payroc.example/v1", "extra": {"identity_url": "https://i.example"}}]
+    "parts",
+    [
+        PAIR,
+        {"extra": {"environment": "production"}},
+        {"host": "payroc.example/v1", "extra": {"identity_url": "https://i.example"}},
+    ],
 )
 def test_a_connection_survives_airflows_own_uri_form(parts, api_key) -> None:
     one = Connection.from_json(json.dumps({"conn_type": "payroc", "password": api_key, **parts}), conn_id="a")
@@ -93,33 +102,99 @@ def test_a_uri_with_only_a_key_and_an_environment_is_enough(connect, api_key) ->
         ({"extra": {"environment": "prod"}}, "extra environment", "must be one of uat, production"),
         ({"extra": {"environment": 1}}, "extra environment", "must be text"),
         ({"host": "http://127.0.0.1:8089/v1"}, "extra identity_url", "is empty but host is set"),
-        ({"extra": {"identity_url": "http://127.0.0.1:8089"}}, "host", "is empty but extra identity_url is set"),
+        (
+            {"extra": {"identity_url": "http://127.0.0.1:8089"}},
+            "host",
+            "is empty but extra identity_url is set",
+        ),
         (
             PAIR | {"extra": {"identity_url": "http://127.0.0.1:8089", "environment": "production"}},
             "extra environment",
             "both hosts already",
         ),
-        (PAIR | {"extra": {"identity_url": "http://127.0.0.1:8089", "environment": "uat"}}, "extra environment", "both hosts already"),
-        ({"host": "https://api.payroc.com/v1", "extra": {"identity_url": "https://i.example"}}, "host", "production"),
-        ({"host": "https://API.PAYROC.COM./v1", "extra": {"identity_url": "https://i.example"}}, "host", "production"),
-        ({"host": "https://a.example", "extra": {"identity_url": "https://identity.payroc.com"}}, "extra identity_url", "production"),
-        ({"host": "http://a.example/v1", "extra": {"identity_url": "https://i.example"}}, "host", "plain http"),
-        ({"host": "https://a.example/v1", "extra": {"identity_url": "http://i.example"}}, "extra identity_url", "plain http"),
-        ({"host": "http://localhost.example/v1", "extra": {"identity_url": "http://localhost"}}, "host", "plain http"),
-        ({"host": "http://127.0.0.1.example/v1", "extra": {"identity_url": "http://localhost"}}, "host", "plain http"),
         (
-            {"host": "http://a.example/v1", "extra": {"identity_url": "http://i.example", "allow_http": "no"}},
+            PAIR | {"extra": {"identity_url": "http://127.0.0.1:8089", "environment": "uat"}},
+            "extra environment",
+            "both hosts already",
+        ),
+        (
+            {"host": "https://api.payroc.com/v1", "extra": {"identity_url": "https://i.example"}},
+            "host",
+            "production",
+        ),
+        (
+            {"host": "https://API.PAYROC.COM./v1", "extra": {"identity_url": "https://i.example"}},
+            "host",
+            "production",
+        ),
+        (
+            {"host": "https://a.example", "extra": {"identity_url": "https://identity.payroc.com"}},
+            "extra identity_url",
+            "production",
+        ),
+        (
+            {"host": "http://a.example/v1", "extra": {"identity_url": "https://i.example"}},
+            "host",
+            "plain http",
+        ),
+        (
+            {"host": "https://a.example/v1", "extra": {"identity_url": "http://i.example"}},
+            "extra identity_url",
+            "plain http",
+        ),
+        (
+            {"host": "http://localhost.example/v1", "extra": {"identity_url": "http://localhost"}},
+            "host",
+            "plain http",
+        ),
+        (
+            {"host": "http://127.0.0.1.example/v1", "extra": {"identity_url": "http://localhost"}},
+            "host",
+            "plain http",
+        ),
+        (
+            {
+                "host": "http://a.example/v1",
+                "extra": {"identity_url": "http://i.example", "allow_http": "no"},
+            },
             "extra allow_http",
             "true or false",
         ),
-        ({"host": "ftp://a.example/v1", "extra": {"identity_url": "https://i.example"}}, "host", "must be a URL"),
+        (
+            {"host": "ftp://a.example/v1", "extra": {"identity_url": "https://i.example"}},
+            "host",
+            "must be a URL",
+        ),
         ({"host": "https:///v1", "extra": {"identity_url": "https://i.example"}}, "host", "must be a URL"),
-        ({"host": "https://a b.example/v1", "extra": {"identity_url": "https://i.example"}}, "host", "must be a URL"),
+        (
+            {"host": "https://a b.example/v1", "extra": {"identity_url": "https://i.example"}},
+            "host",
+            "must be a URL",
+        ),
         ({"host": "https://[::1/v1", "extra": {"identity_url": "https://i.example"}}, "host", "is not a URL"),
-        ({"host": "https://a.example:x/v1", "extra": {"identity_url": "https://i.example"}}, "host", "is not a URL"),
-        ({"host": "https://canary-password@a.example/v1", "extra": {"identity_url": "https://i.example"}}, "host", "without user"),
-        ({"host": "https://a.example/v1?k=canary-password", "extra": {"identity_url": "https://i.example"}}, "host", "without user"),
-        ({"host": "https://a.example/v1", "extra": {"identity_url": {"canary-password": 1}}}, "extra identity_url", "must be text"),
+        (
+            {"host": "https://a.example:x/v1", "extra": {"identity_url": "https://i.example"}},
+            "host",
+            "is not a URL",
+        ),
+        (
+            {"host": "https://canary-password@a.example/v1", "extra": {"identity_url": "https://i.example"}},
+            "host",
+            "without user",
+        ),
+        (
+            {
+                "host": "https://a.example/v1?k=canary-password",
+                "extra": {"identity_url": "https://i.example"},
+            },
+            "host",
+            "without user",
+        ),
+        (
+            {"host": "https://a.example/v1", "extra": {"identity_url": {"canary-password": 1}}},
+            "extra identity_url",
+            "must be text",
+        ),
         ({"port": 8089}, "port", "host is empty"),
         ({"schema": "v1"}, "schema", "host is empty"),
         ({"extra": "canary-password"}, "extra", "is not JSON"),
@@ -129,7 +204,9 @@ def test_a_uri_with_only_a_key_and_an_environment_is_enough(connect, api_key) ->
         ({"extra": {"ca_bundle": "/no/such/file.pem"}}, "extra ca_bundle", "does not exist"),
     ],
 )
-def test_a_connection_that_can_not_be_used_is_named_with_its_field_and_the_remedy(connect, parts, field, words) -> None:
+def test_a_connection_that_can_not_be_used_is_named_with_its_field_and_the_remedy(
+    connect, parts, field, words
+) -> None:
     connect(conn_id="my_payroc", **parts)
     with pytest.raises(PayrocConfigurationError) as caught:
         _ = PayrocHook(payroc_conn_id="my_payroc").api_url
@@ -149,14 +226,19 @@ def test_plain_http_to_another_host_needs_permission(connect, allow) -> None:
 def test_a_missing_or_unreadable_connection_is_a_configuration_error(connect, text) -> None:
     if text is not None:
         connect(text, conn_id="my_payroc")
-    with pytest.raises(PayrocConfigurationError, match="Airflow connection 'my_payroc' is not defined or can't be read") as caught:
+    with pytest.raises(
+        PayrocConfigurationError, match="Airflow connection 'my_payroc' is not defined or can't be read"
+    ) as caught:
         _ = PayrocHook(payroc_conn_id="my_payroc").sent_with
     assert "canary-password" not in str(caught.value)
 
 
 def test_sent_with_is_the_hash_of_api_url_and_key(connect, api_key) -> None:
     connect()
-    assert PayrocHook().sent_with == hashlib.sha256(b"https://api.uat.payroc.com/v1\0" + api_key.encode()).hexdigest()
+    assert (
+        PayrocHook().sent_with
+        == hashlib.sha256(b"https://api.uat.payroc.com/v1\0" + api_key.encode()).hexdigest()
+    )
 
 
 def test_sent_with_changes_with_the_key_and_with_the_host(connect) -> None:

@@ -70,7 +70,9 @@ def test_a_hook_is_made_without_reading_the_connection_or_the_settings(monkeypat
     assert isinstance(PayrocHook(payroc_conn_id="no_such_connection"), HttpHook)
 
 
-def test_a_create_sends_exactly_the_bytes_the_key_and_the_token(create, payroc, reply, refund_body, key) -> None:
+def test_a_create_sends_exactly_the_bytes_the_key_and_the_token(
+    create, payroc, reply, refund_body, key
+) -> None:
     payroc.on("POST", PATH, reply(201, refund_body))
     assert create().refund_id == "CD3HN88U9F"
     (request,) = payroc.seen
@@ -108,7 +110,10 @@ def test_no_answer_makes_the_hook_post_twice(create, payroc, reply, status) -> N
     assert len(payroc.seen) == 1
 
 
-@pytest.mark.parametrize("bad", ["", "not-a-uuid", "8e03978e-40d5-13e8-bc93-6894a57f9324", "8e03978e-40d5-43e8-bc93-6894a57f9324\n"])
+@pytest.mark.parametrize(
+    "bad",
+    ["", "not-a-uuid", "8e03978e-40d5-13e8-bc93-6894a57f9324", "8e03978e-40d5-43e8-bc93-6894a57f9324\n"],
+)
 def test_a_key_that_is_no_uuid_v4_is_refused_before_anything_is_sent(hook, payroc, token, bad) -> None:
     with pytest.raises(ValueError, match="UUID v4"):
         hook.create_refund(BODY, idempotency_key=bad, token=token)
@@ -122,8 +127,13 @@ def test_one_connection_serves_many_requests(hook, payroc, reply, refund_body, t
     assert len({request.client for request in payroc.seen}) == 1
 
 
-def test_extras_never_become_headers_and_unknown_ones_are_named_in_the_log(payroc, connect, reply, refund_body, token, caplog) -> None:
-    connect(host=f"{payroc.url}/v1", extra={"identity_url": payroc.url, "X-Secret": "canary-extra", "verify": False, "timeout": 99})
+def test_extras_never_become_headers_and_unknown_ones_are_named_in_the_log(
+    payroc, connect, reply, refund_body, token, caplog
+) -> None:
+    connect(
+        host=f"{payroc.url}/v1",
+        extra={"identity_url": payroc.url, "X-Secret": "canary-extra", "verify": False, "timeout": 99},
+    )
     payroc.on("GET", f"{PATH}/CD3HN88U9F", reply(200, refund_body))
     PayrocHook().get_refund("CD3HN88U9F", token=token)
     assert set(payroc.seen[0].headers) == {"host", "accept", "accept-encoding", "user-agent", "authorization"}
@@ -131,7 +141,9 @@ def test_extras_never_become_headers_and_unknown_ones_are_named_in_the_log(payro
     assert "canary-extra" not in caplog.text
 
 
-def test_the_environment_gives_neither_proxy_nor_credentials(hook, payroc, reply, refund_body, token, monkeypatch, tmp_path) -> None:
+def test_the_environment_gives_neither_proxy_nor_credentials(
+    hook, payroc, reply, refund_body, token, monkeypatch, tmp_path
+) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     netrc = tmp_path / "netrc"
@@ -143,7 +155,10 @@ def test_the_environment_gives_neither_proxy_nor_credentials(hook, payroc, reply
 
 
 def test_a_proxy_is_used_when_the_connection_names_one(payroc, connect, reply, refund_body, token) -> None:
-    connect(host="http://payroc.invalid/v1", extra={"identity_url": "http://payroc.invalid", "allow_http": True, "proxy": payroc.url})
+    connect(
+        host="http://payroc.invalid/v1",
+        extra={"identity_url": "http://payroc.invalid", "allow_http": True, "proxy": payroc.url},
+    )
     payroc.on("GET", f"{PATH}/CD3HN88U9F", reply(200, refund_body))
     assert PayrocHook().get_refund("CD3HN88U9F", token=token).refund_id == "CD3HN88U9F"
     assert payroc.seen[0].headers["host"] == "payroc.invalid"
@@ -202,7 +217,9 @@ def test_a_200_with_a_refund_counts_as_a_created_one(create, payroc, reply, refu
         (500, b"\xff\xfe", PROBLEM_JSON),
     ],
 )
-def test_an_answer_that_is_not_payrocs_is_unexpected_and_keeps_its_status(create, payroc, reply, status, body, headers) -> None:
+def test_an_answer_that_is_not_payrocs_is_unexpected_and_keeps_its_status(
+    create, payroc, reply, status, body, headers
+) -> None:
     payroc.on("POST", PATH, reply(status, body, headers))
     with pytest.raises(PayrocUnexpectedAnswer) as caught:
         create()
@@ -217,7 +234,12 @@ def test_a_202_with_a_refund_is_still_unexpected(create, payroc, reply, refund_b
 
 
 @pytest.mark.parametrize(
-    "headers", [PROBLEM_JSON, {"Content-Type": "application/json"}, {"Content-Type": "application/problem+json; charset=utf-8"}]
+    "headers",
+    [
+        PROBLEM_JSON,
+        {"Content-Type": "application/json"},
+        {"Content-Type": "application/problem+json; charset=utf-8"},
+    ],
 )
 @pytest.mark.parametrize(
     ("fragment", "status"),
@@ -230,7 +252,9 @@ def test_a_202_with_a_refund_is_still_unexpected(create, payroc, reply, refund_b
         ("new-one", 418),
     ],
 )
-def test_a_problem_document_is_told_by_fragment_and_status(create, payroc, reply, fragment, status, headers) -> None:
+def test_a_problem_document_is_told_by_fragment_and_status(
+    create, payroc, reply, fragment, status, headers
+) -> None:
     payroc.on("POST", PATH, reply(status, problem(fragment, status), headers))
     with pytest.raises(PayrocProblem) as caught:
         create()
@@ -245,7 +269,11 @@ def test_a_problem_keeps_the_status_of_the_answer_not_the_one_in_its_body(create
 
 
 def test_a_problem_document_by_content_type_needs_only_its_type(create, payroc, reply) -> None:
-    payroc.on("POST", PATH, reply(400, {"type": ERRORS + "bad-request", "errors": "odd", "instance": 5}, PROBLEM_JSON))
+    payroc.on(
+        "POST",
+        PATH,
+        reply(400, {"type": ERRORS + "bad-request", "errors": "odd", "instance": 5}, PROBLEM_JSON),
+    )
     with pytest.raises(PayrocProblem) as caught:
         create()
     assert caught.value.problem_type == "bad-request"
@@ -262,7 +290,9 @@ def test_a_problem_hands_on_names_of_fields_and_places_but_no_text(create, payro
         {"message": "no parameter"},
         *({"parameter": f"field{letter}"} for letter in "abcdefghijkl"),
     ]
-    body = problem("bad-request", 400, errors=errors, instance="https://api.payroc.com/v1/x", resource="terminal")
+    body = problem(
+        "bad-request", 400, errors=errors, instance="https://api.payroc.com/v1/x", resource="terminal"
+    )
     payroc.on("POST", PATH, reply(400, body, PROBLEM_JSON))
     with pytest.raises(PayrocProblem) as caught:
         create()
@@ -271,7 +301,9 @@ def test_a_problem_hands_on_names_of_fields_and_places_but_no_text(create, payro
     assert len(error.parameters) == 10
     assert (error.instance, error.resource) == ("https://api.payroc.com/v1/x", "terminal")
     assert CANARY not in str(error) + repr(error) + repr(vars(error))
-    assert str(error).startswith("Payroc, create refund: bad-request about order.amount, customFields[0].name")
+    assert str(error).startswith(
+        "Payroc, create refund: bad-request about order.amount, customFields[0].name"
+    )
 
 
 def test_odd_words_of_a_problem_are_left_out(create, payroc, reply) -> None:
@@ -284,9 +316,19 @@ def test_odd_words_of_a_problem_are_left_out(create, payroc, reply) -> None:
 
 @pytest.mark.parametrize(
     ("value", "seconds"),
-    [("7", 7), ("99999999999", 86400), ("-1", None), ("soon", None), ("Wed, 21 Oct 2015 07:28:00 GMT", 0), ("", None), ("1e9", None)],
+    [
+        ("7", 7),
+        ("99999999999", 86400),
+        ("-1", None),
+        ("soon", None),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
+        ("", None),
+        ("1e9", None),
+    ],
 )
-def test_retry_after_is_read_as_seconds_or_date_and_capped_at_a_day(create, payroc, reply, value, seconds) -> None:
+def test_retry_after_is_read_as_seconds_or_date_and_capped_at_a_day(
+    create, payroc, reply, value, seconds
+) -> None:
     payroc.on("POST", PATH, reply(429, b"", {"Retry-After": value}))
     with pytest.raises(PayrocUnexpectedAnswer) as caught:
         create()
@@ -312,7 +354,11 @@ def test_a_silent_server_is_left_after_the_timeout(create, payroc, reply) -> Non
     assert time.monotonic() - started < 1.5
 
 
-@pytest.mark.parametrize("start", [b"HTTP/1.1 201 Cre", b"HTTP/1.1 201 Created\r\nContent-Length: 1000\r\n\r\n{"], ids=["headers", "body"])
+@pytest.mark.parametrize(
+    "start",
+    [b"HTTP/1.1 201 Cre", b"HTTP/1.1 201 Created\r\nContent-Length: 1000\r\n\r\n{"],
+    ids=["headers", "body"],
+)
 def test_a_server_that_sends_a_byte_now_and_then_holds_nobody(create, payroc, reply, start) -> None:
     def drip(handler) -> None:
         handler.wfile.write(start)
@@ -399,7 +445,9 @@ def test_a_body_of_100_mb_is_not_read(create, payroc, reply, announced) -> None:
         nonlocal sent
         size = 100 * 1024 * 1024
         handler.wfile.write(b"HTTP/1.1 201 Created\r\n")
-        handler.wfile.write(f"Content-Length: {size}\r\n\r\n".encode() if announced else b"Transfer-Encoding: chunked\r\n\r\n")
+        handler.wfile.write(
+            f"Content-Length: {size}\r\n\r\n".encode() if announced else b"Transfer-Encoding: chunked\r\n\r\n"
+        )
         block = b"a" * 65536
         while sent < size:
             handler.wfile.write(block if announced else b"10000\r\n" + block + b"\r\n")
@@ -413,7 +461,11 @@ def test_a_body_of_100_mb_is_not_read(create, payroc, reply, announced) -> None:
 
 
 def test_a_compressed_answer_is_not_unpacked(create, payroc, reply, refund_body) -> None:
-    payroc.on("POST", PATH, reply(201, gzip.compress(json.dumps(refund_body).encode()), {"Content-Encoding": "gzip"}))
+    payroc.on(
+        "POST",
+        PATH,
+        reply(201, gzip.compress(json.dumps(refund_body).encode()), {"Content-Encoding": "gzip"}),
+    )
     with pytest.raises(PayrocUnexpectedAnswer):
         create()
 
@@ -427,13 +479,19 @@ def tls_payroc(serve_tls, tmp_path):
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
     now = dt.datetime.now(dt.UTC)
     certificate = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now + dt.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        x509.CertificateBuilder(
+            name, name, key.public_key(), x509.random_serial_number(), now, now + dt.timedelta(days=1)
+        )
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False
+        )
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .sign(key, hashes.SHA256())
     )
     pem = tmp_path / "server.pem"
-    private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
     pem.write_bytes(certificate.public_bytes(serialization.Encoding.PEM) + private)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(pem)
@@ -441,7 +499,9 @@ def tls_payroc(serve_tls, tmp_path):
     yield from serve_tls(context)
 
 
-def test_a_certificate_that_nobody_vouches_for_is_refused(tls_payroc, connect, token, monkeypatch, tmp_path) -> None:
+def test_a_certificate_that_nobody_vouches_for_is_refused(
+    tls_payroc, connect, token, monkeypatch, tmp_path
+) -> None:
     # Neither an extra nor the environment switches verification off.
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "ca.pem"))
     url = tls_payroc.url.replace("http:", "https:")
@@ -451,7 +511,9 @@ def test_a_certificate_that_nobody_vouches_for_is_refused(tls_payroc, connect, t
     assert tls_payroc.seen == []
 
 
-def test_a_certificate_of_the_connections_ca_bundle_is_trusted(tls_payroc, connect, reply, refund_body, token, tmp_path) -> None:
+def test_a_certificate_of_the_connections_ca_bundle_is_trusted(
+    tls_payroc, connect, reply, refund_body, token, tmp_path
+) -> None:
     url = tls_payroc.url.replace("http:", "https:")
     connect(host=f"{url}/v1", extra={"identity_url": url, "ca_bundle": str(tmp_path / "ca.pem")})
     tls_payroc.on("GET", f"{PATH}/CD3HN88U9F", reply(200, refund_body))
@@ -481,11 +543,15 @@ def test_https_to_a_server_that_speaks_http_is_no_answer(payroc, connect, token)
 # --- get and reverse ------------------------------------------------------------------------------------------------------
 
 
-def test_a_refund_is_got_with_a_token_of_the_cache_when_none_is_given(hook, payroc, reply, refund_body) -> None:
+def test_a_refund_is_got_with_a_token_of_the_cache_when_none_is_given(
+    hook, payroc, reply, refund_body
+) -> None:
     payroc.on("GET", f"{PATH}/CD3HN88U9F", reply(200, refund_body))
     for _ in range(3):
         hook.get_refund("CD3HN88U9F")
-    assert [request.headers["authorization"] for request in payroc.of(f"{PATH}/CD3HN88U9F")] == ["Bearer canary-token-1"] * 3
+    assert [request.headers["authorization"] for request in payroc.of(f"{PATH}/CD3HN88U9F")] == [
+        "Bearer canary-token-1"
+    ] * 3
     assert len(payroc.of("/authorize")) == 1
 
 
@@ -504,9 +570,16 @@ def test_a_refund_id_can_not_lead_to_another_path(hook, payroc, token) -> None:
 def test_a_reverse_posts_the_key_and_no_body(hook, payroc, reply, refund_body, token, key) -> None:
     refund_body["transactionResult"]["status"] = "reversal"
     payroc.on("POST", f"{PATH}/CD3HN88U9F/reverse", reply(200, refund_body))
-    assert hook.reverse_refund("CD3HN88U9F", idempotency_key=key, token=token).transaction_result.status == "reversal"
+    assert (
+        hook.reverse_refund("CD3HN88U9F", idempotency_key=key, token=token).transaction_result.status
+        == "reversal"
+    )
     (request,) = payroc.seen
-    assert (request.body, request.headers["content-length"], request.headers["idempotency-key"]) == (b"", "0", key)
+    assert (request.body, request.headers["content-length"], request.headers["idempotency-key"]) == (
+        b"",
+        "0",
+        key,
+    )
     assert "content-type" not in request.headers
 
 
@@ -556,7 +629,10 @@ def test_a_list_follows_its_pages_and_carries_the_filters(hook, payroc, reply, r
         ("settlementState", "settled"),
         ("limit", "100"),
     ]
-    assert [request.query[-1] for request in payroc.seen[1:]] == [("after", "REFUND0001"), ("after", "REFUND0003")]
+    assert [request.query[-1] for request in payroc.seen[1:]] == [
+        ("after", "REFUND0001"),
+        ("after", "REFUND0003"),
+    ]
 
 
 def test_a_list_asks_for_a_page_only_when_it_is_wanted(hook, payroc, reply, refunds, token) -> None:
@@ -614,13 +690,17 @@ def test_a_list_without_end_is_given_up(hook, payroc, reply, token, monkeypatch)
     assert len(payroc.seen) == 3
 
 
-def test_a_list_that_promises_more_without_a_link_is_not_passed_off_as_whole(hook, payroc, reply, refunds, token) -> None:
+def test_a_list_that_promises_more_without_a_link_is_not_passed_off_as_whole(
+    hook, payroc, reply, refunds, token
+) -> None:
     payroc.on("GET", PATH, reply(200, page(refunds, has_more=True)))
     with pytest.raises(PayrocUnexpectedAnswer, match="no link to the next"):
         list(hook.list_refunds("1234001", token=token))
 
 
-def test_one_odd_refund_hides_no_other_and_the_list_is_not_passed_off_as_whole(hook, payroc, reply, refunds, token) -> None:
+def test_one_odd_refund_hides_no_other_and_the_list_is_not_passed_off_as_whole(
+    hook, payroc, reply, refunds, token
+) -> None:
     del refunds[0]["transactionResult"]
     payroc.on(
         "GET",
@@ -705,7 +785,10 @@ def test_the_test_button_tells_a_right_key_from_a_wrong_one(hook, payroc, reply)
     payroc.on("POST", "/authorize", reply(401, problem("not-authorized", 401), PROBLEM_JSON))
     ok, sentence = hook.test_connection()
     assert not ok
-    assert sentence == f"Payroc refused the API key (HTTP 401): copy the key again, and check that it belongs to {payroc.url}."
+    assert (
+        sentence
+        == f"Payroc refused the API key (HTTP 401): copy the key again, and check that it belongs to {payroc.url}."
+    )
     assert {request.path for request in payroc.seen} == {"/authorize"}
 
 
@@ -731,7 +814,9 @@ def test_the_test_button_names_what_stands_in_the_way(connect, monkeypatch) -> N
 # --- secrecy --------------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_secret_reaches_a_log_or_the_screen_even_at_debug(hook, payroc, reply, refund_body, api_key, key, caplog, capfd) -> None:
+def test_nothing_secret_reaches_a_log_or_the_screen_even_at_debug(
+    hook, payroc, reply, refund_body, api_key, key, caplog, capfd
+) -> None:
     caplog.set_level(logging.DEBUG)
     for name in ("aiohttp.client", "asyncio"):
         caplog.set_level(logging.DEBUG, logger=name)

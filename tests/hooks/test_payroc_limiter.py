@@ -51,7 +51,9 @@ def processes(count: int, work: Callable[..., Any], *arguments: Any) -> Iterator
             process.join()
 
 
-async def most_at_once(place: Callable[[], AbstractAsyncContextManager[None]], wanted: int, seconds: float = 0.1) -> int:
+async def most_at_once(
+    place: Callable[[], AbstractAsyncContextManager[None]], wanted: int, seconds: float = 0.1
+) -> int:
     """Return how many of the wanted places are held at a time when each is held for so long."""
     held = most = 0
 
@@ -109,7 +111,9 @@ def send_together(ready: Any, token: Any, key: str, count: int) -> None:
     asyncio.run(work())
 
 
-def test_the_processes_of_a_host_share_the_requests_in_flight(hook, payroc, reply, token, key, monkeypatch) -> None:
+def test_the_processes_of_a_host_share_the_requests_in_flight(
+    hook, payroc, reply, token, key, monkeypatch
+) -> None:
     monkeypatch.setenv("PAYROC_REFUNDS_REQUESTS_IN_FLIGHT", "8")
     get_settings.cache_clear()
     counted = Counted(0.1)
@@ -122,8 +126,12 @@ def test_the_processes_of_a_host_share_the_requests_in_flight(hook, payroc, repl
     assert 6 <= counted.most <= 8
 
 
-@pytest.mark.parametrize(("per_second", "most"), [(None, 8), (1000.0, 4)], ids=["no limit per second", "limit per second"])
-def test_twice_as_many_queue_as_have_turns_and_under_a_limit_per_second_no_more(folder, per_second, most) -> None:
+@pytest.mark.parametrize(
+    ("per_second", "most"), [(None, 8), (1000.0, 4)], ids=["no limit per second", "limit per second"]
+)
+def test_twice_as_many_queue_as_have_turns_and_under_a_limit_per_second_no_more(
+    folder, per_second, most
+) -> None:
     limiter = Limiter(folder, "a", 4, per_second)
 
     async def work() -> list[int]:
@@ -178,7 +186,9 @@ def test_what_a_killed_process_had_goes_to_the_others(folder) -> None:
     assert list(folder.glob("*.sending")) == []
 
 
-def test_those_who_wait_take_up_what_has_become_free_though_no_turn_of_theirs_ends(folder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_those_who_wait_take_up_what_has_become_free_though_no_turn_of_theirs_ends(
+    folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # So seldom that the wait for it shows.
     monkeypatch.setattr(limiter_module, "COUNT_EVERY_SECONDS", 0.5)
     other, limiter = Limiter(folder, "a", 2, None), Limiter(folder, "a", 2, None)
@@ -282,9 +292,17 @@ async def seconds_until_a_turn(limiter: Any) -> float:
 @pytest.mark.parametrize("place", ["queue", "turn"])
 @pytest.mark.parametrize(
     ("status", "headers", "wait"),
-    [(429, {}, 1), (429, {"Retry-After": "2"}, 2), (503, {"Retry-After": "1"}, 1), (503, {}, 0), (500, {"Retry-After": "2"}, 0)],
+    [
+        (429, {}, 1),
+        (429, {"Retry-After": "2"}, 2),
+        (503, {"Retry-After": "1"}, 1),
+        (503, {}, 0),
+        (500, {"Retry-After": "2"}, 0),
+    ],
 )
-def test_a_429_lets_nobody_queue_and_no_turn_begin_before_payroc_wants_one(told, hook, status, headers, wait, place) -> None:
+def test_a_429_lets_nobody_queue_and_no_turn_begin_before_payroc_wants_one(
+    told, hook, status, headers, wait, place
+) -> None:
     async def work() -> float:
         async with HookGateway(hook) as gateway:
             async with gateway.queue(), gateway.turn():
@@ -296,7 +314,9 @@ def test_a_429_lets_nobody_queue_and_no_turn_begin_before_payroc_wants_one(told,
     assert wait - 0.1 <= asyncio.run(work()) < wait + 0.6
 
 
-def test_429s_halve_the_places_once_for_all_that_was_under_way_and_answers_give_them_back(told, hook, payroc, reply, refund_body) -> None:
+def test_429s_halve_the_places_once_for_all_that_was_under_way_and_answers_give_them_back(
+    told, hook, payroc, reply, refund_body
+) -> None:
     async def work() -> list[int]:
         async with HookGateway(hook) as gateway:
             limiter = gateway._limiter
@@ -406,7 +426,10 @@ def test_what_is_shared_can_only_be_opened_by_the_owner_and_holds_nothing_but_mo
     limiter = Limiter(folder, "a", 8, 10)
     asyncio.run(seconds_until_a_turn(limiter))
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert {path.suffix or path.name: path.stat().st_size for path in folder.iterdir()} == {".sending": 0, ".pace": 8}
+    assert {path.suffix or path.name: path.stat().st_size for path in folder.iterdir()} == {
+        ".sending": 0,
+        ".pace": 8,
+    }
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
 
 
@@ -419,7 +442,12 @@ def test_a_folder_that_can_not_be_used_stops_no_refund_and_is_told_once(tmp_path
         caplog.clear()
         limiter = Limiter(folder, "a", 3, per_second)
         begun = time.monotonic()
-        assert asyncio.run(most_at_once(limiter.queue if per_second else limiter.turn, 9, 0.5 if per_second else 0.01)) == 3
+        assert (
+            asyncio.run(
+                most_at_once(limiter.queue if per_second else limiter.turn, 9, 0.5 if per_second else 0.01)
+            )
+            == 3
+        )
         assert per_second is None or time.monotonic() - begun > 8 / per_second
         limiter.refused(None)
         assert 0.9 < limiter._host.pause_left() <= 1
@@ -437,7 +465,12 @@ def test_a_gateway_that_sends_nothing_leaves_no_trace(hook, payroc, folder) -> N
 
 
 def use_in_a_fork(limiter: Limiter, results: Any) -> None:
-    results.put((asyncio.run(most_at_once(limiter.turn, 9)), sorted(path.name for path in limiter._host._folder.glob("*.sending"))))
+    results.put(
+        (
+            asyncio.run(most_at_once(limiter.turn, 9)),
+            sorted(path.name for path in limiter._host._folder.glob("*.sending")),
+        )
+    )
 
 
 def test_a_forked_process_is_one_more(folder) -> None:

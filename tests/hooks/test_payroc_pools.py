@@ -69,7 +69,9 @@ def test_under_airflow_dags_test_nobody_is_asked(api_server, reply, monkeypatch)
     from airflow.sdk.execution_time.supervisor import InProcessSupervisorComms
 
     api_server.on("GET", PATH, reply(200, {"pool": "payroc_api", "exists": False}))
-    monkeypatch.setattr(task_runner, "SUPERVISOR_COMMS", InProcessSupervisorComms(supervisor=None), raising=False)
+    monkeypatch.setattr(
+        task_runner, "SUPERVISOR_COMMS", InProcessSupervisorComms(supervisor=None), raising=False
+    )
     assert pool_exists("payroc_api") is None
     assert api_server.seen == []
 
@@ -95,19 +97,29 @@ def test_a_real_api_server_tells_whether_the_pool_exists(tmp_path, monkeypatch) 
         "AIRFLOW__API_AUTH__JWT_SECRET": secrets.token_hex(32),
         "AIRFLOW__USAGE_DATA_COLLECTION__ENABLED": "False",
     }
-    monkeypatch.setenv("AIRFLOW__CORE__EXECUTION_API_SERVER_URL", env["AIRFLOW__CORE__EXECUTION_API_SERVER_URL"])
+    monkeypatch.setenv(
+        "AIRFLOW__CORE__EXECUTION_API_SERVER_URL", env["AIRFLOW__CORE__EXECUTION_API_SERVER_URL"]
+    )
     monkeypatch.setenv("AIRFLOW__API__BASE_URL", base)
     airflow = str(Path(sys.executable).with_name("airflow"))
     subprocess.run([airflow, "db", "migrate"], env=env, check=True, capture_output=True, timeout=60)
     with (tmp_path / "server.log").open("wb") as log:
-        server = subprocess.Popen([airflow, "api-server"], env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        server = subprocess.Popen(
+            [airflow, "api-server"], env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
     try:
         ends = time.monotonic() + 60
-        while (answer := pool_exists("payroc_api")) is None and time.monotonic() < ends and server.poll() is None:
+        while (
+            (answer := pool_exists("payroc_api")) is None
+            and time.monotonic() < ends
+            and server.poll() is None
+        ):
             time.sleep(0.2)
         assert answer is False, (tmp_path / "server.log").read_text()
         with sqlite3.connect(database) as connection:
-            connection.execute("INSERT INTO slot_pool (pool, slots, include_deferred) VALUES ('payroc_api', 4, 0)")
+            connection.execute(
+                "INSERT INTO slot_pool (pool, slots, include_deferred) VALUES ('payroc_api', 4, 0)"
+            )
         assert pool_exists("payroc_api") is True
         # Nothing else is told to whoever asks without a login.
         assert pool_exists("default_pool") is None

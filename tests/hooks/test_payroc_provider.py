@@ -29,14 +29,18 @@ def run(code: str, tmp_path: Path, **environment: str) -> str:
         "PYTHONDONTWRITEBYTECODE": "1",
         **environment,
     }
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_the_provider_info_follows_airflows_schema_and_names_the_hook() -> None:
     info = get_provider_info()
-    jsonschema.validate(info, json.loads((Path(airflow.__file__).parent / "provider_info.schema.json").read_text()))
+    jsonschema.validate(
+        info, json.loads((Path(airflow.__file__).parent / "provider_info.schema.json").read_text())
+    )
     (kind,) = info["connection-types"]
     assert info["package-name"] == "payroc-refunds"
     assert kind["hook-class-name"] == f"{PayrocHook.__module__}.{PayrocHook.__qualname__}"
@@ -63,7 +67,9 @@ print(json.dumps(meta.model_dump(mode="json")))
     meta = json.loads(run(code, tmp_path, PYTHONPATH=path).splitlines()[-1])
     assert meta["hook_name"] == "Payroc"
     assert meta["standard_fields"]["password"]["title"] == "API key"
-    assert meta["extra_fields"]["environment"]["schema"]["enum"] == ["uat", "production"], "Airflow's form would offer the word null"
+    assert meta["extra_fields"]["environment"]["schema"]["enum"] == ["uat", "production"], (
+        "Airflow's form would offer the word null"
+    )
     assert set(meta["extra_fields"]) == set(EXTRAS)
 
 

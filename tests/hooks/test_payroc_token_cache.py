@@ -20,7 +20,9 @@ from payroc_airflow.connection import PayrocConnection
 from payroc_airflow.hooks.payroc import PayrocHook
 from payroc_airflow.token_cache import FileTokenCache, MemoryTokenCache, default_folder
 
-CONNECTION = PayrocConnection("https://api.example/v1", "https://identity.example", "canary-api-key-of-the-cache")
+CONNECTION = PayrocConnection(
+    "https://api.example/v1", "https://identity.example", "canary-api-key-of-the-cache"
+)
 
 
 class Clock:
@@ -38,7 +40,9 @@ class Fetcher:
 
     def __call__(self) -> AccessToken:
         self.count += 1
-        return AccessToken.model_validate({"access_token": f"canary-token-{self.count}", "expires_in": self.expires_in, "scope": "a b"})
+        return AccessToken.model_validate(
+            {"access_token": f"canary-token-{self.count}", "expires_in": self.expires_in, "scope": "a b"}
+        )
 
 
 @pytest.fixture
@@ -55,7 +59,9 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture(params=["file", "memory"])
 def cache(request, folder):
-    return FileTokenCache(folder, CONNECTION, lock_seconds=1) if request.param == "file" else MemoryTokenCache()
+    return (
+        FileTokenCache(folder, CONNECTION, lock_seconds=1) if request.param == "file" else MemoryTokenCache()
+    )
 
 
 def get(cache, fetch, **more) -> AccessToken:
@@ -81,8 +87,12 @@ def test_a_token_is_kept(cache) -> None:
     assert fetch.count == 1
 
 
-@pytest.mark.parametrize(("expires_in", "margin"), [(3600, 120), (600, 120), (599, 119.8), (100, 20), (1, 0.2)])
-def test_a_token_is_renewed_two_minutes_or_a_fifth_of_its_life_before_its_end(cache, clock, expires_in, margin) -> None:
+@pytest.mark.parametrize(
+    ("expires_in", "margin"), [(3600, 120), (600, 120), (599, 119.8), (100, 20), (1, 0.2)]
+)
+def test_a_token_is_renewed_two_minutes_or_a_fifth_of_its_life_before_its_end(
+    cache, clock, expires_in, margin
+) -> None:
     fetch = Fetcher(expires_in)
     get(cache, fetch)
     clock.now += expires_in - margin - 0.01
@@ -184,7 +194,9 @@ def test_a_damaged_file_is_a_miss(folder, damage) -> None:
     assert value(get(cache, fetch)) == "canary-token-2"
 
 
-@pytest.mark.parametrize("content", [b"[]", b"{}", b'{"token": {"access_token": 5, "expires_in": 1}, "received_at": 1}', b"null"])
+@pytest.mark.parametrize(
+    "content", [b"[]", b"{}", b'{"token": {"access_token": 5, "expires_in": 1}, "received_at": 1}', b"null"]
+)
 def test_a_file_with_odd_content_is_a_miss(folder, content) -> None:
     fetch = Fetcher()
     cache = FileTokenCache(folder, CONNECTION, lock_seconds=1)
@@ -198,7 +210,9 @@ def test_a_folder_that_others_can_open_is_refused(tmp_path) -> None:
     folder = tmp_path / "open"
     folder.mkdir()
     folder.chmod(0o750)
-    with pytest.raises(PayrocConfigurationError, match="open to other users; set PAYROC_REFUNDS_TOKEN_CACHE_DIR"):
+    with pytest.raises(
+        PayrocConfigurationError, match="open to other users; set PAYROC_REFUNDS_TOKEN_CACHE_DIR"
+    ):
         FileTokenCache(folder, CONNECTION, lock_seconds=1)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o750
 
@@ -275,7 +289,10 @@ def test_a_token_that_no_other_task_can_have_is_kept_until_payroc_refuses_it(fol
 
 def test_a_file_is_opened_again_only_when_another_process_has_changed_it(folder, monkeypatch) -> None:
     fetch = Fetcher()
-    cache, other = FileTokenCache(folder, CONNECTION, lock_seconds=1), FileTokenCache(folder, CONNECTION, lock_seconds=1)
+    cache, other = (
+        FileTokenCache(folder, CONNECTION, lock_seconds=1),
+        FileTokenCache(folder, CONNECTION, lock_seconds=1),
+    )
     first = get(cache, fetch)
     assert get(cache, fetch) == first
     opened: list[Path] = []
@@ -363,11 +380,15 @@ def test_hooks_share_a_token_and_a_refused_one_is_replaced_for_all(hook, payroc)
     assert value(hook.get_token(younger_than=0)) == "canary-token-3"
 
 
-def test_with_the_cache_switched_off_each_hook_keeps_its_own_token_in_memory(hook, payroc, monkeypatch, tmp_path) -> None:
+def test_with_the_cache_switched_off_each_hook_keeps_its_own_token_in_memory(
+    hook, payroc, monkeypatch, tmp_path
+) -> None:
     monkeypatch.setenv("PAYROC_REFUNDS_TOKEN_CACHE", "false")
     get_settings.cache_clear()
     other = PayrocHook(timeout_seconds=0.5)
-    assert [value(each.get_token()) for each in (hook, hook, other, other)] == ["canary-token-1"] * 2 + ["canary-token-2"] * 2
+    assert [value(each.get_token()) for each in (hook, hook, other, other)] == ["canary-token-1"] * 2 + [
+        "canary-token-2"
+    ] * 2
     assert not (tmp_path / "tokens").exists()
 
 

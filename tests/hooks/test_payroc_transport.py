@@ -25,7 +25,12 @@ from payroc_airflow.transport import IDLE_SECONDS
 
 PATH = "/v1/bank-transfer-refunds"
 BODY = b'{"a": 1}'
-NOT_AUTHORIZED = {"type": "https://docs.payroc.com/api/errors#not-authorized", "title": "t", "status": 401, "detail": "d"}
+NOT_AUTHORIZED = {
+    "type": "https://docs.payroc.com/api/errors#not-authorized",
+    "title": "t",
+    "status": 401,
+    "detail": "d",
+}
 
 
 @pytest.fixture
@@ -108,7 +113,9 @@ def lost(connection: socket.socket) -> None:
 # --- connections ----------------------------------------------------------------------------------------------------------
 
 
-def test_64_refunds_at_once_use_64_connections_and_the_next_64_use_them_again(patient, payroc, reply, token, key) -> None:
+def test_64_refunds_at_once_use_64_connections_and_the_next_64_use_them_again(
+    patient, payroc, reply, token, key
+) -> None:
     together = threading.Barrier(64, timeout=15)
 
     def answer(handler) -> None:
@@ -134,7 +141,9 @@ def test_64_refunds_at_once_use_64_connections_and_the_next_64_use_them_again(pa
     assert len({request.client for request in payroc.seen}) == 64
 
 
-def test_a_connection_that_was_idle_is_not_used_for_a_post(gateway, payroc, reply, refund_body, token, key) -> None:
+def test_a_connection_that_was_idle_is_not_used_for_a_post(
+    gateway, payroc, reply, refund_body, token, key
+) -> None:
     payroc.on("POST", PATH, reply(201, refund_body))
 
     async def work() -> None:
@@ -164,7 +173,9 @@ def test_a_connection_that_the_server_has_closed_meanwhile_is_not_used_again(rea
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
-def test_nothing_is_sent_again_when_a_connection_that_was_used_before_is_lost(reach, token, key, method) -> None:
+def test_nothing_is_sent_again_when_a_connection_that_was_used_before_is_lost(
+    reach, token, key, method
+) -> None:
     def answer(connection: socket.socket) -> None:
         if server.requests == 1:
             connection.sendall(answer_of())
@@ -188,7 +199,9 @@ def test_nothing_is_sent_again_when_a_connection_that_was_used_before_is_lost(re
         assert (server.requests, server.connections) == (2, 1)
 
 
-def test_an_answer_that_nobody_asked_for_is_not_taken_for_the_next_requests(reach, refund_body, token, key) -> None:
+def test_an_answer_that_nobody_asked_for_is_not_taken_for_the_next_requests(
+    reach, refund_body, token, key
+) -> None:
     def answer(connection: socket.socket) -> None:
         connection.sendall(answer_of())
         if server.requests == 1:
@@ -208,7 +221,11 @@ def test_an_answer_that_nobody_asked_for_is_not_taken_for_the_next_requests(reac
 
 @pytest.mark.parametrize(
     "head",
-    [b"X-Long: " + b"a" * 100_000, b"\r\n".join(b"X-%d: %s" % (number, b"a" * 1000) for number in range(2000)), b"Broken header"],
+    [
+        b"X-Long: " + b"a" * 100_000,
+        b"\r\n".join(b"X-%d: %s" % (number, b"a" * 1000) for number in range(2000)),
+        b"Broken header",
+    ],
     ids=["one long header", "many headers", "a broken header"],
 )
 def test_a_head_that_is_too_large_or_broken_is_no_answer(reach, token, key, head) -> None:
@@ -244,7 +261,9 @@ def test_a_connection_that_is_not_taken_is_left_after_the_timeout(connect, token
 
 
 @pytest.mark.parametrize(
-    "broken", [lambda connection: connection.sendall(answer_of(status="403 Forbidden")), lost], ids=["refuses", "resets"]
+    "broken",
+    [lambda connection: connection.sendall(answer_of(status="403 Forbidden")), lost],
+    ids=["refuses", "resets"],
 )
 def test_a_proxy_that_gives_no_way_through_is_no_answer(connect, token, key, broken) -> None:
     with talking(broken) as proxy:
@@ -263,14 +282,18 @@ def test_what_is_raised_carries_no_exception_of_the_library(reach, token, key) -
 # --- loops, threads, processes --------------------------------------------------------------------------------------------
 
 
-def test_a_gateway_serves_one_event_loop_after_the_other(gateway, payroc, reply, refund_body, token, key) -> None:
+def test_a_gateway_serves_one_event_loop_after_the_other(
+    gateway, payroc, reply, refund_body, token, key
+) -> None:
     payroc.on("POST", PATH, reply(201, refund_body))
     for _ in range(3):
         assert asyncio.run(gateway.create_refund(token, key, BODY)).refund_id == "CD3HN88U9F"
     assert len({request.client for request in payroc.seen}) == 3
 
 
-def test_a_hook_is_called_in_threads_and_inside_a_running_loop_over_one_session(hook, payroc, reply, refund_body, token) -> None:
+def test_a_hook_is_called_in_threads_and_inside_a_running_loop_over_one_session(
+    hook, payroc, reply, refund_body, token
+) -> None:
     payroc.on("GET", f"{PATH}/CD3HN88U9F", reply(200, refund_body))
 
     async def inside() -> str:
@@ -289,7 +312,9 @@ def get_in_a_process(hook, token, results) -> None:
     results.put(hook.get_refund("CD3HN88U9F", token=token).refund_id)
 
 
-def test_a_forked_process_has_connections_of_its_own_and_leaves_its_parents_alone(hook, payroc, reply, refund_body, token) -> None:
+def test_a_forked_process_has_connections_of_its_own_and_leaves_its_parents_alone(
+    hook, payroc, reply, refund_body, token
+) -> None:
     payroc.on("GET", f"{PATH}/CD3HN88U9F", reply(200, refund_body))
     hook.get_refund("CD3HN88U9F", token=token)
     context = multiprocessing.get_context("fork")
@@ -330,7 +355,9 @@ def test_a_time_out_of_the_caller_ends_the_request(hook, payroc, reply, token, k
     assert left.wait(3)
 
 
-def test_a_request_that_is_cancelled_is_not_taken_for_one_without_an_answer(gateway, payroc, reply, token, key) -> None:
+def test_a_request_that_is_cancelled_is_not_taken_for_one_without_an_answer(
+    gateway, payroc, reply, token, key
+) -> None:
     payroc.on("POST", PATH, reply(raw=lambda handler: payroc.stopped.wait(5)))
 
     async def work() -> None:
@@ -393,12 +420,22 @@ asyncio.run(work())""",
 
 @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS.keys())
 def test_nothing_is_left_open_and_nothing_is_said_of_it(hook, payroc, end) -> None:
-    program = "import asyncio\nfrom payroc_airflow.gateway import connect\nfrom payroc_airflow.hooks.payroc import PayrocHook\n" + end
+    program = (
+        "import asyncio\nfrom payroc_airflow.gateway import connect\nfrom payroc_airflow.hooks.payroc import PayrocHook\n"
+        + end
+    )
     done = subprocess.run(
-        [sys.executable, "-X", "dev", "-W", "ignore::DeprecationWarning", "-c", program], capture_output=True, text=True, timeout=60
+        [sys.executable, "-X", "dev", "-W", "ignore::DeprecationWarning", "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    said = [line for line in (done.stdout + done.stderr).splitlines() if "nclosed" in line or "destroyed" in line or "retrieved" in line]
+    said = [
+        line
+        for line in (done.stdout + done.stderr).splitlines()
+        if "nclosed" in line or "destroyed" in line or "retrieved" in line
+    ]
     assert said == []
     assert payroc.tokens >= 1
 
@@ -416,8 +453,18 @@ def test_a_gateway_can_be_used_after_it_was_closed(hook, payroc) -> None:
 
 
 def test_a_list_is_read_to_its_end_by_the_gateway(gateway, payroc, reply, refund_body, token) -> None:
-    page = {"limit": 100, "count": 1, "hasMore": True, "links": [{"rel": "next", "method": "get", "href": f"{PATH}?after=a"}]}
-    payroc.on("GET", PATH, reply(200, page | {"data": [refund_body]}), reply(200, page | {"data": [refund_body], "hasMore": False}))
+    page = {
+        "limit": 100,
+        "count": 1,
+        "hasMore": True,
+        "links": [{"rel": "next", "method": "get", "href": f"{PATH}?after=a"}],
+    }
+    payroc.on(
+        "GET",
+        PATH,
+        reply(200, page | {"data": [refund_body]}),
+        reply(200, page | {"data": [refund_body], "hasMore": False}),
+    )
 
     async def work() -> int:
         listed: AsyncIterator[object] = gateway.list_refunds(token, processing_terminal_id="1234001")

@@ -72,7 +72,12 @@ class Approval:
     ) -> None:
         """Resume the task with an answer; by nobody when the name is empty."""
         user = {"id": user_id or by, "name": by} if by else None
-        event = {"chosen_options": [option], "params_input": {}, "responded_at": datetime.now(UTC), "responded_by_user": user}
+        event = {
+            "chosen_options": [option],
+            "params_input": {},
+            "responded_at": datetime.now(UTC),
+            "responded_by_user": user,
+        }
         self._task(approvers).execute_complete(_context(triggered_by, {}), event)
 
     def row(self) -> dict[str, Any]:
@@ -108,11 +113,18 @@ def test_without_a_threshold_and_up_to_it_a_run_passes_by_itself(run: Approval) 
 
 
 def test_above_the_threshold_it_asks_without_a_default_and_without_bank_data(run: Approval) -> None:
-    refs = [run.world.approve("1111", name_on_account="Ottoline Featherstone"), run.world.approve("2222", amount=150_001)]
+    refs = [
+        run.world.approve("1111", name_on_account="Ottoline Featherstone"),
+        run.world.approve("2222", amount=150_001),
+    ]
     run.begin(*refs)
     run.threshold(1)
     assert run.ask() == LONGEST
-    assert (run.asked["options"], run.asked["defaults"], run.asked["assigned_users"]) == (["Approve", "Reject"], None, [])
+    assert (run.asked["options"], run.asked["defaults"], run.asked["assigned_users"]) == (
+        ["Approve", "Reject"],
+        None,
+        [],
+    )
     assert "1,550.00 USD" in run.asked["body"]
     for secret in ("Ottoline", "1111", "2222", "053200983"):
         assert secret not in run.asked["body"]
@@ -152,7 +164,9 @@ def test_a_run_of_its_only_approver_fails_for_nobody_assigned_would_mean_everybo
 def test_a_time_limit_of_the_task_does_not_become_that_of_the_answer() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        task = ApproveRunOperator(task_id="approve_run", response_timeout=LONGEST, execution_timeout=timedelta(hours=1))
+        task = ApproveRunOperator(
+            task_id="approve_run", response_timeout=LONGEST, execution_timeout=timedelta(hours=1)
+        )
     assert (task.response_timeout, task.execution_timeout) == (LONGEST, timedelta(hours=1))
 
 
@@ -177,7 +191,9 @@ def test_a_run_waits_no_longer_than_until_shortly_before_the_next_scheduled_one(
     assert approval._until_next_run(get_settings(), datetime.fromisoformat(now)) == expected
 
 
-def test_the_wait_for_an_answer_is_cut_by_the_schedule(run: Approval, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wait_for_an_answer_is_cut_by_the_schedule(
+    run: Approval, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run.begin(run.world.approve())
     run.threshold(0)
     monkeypatch.setenv("PAYROC_REFUNDS_SCHEDULE", "* * * * *")
@@ -211,7 +227,9 @@ def test_a_rejection_is_noted_with_the_persons_name_and_approves_nothing(asked: 
 
 @pytest.mark.parametrize("by", ["olivia", "Olivia", " OLIVIA"])
 def test_who_triggered_a_run_cannot_approve_it(asked: Approval, by: str) -> None:
-    with pytest.raises(RunNotApproved, match="triggered run run-1 and can't approve it, so nothing is sent") as caught:
+    with pytest.raises(
+        RunNotApproved, match="triggered run run-1 and can't approve it, so nothing is sent"
+    ) as caught:
         asked.answer("Approve", by, triggered_by="olivia")
     assert isinstance(caught.value, AirflowFailException)
     assert asked.row()["approved_hash"] is None
@@ -250,15 +268,25 @@ def test_an_approval_of_other_refunds_than_those_asked_about_counts_for_nothing(
     assert asked.row()["approved_hash"] is None
 
 
-def test_an_answer_that_cannot_be_noted_fails_the_task_for_good(asked: Approval, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_that_cannot_be_noted_fails_the_task_for_good(
+    asked: Approval, monkeypatch: pytest.MonkeyPatch
+) -> None:
     connection = os.environ["AIRFLOW_CONN_REFUNDS_LEDGER"]
     monkeypatch.setenv("AIRFLOW_CONN_REFUNDS_LEDGER", json.dumps(json.loads(connection) | {"port": 9}))
-    with pytest.raises(RunNotApproved, match="The answer of frank was not noted, so nothing is sent; clear approve_run to ask again"):
+    with pytest.raises(
+        RunNotApproved,
+        match="The answer of frank was not noted, so nothing is sent; clear approve_run to ask again",
+    ):
         asked.answer("Approve", "frank")
 
 
 def test_a_question_that_nobody_answered_in_time_fails_the_task_for_good() -> None:
     task = ApproveRunOperator(task_id="approve_run", response_timeout=LONGEST)
     # No retry would be right here: it would ask again.
-    with pytest.raises(AirflowFailException, match="Nobody answered in time, so nothing is sent; clear approve_run to ask again"):
-        task.execute_complete(_context(None, {}), {"error": "The response timeout has passed", "error_type": "timeout"})
+    with pytest.raises(
+        AirflowFailException,
+        match="Nobody answered in time, so nothing is sent; clear approve_run to ask again",
+    ):
+        task.execute_complete(
+            _context(None, {}), {"error": "The response timeout has passed", "error_type": "timeout"}
+        )

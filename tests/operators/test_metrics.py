@@ -43,11 +43,15 @@ def statsd(monkeypatch: pytest.MonkeyPatch) -> Iterator[StatsD]:
 @pytest.fixture
 def metered(world: World) -> World:
     """The world, with the ledger as the DAGs use it."""
-    world.ledger = MeteredLedger(LedgerEngine(world.ledger_engine.url, pool_size=0), world.settings, actor="test")
+    world.ledger = MeteredLedger(
+        LedgerEngine(world.ledger_engine.url, pool_size=0), world.settings, actor="test"
+    )
     return world
 
 
-def test_the_age_of_the_oldest_approved_refund_is_told_and_zero_without_one(metered: World, statsd: StatsD) -> None:
+def test_the_age_of_the_oldest_approved_refund_is_told_and_zero_without_one(
+    metered: World, statsd: StatsD
+) -> None:
     def tell() -> float:
         statsd.lines.clear()
         metered.run(metered.ledger.tell_oldest())
@@ -63,12 +67,16 @@ def test_the_age_of_the_oldest_approved_refund_is_told_and_zero_without_one(mete
     assert tell() == 0
 
 
-def test_a_setting_of_airflow_that_is_neither_yes_nor_no_counts_as_no(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_setting_of_airflow_that_is_neither_yes_nor_no_counts_as_no(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("AIRFLOW__METRICS__STATSD_ON", "perhaps")
     assert metrics.are_on() is False
 
 
-def test_airflows_configuration_is_read_once_for_all_figures_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_airflows_configuration_is_read_once_for_all_figures_of_a_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from airflow.sdk.configuration import conf
 
     asked: list[str] = []
@@ -84,22 +92,34 @@ def told(statsd: StatsD, *names: str) -> dict[str, float]:
     return {name: sum(statsd.values(name)) for name in names}
 
 
-def test_outcomes_count_once_however_often_a_refund_is_sent_or_seen_again(metered: World, statsd: StatsD) -> None:
-    accepted, rejected, odd, in_doubt = (metered.released(ending) for ending in ("4321", "9001", "9013", "9005"))
+def test_outcomes_count_once_however_often_a_refund_is_sent_or_seen_again(
+    metered: World, statsd: StatsD
+) -> None:
+    accepted, rejected, odd, in_doubt = (
+        metered.released(ending) for ending in ("4321", "9001", "9013", "9005")
+    )
     for refund_id in (accepted, rejected, odd, in_doubt, accepted, rejected, odd):
         metered.send(refund_id)
     eventually(lambda: statsd.values("unknown"))
     outcomes = ("accepted", "rejected", "review", "unknown", "amount.USD", "sent", "attempts")
     assert told(statsd, *outcomes) == dict(zip(outcomes, (1, 1, 1, 1, 4999, 4, 2), strict=True))
     # Whoever finds the payment counts it, and nobody counts it again.
-    metered.sandbox.patch(f"/_sandbox/refunds/{metered.row(accepted)['payroc_refund_id']}", {"status": "complete"})
+    metered.sandbox.patch(
+        f"/_sandbox/refunds/{metered.row(accepted)['payroc_refund_id']}", {"status": "complete"}
+    )
     for _ in range(2):
         metered.follow_up()
     assert metered.row(accepted)["status"] == "settled"
-    metered.sandbox.patch(f"/_sandbox/refunds/{metered.row(accepted)['payroc_refund_id']}", {"status": "returned"})
+    metered.sandbox.patch(
+        f"/_sandbox/refunds/{metered.row(accepted)['payroc_refund_id']}", {"status": "returned"}
+    )
     metered.follow_up()
     eventually(lambda: statsd.values("returned"))
-    assert told(statsd, "accepted", "amount.USD", "returned") == {"accepted": 1, "amount.USD": 4999, "returned": 1}
+    assert told(statsd, "accepted", "amount.USD", "returned") == {
+        "accepted": 1,
+        "amount.USD": 4999,
+        "returned": 1,
+    }
     assert {"latency.create_refund", "latency.list_refunds"} <= {
         line.partition(":")[0].removeprefix("airflow.payroc_refunds.") for line in statsd.lines
     }
@@ -109,7 +129,9 @@ def test_a_contradiction_of_a_refund_that_waits_counts_as_review(metered: World,
     refund_id = metered.released()
     metered.send(refund_id)
     waits = metered.released()
-    verdict = Verdict(Outcome.ACCEPTED, "Payroc lists it.", sighting=Sighting("SECOND0001", "ready", Status.ACCEPTED))
+    verdict = Verdict(
+        Outcome.ACCEPTED, "Payroc lists it.", sighting=Sighting("SECOND0001", "ready", Status.ACCEPTED)
+    )
     metered.run(metered.ledger.record(waits, verdict))
     assert metered.row(waits)["status"] == "review"
     eventually(lambda: statsd.values("review"))
@@ -118,7 +140,11 @@ def test_a_contradiction_of_a_refund_that_waits_counts_as_review(metered: World,
 
 @pytest.mark.parametrize("broken", ["the backend", "the query"])
 def test_metrics_that_fail_disturb_no_refund(
-    metered: World, statsd: StatsD, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
+    metered: World,
+    statsd: StatsD,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    broken: str,
 ) -> None:
     def fail(*arguments: Any, **more: Any) -> Any:
         raise RuntimeError("no metrics today")
@@ -131,11 +157,15 @@ def test_metrics_that_fail_disturb_no_refund(
     metered.send(refund_id)
     metered.run(metered.ledger.tell_oldest())
     assert (metered.row(refund_id)["status"], metered.paid(refund_id)) == ("accepted", 1)
-    assert ("The age of the oldest approved refund was not told (RuntimeError)." in caplog.text) == (broken == "the query")
+    assert ("The age of the oldest approved refund was not told (RuntimeError)." in caplog.text) == (
+        broken == "the query"
+    )
     assert ("A metric was not sent (RuntimeError)." in caplog.text) == (broken == "the backend")
 
 
-def test_where_no_metrics_are_configured_nothing_is_read_for_them(metered: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_no_metrics_are_configured_nothing_is_read_for_them(
+    metered: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[str] = []
 
     async def age(engine: Any, source: str) -> float:

@@ -74,7 +74,9 @@ def configure(monkeypatch: pytest.MonkeyPatch, *entries: dict[str, Any]) -> None
     get_settings.cache_clear()
 
 
-def ended(report: Report | None, *, failed: bool, error: BaseException | None = None, dry_run: bool = False) -> None:
+def ended(
+    report: Report | None, *, failed: bool, error: BaseException | None = None, dry_run: bool = False
+) -> None:
     """Call the notifier as Airflow does at the end of the task report."""
     ti = SimpleNamespace(dag_id="payroc_refunds", run_id="run-1")
     context: Any = {"ti": ti, "run_id": "run-1", "params": {"dry_run": dry_run}, "exception": error}
@@ -85,15 +87,23 @@ def ended(report: Report | None, *, failed: bool, error: BaseException | None = 
 
 def red(**more: Any) -> Report:
     totals = [Total("held", "USD", 1, 700000), Total("review", "USD", 2, 9998)]
-    return Report("Refund run run-1", totals=totals, unfinished=["2 in review: <people> have to look."], **more)
+    return Report(
+        "Refund run run-1", totals=totals, unfinished=["2 in review: <people> have to look."], **more
+    )
 
 
-def test_every_notifier_of_the_setting_is_told_once(monkeypatch: pytest.MonkeyPatch, mailbox: Mailbox) -> None:
+def test_every_notifier_of_the_setting_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, mailbox: Mailbox
+) -> None:
     monkeypatch.setenv("AIRFLOW__API__BASE_URL", "https://airflow.example/merchant")
     configure(
         monkeypatch,
         {"notifier": SMTP, "to": ["finance@example.com", "ops@example.com"]},
-        {"notifier": f"{HERE}.Chat", "channel": "#refunds", "text": "{{ refunds.subject }} {{ refunds.url }}"},
+        {
+            "notifier": f"{HERE}.Chat",
+            "channel": "#refunds",
+            "text": "{{ refunds.subject }} {{ refunds.url }}",
+        },
         {"notifier": f"{HERE}.Chat", "channel": "#all"},
     )
     ended(red(), failed=True)
@@ -136,15 +146,30 @@ def test_of_many_notes_a_message_has_the_first_ones(monkeypatch: pytest.MonkeyPa
 
 
 MISTAKES = {
-    "no JSON": ("finance@example.com", "PAYROC_REFUNDS_NOTIFIERS is not usable, so nobody is told: it has to be a JSON list such as"),
+    "no JSON": (
+        "finance@example.com",
+        "PAYROC_REFUNDS_NOTIFIERS is not usable, so nobody is told: it has to be a JSON list such as",
+    ),
     "no list": ('{"notifier": "a.B"}', "it has to be a JSON list such as"),
     "no path": ('[{"to": "x"}]', "it has to be a JSON list such as"),
-    "no such module": ('[{"notifier": "no.such.Thing", "to": "x"}]', "entry 1: no.such.Thing can't be imported (ModuleNotFoundError)"),
-    "no such class": ('[{"notifier": "json.Thing"}]', "entry 1: json.Thing can't be imported (AttributeError): correct the path"),
+    "no such module": (
+        '[{"notifier": "no.such.Thing", "to": "x"}]',
+        "entry 1: no.such.Thing can't be imported (ModuleNotFoundError)",
+    ),
+    "no such class": (
+        '[{"notifier": "json.Thing"}]',
+        "entry 1: json.Thing can't be imported (AttributeError): correct the path",
+    ),
     "no dots": ('[{"notifier": "Smtp"}]', "entry 1: Smtp can't be imported (ValueError)"),
     "no notifier": ('[{"notifier": "json.JSONDecoder"}]', "entry 1: json.JSONDecoder is no notifier"),
-    "a missing argument": (f'[{{"notifier": "{SMTP}"}}]', "entry 1: SmtpNotifier does not take these arguments"),
-    "an unknown argument": (f'[{{"notifier": "{SMTP}", "to": "x@example.com", "tto": "s3cret"}}]', "unexpected keyword argument 'tto'"),
+    "a missing argument": (
+        f'[{{"notifier": "{SMTP}"}}]',
+        "entry 1: SmtpNotifier does not take these arguments",
+    ),
+    "an unknown argument": (
+        f'[{{"notifier": "{SMTP}", "to": "x@example.com", "tto": "s3cret"}}]',
+        "unexpected keyword argument 'tto'",
+    ),
 }
 
 
@@ -166,7 +191,12 @@ def test_a_mistake_in_the_setting_is_one_sentence_that_quotes_no_value(
 def test_a_notifier_that_fails_is_one_sentence_without_its_text_and_the_others_are_told(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    configure(monkeypatch, {"notifier": f"{HERE}.Broken"}, {"notifier": "no.such.Thing"}, {"notifier": f"{HERE}.Chat", "channel": "a"})
+    configure(
+        monkeypatch,
+        {"notifier": f"{HERE}.Broken"},
+        {"notifier": "no.such.Thing"},
+        {"notifier": f"{HERE}.Chat", "channel": "a"},
+    )
     ended(red(), failed=True)
     assert "Broken failed (OSError), so a message was not sent: Payroc refunds: run failed" in caplog.text
     assert "s3cret" not in caplog.text
@@ -188,7 +218,9 @@ def test_a_notifier_that_hangs_is_left_behind_and_the_others_are_told(
 ) -> None:
     monkeypatch.setattr("payroc_airflow.notify.EACH_SECONDS", 1.0)
     monkeypatch.setattr("payroc_airflow.notify.ALL_SECONDS", 1.5)
-    configure(monkeypatch, *[{"notifier": f"{HERE}.Hanging"}] * 3, {"notifier": f"{HERE}.Chat", "channel": "a"})
+    configure(
+        monkeypatch, *[{"notifier": f"{HERE}.Hanging"}] * 3, {"notifier": f"{HERE}.Chat", "channel": "a"}
+    )
     begin = time.monotonic()
     ended(red(), failed=True)
     assert 1 < time.monotonic() - begin < 5
@@ -220,14 +252,18 @@ def test_what_stays_open_is_told_by_the_first_follow_up_of_a_day_and_what_is_new
     assert told() == 1
 
 
-def test_another_refund_in_review_is_news_though_as_many_are(world: World, run_dag: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_refund_in_review_is_news_though_as_many_are(
+    world: World, run_dag: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     configure(monkeypatch, {"notifier": f"{HERE}.Chat", "channel": "a"})
     first, second = world.released("9013"), world.released("9013")
     for refund_id, solved in ((first, None), (second, first)):
         world.send(refund_id)
         if solved is not None:
             with world.ledger_engine.begin() as connection:
-                connection.exec_driver_sql(f"UPDATE refund_ledger.refunds SET status = 'rejected' WHERE id = {solved}")
+                connection.exec_driver_sql(
+                    f"UPDATE refund_ledger.refunds SET status = 'rejected' WHERE id = {solved}"
+                )
         assert run_dag("payroc_refunds_followup").state == "failed"
     (before, after) = [text for _, text in Chat.said]
     assert "1 in review" in before
@@ -255,7 +291,9 @@ def test_when_the_ledger_cannot_be_read_the_message_says_so(
     monkeypatch: pytest.MonkeyPatch, run_dag: Runner, caplog: pytest.LogCaptureFixture
 ) -> None:
     configure(monkeypatch, {"notifier": f"{HERE}.Chat", "channel": "a"})
-    monkeypatch.setenv("AIRFLOW_CONN_REFUNDS_LEDGER", "postgres://refunds:s3cret-password@127.0.0.1:9/refunds")
+    monkeypatch.setenv(
+        "AIRFLOW_CONN_REFUNDS_LEDGER", "postgres://refunds:s3cret-password@127.0.0.1:9/refunds"
+    )
     run = run_dag()
     assert run.state == "failed"
     ((_, text),) = Chat.said
@@ -264,7 +302,9 @@ def test_when_the_ledger_cannot_be_read_the_message_says_so(
     assert "s3cret" not in text
 
 
-def test_an_error_that_is_not_ours_is_told_by_its_name_alone(world: World, run_dag: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_that_is_not_ours_is_told_by_its_name_alone(
+    world: World, run_dag: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     configure(monkeypatch, {"notifier": f"{HERE}.Chat", "channel": "a"})
     monkeypatch.setenv("AIRFLOW_CONN_REFUNDS_LEDGER", "postgres://refunds@127.0.0.1:9/refunds")
     ended(None, failed=True, error=RuntimeError("password=s3cret"))
@@ -274,16 +314,28 @@ def test_an_error_that_is_not_ours_is_told_by_its_name_alone(world: World, run_d
 
 
 @pytest.mark.parametrize(("state", "told"), [("running", 1), ("queued", 1), ("failed", 0), ("success", 0)])
-def test_a_missed_deadline_is_told_of_a_run_that_has_not_ended(monkeypatch: pytest.MonkeyPatch, state: str, told: int) -> None:
+def test_a_missed_deadline_is_told_of_a_run_that_has_not_ended(
+    monkeypatch: pytest.MonkeyPatch, state: str, told: int
+) -> None:
     configure(monkeypatch, {"notifier": f"{HERE}.Chat", "channel": "a", "text": "{{ refunds.text }}"})
     monkeypatch.setenv("AIRFLOW_CONN_REFUNDS_LEDGER", "postgres://refunds@127.0.0.1:9/refunds")
-    run = {"state": state, "dag_id": "payroc_refunds", "dag_run_id": "run-1", "logical_date": None, "run_after": "2026-11-20T12:00:00Z"}
+    run = {
+        "state": state,
+        "dag_id": "payroc_refunds",
+        "dag_run_id": "run-1",
+        "logical_date": None,
+        "run_after": "2026-11-20T12:00:00Z",
+    }
     DeadlineMissed()({"dag_run": run})
     assert len(Chat.said) == told
-    assert all("It was due to begin" in text and "The ledger could not be read." in text for _, text in Chat.said)
+    assert all(
+        "It was due to begin" in text and "The ledger could not be read." in text for _, text in Chat.said
+    )
 
 
-def test_links_need_to_know_where_airflow_is_and_keep_a_run_id_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_links_need_to_know_where_airflow_is_and_keep_a_run_id_in_one_piece(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delenv("AIRFLOW__API__BASE_URL", raising=False)
     assert run_url("payroc_refunds", "run-1") == ""
     assert question_url("payroc_refunds", "run-1", "approve_run") == ""

@@ -35,7 +35,9 @@ class Operator:
     def __init__(self) -> None:
         self.context: Any = {}
 
-    def __call__(self, *refund_ids: int, dag_id: str = "payroc_refunds", map_index: int = 0, try_number: int = 1) -> None:
+    def __call__(
+        self, *refund_ids: int, dag_id: str = "payroc_refunds", map_index: int = 0, try_number: int = 1
+    ) -> None:
         ti = SimpleNamespace(dag_id=dag_id, run_id="run-1", map_index=map_index, try_number=try_number)
         self.context = {"ti": ti, "run_id": "run-1"}
         PayrocRefundOperator(task_id="send_refund", refund_ids=list(refund_ids)).execute(self.context)
@@ -70,7 +72,10 @@ def test_an_accepted_refund_is_a_success_and_its_attempt_names_the_task(world: W
     assert (world.row(refund_id)["status"], world.paid(refund_id)) == ("accepted", 1)
     attempt = world.rows("SELECT run_id, map_index, try_number FROM refund_ledger.refund_attempts")
     assert attempt == [{"run_id": "run-1", "map_index": 7, "try_number": 3}]
-    events = world.rows("SELECT actor FROM refund_ledger.refund_events WHERE refund_id = :id ORDER BY id DESC LIMIT 1", id=refund_id)
+    events = world.rows(
+        "SELECT actor FROM refund_ledger.refund_events WHERE refund_id = :id ORDER BY id DESC LIMIT 1",
+        id=refund_id,
+    )
     assert events == [{"actor": "a dag of ours run-1"}]
 
 
@@ -123,7 +128,11 @@ def test_a_list_is_tried_again_when_the_first_of_its_waits_has_ended(world: Worl
     ],
 )
 def test_in_a_list_configuration_wins_then_doubt_then_what_people_must_look_at(
-    world: World, send: Operator, endings: tuple[str, ...], exception: type[Exception], monkeypatch: pytest.MonkeyPatch
+    world: World,
+    send: Operator,
+    endings: tuple[str, ...],
+    exception: type[Exception],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # On a busy machine a connection takes longer than the second that the others wait for.
     monkeypatch.setenv("PAYROC_REFUNDS_HTTP_TIMEOUT_SECONDS", "10")
@@ -133,7 +142,9 @@ def test_in_a_list_configuration_wins_then_doubt_then_what_people_must_look_at(
         send(*refund_ids)
     assert type(caught.value) is exception
     ends = {"4321": "accepted", "9002": "rejected", "9005": "unknown", "9013": "review", "9018": "released"}
-    assert [world.row(refund_id)["status"] for refund_id in refund_ids] == [ends[ending] for ending in endings]
+    assert [world.row(refund_id)["status"] for refund_id in refund_ids] == [
+        ends[ending] for ending in endings
+    ]
 
 
 def test_finished_refunds_of_a_list_are_skipped_when_it_is_tried_again(
@@ -150,7 +161,11 @@ def test_finished_refunds_of_a_list_are_skipped_when_it_is_tried_again(
     assert caught.value.retry_after <= 1
     with pytest.raises(RefundsNotPaid, match="Refused by Payroc"):
         send(paid, rejected, unknown, try_number=2)
-    assert [world.attempts(refund_id) for refund_id in (paid, rejected, unknown)] == [["accepted"], ["rejected"], ["unknown", "accepted"]]
+    assert [world.attempts(refund_id) for refund_id in (paid, rejected, unknown)] == [
+        ["accepted"],
+        ["rejected"],
+        ["unknown", "accepted"],
+    ]
     assert [world.paid(refund_id) for refund_id in (paid, rejected, unknown)] == [1, 0, 1]
 
 
@@ -163,7 +178,9 @@ def _wait_in_the_ledger(world: World, refund_id: int) -> None:
     )
 
 
-def test_a_rejected_refund_fails_again_when_its_task_is_cleared_and_is_not_sent_again(world: World, send: Operator) -> None:
+def test_a_rejected_refund_fails_again_when_its_task_is_cleared_and_is_not_sent_again(
+    world: World, send: Operator
+) -> None:
     refund_id = world.released("9002")
     for _ in range(2):
         with pytest.raises(RefundsNotPaid, match="Refused by Payroc"):
@@ -172,16 +189,24 @@ def test_a_rejected_refund_fails_again_when_its_task_is_cleared_and_is_not_sent_
 
 
 @pytest.mark.parametrize("dag_id", ["payroc_refunds", "a dag of somebody else's"])
-def test_a_refund_that_was_not_released_is_refused_wherever_the_operator_is_used(world: World, send: Operator, dag_id: str) -> None:
+def test_a_refund_that_was_not_released_is_refused_wherever_the_operator_is_used(
+    world: World, send: Operator, dag_id: str
+) -> None:
     source_ref = world.approve()
     world.pull()
     refund_id = int(world.row(source_ref)["id"])
     with pytest.raises(RefundsNotPaid, match=r"It is approved, not released\.$"):
         send(refund_id, dag_id=dag_id)
-    assert (world.row(source_ref)["status"], world.attempts(refund_id), world.paid(refund_id)) == ("approved", [], 0)
+    assert (world.row(source_ref)["status"], world.attempts(refund_id), world.paid(refund_id)) == (
+        "approved",
+        [],
+        0,
+    )
 
 
-def test_refunds_that_do_not_exist_or_were_not_released_do_not_block_the_others_of_their_list(world: World, send: Operator) -> None:
+def test_refunds_that_do_not_exist_or_were_not_released_do_not_block_the_others_of_their_list(
+    world: World, send: Operator
+) -> None:
     (fine,), source_ref = released(world, "4321"), world.approve()
     world.pull()
     unreleased = int(world.row(source_ref)["id"])
@@ -191,11 +216,15 @@ def test_refunds_that_do_not_exist_or_were_not_released_do_not_block_the_others_
     assert [world.paid(unreleased), world.paid(fine)] == [0, 1]
 
 
-def test_an_unreadable_request_stops_its_own_refund_and_not_the_others_of_the_list(world: World, send: Operator) -> None:
+def test_an_unreadable_request_stops_its_own_refund_and_not_the_others_of_the_list(
+    world: World, send: Operator
+) -> None:
     unreadable, fine = released(world, "4321", "4321")
     with world.ledger_engine.begin() as connection:
         connection.exec_driver_sql("SET session_replication_role = replica")
-        connection.exec_driver_sql(f"UPDATE refund_ledger.refunds SET request = '\\x00' WHERE id = {unreadable}")
+        connection.exec_driver_sql(
+            f"UPDATE refund_ledger.refunds SET request = '\\x00' WHERE id = {unreadable}"
+        )
     with pytest.raises(RefundsStopped, match=f"The request of refund {unreadable} can't be opened"):
         send(unreadable, fine)
     assert [world.attempts(unreadable), world.attempts(fine)] == [[], ["accepted"]]
@@ -203,7 +232,9 @@ def test_an_unreadable_request_stops_its_own_refund_and_not_the_others_of_the_li
     assert world.paused() == {}
 
 
-def test_the_label_is_there_before_anything_is_asked_of_payroc(world: World, send: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_label_is_there_before_anything_is_asked_of_payroc(
+    world: World, send: Operator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     refund_id = world.released()
     monkeypatch.setenv("PAYROC_REFUNDS_TOKEN_CACHE", "false")
     get_settings.cache_clear()
@@ -214,12 +245,17 @@ def test_the_label_is_there_before_anything_is_asked_of_payroc(world: World, sen
     assert world.attempts(refund_id) == []
 
 
-def test_the_label_of_a_list_names_three_orders_and_of_a_longer_one_its_ends_and_its_length(world: World, send: Operator) -> None:
+def test_the_label_of_a_list_names_three_orders_and_of_a_longer_one_its_ends_and_its_length(
+    world: World, send: Operator
+) -> None:
     rows = [world.approve() for _ in range(4)]
     world.pull()
     refund_ids = [int(world.row(source_ref)["id"]) for source_ref in rows]
     first, second, third, fourth = order_ids(world, *refund_ids)
-    for listed, label in ((refund_ids[:3], f"{first}, {second}, {third}"), (refund_ids, f"{first} to {fourth} (4)")):
+    for listed, label in (
+        (refund_ids[:3], f"{first}, {second}, {third}"),
+        (refund_ids, f"{first} to {fourth} (4)"),
+    ):
         with pytest.raises(RefundsNotPaid):
             send(*listed)
         assert send.label == label
@@ -243,16 +279,24 @@ def test_nothing_that_a_task_says_holds_bank_data(
     # Outside of a task Airflow's loggers print, and the standard library's are kept by pytest.
     said = f"{caplog.text} {''.join(capfd.readouterr())} {caught.value!r} {send.label}"
     assert "Refused by Payroc" in said
-    assert [secret for secret in ("8861000077", "053200983", "Sarah Hopper", "sandbox-key") if secret in said] == []
+    assert [
+        secret for secret in ("8861000077", "053200983", "Sarah Hopper", "sandbox-key") if secret in said
+    ] == []
 
 
-def test_a_broken_setting_fails_the_task_before_any_attempt(world: World, send: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_setting_fails_the_task_before_any_attempt(
+    world: World, send: Operator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     refund_id = world.released()
     for variable, value, exception in (
         ("AIRFLOW_CONN_REFUNDS_LEDGER", None, UrlError),
         ("AIRFLOW_CONN_REFUNDS_LEDGER", '{"conn_type": "mysql", "host": "db"}', UrlError),
         # Nothing listens on port 1.
-        ("AIRFLOW_CONN_REFUNDS_LEDGER", '{"conn_type": "postgres", "host": "127.0.0.1", "port": 1, "schema": "x"}', LedgerUnavailable),
+        (
+            "AIRFLOW_CONN_REFUNDS_LEDGER",
+            '{"conn_type": "postgres", "host": "127.0.0.1", "port": 1, "schema": "x"}',
+            LedgerUnavailable,
+        ),
         ("AIRFLOW_CONN_PAYROC_DEFAULT", None, PayrocConfigurationError),
         ("PAYROC_REFUNDS_ENCRYPTION_KEYS", "no Fernet key", SettingsError),
         ("PAYROC_REFUNDS_RETRIES", "many", SettingsError),
@@ -277,7 +321,9 @@ def test_a_ledger_of_another_revision_is_refused_before_any_attempt(world: World
     assert world.attempts(refund_id) == []
 
 
-def test_another_ledger_connection_can_be_named(world: World, ledger_url: URL, send: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_ledger_connection_can_be_named(
+    world: World, ledger_url: URL, send: Operator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     refund_id = world.released()
     monkeypatch.delenv("AIRFLOW_CONN_REFUNDS_LEDGER")
     monkeypatch.setenv("AIRFLOW_CONN_ANOTHER_LEDGER", airflow_connection(ledger_url))
@@ -285,9 +331,12 @@ def test_another_ledger_connection_can_be_named(world: World, ledger_url: URL, s
     monkeypatch.delenv("AIRFLOW_CONN_PAYROC_DEFAULT")
     ti = SimpleNamespace(dag_id="mine", run_id="run-1", map_index=-1, try_number=1)
     context: Any = {"ti": ti, "run_id": "run-1"}
-    PayrocRefundOperator(task_id="send", refund_ids=[refund_id], payroc_conn_id="another_payroc", ledger_conn_id="another_ledger").execute(
-        context
-    )
+    PayrocRefundOperator(
+        task_id="send",
+        refund_ids=[refund_id],
+        payroc_conn_id="another_payroc",
+        ledger_conn_id="another_ledger",
+    ).execute(context)
     assert world.paid(refund_id) == 1
 
 

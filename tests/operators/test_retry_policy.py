@@ -38,7 +38,17 @@ def test_the_wait_of_a_refund_in_doubt_does_not_grow_with_its_tries() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [PayrocConfigurationError, LedgerError, NoSuchRefund, UrlError, ParamsError, PreflightRefused, SettingsError, SourceError]
+    "kind",
+    [
+        PayrocConfigurationError,
+        LedgerError,
+        NoSuchRefund,
+        UrlError,
+        ParamsError,
+        PreflightRefused,
+        SettingsError,
+        SourceError,
+    ],
 )
 def test_what_only_people_can_mend_fails_at_once(kind: type[Exception]) -> None:
     assert decided(kind("mend me")).action is RetryAction.FAIL
@@ -62,7 +72,9 @@ def test_what_may_mend_itself_follows_the_tasks_own_delay(error: Exception) -> N
 
 
 @pytest.mark.parametrize("kind", [RefundsNotPaid, RefundsStopped])
-def test_what_a_retry_can_not_change_is_an_exception_about_which_airflow_asks_no_policy(kind: type[Exception]) -> None:
+def test_what_a_retry_can_not_change_is_an_exception_about_which_airflow_asks_no_policy(
+    kind: type[Exception],
+) -> None:
     assert issubclass(kind, AirflowFailException)
     assert not issubclass(RefundsInDoubt, AirflowFailException)
 
@@ -71,5 +83,9 @@ def test_the_policy_survives_serialization() -> None:
     data = json.loads(json.dumps(PayrocRetryPolicy().serialize()))
     copy = PayrocRetryPolicy.deserialize(data)
     assert isinstance(copy, PayrocRetryPolicy)
-    for error in (RefundsInDoubt("Order 1", 90.0), LedgerError("not migrated"), LedgerUnavailable("no answer")):
+    for error in (
+        RefundsInDoubt("Order 1", 90.0),
+        LedgerError("not migrated"),
+        LedgerUnavailable("no answer"),
+    ):
         assert copy.evaluate(error, 1, 5) == decided(error)

@@ -16,7 +16,9 @@ from include.payroc.models import RefundRequest
 
 OPENAPI = Path(__file__).parents[3] / "shared" / "payroc" / "openapi-bank-transfer-refunds.json"
 
-pytestmark = pytest.mark.skipif(not OPENAPI.is_file(), reason="Payroc's OpenAPI file is not beside this checkout")
+pytestmark = pytest.mark.skipif(
+    not OPENAPI.is_file(), reason="Payroc's OpenAPI file is not beside this checkout"
+)
 
 
 def operation(path: str, method: str) -> dict[str, Any]:
@@ -25,7 +27,9 @@ def operation(path: str, method: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def create_schema() -> jsonschema.Draft202012Validator:
-    schema = operation("/bank-transfer-refunds", "post")["requestBody"]["content"]["application/json"]["schema"]
+    schema = operation("/bank-transfer-refunds", "post")["requestBody"]["content"]["application/json"][
+        "schema"
+    ]
     return jsonschema.Draft202012Validator(schema)
 
 
@@ -48,7 +52,10 @@ ach = st.fixed_dictionaries(
 )
 secure_token = st.fixed_dictionaries(
     {"type": st.just("secureToken"), "token": text(12, 19)},
-    optional={"accountType": st.sampled_from(["checking", "savings"]), "secCode": st.sampled_from(["web", "tel", "ccd", "ppd"])},
+    optional={
+        "accountType": st.sampled_from(["checking", "savings"]),
+        "secCode": st.sampled_from(["web", "tel", "ccd", "ppd"]),
+    },
 )
 bodies = st.fixed_dictionaries(
     {
@@ -68,16 +75,22 @@ bodies = st.fixed_dictionaries(
             {},
             optional={
                 "notificationLanguage": st.sampled_from(["en", "fr"]),
-                "contactMethods": st.lists(contacts, max_size=3, unique_by=lambda item: (item["type"], item["value"])),
+                "contactMethods": st.lists(
+                    contacts, max_size=3, unique_by=lambda item: (item["type"], item["value"])
+                ),
             },
         ),
-        "customFields": st.lists(st.fixed_dictionaries({"name": text(1, 56), "value": text(1, 100)}), max_size=3),
+        "customFields": st.lists(
+            st.fixed_dictionaries({"name": text(1, 56), "value": text(1, 100)}), max_size=3
+        ),
     },
 )
 
 
 @given(body=bodies)
-def test_every_request_that_we_can_make_is_valid_for_payroc_and_says_what_it_was_given(create_schema, body) -> None:
+def test_every_request_that_we_can_make_is_valid_for_payroc_and_says_what_it_was_given(
+    create_schema, body
+) -> None:
     sent = json.loads(RefundRequest.model_validate(body, context={"aba_checksum": False}).to_body())
     create_schema.validate(sent)
     assert sent == body
@@ -88,11 +101,23 @@ def test_the_schema_of_the_test_refuses_what_it_should(create_schema) -> None:
 
 
 def test_our_currencies_are_payrocs() -> None:
-    schema = operation("/bank-transfer-refunds", "post")["requestBody"]["content"]["application/json"]["schema"]
+    schema = operation("/bank-transfer-refunds", "post")["requestBody"]["content"]["application/json"][
+        "schema"
+    ]
     assert set(schema["properties"]["order"]["allOf"][0]["properties"]["currency"]["enum"]) == CURRENCIES
 
 
 def test_every_filter_of_our_lists_is_payrocs() -> None:
-    ours = {"processingTerminalId", "orderId", "type", "status", "dateFrom", "dateTo", "last4", "settlementState", "limit"}
+    ours = {
+        "processingTerminalId",
+        "orderId",
+        "type",
+        "status",
+        "dateFrom",
+        "dateTo",
+        "last4",
+        "settlementState",
+        "limit",
+    }
     parameters = operation("/bank-transfer-refunds", "get")["parameters"]
     assert ours <= {parameter["name"] for parameter in parameters if parameter["in"] == "query"}

@@ -16,17 +16,33 @@ from pydantic import ValidationError
 
 from include.payroc import problems
 from include.payroc.currencies import CURRENCIES
-from include.payroc.models import MAX_AMOUNT, AccessToken, AchMethod, Problem, Refund, RefundPage, RefundRequest, explain
+from include.payroc.models import (
+    MAX_AMOUNT,
+    AccessToken,
+    AchMethod,
+    Problem,
+    Refund,
+    RefundPage,
+    RefundRequest,
+    explain,
+)
 from include.payroc.routing import aba_checksum_valid
 
 EXAMPLES = Path(__file__).parents[3] / "shared" / "payroc" / "examples"
-needs_examples = pytest.mark.skipif(not EXAMPLES.is_dir(), reason="Payroc's example bodies are not beside this checkout")
+needs_examples = pytest.mark.skipif(
+    not EXAMPLES.is_dir(), reason="Payroc's example bodies are not beside this checkout"
+)
 
 NO_CHECKSUM = {"aba_checksum": False}
 
 ACH: dict[str, Any] = {
     "processingTerminalId": "1234001",
-    "order": {"orderId": "OrderRef6543", "description": "Refund for order OrderRef6543", "amount": 4999, "currency": "USD"},
+    "order": {
+        "orderId": "OrderRef6543",
+        "description": "Refund for order OrderRef6543",
+        "amount": 4999,
+        "currency": "USD",
+    },
     "refundMethod": {
         "type": "ach",
         "secCode": "ppd",
@@ -35,16 +51,32 @@ ACH: dict[str, Any] = {
         "accountNumber": "9876543210",
         "routingNumber": "053200983",
     },
-    "customer": {"notificationLanguage": "en", "contactMethods": [{"type": "email", "value": "canary@example.com"}]},
+    "customer": {
+        "notificationLanguage": "en",
+        "contactMethods": [{"type": "email", "value": "canary@example.com"}],
+    },
     "customFields": [{"name": "refundKey", "value": "8e03978e-40d5-43e8-bc93-6894a57f9324"}],
 }
-TOKEN = ACH | {"refundMethod": {"type": "secureToken", "token": "296753123456", "accountType": "checking", "secCode": "ppd"}}
+TOKEN = ACH | {
+    "refundMethod": {
+        "type": "secureToken",
+        "token": "296753123456",
+        "accountType": "checking",
+        "secCode": "ppd",
+    }
+}
 SECRETS = ("Canary Payee", "9876543210", "053200983", "canary@example.com", "296753123456")
 
 REFUND: dict[str, Any] = {
     "refundId": "CD3HN88U9F",
     "processingTerminalId": "1234001",
-    "order": {"orderId": "OrderRef6543", "dateTime": "2024-07-02T15:30:00Z", "description": "", "amount": 4999, "currency": "USD"},
+    "order": {
+        "orderId": "OrderRef6543",
+        "dateTime": "2024-07-02T15:30:00Z",
+        "description": "",
+        "amount": 4999,
+        "currency": "USD",
+    },
     "bankAccount": {
         "type": "ach",
         "secCode": "web",
@@ -59,7 +91,10 @@ REFUND: dict[str, Any] = {
         "currency": "USD",
         "responseCode": "A",
     },
-    "customFields": [{"name": "other", "value": "x"}, {"name": "refundKey", "value": "8e03978e-40d5-43e8-bc93-6894a57f9324"}],
+    "customFields": [
+        {"name": "other", "value": "x"},
+        {"name": "refundKey", "value": "8e03978e-40d5-43e8-bc93-6894a57f9324"},
+    ],
 }
 
 
@@ -122,7 +157,14 @@ def test_every_amount_of_an_int64_above_zero_is_sent_as_it_is(amount: int) -> No
     assert json.loads(request(changed(ACH, "order.amount", amount)).to_body())["order"]["amount"] == amount
 
 
-@given(st.integers(max_value=0) | st.integers(MAX_AMOUNT + 1) | st.floats() | st.booleans() | st.text() | st.decimals())
+@given(
+    st.integers(max_value=0)
+    | st.integers(MAX_AMOUNT + 1)
+    | st.floats()
+    | st.booleans()
+    | st.text()
+    | st.decimals()
+)
 def test_no_other_amount_is_accepted(amount: object) -> None:
     assert set(refused(changed(ACH, "order.amount", amount))) == {"order.amount"}
 
@@ -149,7 +191,9 @@ def test_text_is_accepted_exactly_within_its_length(path, least, most, data) -> 
 
 
 @given(st.data())
-@pytest.mark.parametrize(("path", "least", "most"), [("refundMethod.accountNumber", 4, 17), ("refundMethod.routingNumber", 9, 9)])
+@pytest.mark.parametrize(
+    ("path", "least", "most"), [("refundMethod.accountNumber", 4, 17), ("refundMethod.routingNumber", 9, 9)]
+)
 def test_a_number_of_an_account_is_accepted_exactly_within_its_digits(path, least, most, data) -> None:
     text = data.draw(st.text("0123456789", max_size=most + 5))
     body = changed(ACH, path, text)
@@ -161,7 +205,9 @@ def test_a_number_of_an_account_is_accepted_exactly_within_its_digits(path, leas
 
 @pytest.mark.parametrize("text", ["12 34", "1234a", "-1234", "12.34", "١٢٣٤", "1234\n", "", " 1234", "1234²"])
 def test_only_the_digits_0_to_9_make_a_number(text) -> None:
-    assert refused(changed(ACH, "refundMethod.accountNumber", text)) == {"refund_method.account_number": "must be 4 to 17 digits"}
+    assert refused(changed(ACH, "refundMethod.accountNumber", text)) == {
+        "refund_method.account_number": "must be 4 to 17 digits"
+    }
 
 
 @pytest.mark.parametrize(
@@ -220,7 +266,9 @@ def test_a_contact_has_at_most_its_length(kind, most) -> None:
 
 def test_a_contact_may_not_be_repeated() -> None:
     contact = {"type": "phone", "value": "2025550164"}
-    assert list(refused(changed(ACH, "customer.contactMethods", [contact, dict(contact)]))) == ["customer.contact_methods"]
+    assert list(refused(changed(ACH, "customer.contactMethods", [contact, dict(contact)]))) == [
+        "customer.contact_methods"
+    ]
 
 
 @pytest.mark.parametrize(("length", "accepted"), [(11, False), (12, True), (19, True), (20, False)])
@@ -250,7 +298,9 @@ def test_numbers_with_a_fitting_check_digit_are_valid(number) -> None:
     assert aba_checksum_valid(number)
 
 
-@pytest.mark.parametrize("number", ["123456789", "053200984", "", "05320098", "0532009830", "05320098a", "٠٥٣٢٠٠٩٨٣", "05320098²"])
+@pytest.mark.parametrize(
+    "number", ["123456789", "053200984", "", "05320098", "0532009830", "05320098a", "٠٥٣٢٠٠٩٨٣", "05320098²"]
+)
 def test_numbers_without_a_fitting_check_digit_are_not(number) -> None:
     assert not aba_checksum_valid(number)
 
@@ -280,7 +330,11 @@ def refund(path: str | None = None, value: Any = None) -> Refund:
 
 def test_a_refund_tells_its_key_its_last_four_and_its_result() -> None:
     got = refund()
-    assert (got.refund_id, got.last4, got.refund_key) == ("CD3HN88U9F", "7890", "8e03978e-40d5-43e8-bc93-6894a57f9324")
+    assert (got.refund_id, got.last4, got.refund_key) == (
+        "CD3HN88U9F",
+        "7890",
+        "8e03978e-40d5-43e8-bc93-6894a57f9324",
+    )
     assert (got.order.amount, got.transaction_result.authorized_amount) == (4999, -4999)
     assert got.order.date_time is not None
 
@@ -304,7 +358,13 @@ def test_a_refund_tells_its_key_its_last_four_and_its_result() -> None:
         ("bankAccount.type", "new"),
         (
             "bankAccount",
-            {"type": "pad", "nameOnAccount": "A", "accountNumber": "***4567", "transitNumber": "76543", "institutionNumber": "543"},
+            {
+                "type": "pad",
+                "nameOnAccount": "A",
+                "accountNumber": "***4567",
+                "transitNumber": "76543",
+                "institutionNumber": "543",
+            },
         ),
         ("bankAccount.secureToken", {"secureTokenId": "x"}),
         ("bankAccount", ...),
@@ -376,7 +436,9 @@ def test_a_page_needs_to_say_whether_it_is_the_last() -> None:
     assert RefundPage.model_validate_json(json.dumps(page)).data[0].refund_id == "CD3HN88U9F"
     for name in page:
         with pytest.raises(ValidationError):
-            RefundPage.model_validate_json(json.dumps({key: value for key, value in page.items() if key != name}))
+            RefundPage.model_validate_json(
+                json.dumps({key: value for key, value in page.items() if key != name})
+            )
 
 
 @pytest.mark.parametrize(
@@ -396,7 +458,16 @@ def test_a_problem_is_named_by_the_end_of_its_type(kind, fragment) -> None:
 
 
 def test_odd_extras_do_not_hide_a_problem() -> None:
-    odd = {"type": "x#bad-request", "title": 1, "status": "400", "detail": None, "errors": 5, "instance": [], "resource": {}, "link": "x"}
+    odd = {
+        "type": "x#bad-request",
+        "title": 1,
+        "status": "400",
+        "detail": None,
+        "errors": 5,
+        "instance": [],
+        "resource": {},
+        "link": "x",
+    }
     got = Problem.model_validate_json(json.dumps(odd))
     assert (got.fragment, got.errors, got.instance) == ("bad-request", None, None)
     assert not got.complete
@@ -404,7 +475,13 @@ def test_odd_extras_do_not_hide_a_problem() -> None:
 
 @needs_examples
 @pytest.mark.parametrize(
-    "name", ["create-refund-response-201", "retrieve-refund-response-200", "reverse-refund-response-200", "sdk-python-wiremock-create-201"]
+    "name",
+    [
+        "create-refund-response-201",
+        "retrieve-refund-response-200",
+        "reverse-refund-response-200",
+        "sdk-python-wiremock-create-201",
+    ],
 )
 def test_payrocs_example_refunds_are_refunds(name) -> None:
     got = Refund.model_validate_json((EXAMPLES / f"{name}.json").read_bytes())
@@ -414,18 +491,27 @@ def test_payrocs_example_refunds_are_refunds(name) -> None:
 
 
 @needs_examples
-@pytest.mark.parametrize(("name", "count"), [("list-refunds-response-200", 2), ("list-refunds-response-200-empty", 0)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("list-refunds-response-200", 2), ("list-refunds-response-200-empty", 0)]
+)
 def test_payrocs_example_pages_are_pages(name, count) -> None:
     assert len(RefundPage.model_validate_json((EXAMPLES / f"{name}.json").read_bytes()).data) == count
 
 
 @needs_examples
 @pytest.mark.parametrize(
-    "name", ["create-refund-request-ach", "create-refund-request-securetoken", "sdk-dotnet-functional-unreferenced-refund"]
+    "name",
+    [
+        "create-refund-request-ach",
+        "create-refund-request-securetoken",
+        "sdk-dotnet-functional-unreferenced-refund",
+    ],
 )
 def test_payrocs_example_requests_come_out_as_they_went_in(name) -> None:
     body = (EXAMPLES / f"{name}.json").read_bytes()
-    assert json.loads(RefundRequest.model_validate_json(body, context=NO_CHECKSUM).to_body()) == json.loads(body)
+    assert json.loads(RefundRequest.model_validate_json(body, context=NO_CHECKSUM).to_body()) == json.loads(
+        body
+    )
 
 
 @needs_examples
@@ -449,7 +535,10 @@ def test_payrocs_example_errors_are_problems_with_known_types() -> None:
 
 @needs_examples
 def test_payrocs_example_token_is_a_token() -> None:
-    assert AccessToken.model_validate_json((EXAMPLES / "authorize-response-200.json").read_bytes()).expires_in == 3600
+    assert (
+        AccessToken.model_validate_json((EXAMPLES / "authorize-response-200.json").read_bytes()).expires_in
+        == 3600
+    )
 
 
 # --- secrecy --------------------------------------------------------------------------------------------------------------
@@ -459,7 +548,16 @@ def test_payrocs_example_token_is_a_token() -> None:
 def test_a_request_shows_no_bank_data_however_it_is_printed(body, caplog) -> None:
     made = request(body)
     logging.getLogger("test").warning("%s %r", made, made)
-    shown = "".join([str(made), repr(made), f"{made.model_dump()}", made.model_dump_json(), caplog.text, repr(made.refund_method)])
+    shown = "".join(
+        [
+            str(made),
+            repr(made),
+            f"{made.model_dump()}",
+            made.model_dump_json(),
+            caplog.text,
+            repr(made.refund_method),
+        ]
+    )
     for secret in SECRETS:
         assert secret not in shown
 
@@ -507,5 +605,9 @@ def test_a_refused_request_explains_itself_without_values(path, value, caplog) -
 
 
 def test_models_survive_a_pickle() -> None:
-    for model in (request(ACH), refund(), AccessToken.model_validate({"access_token": "a", "expires_in": 60})):
+    for model in (
+        request(ACH),
+        refund(),
+        AccessToken.model_validate({"access_token": "a", "expires_in": 60}),
+    ):
         assert pickle.loads(pickle.dumps(model)) == model

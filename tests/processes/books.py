@@ -24,7 +24,9 @@ def check_books(world: World, line: Line, statuses: Mapping[str, str] | None = N
     for refund in world.sandbox.get("/_sandbox/refunds")["refunds"]:
         payroc[refund["orderId"]].append(refund)
     attempts: Counter[int] = Counter()
-    for row in world.rows("SELECT refund_id, count(*) AS n FROM refund_ledger.refund_attempts GROUP BY refund_id"):
+    for row in world.rows(
+        "SELECT refund_id, count(*) AS n FROM refund_ledger.refund_attempts GROUP BY refund_id"
+    ):
         attempts[row["refund_id"]] = row["n"]
     creates = defaultdict(list)
     for request in world.sandbox.get("/_sandbox/requests?operation=create")["requests"]:
@@ -36,22 +38,39 @@ def check_books(world: World, line: Line, statuses: Mapping[str, str] | None = N
 
     rows = world.rows("SELECT * FROM refund_ledger.refunds ORDER BY id")
     posts = 0
-    assert set(payroc) == set(passed) == {row["order_id"] for row in rows}, "Payroc holds other refunds than the ledger"
+    assert set(payroc) == set(passed) == {row["order_id"] for row in rows}, (
+        "Payroc holds other refunds than the ledger"
+    )
     for row in rows:
         order_id, key = row["order_id"], str(row["idempotency_key"])
         expected = (statuses or {}).get(row["source_ref"], "accepted")
-        assert len(payroc[order_id]) == 1, f"{order_id} is paid {len(payroc[order_id])} times, the ledger says {row['status']}"
+        assert len(payroc[order_id]) == 1, (
+            f"{order_id} is paid {len(payroc[order_id])} times, the ledger says {row['status']}"
+        )
         [held] = payroc[order_id]
-        assert (row["status"], row["payroc_refund_id"]) == (expected, held["refundId"]), f"{order_id}: {row['reason']}"
-        assert (held["amount"], held["currency"], held["idempotencyKey"]) == (row["amount"], row["currency"], key)
-        assert (held["processingTerminalId"], held["last4"]) == (row["processing_terminal_id"], row["payee_last4"])
+        assert (row["status"], row["payroc_refund_id"]) == (expected, held["refundId"]), (
+            f"{order_id}: {row['reason']}"
+        )
+        assert (held["amount"], held["currency"], held["idempotencyKey"]) == (
+            row["amount"],
+            row["currency"],
+            key,
+        )
+        assert (held["processingTerminalId"], held["last4"]) == (
+            row["processing_terminal_id"],
+            row["payee_last4"],
+        )
         assert {request["idempotencyKey"] for request in creates[order_id]} == {key}
         # One key and the same bytes in every POST, and no more POSTs than attempts that the ledger knew of before.
         assert len(passed[order_id]) == 1, f"{order_id} was sent with different bytes or keys"
         assert len(creates[order_id]) <= attempts[row["id"]], f"{order_id}: more POSTs than attempts"
         posts += len(creates[order_id])
         told = source.pop(row["source_ref"])
-        assert (told["status"], told["payroc_refund_id"], told["amount"]) == (expected, held["refundId"], held["amount"])
+        assert (told["status"], told["payroc_refund_id"], told["amount"]) == (
+            expected,
+            held["refundId"],
+            held["amount"],
+        )
     assert not source, "approved refunds that the ledger does not have"
     assert not line.overlapping, "two POSTs at the same time under one key"
     return posts
@@ -83,16 +102,29 @@ def attempts_of(world: World, refund_id: int) -> list[Attempt]:
         SELECT run_id, map_index, try_number, outcome, started_at,
                lead(started_at) OVER (ORDER BY attempt) AS next_at
         FROM refund_ledger.refund_attempts WHERE refund_id = :id ORDER BY attempt"""
-    requests = world.sandbox.get(f"/_sandbox/requests?operation=create&orderId={world.row(refund_id)['order_id']}")["requests"]
+    requests = world.sandbox.get(
+        f"/_sandbox/requests?operation=create&orderId={world.row(refund_id)['order_id']}"
+    )["requests"]
     # Payroc's record cuts off below the millisecond.
-    accepted_at = [datetime.fromisoformat(item["at"]) + timedelta(milliseconds=1) for item in requests if item["refundId"]]
+    accepted_at = [
+        datetime.fromisoformat(item["at"]) + timedelta(milliseconds=1)
+        for item in requests
+        if item["refundId"]
+    ]
     found = []
     for row in world.rows(query, id=refund_id):
-        accepted = any(row["started_at"] <= at and (row["next_at"] is None or at < row["next_at"]) for at in accepted_at)
-        found.append(Attempt(row["run_id"], row["map_index"], row["try_number"], row["outcome"] is not None, accepted))
+        accepted = any(
+            row["started_at"] <= at and (row["next_at"] is None or at < row["next_at"]) for at in accepted_at
+        )
+        found.append(
+            Attempt(row["run_id"], row["map_index"], row["try_number"], row["outcome"] is not None, accepted)
+        )
     return found
 
 
 def _source(world: World) -> dict[str, dict[str, Any]]:
     with world.source_engine.connect() as connection:
-        return {row["source_ref"]: dict(row) for row in connection.exec_driver_sql("SELECT * FROM refund_requests").mappings()}
+        return {
+            row["source_ref"]: dict(row)
+            for row in connection.exec_driver_sql("SELECT * FROM refund_requests").mappings()
+        }

@@ -143,7 +143,9 @@ def bring_to_an_end(world: World, scheduler: Scheduler) -> None:
             break
         scheduler.run(one_task_each(run_id, refund_ids))
         paid = world.sandbox.get("/_sandbox/refunds")["refundsPerOrder"]
-        assert set(paid.values()) <= {1}, f"paid more than once: {[order_id for order_id, times in paid.items() if times > 1]}"
+        assert set(paid.values()) <= {1}, (
+            f"paid more than once: {[order_id for order_id, times in paid.items() if times > 1]}"
+        )
     assert not open_run(world, "nothing-left"), "runs follow each other and do not end"
     world.follow_up()
     world.write_back()

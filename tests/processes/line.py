@@ -71,7 +71,9 @@ class Line:
         server.handle_error = lambda *args: None  # type: ignore[method-assign]
         if self.tls is not None:
             # The handshake is for the handler's thread: here it would let all others wait.
-            server.socket = self.tls.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+            server.socket = self.tls.wrap_socket(
+                server.socket, server_side=True, do_handshake_on_connect=False
+            )
         self.port = server.server_port
         self._server = server
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -113,7 +115,9 @@ class Handler(BaseHTTPRequestHandler):
             # The worker died while it sent: no server takes half a request for one.
             self.close_connection = True
             return
-        with self.line.passing(self.command, urlsplit(self.path).path, self.headers.get("Idempotency-Key", ""), body):
+        with self.line.passing(
+            self.command, urlsplit(self.path).path, self.headers.get("Idempotency-Key", ""), body
+        ):
             fault = self.line.fault
             if fault is not None:
                 self.close_connection = True
@@ -131,7 +135,9 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def _answer_of_payroc(self, body: bytes) -> bytes | None:
-        payroc = http.client.HTTPConnection(self.line.target.hostname or "", self.line.target.port, timeout=30)
+        payroc = http.client.HTTPConnection(
+            self.line.target.hostname or "", self.line.target.port, timeout=30
+        )
         # Host stays ours: Payroc makes its links from it.
         payroc.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
         for name, value in self.headers.items():
@@ -144,8 +150,15 @@ class Handler(BaseHTTPRequestHandler):
             return None
         finally:
             payroc.close()
-        kept = [(name, value) for name, value in response.getheaders() if name.lower() not in ("content-length", "connection", "date")]
-        head = [f"HTTP/1.1 {response.status} {response.reason}", *(f"{name}: {value}" for name, value in kept)]
+        kept = [
+            (name, value)
+            for name, value in response.getheaders()
+            if name.lower() not in ("content-length", "connection", "date")
+        ]
+        head = [
+            f"HTTP/1.1 {response.status} {response.reason}",
+            *(f"{name}: {value}" for name, value in kept),
+        ]
         return "\r\n".join([*head, f"Content-Length: {len(content)}", "", ""]).encode() + content
 
 

@@ -98,7 +98,9 @@ class Scheduler:
                         on_death(item.this)
                     if ending.retried and item.this.number <= retries:
                         due = time.monotonic() + (self.retry_delay if ending.delay is None else ending.delay)
-                        heapq.heappush(waiting, (due, next(order), replace(item.this, number=item.this.number + 1)))
+                        heapq.heappush(
+                            waiting, (due, next(order), replace(item.this, number=item.this.number + 1))
+                        )
         finally:
             for item in running:
                 item.process.kill()
@@ -112,7 +114,9 @@ class Scheduler:
         # Otherwise a worker that died would leave us waiting for its answer.
         to_us.close()
         seconds = kill_after(this)
-        return _Running(this, process, answer, float("inf") if seconds is None else time.monotonic() + seconds)
+        return _Running(
+            this, process, answer, float("inf") if seconds is None else time.monotonic() + seconds
+        )
 
     def _ending(self, item: _Running) -> Ending:
         item.process.join()
@@ -122,4 +126,6 @@ class Scheduler:
                 return ending
         if item.process.exitcode == -9:
             return KILLED
-        raise AssertionError(f"worker of {item.this} ended with {item.process.exitcode}: {self.log.read_text()[-5000:]}")
+        raise AssertionError(
+            f"worker of {item.this} ended with {item.process.exitcode}: {self.log.read_text()[-5000:]}"
+        )

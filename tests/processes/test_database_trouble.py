@@ -72,7 +72,13 @@ def kill(server: PostgresServer) -> None:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("each", [1, 10])
 def test_no_refund_is_paid_twice_or_lost_when_the_database_goes_away_while_workers_send(
-    world: World, line: Line, server: PostgresServer, scheduler: Scheduler, figures: Callable[..., None], each: int, long: bool
+    world: World,
+    line: Line,
+    server: PostgresServer,
+    scheduler: Scheduler,
+    figures: Callable[..., None],
+    each: int,
+    long: bool,
 ) -> None:
     refunds, troubles = (300, 60) if long else (40, 8)
     if each > 1 and not long:
@@ -85,7 +91,8 @@ def test_no_refund_is_paid_twice_or_lost_when_the_database_goes_away_while_worke
         world.approve(amount=chance.randint(1, 1_000_000))
     refund_ids = open_run(world, "run-1")
     world.sandbox.post(
-        "/_sandbox/faults", {"operation": "create", "kind": "slow", "when": "after", "seconds": LATE_SECONDS, "times": 10_000}
+        "/_sandbox/faults",
+        {"operation": "create", "kind": "slow", "when": "after", "seconds": LATE_SECONDS, "times": 10_000},
     )
 
     # In turn, so that each kind comes as often.
@@ -109,7 +116,9 @@ def test_no_refund_is_paid_twice_or_lost_when_the_database_goes_away_while_worke
 
     ended = scheduler.run(in_lists("run-1", refund_ids, each), meanwhile=trouble)
     outcomes = Counter(ending.outcome for _, ending in ended)
-    assert set(outcomes) <= {"success", "RefundsInDoubt", "LedgerUnavailable"}, [ending for _, ending in ended]
+    assert set(outcomes) <= {"success", "RefundsInDoubt", "LedgerUnavailable"}, [
+        ending for _, ending in ended
+    ]
     assert all(ending.retried for _, ending in ended if ending.outcome == "LedgerUnavailable")
     assert outcomes["LedgerUnavailable"] >= troubles
     # The world's own connections have ended with the server as well.
@@ -117,8 +126,12 @@ def test_no_refund_is_paid_twice_or_lost_when_the_database_goes_away_while_worke
     world.source_engine.dispose()
     bring_to_an_end(world, scheduler)
     posts = check_books(world, line)
-    unrecorded = [item for refund_id in refund_ids for item in attempts_of(world, refund_id) if not item.recorded]
-    assert any(attempt.accepted for attempt in unrecorded), "the database never went away between a POST and its record"
+    unrecorded = [
+        item for refund_id in refund_ids for item in attempts_of(world, refund_id) if not item.recorded
+    ]
+    assert any(attempt.accepted for attempt in unrecorded), (
+        "the database never went away between a POST and its record"
+    )
     figures(
         f"Database trouble while workers send, {each} to a task",
         **done,

@@ -21,7 +21,12 @@ _ANSWER_SECONDS = 0.05
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("scope", ["*", "7701001"])
 def test_a_pause_stops_every_worker_in_the_middle_of_its_list_before_its_next_post(
-    world: World, line: Line, scheduler: Scheduler, figures: Callable[..., None], scope: str, monkeypatch: pytest.MonkeyPatch
+    world: World,
+    line: Line,
+    scheduler: Scheduler,
+    figures: Callable[..., None],
+    scope: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("PAYROC_REFUNDS_REQUESTS_IN_FLIGHT", str(_IN_FLIGHT))
     for number in range(_REFUNDS):
@@ -41,11 +46,15 @@ def test_a_pause_stops_every_worker_in_the_middle_of_its_list_before_its_next_po
 
     line.fault = slowly
     each = _REFUNDS // _WORKERS
-    tries = [Try("run-1", index, tuple(refund_ids[index * each : (index + 1) * each])) for index in range(_WORKERS)]
+    tries = [
+        Try("run-1", index, tuple(refund_ids[index * each : (index + 1) * each])) for index in range(_WORKERS)
+    ]
     ended = scheduler.run(tries, meanwhile=pause_in_the_middle)
 
     paused_orders = {
-        row["order_id"] for row in world.rows("SELECT * FROM refund_ledger.refunds") if scope in ("*", row["processing_terminal_id"])
+        row["order_id"]
+        for row in world.rows("SELECT * FROM refund_ledger.refunds")
+        if scope in ("*", row["processing_terminal_id"])
     }
     late = [post for post in line.posts if post.at > paused_at[0] and post.order_id in paused_orders]
     claimed = """

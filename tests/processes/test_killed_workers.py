@@ -60,8 +60,16 @@ def test_no_refund_is_paid_twice_or_lost_when_workers_are_killed_at_random_momen
             if ending == "9001":
                 statuses[source_ref] = "rejected"
         refund_ids = open_run(world, f"run-{runs}")
-        for row in world.rows("SELECT order_id FROM refund_ledger.refunds WHERE payee_last4 = '4321' AND status = 'released'"):
-            late = {"operation": "create", "kind": "slow", "when": "after", "seconds": LATE_SECONDS, "times": 100}
+        for row in world.rows(
+            "SELECT order_id FROM refund_ledger.refunds WHERE payee_last4 = '4321' AND status = 'released'"
+        ):
+            late = {
+                "operation": "create",
+                "kind": "slow",
+                "when": "after",
+                "seconds": LATE_SECONDS,
+                "times": 100,
+            }
             world.sandbox.post("/_sandbox/faults", {**late, "orderId": row["order_id"]})
         scheduler.run(in_lists(f"run-{runs}", refund_ids, *LISTS), kill_after=moment_of_death, on_death=note)
     bring_to_an_end(world, scheduler)

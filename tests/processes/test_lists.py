@@ -100,8 +100,13 @@ def held_list(world: World, line: Line, stops: list[Stop]) -> tuple[tuple[int, .
             days = 2 if stop is Stop.LOOK_UP else 0
             wanted[world.approve(approved_at=datetime.now(UTC) - timedelta(days=days, hours=2))] = stop
     refund_ids = open_run(world, "run-1")
-    orders = {row["source_ref"]: row["order_id"] for row in world.rows("SELECT source_ref, order_id FROM refund_ledger.refunds")}
-    return tuple(refund_ids), Held(world, line, {orders[source_ref]: stop for source_ref, stop in wanted.items()})
+    orders = {
+        row["source_ref"]: row["order_id"]
+        for row in world.rows("SELECT source_ref, order_id FROM refund_ledger.refunds")
+    }
+    return tuple(refund_ids), Held(
+        world, line, {orders[source_ref]: stop for source_ref, stop in wanted.items()}
+    )
 
 
 @contextmanager
@@ -133,10 +138,16 @@ def test_a_worker_that_is_killed_in_the_middle_of_its_list_pays_none_of_it_twice
 
     def kill(this: Try) -> int | None:
         # The answers of the others have come while the first record waits.
-        return signal.SIGKILL if locked_at and time.monotonic() > locked_at[0] + 0.5 and a_record_waits(world) else None
+        return (
+            signal.SIGKILL
+            if locked_at and time.monotonic() > locked_at[0] + 0.5 and a_record_waits(world)
+            else None
+        )
 
     with lock:
-        [(_, ending)] = scheduler.run([Try("run-1", 0, refund_ids)], retries=0, meanwhile=bring_all_to_their_stops, signal_now=kill)
+        [(_, ending)] = scheduler.run(
+            [Try("run-1", 0, refund_ids)], retries=0, meanwhile=bring_all_to_their_stops, signal_now=kill
+        )
     assert ending.outcome == "killed", ending
     assert {row["status"] for row in world.rows("SELECT status FROM refund_ledger.refunds")} == {"sending"}
     left = [item for refund_id in refund_ids for item in attempts_of(world, refund_id)]
@@ -182,7 +193,12 @@ def test_a_worker_that_stands_still_in_the_middle_of_its_list_and_wakes_up_late_
             return signal.SIGCONT
         return None
 
-    [(_, ending)] = scheduler.run([Try("run-1", 0, refund_ids)], retries=0, meanwhile=send_beside_the_frozen_one, signal_now=stop_and_go_on)
+    [(_, ending)] = scheduler.run(
+        [Try("run-1", 0, refund_ids)],
+        retries=0,
+        meanwhile=send_beside_the_frozen_one,
+        signal_now=stop_and_go_on,
+    )
     assert done == ["stopped", "sent by another", "woken up"], ending
     # What was on the way for so long came with a token that had ended. So two of one key never met at Payroc, though they did on the line.
     creates = world.sandbox.get("/_sandbox/requests?operation=create")["requests"]

@@ -22,7 +22,12 @@ ENDINGS = ["4321"] * 17 + ["9005", "9009", "9020"]
 
 @pytest.mark.timeout(1200)
 def test_two_runs_whose_workers_all_send_the_same_refunds_pay_each_once(
-    world: World, line: Line, scheduler: Scheduler, figures: Callable[..., None], long: bool, monkeypatch: pytest.MonkeyPatch
+    world: World,
+    line: Line,
+    scheduler: Scheduler,
+    figures: Callable[..., None],
+    long: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # One turn for each process. With more the first one would have claimed everything before the last one has started.
     monkeypatch.setenv("PAYROC_REFUNDS_REQUESTS_IN_FLIGHT", "1")
@@ -34,7 +39,11 @@ def test_two_runs_whose_workers_all_send_the_same_refunds_pay_each_once(
     assert len(refund_ids) == refunds
 
     # Every worker gets all refunds, in an order of its own.
-    tries = [Try(run_id, index, tuple(chance.sample(refund_ids, refunds))) for run_id in ("run-1", "run-2") for index in range(workers)]
+    tries = [
+        Try(run_id, index, tuple(chance.sample(refund_ids, refunds)))
+        for run_id in ("run-1", "run-2")
+        for index in range(workers)
+    ]
     began = time.monotonic()
     scheduler.slots = len(tries)
     ended = scheduler.run(tries)
@@ -49,7 +58,9 @@ def test_two_runs_whose_workers_all_send_the_same_refunds_pay_each_once(
             FROM refund_ledger.refund_attempts) AS attempts
         WHERE attempt > 1 AND (last_finished_at IS NULL OR last_finished_at > started_at)""")
     assert not overlapping
-    both = world.rows("SELECT run_id, count(*) AS n FROM refund_ledger.refund_attempts GROUP BY run_id ORDER BY run_id")
+    both = world.rows(
+        "SELECT run_id, count(*) AS n FROM refund_ledger.refund_attempts GROUP BY run_id ORDER BY run_id"
+    )
     assert [row["run_id"] for row in both] == ["run-1", "run-2"]
 
     bring_to_an_end(world, scheduler)

@@ -47,13 +47,19 @@ def certificate(folder: Path) -> Path:
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
     now = dt.datetime.now(dt.UTC)
     made = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now + dt.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        x509.CertificateBuilder(
+            name, name, key.public_key(), x509.random_serial_number(), now, now + dt.timedelta(days=1)
+        )
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False
+        )
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .sign(key, hashes.SHA256())
     )
     pem = folder / "certificate.pem"
-    private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
     pem.write_bytes(made.public_bytes(serialization.Encoding.PEM) + private)
     return pem
 
@@ -112,7 +118,9 @@ def redirect_to_another_host(line: Line, _: Path) -> Iterator[None]:
 
         def redirect(handler: Handler, _: Answer) -> None:
             location = f"http://localhost:{other.port}{handler.path}"
-            handler.wfile.write(f"HTTP/1.1 307 Temporary Redirect\r\nLocation: {location}\r\nContent-Length: 0\r\n\r\n".encode())
+            handler.wfile.write(
+                f"HTTP/1.1 307 Temporary Redirect\r\nLocation: {location}\r\nContent-Length: 0\r\n\r\n".encode()
+            )
 
         line.fault = redirect
         yield
@@ -144,12 +152,17 @@ def silence(handler: Handler, answer: Answer) -> None:
 def html(handler: Handler, answer: Answer) -> None:
     answer()
     page = b"<!doctype html><title>Welcome</title>"
-    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: %d\r\n\r\n" % len(page) + page)
+    handler.wfile.write(
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: %d\r\n\r\n" % len(page) + page
+    )
 
 
 def body_of_100_mb(handler: Handler, answer: Answer) -> None:
     answer()
-    handler.wfile.write(b"HTTP/1.1 201 Created\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % (100 * MEGABYTE))
+    handler.wfile.write(
+        b"HTTP/1.1 201 Created\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+        % (100 * MEGABYTE)
+    )
     for _ in range(100):
         handler.wfile.write(b" " * MEGABYTE)
 
@@ -170,7 +183,9 @@ def spoilt_by(fault: Fault) -> Wrong:
         pytest.param(refused, False, "RefundsInDoubt", id="connection refused"),
         pytest.param(untrusted_certificate, False, "RefundsInDoubt", id="untrusted certificate"),
         pytest.param(redirect_to_another_host, False, "RefundsStopped", id="redirect to another host"),
-        pytest.param(spoilt_by(reset_in_the_middle), True, "RefundsInDoubt", id="reset in the middle of the answer"),
+        pytest.param(
+            spoilt_by(reset_in_the_middle), True, "RefundsInDoubt", id="reset in the middle of the answer"
+        ),
         pytest.param(spoilt_by(one_byte_at_a_time), True, "RefundsInDoubt", id="one byte at a time"),
         pytest.param(spoilt_by(silence), True, "RefundsInDoubt", id="no byte at all"),
         pytest.param(spoilt_by(html), True, "RefundsInDoubt", id="HTML instead of JSON"),
@@ -228,7 +243,16 @@ def test_what_goes_wrong_on_the_wire_for_some_refunds_of_a_list_keeps_no_other_f
     world: World, line: Line, scheduler: Scheduler, figures: Callable[..., None]
 ) -> None:
     began = time.monotonic()
-    faults: list[Fault | None] = [reset_in_the_middle, one_byte_at_a_time, silence, html, None, None, None, None]
+    faults: list[Fault | None] = [
+        reset_in_the_middle,
+        one_byte_at_a_time,
+        silence,
+        html,
+        None,
+        None,
+        None,
+        None,
+    ]
     for _ in faults * 3:
         world.approve()
     refund_ids = open_run(world, "run-1")

@@ -65,11 +65,15 @@ def work(environment: dict[str, str], this: Try, answer: Connection, log: Path) 
         for stream in (1, 2):
             os.dup2(output.fileno(), stream)
     outcome, message, retried, delay = _send(this)
-    answer.send(Ending(outcome, message, retried, delay, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+    answer.send(
+        Ending(outcome, message, retried, delay, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    )
 
 
 def _send(this: Try) -> tuple[str, str, bool, float | None]:
-    ti = SimpleNamespace(dag_id="payroc_refunds", run_id=this.run_id, map_index=this.map_index, try_number=this.number)
+    ti = SimpleNamespace(
+        dag_id="payroc_refunds", run_id=this.run_id, map_index=this.map_index, try_number=this.number
+    )
     context: Any = {"ti": ti, "run_id": this.run_id}
     operator = PayrocRefundOperator(task_id="send_refund", refund_ids=list(this.refund_ids))
     try:
@@ -81,5 +85,10 @@ def _send(this: Try) -> tuple[str, str, bool, float | None]:
         policy: Any = operator.retry_policy
         decision = policy.evaluate(error, this.number, 5, context)
         delay: timedelta | None = decision.retry_delay
-        return type(error).__name__, str(error), decision.action is not RetryAction.FAIL, delay.total_seconds() if delay else None
+        return (
+            type(error).__name__,
+            str(error),
+            decision.action is not RetryAction.FAIL,
+            delay.total_seconds() if delay else None,
+        )
     return "success", "", False, None

@@ -91,12 +91,16 @@ class World:
         row |= columns
         values = ", ".join(f":{name}" for name in COLUMNS)
         with self.source_engine.begin() as connection:
-            connection.execute(text(f"INSERT INTO refund_requests ({', '.join(COLUMNS)}) VALUES ({values})"), row)
+            connection.execute(
+                text(f"INSERT INTO refund_requests ({', '.join(COLUMNS)}) VALUES ({values})"), row
+            )
         return str(row["source_ref"])
 
     def change_source(self, source_ref: str, assignment: str) -> None:
         with self.source_engine.begin() as connection:
-            connection.execute(text(f"UPDATE refund_requests SET {assignment} WHERE source_ref = :ref"), {"ref": source_ref})
+            connection.execute(
+                text(f"UPDATE refund_requests SET {assignment} WHERE source_ref = :ref"), {"ref": source_ref}
+            )
 
     def limit(self, **limits: int | None) -> None:
         """Set limits, in the order given."""
@@ -178,7 +182,10 @@ class World:
             return dict(connection.execute(query, {"ref": source_ref}).mappings().one())
 
     def attempts(self, refund_id: int) -> list[str | None]:
-        rows = self.rows("SELECT outcome FROM refund_ledger.refund_attempts WHERE refund_id = :id ORDER BY attempt", id=refund_id)
+        rows = self.rows(
+            "SELECT outcome FROM refund_ledger.refund_attempts WHERE refund_id = :id ORDER BY attempt",
+            id=refund_id,
+        )
         return [row["outcome"] for row in rows]
 
     def paused(self) -> dict[str, str]:
@@ -186,7 +193,10 @@ class World:
 
     def lose_the_ledger(self) -> None:
         """The ledger's refunds are gone, as after its loss."""
-        tables = ", ".join(f"refund_ledger.{name}" for name in ("refunds", "refund_attempts", "refund_events", "refund_event_chain"))
+        tables = ", ".join(
+            f"refund_ledger.{name}"
+            for name in ("refunds", "refund_attempts", "refund_events", "refund_event_chain")
+        )
         with self.ledger_engine.begin() as connection:
             connection.exec_driver_sql("SET session_replication_role = replica")
             connection.exec_driver_sql(f"TRUNCATE {tables} RESTART IDENTITY")
@@ -203,8 +213,15 @@ class World:
 
 
 @pytest.fixture
-def world(ledger_url: URL, source_url: URL, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    connection = {"conn_type": "payroc", "password": "sandbox-key", "host": sandbox.api_url, "extra": {"identity_url": sandbox.url}}
+def world(
+    ledger_url: URL, source_url: URL, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[World]:
+    connection = {
+        "conn_type": "payroc",
+        "password": "sandbox-key",
+        "host": sandbox.api_url,
+        "extra": {"identity_url": sandbox.url},
+    }
     monkeypatch.setenv("AIRFLOW_CONN_PAYROC_DEFAULT", json.dumps(connection))
     monkeypatch.setenv("PAYROC_REFUNDS_HTTP_TIMEOUT_SECONDS", "1")
     get_settings.cache_clear()
@@ -221,7 +238,13 @@ class Intercepted:
     :param after: called when Payroc has answered, before the answer is handed on.
     """
 
-    def __init__(self, gateway: Gateway, *, before: Callable[[], Any] | None = None, after: Callable[[], Any] | None = None) -> None:
+    def __init__(
+        self,
+        gateway: Gateway,
+        *,
+        before: Callable[[], Any] | None = None,
+        after: Callable[[], Any] | None = None,
+    ) -> None:
         self._gateway = gateway
         self._before = before
         self._after = after

@@ -83,9 +83,13 @@ def test_after_a_rotation_the_old_key_can_be_taken_away_and_the_same_bytes_are_s
     assert bodies(world, NEW) == before
     world.cipher = cipher(NEW)
     assert [world.send(refund_id).sent for refund_id in ids] == [Sent.ACCEPTED] * 3
-    events = world.rows("SELECT actor, login, reason FROM refund_ledger.refund_events WHERE event = 'rotation'")
+    events = world.rows(
+        "SELECT actor, login, reason FROM refund_ledger.refund_events WHERE event = 'rotation'"
+    )
     name = login(ledger_url, KEY_ROTATOR).username
-    assert [tuple(row.values()) for row in events] == [("rotate-keys", name, f"3 requests are encrypted with the key {key_id(NEW)} now.")]
+    assert [tuple(row.values()) for row in events] == [
+        ("rotate-keys", name, f"3 requests are encrypted with the key {key_id(NEW)} now.")
+    ]
     assert "intact" in command(ledger_url, "verify-audit")
 
 
@@ -97,11 +101,15 @@ def test_a_rotation_that_was_killed_goes_on_where_it_stopped(world: World) -> No
     with pytest.raises(Death):
         rotate(world, NEW, OLD, advance=lambda count: die())
     assert keys_of(world) == {key_id(NEW): 2, key_id(OLD): 3}
-    done = [row["request"] for row in world.rows("SELECT request FROM refund_ledger.refunds ORDER BY id LIMIT 2")]
+    done = [
+        row["request"] for row in world.rows("SELECT request FROM refund_ledger.refunds ORDER BY id LIMIT 2")
+    ]
     assert rotate(world, NEW, OLD, advance=advanced.append) == Rotated(done=3)
     assert advanced == [2, 1]
     assert keys_of(world) == {key_id(NEW): 5}
-    assert [row["request"] for row in world.rows("SELECT request FROM refund_ledger.refunds ORDER BY id LIMIT 2")] == done
+    assert [
+        row["request"] for row in world.rows("SELECT request FROM refund_ledger.refunds ORDER BY id LIMIT 2")
+    ] == done
     assert rotate(world, NEW, OLD) == Rotated()
 
 
@@ -113,7 +121,10 @@ def test_the_service_goes_on_between_two_batches(world: World) -> None:
     sent, *_ = [world.released() for _ in range(5)]
     force(world, ended, "updated_at = now() - interval '31 days'")
     # What was rotated first is sent as well as what waits for its turn.
-    ids = [row["id"] for row in world.rows("SELECT id FROM refund_ledger.refunds WHERE status = 'released' ORDER BY id")]
+    ids = [
+        row["id"]
+        for row in world.rows("SELECT id FROM refund_ledger.refunds WHERE status = 'released' ORDER BY id")
+    ]
     pulled: list[str] = []
 
     def meanwhile(count: int) -> None:
@@ -163,9 +174,15 @@ def test_requests_that_no_key_opens_are_named_and_the_others_are_encrypted_anew(
     monkeypatch.setenv("PAYROC_REFUNDS_ENCRYPTION_KEYS", f"{NEW},{OLD}")
     get_settings.cache_clear()
     shown = " ".join(command(ledger_url, "rotate-keys", exit_code=1).split())
-    assert f"The request of refund {lost} can't be opened though its key {key_id(OLD)} is there: the row was changed" in shown
+    assert (
+        f"The request of refund {lost} can't be opened though its key {key_id(OLD)} is there: the row was changed"
+        in shown
+    )
     for refund_id in (lost + 1, lost + 2):
-        assert f"The request of refund {refund_id} was encrypted with the key {key_id(LOST)}, which is not among" in shown
+        assert (
+            f"The request of refund {refund_id} was encrypted with the key {key_id(LOST)}, which is not among"
+            in shown
+        )
     assert keys_of(world) == {key_id(NEW): 2, key_id(OLD): 1, key_id(LOST): 2}
     assert f"key {key_id(LOST)} (not set here): 2 requests" in shown
 
@@ -173,7 +190,9 @@ def test_requests_that_no_key_opens_are_named_and_the_others_are_encrypted_anew(
 # -- a lost key ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_refund_whose_key_is_lost_is_not_sent_says_which_key_it_needs_and_pauses_nothing(world: World) -> None:
+def test_a_refund_whose_key_is_lost_is_not_sent_says_which_key_it_needs_and_pauses_nothing(
+    world: World,
+) -> None:
     first, second = world.released(), world.released()
     world.cipher = cipher(NEW)
     result = world.send(first)
@@ -191,7 +210,9 @@ def test_everything_but_the_sending_goes_on_without_any_key(
     world: World, run_dag: Runner, ledger_url: URL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A terminal of its own, because the local Payroc holds the refunds of other tests.
-    doubtful, paid, waiting = (world.released(ending, processing_terminal_id="7701791") for ending in ("9006", "4321", "4321"))
+    doubtful, paid, waiting = (
+        world.released(ending, processing_terminal_id="7701791") for ending in ("9006", "4321", "4321")
+    )
     for refund_id in (doubtful, paid):
         world.send(refund_id)
     assert world.row(doubtful)["status"] == "unknown"
@@ -200,23 +221,36 @@ def test_everything_but_the_sending_goes_on_without_any_key(
         monkeypatch.delenv(f"PAYROC_REFUNDS_{name}")
     run = run_dag("payroc_refunds_followup")
     assert run.state == "success", run.log
-    assert [world.row(refund_id)["status"] for refund_id in (doubtful, paid, waiting)] == ["accepted", "settled", "released"]
+    assert [world.row(refund_id)["status"] for refund_id in (doubtful, paid, waiting)] == [
+        "accepted",
+        "settled",
+        "released",
+    ]
     assert world.source_row(world.row(paid)["source_ref"])["status"] == "settled"
     today = f"{world.run(world.ledger.now()):%Y-%m-%d}"
-    for arguments in (("status",), ("show", str(waiting)), ("limits",), ("verify-audit",), ("verify", "--from", today, "--to", today)):
+    for arguments in (
+        ("status",),
+        ("show", str(waiting)),
+        ("limits",),
+        ("verify-audit",),
+        ("verify", "--from", today, "--to", today),
+    ):
         command(ledger_url, *arguments)
     with pytest.raises(SettingsError, match="No encryption key: set PAYROC_REFUNDS_ENCRYPTION_KEYS"):
         Cipher(Settings())
 
 
-def test_a_pull_with_another_fingerprint_key_is_refused_with_a_sentence_and_stores_nothing(world: World) -> None:
+def test_a_pull_with_another_fingerprint_key_is_refused_with_a_sentence_and_stores_nothing(
+    world: World,
+) -> None:
     world.approve()
     world.pull()
     before = world.rows("SELECT * FROM refund_ledger.refund_events")
     world.approve()
     world.cipher = Cipher(Settings(fingerprint_key="another fingerprint key, of 32 characters or more"))
     with pytest.raises(
-        LedgerError, match=r"^PAYROC_REFUNDS_FINGERPRINT_KEY is not the key with which this ledger's fingerprints were made"
+        LedgerError,
+        match=r"^PAYROC_REFUNDS_FINGERPRINT_KEY is not the key with which this ledger's fingerprints were made",
     ):
         world.pull()
     assert len(world.rows("SELECT * FROM refund_ledger.refunds")) == 1
@@ -226,7 +260,9 @@ def test_a_pull_with_another_fingerprint_key_is_refused_with_a_sentence_and_stor
 # -- the end of a request --------------------------------------------------------------------------------------------------
 
 
-def test_the_follow_up_empties_the_requests_of_refunds_that_ended_long_ago_and_of_no_other(world: World) -> None:
+def test_the_follow_up_empties_the_requests_of_refunds_that_ended_long_ago_and_of_no_other(
+    world: World,
+) -> None:
     old, young = ([world.approve() for _ in Status] for _ in range(2))
     world.pull()
     for refs, days in ((old, 31), (young, 29)):
@@ -240,7 +276,9 @@ def test_the_follow_up_empties_the_requests_of_refunds_that_ended_long_ago_and_o
 
 
 @pytest.mark.parametrize("status", [status for status in Status if status not in FINAL])
-def test_the_database_refuses_to_empty_the_request_of_a_refund_that_has_not_ended(world: World, status: Status) -> None:
+def test_the_database_refuses_to_empty_the_request_of_a_refund_that_has_not_ended(
+    world: World, status: Status
+) -> None:
     refund_id = world.released()
     force(world, refund_id, f"{STATE}, status = '{status}', payroc_refund_id = 'ABCDEFGHIJ'")
     with pytest.raises(DBAPIError, match=f"the request of a refund that is {status} is kept"):
@@ -254,11 +292,22 @@ def test_a_refund_whose_request_was_emptied_is_shown_and_not_reissued(world: Wor
     force(world, refund_id, "updated_at = now() - interval '31 days'")
     assert world.follow_up()["emptied"] == 1
     after = world.row(refund_id)
-    assert (after["payee_last4"], after["payee_fingerprint"]) == (before["payee_last4"], before["payee_fingerprint"])
+    assert (after["payee_last4"], after["payee_fingerprint"]) == (
+        before["payee_last4"],
+        before["payee_fingerprint"],
+    )
     assert "rejected" in command(ledger_url, "show", str(refund_id))
     command(ledger_url, "status")
-    work = reissue(refund_id, "seen", ledger=world.ledger, gateway=world.gateway, cipher=world.cipher, source=world.settings.source)
+    work = reissue(
+        refund_id,
+        "seen",
+        ledger=world.ledger,
+        gateway=world.gateway,
+        cipher=world.cipher,
+        source=world.settings.source,
+    )
     with pytest.raises(
-        DecisionRefused, match=f"The request of refund {refund_id} was emptied, so there is nothing to send: approve it anew"
+        DecisionRefused,
+        match=f"The request of refund {refund_id} was emptied, so there is nothing to send: approve it anew",
     ):
         world.run(work)

@@ -46,7 +46,9 @@ def trail(ledger_url: URL) -> Iterator[Engine]:
 # Postgres has no text with NUL in it, and takes no half of a surrogate pair.
 texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
 instants = st.datetimes(datetime(1900, 1, 1), datetime(2200, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001 - the zone follows
-details = st.none() | st.dictionaries(texts, texts | st.integers() | st.none() | st.booleans() | st.lists(texts, max_size=2), max_size=3)
+details = st.none() | st.dictionaries(
+    texts, texts | st.integers() | st.none() | st.booleans() | st.lists(texts, max_size=2), max_size=3
+)
 
 
 @settings(deadline=None, max_examples=100)
@@ -72,7 +74,14 @@ def test_python_and_the_database_compute_the_same_hash(
         SELECT refund_ledger.event_hash(:previous, e), (e).detail::text
         FROM (SELECT ROW(:id, :at, :event, :refund_id, :from_status, :to_status, :actor, :reason, CAST(:detail AS jsonb), :login)
               ::refund_ledger.refund_events AS e) AS events""")
-    values = {"previous": previous, "id": event_id, "at": at, "event": event, "refund_id": refund_id, "from_status": from_status}
+    values = {
+        "previous": previous,
+        "id": event_id,
+        "at": at,
+        "event": event,
+        "refund_id": refund_id,
+        "from_status": from_status,
+    }
     values |= {
         "to_status": to_status,
         "actor": actor,
@@ -84,7 +93,18 @@ def test_python_and_the_database_compute_the_same_hash(
         found, detail_text = connection.execute(query, values).one()
     microseconds = (at - EPOCH) // timedelta(microseconds=1)
     numbers = (str(event_id), str(microseconds), str(refund_id) if refund_id else None)
-    fields = [numbers[0], numbers[1], event, numbers[2], from_status, to_status, actor, login, reason, detail_text]
+    fields = [
+        numbers[0],
+        numbers[1],
+        event,
+        numbers[2],
+        from_status,
+        to_status,
+        actor,
+        login,
+        reason,
+        detail_text,
+    ]
     assert event_hash(previous, fields) == found
 
 
@@ -123,7 +143,10 @@ TAMPERED: dict[str, tuple[str, str]] = {
         COPY.format(id=1_000_000) + "; DELETE FROM refund_ledger.refund_events WHERE id = 3",
         r"Event 3 of the trail \(id 3\) was removed\. Event with the id 1000000 was inserted beside the trail\.",
     ),
-    "removed": ("DELETE FROM refund_ledger.refund_events WHERE id = 3", r"Event 3 of the trail \(id 3\) was removed\."),
+    "removed": (
+        "DELETE FROM refund_ledger.refund_events WHERE id = 3",
+        r"Event 3 of the trail \(id 3\) was removed\.",
+    ),
     "removed with its hash": (
         "DELETE FROM refund_ledger.refund_event_chain WHERE event_id = 3; DELETE FROM refund_ledger.refund_events WHERE id = 3",
         r"Event 3 of the trail was removed\.",
@@ -140,7 +163,8 @@ TAMPERED: dict[str, tuple[str, str]] = {
     ),
     "inserted": (COPY.format(id=1_000_000), r"Event with the id 1000000 was inserted beside the trail\."),
     "inserted with a hash": (
-        COPY.format(id=1_000_000) + "; INSERT INTO refund_ledger.refund_event_chain SELECT max(position) + 1, 1000000, repeat('0', 64) "
+        COPY.format(id=1_000_000)
+        + "; INSERT INTO refund_ledger.refund_event_chain SELECT max(position) + 1, 1000000, repeat('0', 64) "
         "FROM refund_ledger.refund_event_chain",
         r"Event \d+ of the trail \(id 1000000\) was changed or inserted\..*",
     ),
@@ -194,7 +218,13 @@ def test_what_was_tampered_with_is_found(trail: Engine, what: str) -> None:
 def rewrite_the_chain(engine: Engine) -> None:
     """Make the hashes fit again, as somebody could who owns the database and knows how."""
     with engine.connect() as connection:
-        rows = connection.exec_driver_sql("SELECT position FROM refund_ledger.refund_event_chain ORDER BY position").scalars().all()
+        rows = (
+            connection.exec_driver_sql(
+                "SELECT position FROM refund_ledger.refund_event_chain ORDER BY position"
+            )
+            .scalars()
+            .all()
+        )
     tamper(
         engine,
         *(
@@ -209,7 +239,9 @@ def rewrite_the_chain(engine: Engine) -> None:
 def test_a_trail_that_was_written_anew_is_found_by_a_head_that_was_kept(trail: Engine) -> None:
     kept = str(audit(trail.url).head)
     with trail.begin() as connection:
-        connection.exec_driver_sql(f"UPDATE refund_ledger.refunds SET status = 'cancelled' WHERE id = {IDS['approved']}")
+        connection.exec_driver_sql(
+            f"UPDATE refund_ledger.refunds SET status = 'cancelled' WHERE id = {IDS['approved']}"
+        )
     position = int(kept.split(":")[0])
     shown = command(trail.url, "verify-audit", "--head", kept)
     assert shown == f"{position + 1} events, head {audit(trail.url).head}: intact.\n"
@@ -219,7 +251,9 @@ def test_a_trail_that_was_written_anew_is_found_by_a_head_that_was_kept(trail: E
     # By itself it fits; that is why heads are kept elsewhere.
     assert audit(trail.url).findings == []
     found = command(trail.url, "verify-audit", "--head", kept, "--json", exit_code=1)
-    assert json.loads(found)["findings"] == [f"Event {position} of the trail has another hash than the one that was kept of it."]
+    assert json.loads(found)["findings"] == [
+        f"Event {position} of the trail has another hash than the one that was kept of it."
+    ]
 
 
 def test_a_trail_whose_end_was_cut_off_is_found_by_a_head_that_was_kept(trail: Engine) -> None:
@@ -232,7 +266,9 @@ def test_a_trail_whose_end_was_cut_off_is_found_by_a_head_that_was_kept(trail: E
         f"DELETE FROM refund_ledger.refund_events WHERE id = {LAST}",
     )
     assert audit(trail.url).findings == []
-    sentence = f"The trail ends before event {kept.position}, which was its end once: later events were removed."
+    sentence = (
+        f"The trail ends before event {kept.position}, which was its end once: later events were removed."
+    )
     assert audit(trail.url, kept).findings == [sentence]
 
 
@@ -245,7 +281,9 @@ def test_what_is_no_head_is_refused_with_a_sentence(trail: Engine) -> None:
 # -- the untouched trail -----------------------------------------------------------------------------------------------------------
 
 
-def test_events_of_one_transaction_and_of_its_savepoints_are_all_chained_and_those_rolled_back_are_not(trail: Engine) -> None:
+def test_events_of_one_transaction_and_of_its_savepoints_are_all_chained_and_those_rolled_back_are_not(
+    trail: Engine,
+) -> None:
     before = audit(trail.url).head
     event = "INSERT INTO refund_ledger.refund_events (at, event, actor, reason) VALUES (now(), 'resume', 'ann', '{}')"
     with trail.begin() as connection:
@@ -263,7 +301,9 @@ def test_events_of_one_transaction_and_of_its_savepoints_are_all_chained_and_tho
     assert audited.head.position == before.position + 3
 
 
-def test_many_writers_at_once_leave_one_trail_without_gap_and_never_wait_for_one_another_in_a_circle(trail: Engine) -> None:
+def test_many_writers_at_once_leave_one_trail_without_gap_and_never_wait_for_one_another_in_a_circle(
+    trail: Engine,
+) -> None:
     # One row's lock per transaction, taken before, between or after its events, so that only the trail could close a circle.
     locks = [f"SELECT FROM refund_ledger.refunds WHERE id = {number} FOR UPDATE" for number in IDS.values()]
     locks += ["SELECT FROM refund_ledger.refund_control FOR UPDATE"]

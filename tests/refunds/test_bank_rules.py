@@ -41,8 +41,13 @@ def test_web_is_refused_unless_the_setting_allows_it_and_the_refusal_names_the_s
 
 @pytest.mark.parametrize("given", ["xyz", " ", "ppd ", "p\x00d", 7, True, b"ppd", ["ppd"]])
 @pytest.mark.parametrize("allow_web", [True, False])
-def test_anything_else_is_refused_with_what_to_give_and_without_the_value(given: object, allow_web: bool) -> None:
-    assert sec_code_error(sec_code(given, "ppd"), allow_web=allow_web) == "must be ppd for a consumer or ccd for a business"
+def test_anything_else_is_refused_with_what_to_give_and_without_the_value(
+    given: object, allow_web: bool
+) -> None:
+    assert (
+        sec_code_error(sec_code(given, "ppd"), allow_web=allow_web)
+        == "must be ppd for a consumer or ccd for a business"
+    )
 
 
 def test_nine_zeros_are_refused_although_they_pass_the_checksum() -> None:
@@ -51,12 +56,17 @@ def test_nine_zeros_are_refused_although_they_pass_the_checksum() -> None:
     assert routing_number_error("053200983") is None
 
 
-@pytest.mark.parametrize("first_two", [f"{number:02}" for number in (*range(13), *range(21, 33), *range(61, 73), 80)])
+@pytest.mark.parametrize(
+    "first_two", [f"{number:02}" for number in (*range(13), *range(21, 33), *range(61, 73), 80)]
+)
 def test_a_routing_number_of_a_documented_range_is_not_warned_of(first_two: str) -> None:
     assert routing_number_warning(f"{first_two}0000000") is None
 
 
-@pytest.mark.parametrize("first_two", [f"{number:02}" for number in (*range(13, 21), *range(33, 61), *range(73, 80), *range(81, 100))])
+@pytest.mark.parametrize(
+    "first_two",
+    [f"{number:02}" for number in (*range(13, 21), *range(33, 61), *range(73, 80), *range(81, 100))],
+)
 def test_a_routing_number_of_no_documented_range_is_warned_of_without_the_number(first_two: str) -> None:
     number = f"{first_two}4477881"
     warning = str(routing_number_warning(number))
@@ -75,8 +85,16 @@ FROZEN: dict[str, Any] = {
     "order": {"orderId": "OLD", "description": "", "amount": 1, "currency": "USD"},
     "customFields": [{"name": "refundKey", "value": "old"}],
 }
-REISSUED = FROZEN | {"order": FROZEN["order"] | {"orderId": "NEW"}, "customFields": [{"name": "refundKey", "value": "new"}]}
-ACCOUNT = {"type": "ach", "accountType": "checking", "nameOnAccount": "Sarah Hopper", "accountNumber": "556677889911"}
+REISSUED = FROZEN | {
+    "order": FROZEN["order"] | {"orderId": "NEW"},
+    "customFields": [{"name": "refundKey", "value": "new"}],
+}
+ACCOUNT = {
+    "type": "ach",
+    "accountType": "checking",
+    "nameOnAccount": "Sarah Hopper",
+    "accountNumber": "556677889911",
+}
 
 
 @pytest.mark.parametrize(

@@ -76,8 +76,15 @@ def found(
         "refundId": refund_id,
         "processingTerminalId": terminal,
         "order": {"orderId": order_id, "amount": amount, "currency": currency},
-        "transactionResult": {"type": "unreferencedRefund", "status": word, "responseCode": code, "authorizedAmount": authorized},
-        "customFields": None if fields is None else [{"name": name, "value": value} for name, value in fields],
+        "transactionResult": {
+            "type": "unreferencedRefund",
+            "status": word,
+            "responseCode": code,
+            "authorizedAmount": authorized,
+        },
+        "customFields": None
+        if fields is None
+        else [{"name": name, "value": value} for name, value in fields],
     }
     if account is not None:
         body["bankAccount"] = {"type": "ach", "nameOnAccount": PAYEE, "accountNumber": account}
@@ -102,12 +109,19 @@ def found(
         ("Ready", "A", Outcome.REVIEW, Status.REVIEW),
     ],
 )
-def test_payrocs_word_decides_and_the_refund_id_is_kept(word: str, code: str, outcome: Outcome, status: Status) -> None:
+def test_payrocs_word_decides_and_the_refund_id_is_kept(
+    word: str, code: str, outcome: Outcome, status: Status
+) -> None:
     verdict = judge_object(found(word=word, code=code), REFUND, http_status=201)
     # Whatever the word says beside it, a response code of decline is kept as that word: the ledger has no other place for it.
     kept = "declined" if code == "D" else word
     assert (verdict.outcome, verdict.sighting) == (outcome, Sighting("CD3HN88U9F", kept, status))
-    assert (verdict.http_status, verdict.pause, verdict.look_up_first, verdict.contradiction) == (201, None, False, False)
+    assert (verdict.http_status, verdict.pause, verdict.look_up_first, verdict.contradiction) == (
+        201,
+        None,
+        False,
+        False,
+    )
 
 
 @pytest.mark.parametrize(
@@ -125,9 +139,14 @@ def test_payrocs_word_decides_and_the_refund_id_is_kept(word: str, code: str, ou
     ],
 )
 @pytest.mark.parametrize("word", ["ready", "complete"])
-def test_an_answer_that_differs_from_the_request_goes_to_review_with_its_refund_id(word: str, changes: dict[str, Any], named: str) -> None:
+def test_an_answer_that_differs_from_the_request_goes_to_review_with_its_refund_id(
+    word: str, changes: dict[str, Any], named: str
+) -> None:
     verdict = judge_object(found(word=word, **changes), REFUND, http_status=201)
-    assert (verdict.outcome, verdict.sighting) == (Outcome.REVIEW, Sighting("CD3HN88U9F", word, Status.REVIEW))
+    assert (verdict.outcome, verdict.sighting) == (
+        Outcome.REVIEW,
+        Sighting("CD3HN88U9F", word, Status.REVIEW),
+    )
     assert verdict.reason == f"Payroc's refund CD3HN88U9F differs from the request in {named}."
 
 
@@ -156,10 +175,14 @@ def test_all_that_differs_is_named() -> None:
 
 
 def problem(status: int, fragment: str | None, **more: Any) -> PayrocProblem:
-    return PayrocProblem("create refund", fragment or "a problem", http_status=status, problem_type=fragment, **more)
+    return PayrocProblem(
+        "create refund", fragment or "a problem", http_status=status, problem_type=fragment, **more
+    )
 
 
-def strange(status: int | None, detail: str = "an error that is not in Payroc's problem format") -> PayrocUnexpectedAnswer:
+def strange(
+    status: int | None, detail: str = "an error that is not in Payroc's problem format"
+) -> PayrocUnexpectedAnswer:
     return PayrocUnexpectedAnswer("create refund", detail, http_status=status)
 
 
@@ -203,7 +226,11 @@ STOP_ALL_AND_DOUBT = (Outcome.CONFIGURATION, "*", False, False)
         (problem(400, "bad-request", parameters=("refundMethod.accountNumber",)), NOTHING_BEFORE, REJECTED),
         (problem(400, "bad-request", **ABOUT_TERMINAL), NOTHING_BEFORE, STOP_TERMINAL),
         (problem(400, "bad-request", **ABOUT_TERMINAL), UNRESOLVED, STOP_TERMINAL),
-        (problem(400, "bad-request", parameters=("order.amount", "body.processingTerminalId")), NOTHING_BEFORE, STOP_TERMINAL),
+        (
+            problem(400, "bad-request", parameters=("order.amount", "body.processingTerminalId")),
+            NOTHING_BEFORE,
+            STOP_TERMINAL,
+        ),
         (problem(400, "never-heard-of"), NOTHING_BEFORE, REJECTED),
         (problem(400, "never-heard-of"), UNRESOLVED, LOOK_UP_ELSE_REVIEW),
         (problem(400, "never-heard-of", **ABOUT_TERMINAL), NOTHING_BEFORE, STOP_TERMINAL),
@@ -233,14 +260,22 @@ STOP_ALL_AND_DOUBT = (Outcome.CONFIGURATION, "*", False, False)
         (problem(409, "resource-already-exists"), UNRESOLVED, LOOK_UP_ELSE_REVIEW),
         (problem(500, "api-error"), NOTHING_BEFORE, UNKNOWN),
     ],
-    ids=lambda value: f"{type(value).__name__}-{value.http_status}-{value.problem_type}" if isinstance(value, PayrocError) else None,
+    ids=lambda value: (
+        f"{type(value).__name__}-{value.http_status}-{value.problem_type}"
+        if isinstance(value, PayrocError)
+        else None
+    ),
 )
 def test_a_failed_post_is_judged_by_its_type_then_its_status_then_what_was_before(
     error: PayrocError, history: History, expected: tuple[Outcome, str | None, bool, bool]
 ) -> None:
     verdict = judge_error(error, REFUND, history)
     assert (verdict.outcome, verdict.pause, verdict.not_processed, verdict.look_up_first) == expected
-    assert (verdict.http_status, verdict.problem_type, verdict.sighting) == (error.http_status, error.problem_type, None)
+    assert (verdict.http_status, verdict.problem_type, verdict.sighting) == (
+        error.http_status,
+        error.problem_type,
+        None,
+    )
     assert verdict.contradiction is False
 
 
@@ -265,9 +300,16 @@ TYPES = (*DECIDED_BY_TYPE, *DECIDED_BY_STATUS, "not-authorized", "idempotency-ke
 OTHER_4XX = (402, 403, 404, 405, 406, 409, 410, 411, 413, 415, 421, 422, 431, 451)
 
 
-def verdicts(types: Any, statuses: Any, history: History = NOTHING_BEFORE) -> set[tuple[Outcome, str | None, bool, bool]]:
-    judged = (judge_error(problem(status, fragment), REFUND, history) for status, fragment in product(statuses, types))
-    return {(verdict.outcome, verdict.pause, verdict.not_processed, verdict.look_up_first) for verdict in judged}
+def verdicts(
+    types: Any, statuses: Any, history: History = NOTHING_BEFORE
+) -> set[tuple[Outcome, str | None, bool, bool]]:
+    judged = (
+        judge_error(problem(status, fragment), REFUND, history)
+        for status, fragment in product(statuses, types)
+    )
+    return {
+        (verdict.outcome, verdict.pause, verdict.not_processed, verdict.look_up_first) for verdict in judged
+    }
 
 
 @pytest.mark.parametrize("history", [NOTHING_BEFORE, UNRESOLVED, KEY_WAS_IN_USE, UNAUTHORIZED_BEFORE])
@@ -291,7 +333,9 @@ def test_nothing_is_a_definitive_refusal_while_an_earlier_attempt_is_unresolved(
 
 
 def test_the_wait_that_payroc_asks_for_is_handed_on() -> None:
-    assert judge_error(problem(429, "api-error", retry_after=600.0), REFUND, NOTHING_BEFORE).retry_after == 600.0
+    assert (
+        judge_error(problem(429, "api-error", retry_after=600.0), REFUND, NOTHING_BEFORE).retry_after == 600.0
+    )
     assert judge_error(NO_ANSWER, REFUND, NOTHING_BEFORE).retry_after == 0.0
 
 
@@ -325,7 +369,11 @@ def test_a_look_up_adopts_what_carries_our_key_or_carries_nothing_and_equals_the
     verdict = judge_look_up(listed, REFUND)
     assert verdict is not None
     assert verdict.sighting is not None
-    assert (verdict.outcome, verdict.sighting.payroc_refund_id, verdict.contradiction) == (outcome, refund_id, False)
+    assert (verdict.outcome, verdict.sighting.payroc_refund_id, verdict.contradiction) == (
+        outcome,
+        refund_id,
+        False,
+    )
 
 
 @pytest.mark.parametrize(
@@ -347,18 +395,26 @@ def test_another_refund_with_our_order_id_is_for_people_and_never_adopted(strang
     assert "another refund with our order id: OTHER00001" in verdict.reason
 
 
-@pytest.mark.parametrize("listed", [[], [found(order_id="OrderRef9999")], [found(order_id="OrderRef9999", fields=None)]])
+@pytest.mark.parametrize(
+    "listed", [[], [found(order_id="OrderRef9999")], [found(order_id="OrderRef9999", fields=None)]]
+)
 def test_a_look_up_that_finds_nothing_under_our_order_id_proves_nothing(listed: list[models.Refund]) -> None:
     assert judge_look_up(listed, REFUND) is None
 
 
-@pytest.mark.parametrize("second", [found("SECOND0001"), found("SECOND0001", word="declined", code="D"), found("SECOND0001", amount=1)])
+@pytest.mark.parametrize(
+    "second",
+    [found("SECOND0001"), found("SECOND0001", word="declined", code="D"), found("SECOND0001", amount=1)],
+)
 def test_two_refunds_with_our_key_are_a_contradiction_that_names_both(second: models.Refund) -> None:
     for listed in ([found(), second], [second, found(), second]):
         verdict = judge_look_up(listed, REFUND)
         assert verdict is not None
         assert (verdict.outcome, verdict.sighting, verdict.contradiction) == (Outcome.REVIEW, None, True)
-        assert verdict.reason == "Payroc holds more than one refund of ours for this order: CD3HN88U9F, SECOND0001."
+        assert (
+            verdict.reason
+            == "Payroc holds more than one refund of ours for this order: CD3HN88U9F, SECOND0001."
+        )
 
 
 # -- what a reason may hold --------------------------------------------------------------------------------------
@@ -379,17 +435,36 @@ def test_no_reason_holds_the_instance_or_the_resource_of_a_problem(history: Hist
 
 
 @pytest.mark.parametrize(
-    "word", ["", FREE_TEXT, ACCOUNT, f"admin {ACCOUNT}", "admin1234", "a" * 31, "ädmin", "admin\n", "<b>admin</b>", "\u202enimda"]
+    "word",
+    [
+        "",
+        FREE_TEXT,
+        ACCOUNT,
+        f"admin {ACCOUNT}",
+        "admin1234",
+        "a" * 31,
+        "ädmin",
+        "admin\n",
+        "<b>admin</b>",
+        "\u202enimda",
+    ],
 )
 def test_a_status_that_is_not_a_plain_word_is_for_people_and_not_quoted(word: str) -> None:
     for changes in ({}, {"amount": 1}):
         verdict = judge_object(found(word=word, **changes), REFUND)
-        assert (verdict.outcome, verdict.sighting) == (Outcome.REVIEW, Sighting("CD3HN88U9F", "?", Status.REVIEW))
+        assert (verdict.outcome, verdict.sighting) == (
+            Outcome.REVIEW,
+            Sighting("CD3HN88U9F", "?", Status.REVIEW),
+        )
         assert word == "" or word not in verdict.reason
 
 
 def test_no_reason_shows_the_digits_in_which_accounts_differ() -> None:
-    for changes in ({"account": ACCOUNT}, {"account": ACCOUNT, "amount": 1}, {"account": ACCOUNT, "fields": None}):
+    for changes in (
+        {"account": ACCOUNT},
+        {"account": ACCOUNT, "amount": 1},
+        {"account": ACCOUNT, "fields": None},
+    ):
         refund = replace(REFUND, payee_last4="7777")
         listed = judge_look_up([found(**changes)], refund)
         assert listed is not None
@@ -402,10 +477,15 @@ def test_no_reason_shows_the_digits_in_which_accounts_differ() -> None:
 def kept_of(world: World, fragment: str, status: int, parameter: str) -> str:
     """Return all that the ledger keeps of a problem, and what its task says."""
     refund_id = world.released("1234", account_number=ACCOUNT, name_on_account=PAYEE)
-    world.fault(refund_id, "problem", problem=fragment, status=status, parameter=parameter, resource=FREE_TEXT)
+    world.fault(
+        refund_id, "problem", problem=fragment, status=status, parameter=parameter, resource=FREE_TEXT
+    )
     result = world.send(refund_id)
     assert world.attempts(refund_id) not in ([], ["accepted"])
-    kept = [*world.rows("SELECT reason FROM refund_ledger.refunds"), *world.rows("SELECT reason, detail FROM refund_ledger.refund_events")]
+    kept = [
+        *world.rows("SELECT reason FROM refund_ledger.refunds"),
+        *world.rows("SELECT reason, detail FROM refund_ledger.refund_events"),
+    ]
     kept += world.rows("SELECT problem_type, outcome FROM refund_ledger.refund_attempts")
     kept += world.rows("SELECT pause_reason FROM refund_ledger.refund_control")
     for scope in world.paused():

@@ -21,14 +21,22 @@ from tests.conftest import ROOT, NewDatabase
 from tests.refunds.conftest import World
 
 
-def cli(*arguments: str, ledger: URL | None = None, source: URL | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+def cli(
+    *arguments: str, ledger: URL | None = None, source: URL | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     env = dict(os.environ) | environment
     if ledger is not None:
         env["PAYROC_REFUNDS_LEDGER_URL"] = ledger.render_as_string(hide_password=False)
     if source is not None:
         env["PAYROC_REFUNDS_SOURCE_URL"] = source.render_as_string(hide_password=False)
     return subprocess.run(
-        [sys.executable, "-m", "include.refunds", *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "include.refunds", *arguments],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
 
 
@@ -48,7 +56,13 @@ def test_migrate_makes_a_ledger_and_may_be_run_again(postgres, new_source: NewDa
 @pytest.mark.parametrize("form", ["json", "uri"])
 def test_the_ledger_is_found_by_airflows_connection_variable(ledger_url: URL, form: str) -> None:
     url = ledger_url
-    fields = {"conn_type": "postgres", "host": url.host, "port": url.port, "login": url.username, "password": url.password}
+    fields = {
+        "conn_type": "postgres",
+        "host": url.host,
+        "port": url.port,
+        "login": url.username,
+        "password": url.password,
+    }
     uri = f"postgres://{url.username}:{url.password}@{url.host}:{url.port}/{url.database}"
     value = json.dumps(fields | {"schema": url.database}) if form == "json" else uri
     found = cli("status", AIRFLOW_CONN_REFUNDS_LEDGER=value)
@@ -58,10 +72,19 @@ def test_the_ledger_is_found_by_airflows_connection_variable(ledger_url: URL, fo
 @pytest.mark.parametrize(
     ("environment", "sentence"),
     [
-        ({}, "No ledger database: give --ledger-url, or set PAYROC_REFUNDS_LEDGER_URL or AIRFLOW_CONN_REFUNDS_LEDGER."),
+        (
+            {},
+            "No ledger database: give --ledger-url, or set PAYROC_REFUNDS_LEDGER_URL or AIRFLOW_CONN_REFUNDS_LEDGER.",
+        ),
         ({"PAYROC_REFUNDS_LEDGER_URL": "sqlite:///x.db"}, "The ledger must be a Postgres database"),
-        ({"PAYROC_REFUNDS_LEDGER_URL": "postgresql://h/x?channel_binding=require"}, "has the parameter 'channel_binding'"),
-        ({"PAYROC_REFUNDS_LEDGER_URL": "postgresql://h/x?connect_timeout=soon"}, "has a connect_timeout that is no number"),
+        (
+            {"PAYROC_REFUNDS_LEDGER_URL": "postgresql://h/x?channel_binding=require"},
+            "has the parameter 'channel_binding'",
+        ),
+        (
+            {"PAYROC_REFUNDS_LEDGER_URL": "postgresql://h/x?connect_timeout=soon"},
+            "has a connect_timeout that is no number",
+        ),
         ({"PAYROC_REFUNDS_LEDGER_URL": "no url"}, "PAYROC_REFUNDS_LEDGER_URL is not a database URL"),
         ({"PAYROC_REFUNDS_LEDGER_URL": "postgresql://u:hunter2@127.0.0.1:1/x"}, "127.0.0.1:1 can't be used"),
         (
@@ -70,7 +93,9 @@ def test_the_ledger_is_found_by_airflows_connection_variable(ledger_url: URL, fo
         ),
     ],
 )
-def test_what_is_wrong_is_told_in_one_sentence_without_a_password(environment: dict[str, str], sentence: str) -> None:
+def test_what_is_wrong_is_told_in_one_sentence_without_a_password(
+    environment: dict[str, str], sentence: str
+) -> None:
     failed = cli("status", **environment)
     assert failed.returncode == 2
     assert sentence in failed.stderr
@@ -100,7 +125,9 @@ def test_import_refuses_a_file_with_other_columns(source_url: URL, tmp_path: Pat
 
 
 def test_status_and_show_tell_what_became_of_a_refund_and_no_bank_data(world: World, ledger_url: URL) -> None:
-    refund_id = world.released(account_number="556677889911", routing_number="053200983", name_on_account="Zebulon Quartermain")
+    refund_id = world.released(
+        account_number="556677889911", routing_number="053200983", name_on_account="Zebulon Quartermain"
+    )
     world.send(refund_id)
     status, shown = cli("status", ledger=ledger_url), cli("show", str(refund_id), ledger=ledger_url)
     assert status.returncode == shown.returncode == 0, status.stderr + shown.stderr
@@ -109,7 +136,12 @@ def test_status_and_show_tell_what_became_of_a_refund_and_no_bank_data(world: Wo
     as_json = cli("show", str(refund_id), "--json", ledger=ledger_url)
     found = json.loads(as_json.stdout)
     assert [attempt["outcome"] for attempt in found["attempts"]] == ["accepted"]
-    assert [event["to_status"] for event in found["events"]] == ["approved", "released", "sending", "accepted"]
+    assert [event["to_status"] for event in found["events"]] == [
+        "approved",
+        "released",
+        "sending",
+        "accepted",
+    ]
     for output in (status, shown, as_json):
         for secret in ("556677889911", "053200983", "Zebulon"):
             assert secret not in output.stdout + output.stderr
@@ -134,7 +166,10 @@ def test_pause_and_resume_stop_the_sending_and_let_it_go_on(world: World, ledger
     assert cli("resume", "--reason", "all clear", "--by", "erin", ledger=ledger_url).returncode == 0
     assert cli("resume", "--reason", "again", "--by", "erin", ledger=ledger_url).returncode == 2
     events = world.rows("SELECT event, actor, reason FROM refund_ledger.refund_events ORDER BY id")
-    assert [tuple(event.values()) for event in events] == [("pause", "erin", "the bank called"), ("resume", "erin", "all clear")]
+    assert [tuple(event.values()) for event in events] == [
+        ("pause", "erin", "the bank called"),
+        ("resume", "erin", "all clear"),
+    ]
 
 
 WHO = {who: ("--by", who, "--reason", "seen") for who in ("ann", "bob")}
@@ -170,13 +205,24 @@ def test_reverse_then_reissue(world: World, ledger_url: URL) -> None:
     assert "reverse" in shown
 
 
-def test_a_decision_about_no_refund_and_one_without_a_reason_are_refused(world: World, ledger_url: URL) -> None:
+def test_a_decision_about_no_refund_and_one_without_a_reason_are_refused(
+    world: World, ledger_url: URL
+) -> None:
     missing = cli("reissue", "77", *WHO["ann"], ledger=ledger_url)
     assert (missing.returncode, missing.stderr) == (2, "The ledger holds no refund 77.\n")
     blank = cli("reissue", "77", "--by", "ann", "--reason", "  ", ledger=ledger_url)
     assert blank.returncode == 2
     assert "must not be blank" in blank.stderr
-    rejected = cli("resolve", "77", "--as", "rejected", "--payroc-refund-id", "ABCDEFGHIJ", *WHO["ann"], ledger=ledger_url)
+    rejected = cli(
+        "resolve",
+        "77",
+        "--as",
+        "rejected",
+        "--payroc-refund-id",
+        "ABCDEFGHIJ",
+        *WHO["ann"],
+        ledger=ledger_url,
+    )
     assert "goes with --as accepted" in rejected.stderr
 
 
@@ -188,27 +234,39 @@ def test_verify_prints_json_and_nothing_else(world: World, ledger_url: URL) -> N
     assert (found.returncode, found.stderr) == (0, "")
     (total,) = json.loads(found.stdout)["totals"]
     assert (total["status"], total["ledger_count"], total["payroc_count"]) == ("accepted", 1, 1)
-    assert "The ledger and Payroc agree." in cli("verify", "--from", today, "--to", today, ledger=ledger_url).stdout
+    assert (
+        "The ledger and Payroc agree."
+        in cli("verify", "--from", today, "--to", today, ledger=ledger_url).stdout
+    )
     bad = cli("verify", "--from", "2026-11-23T09:00", "--to", today, ledger=ledger_url)
     assert bad.returncode == 2
     assert "nor an instant with its zone" in bad.stderr
 
 
-def test_a_command_that_can_not_reach_payroc_says_what_is_wrong_in_one_sentence(world: World, ledger_url: URL) -> None:
+def test_a_command_that_can_not_reach_payroc_says_what_is_wrong_in_one_sentence(
+    world: World, ledger_url: URL
+) -> None:
     undefined = cli("reverse", "1", *WHO["ann"], "--payroc-conn-id", "payroc_other", ledger=ledger_url)
     assert undefined.returncode == 2
     assert undefined.stderr.startswith("Airflow connection 'payroc_other' is not defined")
     connection = json.loads(os.environ["AIRFLOW_CONN_PAYROC_DEFAULT"]) | {"host": "http://127.0.0.1:1/v1"}
     connection["extra"] = {"identity_url": "http://127.0.0.1:1"}
     world.send(world.released())
-    dead = cli("reverse", "1", *WHO["ann"], ledger=ledger_url, AIRFLOW_CONN_PAYROC_DEFAULT=json.dumps(connection))
+    dead = cli(
+        "reverse", "1", *WHO["ann"], ledger=ledger_url, AIRFLOW_CONN_PAYROC_DEFAULT=json.dumps(connection)
+    )
     assert dead.returncode == 2
     assert "This ledger belongs to Payroc at" in dead.stderr
 
 
-def test_without_the_installed_package_a_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_installed_package_a_command_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("include.refunds.connect.entry_points", lambda group: [])
-    with pytest.raises(NoGateway, match=r"Nothing that knows Airflow is installed .*: run `pip install --no-deps --editable \.`"):
+    with pytest.raises(
+        NoGateway,
+        match=r"Nothing that knows Airflow is installed .*: run `pip install --no-deps --editable \.`",
+    ):
         connect("payroc_default")
 
 
@@ -219,10 +277,21 @@ def test_a_package_that_can_not_be_imported_says_what_to_install(monkeypatch: py
         connect("payroc_default")
 
 
-def test_a_connection_in_airflows_own_database_is_found(world: World, ledger_url: URL, airflow_database: None) -> None:
+def test_a_connection_in_airflows_own_database_is_found(
+    world: World, ledger_url: URL, airflow_database: None
+) -> None:
     fields = json.loads(os.environ["AIRFLOW_CONN_PAYROC_DEFAULT"])
     added = subprocess.run(
-        [sys.executable, "-m", "airflow", "connections", "add", "payroc_stored", "--conn-json", json.dumps(fields)],
+        [
+            sys.executable,
+            "-m",
+            "airflow",
+            "connections",
+            "add",
+            "payroc_stored",
+            "--conn-json",
+            json.dumps(fields),
+        ],
         cwd=ROOT,
         env=dict(os.environ),
         capture_output=True,
@@ -233,7 +302,9 @@ def test_a_connection_in_airflows_own_database_is_found(world: World, ledger_url
     assert added.returncode == 0, added.stderr
     refund_id = world.released()
     world.send(refund_id)
-    undone = cli("reverse", str(refund_id), *WHO["ann"], "--payroc-conn-id", "payroc_stored", ledger=ledger_url)
+    undone = cli(
+        "reverse", str(refund_id), *WHO["ann"], "--payroc-conn-id", "payroc_stored", ledger=ledger_url
+    )
     assert (undone.returncode, undone.stderr) == (0, "")
 
 
@@ -241,7 +312,10 @@ def test_generated_keys_are_usable() -> None:
     printed = cli("generate-keys").stdout
     keys = dict(line.split("=", 1) for line in printed.splitlines())
     cipher = Cipher(
-        Settings(encryption_keys=keys["PAYROC_REFUNDS_ENCRYPTION_KEYS"], fingerprint_key=keys["PAYROC_REFUNDS_FINGERPRINT_KEY"])
+        Settings(
+            encryption_keys=keys["PAYROC_REFUNDS_ENCRYPTION_KEYS"],
+            fingerprint_key=keys["PAYROC_REFUNDS_FINGERPRINT_KEY"],
+        )
     )
     assert cipher.open(cipher.seal(b"body").token, cipher.sha256(b"body"), 1) == b"body"
 

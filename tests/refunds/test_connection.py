@@ -43,14 +43,25 @@ async def all_of(*work: Coroutine[Any, Any, T]) -> list[T]:
 def test_a_value_is_given_by_its_name_as_often_as_it_stands_there_and_a_cast_is_none(ledger_url: URL) -> None:
     async def work(engine: LedgerEngine) -> Any:
         async with engine.connect() as connection:
-            statement = (
-                "SELECT :first::text || :sha256 || :first AS joined, ':' AS colon, CAST(:json AS jsonb) AS json, :at::timestamptz AS at"
-            )
-            values = {"first": "a", "sha256": "b", "json": '{"c": [1]}', "at": datetime(2026, 1, 2, tzinfo=UTC), "unused": 1}
+            statement = """
+                SELECT :first::text || :sha256 || :first AS joined, ':' AS colon, CAST(:json AS jsonb) AS json,
+                       :at::timestamptz AS at"""
+            values = {
+                "first": "a",
+                "sha256": "b",
+                "json": '{"c": [1]}',
+                "at": datetime(2026, 1, 2, tzinfo=UTC),
+                "unused": 1,
+            }
             return (await connection.execute(statement, values)).one()
 
     row = with_engine(ledger_url, work)
-    assert (row.joined, row.colon, row.json, row.at) == ("aba", ":", {"c": [1]}, datetime(2026, 1, 2, tzinfo=UTC))
+    assert (row.joined, row.colon, row.json, row.at) == (
+        "aba",
+        ":",
+        {"c": [1]},
+        datetime(2026, 1, 2, tzinfo=UTC),
+    )
     with pytest.raises(AttributeError, match="missing"):
         _ = row.missing
 
@@ -58,7 +69,11 @@ def test_a_value_is_given_by_its_name_as_often_as_it_stands_there_and_a_cast_is_
 def test_numbers_go_in_as_the_text_of_an_array(ledger_url: URL) -> None:
     async def work(engine: LedgerEngine) -> Any:
         async with engine.connect() as connection:
-            return (await connection.execute("SELECT unnest(CAST(CAST(:ids AS text) AS bigint[]))", {"ids": as_array([3, 1])})).scalars()
+            return (
+                await connection.execute(
+                    "SELECT unnest(CAST(CAST(:ids AS text) AS bigint[]))", {"ids": as_array([3, 1])}
+                )
+            ).scalars()
 
     assert with_engine(ledger_url, work) == [3, 1]
 
@@ -72,7 +87,9 @@ def test_a_connection_is_kept_for_the_next_and_there_are_never_more_than_so_many
     assert with_engine(ledger_url, work, pool_size=2) == (1, 2)
 
 
-def test_who_comes_again_for_the_same_gets_the_same_connection_and_who_comes_anew_any_that_is_free(ledger_url: URL) -> None:
+def test_who_comes_again_for_the_same_gets_the_same_connection_and_who_comes_anew_any_that_is_free(
+    ledger_url: URL,
+) -> None:
     async def work(engine: LedgerEngine) -> tuple[int, ...]:
         async with engine.connect("claim") as claims, engine.connect("record") as records:
             of_claims, of_records = [(await each.execute(_PID)).scalar_one() for each in (claims, records)]
@@ -93,7 +110,9 @@ def test_without_a_pool_no_connection_is_used_twice(ledger_url: URL) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError, asyncio.CancelledError])
-def test_a_connection_that_an_error_has_passed_through_is_not_used_again(ledger_url: URL, error: type[BaseException]) -> None:
+def test_a_connection_that_an_error_has_passed_through_is_not_used_again(
+    ledger_url: URL, error: type[BaseException]
+) -> None:
     async def work(engine: LedgerEngine) -> tuple[int, int]:
         with suppress(error):
             async with engine.begin() as connection:
@@ -106,7 +125,9 @@ def test_a_connection_that_an_error_has_passed_through_is_not_used_again(ledger_
     assert first != second
 
 
-def test_who_is_cancelled_in_the_middle_of_a_statement_leaves_its_place_and_no_connection(ledger_url: URL) -> None:
+def test_who_is_cancelled_in_the_middle_of_a_statement_leaves_its_place_and_no_connection(
+    ledger_url: URL,
+) -> None:
     async def work(engine: LedgerEngine) -> tuple[int, int]:
         first = await pid(engine)
 
@@ -171,12 +192,19 @@ def test_the_parameters_of_the_url_reach_the_server(ledger_url: URL) -> None:
             names = "current_setting('application_name'), current_setting('work_mem')"
             return tuple((await connection.execute(f"SELECT {names}")).one())
 
-    query = {"application_name": "refunds", "options": "-c work_mem=7MB", "connect_timeout": "3", "sslmode": "prefer"}
+    query = {
+        "application_name": "refunds",
+        "options": "-c work_mem=7MB",
+        "connect_timeout": "3",
+        "sslmode": "prefer",
+    }
     assert with_engine(ledger_url.update_query_dict(query), work) == ("refunds", "7MB")
 
 
 @pytest.mark.parametrize("in_the_query", [False, True])
-def test_a_socket_is_found_by_its_folder_wherever_the_url_names_it(ledger_url: URL, in_the_query: bool) -> None:
+def test_a_socket_is_found_by_its_folder_wherever_the_url_names_it(
+    ledger_url: URL, in_the_query: bool
+) -> None:
     async def relayed(folder: str) -> int:
         async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
             with suppress(OSError):
@@ -189,8 +217,12 @@ def test_a_socket_is_found_by_its_folder_wherever_the_url_names_it(ledger_url: U
             await asyncio.gather(pump(reader, ours), pump(theirs, writer))
 
         server = await asyncio.start_unix_server(relay, f"{folder}/.s.PGSQL.5433")
-        url = URL.create("postgresql", ledger_url.username, ledger_url.password, port=5433, database=ledger_url.database)
-        engine = LedgerEngine(url.update_query_dict({"host": folder}) if in_the_query else url.set(host=folder), pool_size=0)
+        url = URL.create(
+            "postgresql", ledger_url.username, ledger_url.password, port=5433, database=ledger_url.database
+        )
+        engine = LedgerEngine(
+            url.update_query_dict({"host": folder}) if in_the_query else url.set(host=folder), pool_size=0
+        )
         async with server:
             return await pid(engine)
 
@@ -199,7 +231,9 @@ def test_a_socket_is_found_by_its_folder_wherever_the_url_names_it(ledger_url: U
         assert asyncio.run(relayed(folder))
 
 
-def test_a_server_that_says_nothing_to_a_statement_is_not_waited_for_without_end(ledger_url: URL, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_says_nothing_to_a_statement_is_not_waited_for_without_end(
+    ledger_url: URL, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("include.refunds.ledger.connection._STATEMENT_SECONDS", 0.5)
 
     async def work(engine: LedgerEngine) -> None:
@@ -217,7 +251,9 @@ def test_a_server_that_accepts_and_says_nothing_is_an_error_after_the_timeout(le
             writer.close()
 
         server = await asyncio.start_server(silent, "127.0.0.1", 0)
-        url = ledger_url.set(port=server.sockets[0].getsockname()[1]).update_query_dict({"connect_timeout": "1"})
+        url = ledger_url.set(port=server.sockets[0].getsockname()[1]).update_query_dict(
+            {"connect_timeout": "1"}
+        )
         with pytest.raises(TimeoutError):
             await pid(LedgerEngine(url))
         server.close()

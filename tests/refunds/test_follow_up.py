@@ -22,7 +22,10 @@ def paid(world: World, ending: str = "4321") -> int:
 
 
 def posts(world: World) -> int:
-    return sum(entry["operation"] in ("create", "reverse") for entry in world.sandbox.get("/_sandbox/requests")["requests"])
+    return sum(
+        entry["operation"] in ("create", "reverse")
+        for entry in world.sandbox.get("/_sandbox/requests")["requests"]
+    )
 
 
 def set_at_payroc(world: World, refund_id: int, status: str) -> None:
@@ -46,11 +49,17 @@ def test_a_reversed_refund_and_one_under_review_at_payroc_are_seen(world: World)
     set_at_payroc(world, admin_id, "admin")
     set_at_payroc(world, strange_id, "somethingNew")
     world.follow_up()
-    assert [world.row(item)["status"] for item in (reversed_id, admin_id, strange_id)] == ["reversed", "review", "review"]
+    assert [world.row(item)["status"] for item in (reversed_id, admin_id, strange_id)] == [
+        "reversed",
+        "review",
+        "review",
+    ]
     assert world.row(strange_id)["payroc_refund_id"] is not None
 
 
-def test_an_unknown_refund_that_payroc_has_is_found_and_one_that_it_has_not_stays_unknown(world: World) -> None:
+def test_an_unknown_refund_that_payroc_has_is_found_and_one_that_it_has_not_stays_unknown(
+    world: World,
+) -> None:
     there, not_there = paid(world, "9006"), paid(world, "9005")
     counts = world.follow_up()
     assert (counts["looked up"], counts["found"]) == (2, 1)
@@ -156,7 +165,12 @@ class Listing:
 def object_of(world: World, refund_id: int, payroc_refund_id: str, **changes: Any) -> Refund:
     """Return an object with the key of a refund, as Payroc would list it."""
     row = world.row(refund_id)
-    result = {"type": "unreferencedRefund", "status": "ready", "responseCode": "A", "authorizedAmount": -row["amount"]}
+    result = {
+        "type": "unreferencedRefund",
+        "status": "ready",
+        "responseCode": "A",
+        "authorizedAmount": -row["amount"],
+    }
     shown = {
         "refundId": payroc_refund_id,
         "processingTerminalId": row["processing_terminal_id"],
@@ -177,7 +191,10 @@ def test_a_second_object_for_one_key_is_a_contradiction_that_is_told_once(world:
     world.gateway = Listing(world, lambda listed: [*listed, second])
     world.follow_up()
     row = world.row(refund_id)
-    assert (row["status"], row["reason"]) == ("review", "Payroc's refund SECOND0001 does not belong to this row.")
+    assert (row["status"], row["reason"]) == (
+        "review",
+        "Payroc's refund SECOND0001 does not belong to this row.",
+    )
     assert list(world.paused()) == ["*"]
     world.run(world.ledger.resume("*", "seen"))
     world.follow_up()
@@ -185,14 +202,18 @@ def test_a_second_object_for_one_key_is_a_contradiction_that_is_told_once(world:
 
 
 @pytest.mark.parametrize("status", ["rejected", "approved", "cancelled"])
-def test_an_object_for_a_refund_that_was_not_paid_here_takes_it_to_review_and_pauses(world: World, status: str) -> None:
+def test_an_object_for_a_refund_that_was_not_paid_here_takes_it_to_review_and_pauses(
+    world: World, status: str
+) -> None:
     refund_id = world.released("9002")
     if status == "rejected":
         world.send(refund_id)
     else:
         with world.ledger_engine.begin() as connection:
             for step in ("approved", status):
-                connection.exec_driver_sql(f"UPDATE refund_ledger.refunds SET status = '{step}' WHERE id = {refund_id}")
+                connection.exec_driver_sql(
+                    f"UPDATE refund_ledger.refunds SET status = '{step}' WHERE id = {refund_id}"
+                )
     assert world.row(refund_id)["status"] == status
     found = object_of(world, refund_id, "FOUND00001")
     world.gateway = Listing(world, lambda listed: [*listed, found])
@@ -202,12 +223,20 @@ def test_an_object_for_a_refund_that_was_not_paid_here_takes_it_to_review_and_pa
 
 
 @pytest.mark.parametrize("word", ["ready", "admin", "somethingNew"])
-def test_what_people_resolved_is_not_thrown_back_by_an_object_that_says_the_same_as_before(world: World, word: str) -> None:
+def test_what_people_resolved_is_not_thrown_back_by_an_object_that_says_the_same_as_before(
+    world: World, word: str
+) -> None:
     refund_id = world.released()
     world.send(refund_id)
-    world.run(world.ledger.record(refund_id, Verdict(Outcome.REVIEW, "Admin.", sighting=sighting_of(world, refund_id, word))))
+    world.run(
+        world.ledger.record(
+            refund_id, Verdict(Outcome.REVIEW, "Admin.", sighting=sighting_of(world, refund_id, word))
+        )
+    )
     with world.ledger_engine.begin() as connection:
-        connection.exec_driver_sql(f"UPDATE refund_ledger.refunds SET status = 'accepted' WHERE id = {refund_id}")
+        connection.exec_driver_sql(
+            f"UPDATE refund_ledger.refunds SET status = 'accepted' WHERE id = {refund_id}"
+        )
     set_at_payroc(world, refund_id, word)
     assert world.follow_up()["followed"] == 1
     assert (world.row(refund_id)["status"], contradictions(world)) == ("accepted", 0)
@@ -248,19 +277,26 @@ def test_a_list_with_an_object_that_can_not_be_understood_proves_no_absence(worl
     assert world.row(refund_id)["status"] == "unknown"
 
 
-def test_a_refund_whose_key_may_no_longer_be_sent_and_that_payroc_does_not_list_goes_to_people(world: World) -> None:
+def test_a_refund_whose_key_may_no_longer_be_sent_and_that_payroc_does_not_list_goes_to_people(
+    world: World,
+) -> None:
     refund_id = paid(world, "9005")
     world.hours_ahead += 24 * 7
     world.follow_up()
     row = world.row(refund_id)
-    assert (row["status"], row["reason"]) == ("review", "Its key may no longer be sent again, and Payroc lists no refund with it.")
+    assert (row["status"], row["reason"]) == (
+        "review",
+        "Its key may no longer be sent again, and Payroc lists no refund with it.",
+    )
 
 
 def test_nothing_enters_review_by_the_passing_of_time_while_a_lease_lives(world: World) -> None:
     refund_id = world.released()
     world.run(claimed(world, refund_id))
     with world.ledger_engine.begin() as connection:
-        connection.exec_driver_sql(f"UPDATE refund_ledger.refunds SET lease_until = now() + interval '8 days' WHERE id = {refund_id}")
+        connection.exec_driver_sql(
+            f"UPDATE refund_ledger.refunds SET lease_until = now() + interval '8 days' WHERE id = {refund_id}"
+        )
     world.hours_ahead += 24 * 7
     world.follow_up()
     assert world.row(refund_id)["status"] == "sending"

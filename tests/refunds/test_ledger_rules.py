@@ -79,7 +79,10 @@ def test_what_identifies_a_payment_never_changes(world: World, assignment: str) 
         change(world, refund_id, assignment)
 
 
-@pytest.mark.parametrize("assignment", ["payroc_refund_id = 'ZZZZZZZZZZ'", "first_sent_at = now()", "sent_with = 'other'", "attempts = 0"])
+@pytest.mark.parametrize(
+    "assignment",
+    ["payroc_refund_id = 'ZZZZZZZZZZ'", "first_sent_at = now()", "sent_with = 'other'", "attempts = 0"],
+)
 def test_what_the_first_attempt_and_payroc_fixed_never_changes(world: World, assignment: str) -> None:
     refund_id = world.released()
     world.send(refund_id)
@@ -89,7 +92,11 @@ def test_what_the_first_attempt_and_payroc_fixed_never_changes(world: World, ass
 
 def test_a_refund_that_payroc_has_refused_keeps_the_beginning_of_its_keys_window(world: World) -> None:
     refund_id = world.released()
-    claim = {"environment": world.gateway.environment, "sent_with": world.gateway.sent_with, "token_seconds": 60}
+    claim = {
+        "environment": world.gateway.environment,
+        "sent_with": world.gateway.sent_with,
+        "token_seconds": 60,
+    }
     assert world.run(world.ledger.claim(refund_id, Task("run-1", 0, 1), **claim)) is not None
     began = world.row(refund_id)["first_sent_at"]
     world.hours_ahead = 2
@@ -117,11 +124,15 @@ def test_the_ledger_is_never_emptied(world: World, table: str) -> None:
         connection.exec_driver_sql(f"TRUNCATE refund_ledger.{table} CASCADE")
 
 
-def test_the_request_of_a_final_refund_may_be_emptied_and_a_contradiction_still_takes_it_to_review(world: World) -> None:
+def test_the_request_of_a_final_refund_may_be_emptied_and_a_contradiction_still_takes_it_to_review(
+    world: World,
+) -> None:
     refund_id = world.released("9002")
     world.send(refund_id)
     change(world, refund_id, "request = NULL")
-    paid = Verdict(Outcome.ACCEPTED, "Accepted by Payroc.", sighting=Sighting("ABCDEFGHIJ", "ready", Status.ACCEPTED))
+    paid = Verdict(
+        Outcome.ACCEPTED, "Accepted by Payroc.", sighting=Sighting("ABCDEFGHIJ", "ready", Status.ACCEPTED)
+    )
     world.run(world.ledger.record(refund_id, paid))
     row = world.row(refund_id)
     assert (row["status"], row["payroc_refund_id"], list(world.paused())) == ("review", "ABCDEFGHIJ", ["*"])
@@ -129,7 +140,9 @@ def test_the_request_of_a_final_refund_may_be_emptied_and_a_contradiction_still_
 
 def test_a_payment_of_a_refund_that_we_have_not_sent_takes_it_to_review(world: World) -> None:
     refund_id = world.released()
-    paid = Verdict(Outcome.ACCEPTED, "Accepted by Payroc.", sighting=Sighting("ABCDEFGHIJ", "ready", Status.ACCEPTED))
+    paid = Verdict(
+        Outcome.ACCEPTED, "Accepted by Payroc.", sighting=Sighting("ABCDEFGHIJ", "ready", Status.ACCEPTED)
+    )
     world.run(world.ledger.record(refund_id, paid))
     assert (world.row(refund_id)["status"], list(world.paused())) == ("review", ["*"])
 
@@ -142,8 +155,12 @@ def test_what_the_driver_can_not_send_is_refused_and_not_tried_again(world: Worl
 
 def test_an_error_of_the_ledger_quotes_no_row(world: World) -> None:
     refund_id = world.released()
-    unknown = Verdict(Outcome.ACCEPTED, "Accepted.", sighting=Sighting("too long for the ledger", "ready", Status.ACCEPTED))
-    with pytest.raises(LedgerError, match=r"refused a statement \(CheckViolationError, SQLSTATE 23514, constraint") as caught:
+    unknown = Verdict(
+        Outcome.ACCEPTED, "Accepted.", sighting=Sighting("too long for the ledger", "ready", Status.ACCEPTED)
+    )
+    with pytest.raises(
+        LedgerError, match=r"refused a statement \(CheckViolationError, SQLSTATE 23514, constraint"
+    ) as caught:
         world.run(world.ledger.record(refund_id, unknown))
     assert world.row(refund_id)["order_id"] not in str(caught.value)
     assert caught.value.__suppress_context__
@@ -163,7 +180,10 @@ def test_a_ledger_belongs_to_one_source_because_another_name_would_pay_the_same_
     assert len(world.rows("SELECT * FROM refund_ledger.refunds")) == 1
 
 
-@pytest.mark.parametrize("statement", ["UPDATE refund_ledger.refund_events SET reason = 'x'", "DELETE FROM refund_ledger.refund_events"])
+@pytest.mark.parametrize(
+    "statement",
+    ["UPDATE refund_ledger.refund_events SET reason = 'x'", "DELETE FROM refund_ledger.refund_events"],
+)
 def test_events_are_append_only(world: World, statement: str) -> None:
     world.released()
     with pytest.raises(DBAPIError, match="append-only"), world.ledger_engine.begin() as connection:
@@ -174,7 +194,8 @@ def test_every_change_of_status_has_its_event_with_actor_and_reason(world: World
     refund_id = world.released()
     world.send(refund_id)
     events = world.rows(
-        "SELECT from_status, to_status, actor, reason FROM refund_ledger.refund_events WHERE refund_id = :id ORDER BY id", id=refund_id
+        "SELECT from_status, to_status, actor, reason FROM refund_ledger.refund_events WHERE refund_id = :id ORDER BY id",
+        id=refund_id,
     )
     assert [(event["from_status"], event["to_status"]) for event in events] == [
         (None, "approved"),
@@ -199,7 +220,10 @@ def test_a_new_refund_can_only_be_approved_and_unsent(world: World) -> None:
         "source, processing_terminal_id, description, amount, currency, payee_fingerprint, request, request_sha256, "
         "requested_by, approved_by, approved_at, created_at, updated_at"
     )
-    with pytest.raises(DBAPIError, match="a new refund is approved"), world.ledger_engine.begin() as connection:
+    with (
+        pytest.raises(DBAPIError, match="a new refund is approved"),
+        world.ledger_engine.begin() as connection,
+    ):
         connection.exec_driver_sql(
             f"INSERT INTO refund_ledger.refunds ({columns}, source_ref, order_id, idempotency_key, status) "
             f"SELECT {columns}, 'other', 'other', gen_random_uuid(), 'accepted' FROM refund_ledger.refunds WHERE id = {refund_id}"

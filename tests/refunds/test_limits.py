@@ -24,7 +24,11 @@ def status(world: World, *refs: str) -> list[str]:
 
 
 def release_hold(world: World, ref: str, by: str) -> None:
-    world.run(Ledger(world.ledger.engine, world.settings, actor=by).release_hold(world.row(ref)["id"], "It was looked at."))
+    world.run(
+        Ledger(world.ledger.engine, world.settings, actor=by).release_hold(
+            world.row(ref)["id"], "It was looked at."
+        )
+    )
 
 
 def report(world: World, run_id: str) -> str:
@@ -48,11 +52,16 @@ def test_a_refund_over_the_largest_is_held_with_the_reason_and_the_others_go(wor
     world.pull()
     assert world.release() == [world.row(small)["id"]]
     assert status(world, large) == ["held"]
-    assert world.row(large)["reason"] == "Held: 50.01 USD is more than the largest refund that passes by itself, 50.00 USD."
+    assert (
+        world.row(large)["reason"]
+        == "Held: 50.01 USD is more than the largest refund that passes by itself, 50.00 USD."
+    )
     assert "1 held: `python -m include.refunds release ID`" in report(world, "run-1")
 
 
-def test_a_held_refund_passes_when_a_person_who_did_not_request_it_releases_it_and_is_not_held_for_the_same_again(world: World) -> None:
+def test_a_held_refund_passes_when_a_person_who_did_not_request_it_releases_it_and_is_not_held_for_the_same_again(
+    world: World,
+) -> None:
     world.limit(largest_refund=5000)
     ref = world.approve(amount=6000)
     world.pull()
@@ -69,13 +78,19 @@ def test_a_held_refund_passes_when_a_person_who_did_not_request_it_releases_it_a
 
 def test_a_hold_that_was_released_keeps_no_other_hold_away(world: World) -> None:
     world.limit(largest_refund=5000)
-    first, ref = world.approve(amount=4000, account_number=ACCOUNT), world.approve(amount=6000, account_number=ACCOUNT)
+    first, ref = (
+        world.approve(amount=4000, account_number=ACCOUNT),
+        world.approve(amount=6000, account_number=ACCOUNT),
+    )
     world.pull()
     world.release()
     release_hold(world, ref, by="erin")
     world.limit(payee_days=30, payee_total=9000)
     assert world.release("run-2") == [world.row(first)["id"]]
-    assert world.row(ref)["reason"] == "Held: its payee would get 100.00 USD within 30 days, more than 90.00 USD."
+    assert (
+        world.row(ref)["reason"]
+        == "Held: its payee would get 100.00 USD within 30 days, more than 90.00 USD."
+    )
 
 
 def test_the_same_payee_and_amount_within_the_days_is_held_and_names_the_other(world: World) -> None:
@@ -103,23 +118,32 @@ def test_what_was_refused_by_payroc_makes_no_duplicate(world: World) -> None:
     assert status(world, refused, again) == ["rejected", "released"]
 
 
-def test_a_payee_gets_no_more_refunds_than_its_cap_and_what_passed_longer_ago_does_not_count(world: World) -> None:
+def test_a_payee_gets_no_more_refunds_than_its_cap_and_what_passed_longer_ago_does_not_count(
+    world: World,
+) -> None:
     world.limit(payee_days=2, payee_count=1)
-    one, two = world.approve(account_number=ACCOUNT, amount=1), world.approve(account_number=ACCOUNT, amount=2)
+    one, two = (
+        world.approve(account_number=ACCOUNT, amount=1),
+        world.approve(account_number=ACCOUNT, amount=2),
+    )
     world.pull()
     world.release()
     assert status(world, one, two) == ["released", "held"]
     assert world.row(two)["reason"] == "Held: it would be refund number 2 to its payee within 2 days; 1 pass."
     with world.ledger_engine.begin() as connection:
         connection.exec_driver_sql("SET LOCAL session_replication_role = replica")
-        connection.exec_driver_sql("UPDATE refund_ledger.refunds SET first_released_at = first_released_at - interval '3 days'")
+        connection.exec_driver_sql(
+            "UPDATE refund_ledger.refunds SET first_released_at = first_released_at - interval '3 days'"
+        )
     three = world.approve(account_number=ACCOUNT, amount=3)
     world.pull()
     world.release("run-2")
     assert status(world, three) == ["released"]
 
 
-def test_of_two_that_were_let_through_the_later_one_answers_for_the_earlier_one_and_never_both(world: World) -> None:
+def test_of_two_that_were_let_through_the_later_one_answers_for_the_earlier_one_and_never_both(
+    world: World,
+) -> None:
     one, two = world.approve(account_number=ACCOUNT), world.approve(account_number=ACCOUNT)
     world.pull()
     world.release("run-1", Selection(source_refs=(one,)))
@@ -145,14 +169,19 @@ def test_a_cancelled_refund_does_not_hold_the_one_that_is_approved_in_its_place(
 
 
 @pytest.mark.parametrize("limit", [{"run_total": 10_000}, {"run_count": 2}])
-def test_a_run_releases_what_fits_oldest_first_and_says_what_waits_for_the_next_one(world: World, limit: dict[str, int]) -> None:
+def test_a_run_releases_what_fits_oldest_first_and_says_what_waits_for_the_next_one(
+    world: World, limit: dict[str, int]
+) -> None:
     world.limit(**limit)
     refs = [world.approve(amount=5000) for _ in range(3)]
     world.pull()
     assert world.release("run-1") == [world.row(ref)["id"] for ref in refs[:2]]
     assert status(world, *refs) == ["released", "released", "approved"]
     name = next(iter(limit))
-    assert f"Waiting: 1 refund, 50.00 USD. The limit {name} leaves no room; the next runs go on, oldest first" in report(world, "run-1")
+    assert (
+        f"Waiting: 1 refund, 50.00 USD. The limit {name} leaves no room; the next runs go on, oldest first"
+        in report(world, "run-1")
+    )
     assert world.release("run-1")[2:] == [], "the same run, cleared, has no more room than before"
     assert world.row(refs[2])["id"] in world.release("run-2")
 
@@ -166,7 +195,9 @@ def test_a_smaller_refund_behind_one_that_finds_no_room_still_passes(world: Worl
 
 
 @pytest.mark.parametrize("limit", [{"day_total": 10_000}, {"day_count": 2}])
-def test_all_runs_of_a_day_together_release_no_more_than_its_cap_and_the_next_day_goes_on(world: World, limit: dict[str, int]) -> None:
+def test_all_runs_of_a_day_together_release_no_more_than_its_cap_and_the_next_day_goes_on(
+    world: World, limit: dict[str, int]
+) -> None:
     world.limit(**limit)
     refs = [world.approve(amount=5000) for _ in range(3)]
     world.pull()
@@ -175,7 +206,9 @@ def test_all_runs_of_a_day_together_release_no_more_than_its_cap_and_the_next_da
     assert status(world, *refs) == ["released", "released", "approved"]
     with world.ledger_engine.begin() as connection:
         connection.exec_driver_sql("SET LOCAL session_replication_role = replica")
-        connection.exec_driver_sql("UPDATE refund_ledger.refunds SET first_released_at = first_released_at - interval '1 day'")
+        connection.exec_driver_sql(
+            "UPDATE refund_ledger.refunds SET first_released_at = first_released_at - interval '1 day'"
+        )
     world.release("run-3")
     assert status(world, refs[2]) == ["released"]
 
@@ -194,7 +227,11 @@ def test_a_refund_counts_once_however_often_it_is_released(world: World) -> None
 
 def test_each_currency_is_held_against_a_cap_by_itself(world: World) -> None:
     world.limit(run_total=5000)
-    dollars, euros, more = world.approve(amount=5000), world.approve(amount=5000, currency="CAD"), world.approve(amount=1)
+    dollars, euros, more = (
+        world.approve(amount=5000),
+        world.approve(amount=5000, currency="CAD"),
+        world.approve(amount=1),
+    )
     world.pull()
     world.release()
     assert status(world, dollars, euros, more) == ["released", "released", "approved"]
@@ -223,7 +260,10 @@ def test_two_runs_at_once_do_not_exceed_a_cap_together(world: World) -> None:
             # Both have begun to release when neither could look at the caps yet.
             await connection.execute("SELECT FROM refund_ledger.refund_runs LIMIT 0")
             await connection.execute("LOCK TABLE refund_ledger.refund_events IN SHARE MODE")
-            runs = [asyncio.create_task(one_run(name, part)) for name, part in (("run-1", ids[:3]), ("run-2", ids[3:]))]
+            runs = [
+                asyncio.create_task(one_run(name, part))
+                for name, part in (("run-1", ids[:3]), ("run-2", ids[3:]))
+            ]
             await asyncio.sleep(1)
             waiting = not any(run.done() for run in runs)
         await blocker.dispose()
@@ -246,7 +286,9 @@ def test_a_pause_waits_neither_for_a_run_at_the_door_nor_for_a_dry_run(world: Wo
             candidates = await rehearsal.candidates(Selection())
             await rehearsal.begin_run("run-1", {}, candidates, {}, datetime.now(UTC))
             await rehearsal.ask_approval("run-1")
-            await rehearsal.release("run-1", [item.id for item in candidates], [item.id for item in candidates], {})
+            await rehearsal.release(
+                "run-1", [item.id for item in candidates], [item.id for item in candidates], {}
+            )
             await asyncio.wait_for(ledger.pause("*", "The bank called."), timeout=5)
 
     world.run(pause_beside_a_dry_run_at_the_door())
@@ -260,7 +302,9 @@ def test_a_change_of_a_limit_leaves_an_event_with_who_and_why(world: World) -> N
     ledger = Ledger(world.ledger.engine, world.settings, actor="erin")
     world.run(ledger.set_limit("day_total", 100_000, "The bank's limit."))
     world.run(ledger.set_limit("day_total", None, "It was lifted."))
-    events = world.rows("SELECT actor, reason, detail FROM refund_ledger.refund_events WHERE event = 'limit' ORDER BY id")
+    events = world.rows(
+        "SELECT actor, reason, detail FROM refund_ledger.refund_events WHERE event = 'limit' ORDER BY id"
+    )
     assert [(event["actor"], event["reason"], event["detail"]) for event in events] == [
         ("erin", "The bank's limit.", {"limit": "day_total", "from": None, "to": 100_000}),
         ("erin", "It was lifted.", {"limit": "day_total", "from": 100_000, "to": None}),
@@ -276,7 +320,9 @@ def test_a_change_of_a_limit_leaves_an_event_with_who_and_why(world: World) -> N
         ("payee_total", 100, "set payee_days first"),
     ],
 )
-def test_a_limit_that_can_not_be_is_refused_with_a_sentence(world: World, name: str, value: int, sentence: str) -> None:
+def test_a_limit_that_can_not_be_is_refused_with_a_sentence(
+    world: World, name: str, value: int, sentence: str
+) -> None:
     with pytest.raises(LedgerError, match=sentence):
         world.limit(**{name: value})
     assert world.run(world.ledger.limits()) == Limits()
@@ -299,7 +345,11 @@ def test_a_cancelled_refund_is_never_sent_and_the_source_learns_it(world: World)
     approved = world.approve()
     world.pull()
     for ref in (held, approved):
-        world.run(Ledger(world.ledger.engine, world.settings, actor="erin").cancel(world.row(ref)["id"], "Paid by hand."))
+        world.run(
+            Ledger(world.ledger.engine, world.settings, actor="erin").cancel(
+                world.row(ref)["id"], "Paid by hand."
+            )
+        )
     assert world.release("run-2") == []
     world.write_back()
     assert {world.source_row(ref)["status"] for ref in (held, approved)} == {"cancelled"}
@@ -333,7 +383,9 @@ async def _pulled(world: World, run_id: str, *refs: str) -> list[int]:
     return [item.id for item in candidates]
 
 
-def test_a_run_over_a_threshold_is_released_only_with_the_approval_of_another_person_than_who_triggered_it(world: World) -> None:
+def test_a_run_over_a_threshold_is_released_only_with_the_approval_of_another_person_than_who_triggered_it(
+    world: World,
+) -> None:
     world.limit(approval_total=8000)
     refs = [world.approve(amount=5000) for _ in range(2)]
     world.pull()
@@ -343,7 +395,9 @@ def test_a_run_over_a_threshold_is_released_only_with_the_approval_of_another_pe
     with pytest.raises(DecisionRefused, match="Frank triggered run run-1 and can't approve it"):
         world.run(world.ledger.record_approval("run-1", by="Frank", triggered_by="frank "))
     world.run(world.ledger.record_approval("run-1", by="frank", triggered_by="olivia"))
-    assert world.run(world.ledger.ask_approval("run-1")) is None, "what a person approved is not asked about again"
+    assert world.run(world.ledger.ask_approval("run-1")) is None, (
+        "what a person approved is not asked about again"
+    )
     assert world.run(world.release_only("run-1", ids)) == ids
     assert "frank approved the run." in report(world, "run-1")
     event = world.rows("SELECT actor, detail FROM refund_ledger.refund_events WHERE event = 'approval'")[0]
@@ -351,7 +405,9 @@ def test_a_run_over_a_threshold_is_released_only_with_the_approval_of_another_pe
     body = question.body("run-1")
     assert "| USD | 2 | 100.00 USD | 50.00 USD |" in body
     assert "Payees to whom nothing was released before: **2**" in body
-    assert "With this run 100.00 USD are released today without a person; more than 80.00 USD take one." in body
+    assert (
+        "With this run 100.00 USD are released today without a person; more than 80.00 USD take one." in body
+    )
 
 
 def test_what_the_day_has_released_without_a_person_counts_for_the_threshold(world: World) -> None:
@@ -363,7 +419,9 @@ def test_what_the_day_has_released_without_a_person_counts_for_the_threshold(wor
         assert question is None
         world.run(world.release_only(f"run-{number}", ids))
     question, _ = begin(world, "run-3", three)
-    assert question.why == "With this run 3 refunds are released today without a person; more than 2 take one."
+    assert (
+        question.why == "With this run 3 refunds are released today without a person; more than 2 take one."
+    )
     world.run(world.ledger.record_approval("run-3", by="frank", triggered_by=None))
     four = world.approve()
     world.pull()
@@ -376,7 +434,10 @@ def test_two_runs_that_were_let_pass_side_by_side_are_not_both_released(world: W
     world.pull()
     (_, first), (_, second) = begin(world, "run-1", one), begin(world, "run-2", two)
     world.run(world.release_only("run-1", first))
-    with pytest.raises(LedgerError, match="That was not so when run run-2 was let pass: clear approve_run, and it asks a person"):
+    with pytest.raises(
+        LedgerError,
+        match="That was not so when run run-2 was let pass: clear approve_run, and it asks a person",
+    ):
         world.run(world.release_only("run-2", second))
     assert status(world, two) == ["approved"]
 
@@ -406,7 +467,9 @@ def test_an_answer_about_other_candidates_counts_for_nothing(world: World) -> No
             world.run(answer)
 
 
-def test_a_run_that_asked_once_does_not_ask_about_anything_else_because_airflow_would_show_the_first_question(world: World) -> None:
+def test_a_run_that_asked_once_does_not_ask_about_anything_else_because_airflow_would_show_the_first_question(
+    world: World,
+) -> None:
     world.limit(approval_count=0)
     one, two = world.approve(), world.approve()
     world.pull()
@@ -416,7 +479,9 @@ def test_a_run_that_asked_once_does_not_ask_about_anything_else_because_airflow_
     assert begin(world, "run-1", one)[0] is not None, "the same question may be asked again"
 
 
-def test_what_a_person_rejected_does_not_pass_by_itself_the_next_day_or_under_a_higher_threshold(world: World) -> None:
+def test_what_a_person_rejected_does_not_pass_by_itself_the_next_day_or_under_a_higher_threshold(
+    world: World,
+) -> None:
     world.limit(approval_count=0)
     ref = world.approve()
     world.pull()
@@ -450,16 +515,30 @@ def test_a_run_that_nobody_answered_is_unfinished(world: World) -> None:
     world.pull()
     begin(world, "run-1")
     found = world.run(run_report(world.ledger.engine, world.settings.source, "run-1"))
-    assert found.unfinished == ["Nobody approved the run, so nothing was sent: clear approve_run to ask again."]
+    assert found.unfinished == [
+        "Nobody approved the run, so nothing was sent: clear approve_run to ask again."
+    ]
 
 
-def test_a_dry_run_shows_what_would_be_held_what_would_wait_and_that_a_person_would_be_asked(world: World) -> None:
+def test_a_dry_run_shows_what_would_be_held_what_would_wait_and_that_a_person_would_be_asked(
+    world: World,
+) -> None:
     world.limit(largest_refund=5000, run_count=1, approval_count=0)
     for amount in (6000, 100, 200):
         world.approve(amount=amount)
     params = RunParams(dry_run=True)
     found = world.run(rehearse(params, world.source, world.ledger, world.cipher, world.settings))
-    assert [(line.amount, line.status) for line in found.refunds] == [(6000, "would hold"), (100, "would send"), (200, "would wait")]
-    assert found.notes[0] == "With this run 3 refunds are released today without a person; more than 0 take one."
-    assert world.rows("SELECT * FROM refund_ledger.refunds") == world.rows("SELECT * FROM refund_ledger.refund_runs") == []
+    assert [(line.amount, line.status) for line in found.refunds] == [
+        (6000, "would hold"),
+        (100, "would send"),
+        (200, "would wait"),
+    ]
+    assert (
+        found.notes[0] == "With this run 3 refunds are released today without a person; more than 0 take one."
+    )
+    assert (
+        world.rows("SELECT * FROM refund_ledger.refunds")
+        == world.rows("SELECT * FROM refund_ledger.refund_runs")
+        == []
+    )
     assert world.run(world.ledger.limits()).largest_refund == 5000

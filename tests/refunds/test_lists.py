@@ -22,7 +22,14 @@ TASK = Task("run-1", 0, 1)
 
 def send_list(world: World, refund_ids: Sequence[int], gateway: Any = None) -> list[Result]:
     return world.run(
-        send_refunds(refund_ids, TASK, ledger=world.ledger, gateway=gateway or world.gateway, cipher=world.cipher, settings=world.settings)
+        send_refunds(
+            refund_ids,
+            TASK,
+            ledger=world.ledger,
+            gateway=gateway or world.gateway,
+            cipher=world.cipher,
+            settings=world.settings,
+        )
     )
 
 
@@ -62,7 +69,9 @@ def test_the_refunds_of_a_list_are_sent_side_by_side_as_many_as_there_are_turns(
     refund_ids = released(world, 12)
     gateway = Turns(world.gateway, turns=5)
     results = send_list(world, refund_ids, gateway)
-    assert [(result.refund_id, result.sent) for result in results] == [(item, Sent.ACCEPTED) for item in refund_ids]
+    assert [(result.refund_id, result.sent) for result in results] == [
+        (item, Sent.ACCEPTED) for item in refund_ids
+    ]
     assert gateway.most == 5
     assert all(world.paid(refund_id) == 1 for refund_id in refund_ids)
 
@@ -107,11 +116,17 @@ class AnswersLater(Intercepted):
         # As many as before for a second: nobody claims any more.
         while len(counts) < 11 or counts[-1] != counts[-11]:
             await asyncio.sleep(0.1)
-            counts.append(self._world.rows("SELECT count(*) AS n FROM refund_ledger.refunds WHERE status = 'sending'")[0]["n"])
+            counts.append(
+                self._world.rows("SELECT count(*) AS n FROM refund_ledger.refunds WHERE status = 'sending'")[
+                    0
+                ]["n"]
+            )
         return counts[-1]
 
 
-def test_the_next_refunds_of_a_list_are_claimed_while_payroc_answers(world: World, real_turns: HookGateway) -> None:
+def test_the_next_refunds_of_a_list_are_claimed_while_payroc_answers(
+    world: World, real_turns: HookGateway
+) -> None:
     refund_ids = released(world, 12)
     gateway = AnswersLater(real_turns, world)
     results = send_list(world, refund_ids, gateway)
@@ -121,7 +136,9 @@ def test_the_next_refunds_of_a_list_are_claimed_while_payroc_answers(world: Worl
     assert [world.paid(refund_id) for refund_id in refund_ids] == [1] * 12
 
 
-def test_a_pause_lets_none_of_those_out_that_were_claimed_ahead_and_leaves_them_released(world: World, real_turns: HookGateway) -> None:
+def test_a_pause_lets_none_of_those_out_that_were_claimed_ahead_and_leaves_them_released(
+    world: World, real_turns: HookGateway
+) -> None:
     refund_ids = released(world, 12)
     gateway = AnswersLater(real_turns, world, meanwhile=lambda: world.ledger.pause("*", "the bank called"))
     send_list(world, refund_ids, gateway)
@@ -157,14 +174,20 @@ def test_only_one_of_two_claims_at_the_same_time_gets_the_refund(world: World) -
     (refund_id,) = released(world, 1)
 
     async def twice() -> list[Any]:
-        claim = {"environment": world.gateway.environment, "sent_with": world.gateway.sent_with, "token_seconds": 60}
+        claim = {
+            "environment": world.gateway.environment,
+            "sent_with": world.gateway.sent_with,
+            "token_seconds": 60,
+        }
         return await asyncio.gather(*(world.ledger.claim(refund_id, TASK, **claim) for _ in range(5)))
 
     assert [claim is not None for claim in world.run(twice())].count(True) == 1
     assert world.row(refund_id)["attempts"] == 1
 
 
-def test_a_record_that_the_database_refuses_keeps_no_other_of_its_transaction_from_being_recorded(world: World) -> None:
+def test_a_record_that_the_database_refuses_keeps_no_other_of_its_transaction_from_being_recorded(
+    world: World,
+) -> None:
     refund_ids = released(world, 8)
     arrived = asyncio.Event()
     answers: list[Any] = []
@@ -178,11 +201,17 @@ def test_a_record_that_the_database_refuses_keeps_no_other_of_its_transaction_fr
             if len(answers) == len(refund_ids):
                 arrived.set()
             await arrived.wait()
-            return answer.model_copy(update={"refund_id": answers[0].refund_id}) if answer is answers[1] else answer
+            return (
+                answer.model_copy(update={"refund_id": answers[0].refund_id})
+                if answer is answers[1]
+                else answer
+            )
 
     results = send_list(world, refund_ids, Confuses(world.gateway))
     assert sorted(result.sent for result in results) == ["accepted"] * 7 + ["review"]
-    (shared,) = world.rows("SELECT count(DISTINCT payroc_refund_id) AS ids FROM refund_ledger.refunds WHERE status = 'accepted'")
+    (shared,) = world.rows(
+        "SELECT count(DISTINCT payroc_refund_id) AS ids FROM refund_ledger.refunds WHERE status = 'accepted'"
+    )
     assert shared["ids"] == 7
 
 
@@ -211,7 +240,9 @@ def test_after_what_stops_all_no_further_refund_of_a_list_is_begun(world: World)
     assert [world.row(item)["status"] for item in refund_ids] == ["released"] * 9
 
 
-def test_a_pause_in_the_middle_of_a_list_lets_only_those_out_that_have_passed_the_last_check(world: World) -> None:
+def test_a_pause_in_the_middle_of_a_list_lets_only_those_out_that_have_passed_the_last_check(
+    world: World,
+) -> None:
     refund_ids = released(world, 10)
     sent: list[str] = []
 

@@ -31,13 +31,18 @@ WAYS = {
     "approved": (),
     "held": (_UPDATE.format("status = 'held'", "held"),),
     "paid": (
-        _UPDATE.format("status = 'released', released_by = 'x', released_run = 'run-1', released_at = now()", "paid"),
         _UPDATE.format(
-            "status = 'sending', attempts = 1, first_sent_at = now(), sent_with = 'x', lease_until = now(), next_attempt_at = now()", "paid"
+            "status = 'released', released_by = 'x', released_run = 'run-1', released_at = now()", "paid"
+        ),
+        _UPDATE.format(
+            "status = 'sending', attempts = 1, first_sent_at = now(), sent_with = 'x', lease_until = now(), next_attempt_at = now()",
+            "paid",
         ),
         "INSERT INTO refund_ledger.refund_attempts SELECT id, 1, 'run-1', 0, 1, now(), now(), 201, NULL, 'accepted' "
         "FROM refund_ledger.refunds WHERE source_ref = 'paid'",
-        _UPDATE.format("status = 'accepted', payroc_refund_id = 'ABCDEFGHIJ', payroc_status = 'ready'", "paid"),
+        _UPDATE.format(
+            "status = 'accepted', payroc_refund_id = 'ABCDEFGHIJ', payroc_status = 'ready'", "paid"
+        ),
     ),
 }
 REVISIONS = tuple(f"{number:04}" for number in range(1, int(REVISION)))
@@ -50,7 +55,11 @@ def fill(connection: Connection, revision: str) -> None:
         connection.execute(A_REFUND, {"ref": ref})
         for statement in statements:
             # From then on the ledger knows what a refund is held for.
-            known = statement.replace("'held' WHERE", "'held', holds = '{by hand}' WHERE") if revision >= "0003" else statement
+            known = (
+                statement.replace("'held' WHERE", "'held', holds = '{by hand}' WHERE")
+                if revision >= "0003"
+                else statement
+            )
             connection.execute(text(known))
     connection.execute(
         text("""
@@ -58,9 +67,13 @@ def fill(connection: Connection, revision: str) -> None:
             VALUES ('run-1', '{}', 1, '{}', 'hash', now())""")
     )
     connection.execute(
-        text("INSERT INTO refund_ledger.refund_events (at, event, actor, reason) VALUES (now(), 'pause', 'ann', 'a \"reason\"')")
+        text(
+            "INSERT INTO refund_ledger.refund_events (at, event, actor, reason) VALUES (now(), 'pause', 'ann', 'a \"reason\"')"
+        )
     )
-    connection.execute(text("INSERT INTO refund_ledger.invalid_rows VALUES ('shop', 'three', '{}', now(), now(), now())"))
+    connection.execute(
+        text("INSERT INTO refund_ledger.invalid_rows VALUES ('shop', 'three', '{}', now(), now(), now())")
+    )
 
 
 def audit(url: URL) -> Audited:
@@ -75,18 +88,26 @@ def audit(url: URL) -> Audited:
 
 
 @pytest.mark.parametrize("old", REVISIONS)
-def test_a_ledger_of_an_earlier_revision_is_brought_to_this_one_and_keeps_all_its_rows(postgres: PostgresServer, old: str) -> None:
+def test_a_ledger_of_an_earlier_revision_is_brought_to_this_one_and_keeps_all_its_rows(
+    postgres: PostgresServer, old: str
+) -> None:
     postgres.create_database(f"ledger_of_{old}")
     url = postgres.url(f"ledger_of_{old}")
     assert migrate(url, old) == old
     engine = create_engine(url)
     with engine.begin() as connection:
         fill(connection, old)
-        columns = {table: ", ".join(connection.execute(text(f"SELECT * FROM refund_ledger.{table} LIMIT 0")).keys()) for table in TABLES}
+        columns = {
+            table: ", ".join(connection.execute(text(f"SELECT * FROM refund_ledger.{table} LIMIT 0")).keys())
+            for table in TABLES
+        }
 
     def everything() -> list[list[tuple[object, ...]]]:
         with engine.connect() as connection:
-            queries = [text(f"SELECT {names} FROM refund_ledger.{table} ORDER BY 1, 2") for table, names in columns.items()]
+            queries = [
+                text(f"SELECT {names} FROM refund_ledger.{table} ORDER BY 1, 2")
+                for table, names in columns.items()
+            ]
             return [[tuple(row) for row in connection.execute(query)] for query in queries]
 
     before = everything()
@@ -118,7 +139,10 @@ def test_a_ledger_that_a_later_version_has_migrated_is_refused_and_left_as_it_is
         said = f"The ledger is at revision 9999, and this version knows {REVISION} at most: install the version that migrated it.\n"
         assert (refused.returncode, refused.stderr) == (2, said)
     with engine.connect() as connection:
-        assert connection.execute(text("SELECT version_num FROM refund_ledger.schema_version")).scalar_one() == "9999"
+        assert (
+            connection.execute(text("SELECT version_num FROM refund_ledger.schema_version")).scalar_one()
+            == "9999"
+        )
     engine.dispose()
 
 
@@ -145,7 +169,9 @@ def roles(server: PostgresServer) -> int:
         return len(connection.execute("SELECT FROM pg_roles WHERE rolname LIKE 'refunds%'").fetchall())
 
 
-def test_a_login_without_the_right_is_told_who_can_and_nothing_is_half_done(bare_server: PostgresServer) -> None:
+def test_a_login_without_the_right_is_told_who_can_and_nothing_is_half_done(
+    bare_server: PostgresServer,
+) -> None:
     url = owner(bare_server, "plain")
     failed = cli("migrate", "--demo-source", ledger=url, source=url)
     assert (failed.returncode, failed.stdout) == (2, "")
@@ -154,7 +180,10 @@ def test_a_login_without_the_right_is_told_who_can_and_nothing_is_half_done(bare
     with bare_server.connect("plain") as connection:
         assert connection.execute("SELECT to_regnamespace('refund_ledger')").fetchone() == (None,)
     assert roles(bare_server) == 0
-    stranger = cli("migrate", ledger=bare_server.url("plain").set(username="plain", password="plain", database="postgres"))
+    stranger = cli(
+        "migrate",
+        ledger=bare_server.url("plain").set(username="plain", password="plain", database="postgres"),
+    )
     assert (stranger.returncode, stranger.stderr.count("\n")) == (2, 1)
     assert "This login may not make or change the schema refund_ledger" in stranger.stderr
 
@@ -184,12 +213,16 @@ def test_a_database_owner_who_may_create_roles_makes_them_and_may_do_all_as_befo
         "def upgrade():\n    op.execute('CREATE TABLE refund_ledger.later (id bigint); ALTER TABLE refund_ledger.refunds ADD later text')\n"
     )
     config = migrations._config()
-    config.set_main_option("version_locations", f"{Path(migrations.__file__).parent / 'versions'}{os.pathsep}{tmp_path}")
+    config.set_main_option(
+        "version_locations", f"{Path(migrations.__file__).parent / 'versions'}{os.pathsep}{tmp_path}"
+    )
     config.set_main_option("path_separator", "os")
     monkeypatch.setattr(migrations, "_config", lambda: config)
     assert migrate(url.set(username="migrating", password="migrating")) == "later"
     with bare_server.connect("founder") as connection:
-        assert connection.execute("SELECT tableowner FROM pg_tables WHERE tablename = 'later'").fetchone() == (MIGRATOR,)
+        assert connection.execute(
+            "SELECT tableowner FROM pg_tables WHERE tablename = 'later'"
+        ).fetchone() == (MIGRATOR,)
 
 
 def test_a_login_of_another_role_can_not_migrate(ledger_url: URL, login: Login) -> None:

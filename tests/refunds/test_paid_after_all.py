@@ -20,7 +20,11 @@ from tests.refunds.test_resolve import decide, direct, lost, refusal
 def terminal(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Give each test a terminal of its own: Payroc remembers what other tests paid."""
     name, approve = f"66{uuid4().int % 1_000_000:06}", world.approve
-    monkeypatch.setattr(world, "approve", lambda ending="4321", **columns: approve(ending, **({"processing_terminal_id": name} | columns)))
+    monkeypatch.setattr(
+        world,
+        "approve",
+        lambda ending="4321", **columns: approve(ending, **({"processing_terminal_id": name} | columns)),
+    )
 
 
 def called_rejected(world: World) -> int:
@@ -86,7 +90,9 @@ def test_a_waiting_reissue_of_a_reissue_is_not_sent_when_the_first_of_the_chain_
 
 
 @pytest.mark.parametrize("custom_fields", [True, False])
-def test_the_follow_up_finds_a_refund_that_was_called_rejected_even_without_custom_fields(world: World, custom_fields: bool) -> None:
+def test_the_follow_up_finds_a_refund_that_was_called_rejected_even_without_custom_fields(
+    world: World, custom_fields: bool
+) -> None:
     refund_id = called_rejected(world)
     turns_up(world, refund_id, custom_fields=custom_fields)
     world.follow_up()
@@ -130,7 +136,9 @@ def test_a_reissue_that_a_restored_ledger_has_forgotten_is_found_and_not_sent_ag
     assert (world.posts(new), world.paid(new)) == (posts, 1)
 
 
-def test_an_object_with_our_order_id_that_nothing_tells_from_ours_is_not_called_rejected(world: World) -> None:
+def test_an_object_with_our_order_id_that_nothing_tells_from_ours_is_not_called_rejected(
+    world: World,
+) -> None:
     refund_id = lost(world)
     direct(world, refund_id, None, amount=4998)
     world.hours_ahead += 26
@@ -153,7 +161,9 @@ def test_show_prefers_the_ledgers_id_to_a_source_ref_of_the_same_digits(world: W
     first, second = world.released(), world.released()
     with world.ledger_engine.begin() as connection:
         connection.exec_driver_sql("SET session_replication_role = replica")
-        connection.exec_driver_sql(f"UPDATE refund_ledger.refunds SET source_ref = '{second}' WHERE id = {first}")
+        connection.exec_driver_sql(
+            f"UPDATE refund_ledger.refunds SET source_ref = '{second}' WHERE id = {first}"
+        )
     found = world.run(details(world.ledger.engine, world.settings.source, str(second)))
     assert found is not None
     assert found["id"] == second

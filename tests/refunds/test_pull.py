@@ -73,7 +73,9 @@ def built(**changes: Any) -> Any:
         ("secure_token", "296753123456", "together with a bank account"),
     ],
 )
-def test_a_bad_field_is_named_with_what_is_wrong_and_without_its_value(column: str, value: Any, message: str) -> None:
+def test_a_bad_field_is_named_with_what_is_wrong_and_without_its_value(
+    column: str, value: Any, message: str
+) -> None:
     with pytest.raises(InvalidRow, match=message) as caught:
         built(**{column: value})
     assert column in caught.value.errors
@@ -96,7 +98,9 @@ def test_a_whole_decimal_is_an_amount() -> None:
     assert built(amount=Decimal("4999"))[0].amount == 4999
 
 
-def test_the_aba_check_can_be_switched_off_but_nine_zeros_are_refused_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_aba_check_can_be_switched_off_but_nine_zeros_are_refused_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("PAYROC_REFUNDS_ABA_CHECKSUM", "false")
     settings = Settings()
     assert build(GOOD | {"routing_number": "123456789"}, Cipher(settings), settings)
@@ -104,14 +108,23 @@ def test_the_aba_check_can_be_switched_off_but_nine_zeros_are_refused_all_the_sa
         build(GOOD | {"routing_number": "000000000"}, Cipher(settings), settings)
 
 
-ACCOUNT = {column: GOOD[column] for column in ("name_on_account", "account_type", "routing_number", "account_number")}
+ACCOUNT = {
+    column: GOOD[column] for column in ("name_on_account", "account_type", "routing_number", "account_number")
+}
 TOKEN = dict.fromkeys(ACCOUNT) | {"account_type": "checking", "secure_token": "296753123456"}
 
 
 @pytest.mark.parametrize("payee", [ACCOUNT, TOKEN])
 @pytest.mark.parametrize(
     ("given", "default", "sent"),
-    [(None, "ppd", "ppd"), ("", "ccd", "ccd"), (None, "ccd", "ccd"), ("ppd", "ccd", "ppd"), ("ccd", "ppd", "ccd"), ("CCD", "ppd", "ccd")],
+    [
+        (None, "ppd", "ppd"),
+        ("", "ccd", "ccd"),
+        (None, "ccd", "ccd"),
+        ("ppd", "ccd", "ppd"),
+        ("ccd", "ppd", "ccd"),
+        ("CCD", "ppd", "ccd"),
+    ],
 )
 def test_every_body_has_an_sec_code_the_rows_own_or_that_of_the_setting(
     payee: dict[str, Any], given: str | None, default: str, sent: str, monkeypatch: pytest.MonkeyPatch
@@ -124,14 +137,18 @@ def test_every_body_has_an_sec_code_the_rows_own_or_that_of_the_setting(
 
 @pytest.mark.parametrize("payee", [ACCOUNT, TOKEN])
 @pytest.mark.parametrize("code", ["tel", "web"])
-def test_a_code_that_is_no_code_of_refunds_is_refused_for_accounts_and_tokens_alike(payee: dict[str, Any], code: str) -> None:
+def test_a_code_that_is_no_code_of_refunds_is_refused_for_accounts_and_tokens_alike(
+    payee: dict[str, Any], code: str
+) -> None:
     with pytest.raises(InvalidRow) as caught:
         built(**payee, sec_code=code)
     assert list(caught.value.errors) == ["sec_code"]
 
 
 @pytest.mark.parametrize("payee", [ACCOUNT, TOKEN])
-def test_web_is_accepted_when_the_setting_allows_it_and_tel_is_not(payee: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_web_is_accepted_when_the_setting_allows_it_and_tel_is_not(
+    payee: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PAYROC_REFUNDS_ALLOW_SEC_WEB", "true")
     settings = Settings()
     _, body = build(GOOD | payee | {"sec_code": "web"}, Cipher(settings), settings)
@@ -188,11 +205,15 @@ def test_a_bad_row_is_recorded_and_blocks_no_other(world: World) -> None:
 
 def body_of(world: World, source_ref: str) -> dict[str, Any]:
     row = world.row(source_ref)
-    body: dict[str, Any] = json.loads(world.cipher.open(bytes(row["request"]), row["request_sha256"], row["id"]))
+    body: dict[str, Any] = json.loads(
+        world.cipher.open(bytes(row["request"]), row["request_sha256"], row["id"])
+    )
     return body
 
 
-def test_a_row_without_an_sec_code_is_frozen_with_that_of_the_setting_and_pulling_again_changes_nothing(world: World) -> None:
+def test_a_row_without_an_sec_code_is_frozen_with_that_of_the_setting_and_pulling_again_changes_nothing(
+    world: World,
+) -> None:
     account, token = world.approve(sec_code=None), world.approve(**TOKEN, sec_code="")
     pulled = world.pull()
     assert (pulled.new, pulled.invalid) == (2, {})
@@ -210,12 +231,19 @@ def test_a_code_in_capitals_is_the_same_code(world: World) -> None:
 def test_rows_with_tel_and_web_are_recorded_with_what_to_give_instead(world: World) -> None:
     tel, web = world.approve(sec_code="tel"), world.approve(**TOKEN, sec_code="WEB")
     assert world.pull().new == 0
-    recorded = {row["source_ref"]: row["errors"] for row in world.rows("SELECT source_ref, errors FROM refund_ledger.invalid_rows")}
+    recorded = {
+        row["source_ref"]: row["errors"]
+        for row in world.rows("SELECT source_ref, errors FROM refund_ledger.invalid_rows")
+    }
     assert set(recorded) == {tel, web}
-    assert all("ppd for a consumer or ccd for a business" in errors["sec_code"] for errors in recorded.values())
+    assert all(
+        "ppd for a consumer or ccd for a business" in errors["sec_code"] for errors in recorded.values()
+    )
 
 
-def test_a_refund_that_waits_with_a_code_that_is_refused_today_is_not_released_and_stays_as_it_was(world: World) -> None:
+def test_a_refund_that_waits_with_a_code_that_is_refused_today_is_not_released_and_stays_as_it_was(
+    world: World,
+) -> None:
     today, world.settings = world.settings, world.settings.model_copy(update={"allow_sec_web": True})
     ref = world.approve(sec_code="web")
     world.pull()
@@ -224,7 +252,11 @@ def test_a_refund_that_waits_with_a_code_that_is_refused_today_is_not_released_a
     assert list(world.pull().invalid) == [ref]
     assert world.release() == []
     after = world.row(ref)
-    assert (after["status"], after["request"], after["request_sha256"]) == ("approved", before["request"], before["request_sha256"])
+    assert (after["status"], after["request"], after["request_sha256"]) == (
+        "approved",
+        before["request"],
+        before["request_sha256"],
+    )
     [run] = world.rows("SELECT findings FROM refund_ledger.refund_runs")
     assert run["findings"]["withdrawn"] == {str(after["id"]): "Its source row is invalid now (sec_code)."}
     world.settings = today.model_copy(update={"allow_sec_web": True})
@@ -240,7 +272,9 @@ def test_a_new_default_shows_as_a_change_of_the_rows_that_wait_and_name_no_code(
     assert body_of(world, silent)["refundMethod"]["secCode"] == "ppd"
 
 
-def test_a_routing_number_of_no_documented_range_is_pulled_with_a_warning_that_does_not_hold_it(world: World) -> None:
+def test_a_routing_number_of_no_documented_range_is_pulled_with_a_warning_that_does_not_hold_it(
+    world: World,
+) -> None:
     odd = world.approve(routing_number="130000006")
     world.approve()
     world.approve(**TOKEN)
@@ -278,7 +312,9 @@ def test_pulling_again_changes_nothing(world: World) -> None:
         ("approved_by = 'carl@example.com'", ["approved_by"]),
     ],
 )
-def test_a_source_row_that_changed_is_named_and_the_refund_stays_as_it_was(world: World, assignment: str, words: list[str]) -> None:
+def test_a_source_row_that_changed_is_named_and_the_refund_stays_as_it_was(
+    world: World, assignment: str, words: list[str]
+) -> None:
     ref = world.approve()
     world.pull()
     before = world.row(ref)
@@ -303,7 +339,9 @@ def test_any_database_with_a_sqlalchemy_engine_is_a_source_and_a_source_ref_that
     with engine.begin() as connection:
         written = "withdrawn_at, status, payroc_refund_id, payroc_status, reason, updated_at"
         connection.exec_driver_sql(f"CREATE TABLE refund_requests ({', '.join(COLUMNS)}, {written})")
-        insert = text(f"INSERT INTO refund_requests ({', '.join(COLUMNS)}) VALUES ({', '.join(':' + name for name in COLUMNS)})")
+        insert = text(
+            f"INSERT INTO refund_requests ({', '.join(COLUMNS)}) VALUES ({', '.join(':' + name for name in COLUMNS)})"
+        )
         for number, ref in enumerate(("once", "twice", "twice")):
             connection.execute(insert, GOOD | {"source_ref": ref, "order_id": f"LITE-{number}"})
     world.source = SqlSource(engine)
@@ -312,7 +350,9 @@ def test_any_database_with_a_sqlalchemy_engine_is_a_source_and_a_source_ref_that
     assert "comes 2 times" in pulled.invalid["twice"]["source_ref"]
     world.write_back()
     with engine.connect() as connection:
-        found = connection.exec_driver_sql("SELECT source_ref, status, updated_at FROM refund_requests ORDER BY rowid").all()
+        found = connection.exec_driver_sql(
+            "SELECT source_ref, status, updated_at FROM refund_requests ORDER BY rowid"
+        ).all()
     assert [row[:2] for row in found] == [("once", "approved"), ("twice", "invalid"), ("twice", "invalid")]
     assert found[0][2]
 
@@ -321,7 +361,9 @@ def test_a_query_that_lacks_a_column_is_named_with_the_column(world: World, tmp_
     query = tmp_path / "select_approved.sql"
     query.write_text("SELECT source_ref, amount FROM refund_requests")
     world.source = SqlSource(world.source_engine, select_approved=query)
-    with pytest.raises(SourceError, match=r"select_approved.sql does not return processing_terminal_id, order_id"):
+    with pytest.raises(
+        SourceError, match=r"select_approved.sql does not return processing_terminal_id, order_id"
+    ):
         world.pull()
 
 
@@ -340,7 +382,9 @@ def test_pulls_side_by_side_mark_no_good_refund_invalid(world: World) -> None:
         world.approve()
 
     async def four() -> None:
-        await asyncio.gather(*(pull(world.source, world.ledger, world.cipher, world.settings) for _ in range(4)))
+        await asyncio.gather(
+            *(pull(world.source, world.ledger, world.cipher, world.settings) for _ in range(4))
+        )
 
     world.run(four())
     assert world.rows("SELECT * FROM refund_ledger.invalid_rows") == []
@@ -366,7 +410,9 @@ def test_an_order_id_collision_is_noted_once_and_written_back_once(world: World)
     assert world.write_back() == (0, [])
 
 
-def test_a_row_without_a_source_ref_is_reported_while_it_is_there_and_never_written_back(world: World, tmp_path: Path) -> None:
+def test_a_row_without_a_source_ref_is_reported_while_it_is_there_and_never_written_back(
+    world: World, tmp_path: Path
+) -> None:
     query = tmp_path / "select_approved.sql"
     everything = (SQL_FOLDER / "select_approved.sql").read_text()
     query.write_text(everything.replace("source_ref             AS", "NULLIF(source_ref, 'none') AS"))

@@ -21,7 +21,16 @@ from tests.refunds.test_resolve import ledger_of
 
 def again(world: World, refund_id: int, by: str) -> int | None:
     ledger, source = ledger_of(world, by), world.settings.source
-    return world.run(reissue(refund_id, "the payee gave us time", ledger=ledger, gateway=world.gateway, cipher=world.cipher, source=source))
+    return world.run(
+        reissue(
+            refund_id,
+            "the payee gave us time",
+            ledger=ledger,
+            gateway=world.gateway,
+            cipher=world.cipher,
+            source=source,
+        )
+    )
 
 
 def reissued(world: World, refund_id: int) -> int:
@@ -41,7 +50,15 @@ def returned(world: World) -> int:
     return refund_id
 
 
-COPIED = ("source", "processing_terminal_id", "description", "amount", "currency", "payee_last4", "payee_fingerprint")
+COPIED = (
+    "source",
+    "processing_terminal_id",
+    "description",
+    "amount",
+    "currency",
+    "payee_last4",
+    "payee_fingerprint",
+)
 
 
 def test_a_reissue_pays_the_same_payee_the_same_under_an_order_and_a_key_of_its_own(world: World) -> None:
@@ -49,11 +66,18 @@ def test_a_reissue_pays_the_same_payee_the_same_under_an_order_and_a_key_of_its_
     new = reissued(world, old)
     before, after = world.row(old), world.row(new)
     assert {name: after[name] for name in COPIED} == {name: before[name] for name in COPIED}
-    assert (after["source_ref"], after["replaces"], after["status"]) == (f"{before['source_ref']}/2", old, "approved")
+    assert (after["source_ref"], after["replaces"], after["status"]) == (
+        f"{before['source_ref']}/2",
+        old,
+        "approved",
+    )
     assert (after["requested_by"], after["approved_by"]) == ("ann", "bob")
     assert after["reason"] == f"Reissue of refund {old}: the payee gave us time"
     assert after["idempotency_key"] != before["idempotency_key"]
-    first, second = (json.loads(world.cipher.open(bytes(row["request"]), row["request_sha256"], row["id"])) for row in (before, after))
+    first, second = (
+        json.loads(world.cipher.open(bytes(row["request"]), row["request_sha256"], row["id"]))
+        for row in (before, after)
+    )
     assert second["order"].pop("orderId") == after["order_id"] != first["order"].pop("orderId")
     assert second.pop("customFields") == [{"name": "refundKey", "value": str(after["idempotency_key"])}]
     del first["customFields"]
@@ -85,7 +109,9 @@ def test_the_source_shows_the_newest_of_a_chain_and_nothing_older_comes_back(wor
     assert (row["status"], row["payroc_refund_id"]) == ("accepted", world.row(new)["payroc_refund_id"])
     assert world.write_back() == (0, [])
     with world.ledger_engine.begin() as connection:
-        connection.exec_driver_sql(f"UPDATE refund_ledger.refunds SET reason = 'late news', updated_at = now() WHERE id = {old}")
+        connection.exec_driver_sql(
+            f"UPDATE refund_ledger.refunds SET reason = 'late news', updated_at = now() WHERE id = {old}"
+        )
     assert world.write_back() == (0, [])
 
 
@@ -122,7 +148,9 @@ def test_a_reissue_takes_two_different_people(world: World) -> None:
     assert again(world, old, "bob") is None
 
 
-def test_a_refund_is_reissued_with_its_sec_code_although_a_new_row_with_it_is_refused_today(world: World) -> None:
+def test_a_refund_is_reissued_with_its_sec_code_although_a_new_row_with_it_is_refused_today(
+    world: World,
+) -> None:
     today, world.settings = world.settings, world.settings.model_copy(update={"allow_sec_web": True})
     old = world.released("9002", sec_code="web")
     world.send(old)
@@ -177,11 +205,16 @@ def test_a_reissue_is_not_sent_when_the_refund_that_it_replaces_turns_out_paid(w
     world.send(old)
     new = reissued(world, old)
     world.release("run-2")
-    found = Verdict(Outcome.ACCEPTED, "Accepted by Payroc.", sighting=Sighting("FOUND00001", "ready", Status.ACCEPTED))
+    found = Verdict(
+        Outcome.ACCEPTED, "Accepted by Payroc.", sighting=Sighting("FOUND00001", "ready", Status.ACCEPTED)
+    )
     world.run(world.ledger.record(old, found))
     world.run(world.ledger.resume("*", "seen"))
     result = world.send(new)
-    assert (result.sent, result.reason) == (Sent.NOT_RELEASED, f"Not sent: refund {old}, which it replaces, is review.")
+    assert (result.sent, result.reason) == (
+        Sent.NOT_RELEASED,
+        f"Not sent: refund {old}, which it replaces, is review.",
+    )
     assert (world.posts(new), world.row(new)["attempts"]) == (0, 0)
     assert world.run(world.ledger.candidates(Selection())) == []
     assert world.release("run-3") == []
@@ -216,7 +249,9 @@ def test_a_reissue_whose_predecessor_turns_out_paid_after_the_claim_is_not_poste
         ("source", "'elsewhere'"),
     ],
 )
-def test_the_database_refuses_a_reissue_that_pays_something_else(world: World, column: str, value: str) -> None:
+def test_the_database_refuses_a_reissue_that_pays_something_else(
+    world: World, column: str, value: str
+) -> None:
     old = world.released("9002")
     world.send(old)
     with pytest.raises(DBAPIError, match="a refund pays what the one that it replaces"):
@@ -227,7 +262,10 @@ def test_the_database_refuses_a_reissue_that_pays_something_else(world: World, c
 def test_the_database_refuses_a_reissue_of_a_refund_that_may_be_paid(world: World, ending: str) -> None:
     old = world.released(ending)
     world.send(old)
-    with pytest.raises(DBAPIError, match="only one that is rejected, returned or reversed, as all that it replaces, is replaced"):
+    with pytest.raises(
+        DBAPIError,
+        match="only one that is rejected, returned or reversed, as all that it replaces, is replaced",
+    ):
         insert(world, old, {})
 
 

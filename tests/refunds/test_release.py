@@ -34,7 +34,9 @@ def test_releases_the_candidates_oldest_approval_first(world: World) -> None:
         (Selection(), ["a", "b", "c"]),
     ],
 )
-def test_a_run_is_about_what_its_params_select(world: World, selection: Selection, expected: list[str]) -> None:
+def test_a_run_is_about_what_its_params_select(
+    world: World, selection: Selection, expected: list[str]
+) -> None:
     world.approve(source_ref="a")
     world.approve(source_ref="b")
     world.approve(source_ref="c", processing_terminal_id="7701002")
@@ -53,7 +55,9 @@ def test_a_row_withdrawn_after_the_pull_is_not_released(world: World) -> None:
     assert findings["withdrawn"] == {str(world.row(withdrawn)["id"]): "Its source row is no longer approved."}
 
 
-def test_what_was_paused_when_the_source_was_read_is_not_released_though_the_pause_has_ended_since(world: World) -> None:
+def test_what_was_paused_when_the_source_was_read_is_not_released_though_the_pause_has_ended_since(
+    world: World,
+) -> None:
     other, paused = world.approve(processing_terminal_id="7701002"), world.approve()
     world.pull()
     world.change_source(paused, "withdrawn_at = now()")
@@ -152,8 +156,13 @@ def test_paused_everything_releases_nothing(world: World) -> None:
         {"problem": "bad-request", "parameter": "processingTerminalId"},
     ],
 )
-def test_a_terminal_that_payroc_refuses_is_paused_before_any_post_and_the_others_go_on(world: World, problem: dict[str, str]) -> None:
-    refused, fine = world.approve(processing_terminal_id="7701001"), world.approve(processing_terminal_id="7701002")
+def test_a_terminal_that_payroc_refuses_is_paused_before_any_post_and_the_others_go_on(
+    world: World, problem: dict[str, str]
+) -> None:
+    refused, fine = (
+        world.approve(processing_terminal_id="7701001"),
+        world.approve(processing_terminal_id="7701002"),
+    )
     world.pull()
     # Terminals are asked in their order, so the fault meets the first.
     world.fault(None, "problem", "list", **problem)
@@ -188,7 +197,9 @@ def test_a_ledger_belongs_to_one_payroc(world: World) -> None:
     other = Intercepted(world.gateway)
     other.environment = "https://api.payroc.com/v1"
     world.gateway = other
-    with pytest.raises(LedgerError, match=r"belongs to Payroc at http://127.*points to https://api.payroc.com/v1"):
+    with pytest.raises(
+        LedgerError, match=r"belongs to Payroc at http://127.*points to https://api.payroc.com/v1"
+    ):
         world.release("run-2")
 
 
@@ -216,7 +227,11 @@ def test_what_became_of_a_refund_is_written_back_once(world: World) -> None:
     world.send(world.release()[0])
     assert world.write_back() == (1, [])
     row = world.source_row(ref)
-    assert (row["status"], row["payroc_status"], row["reason"]) == ("accepted", "ready", "Accepted by Payroc.")
+    assert (row["status"], row["payroc_status"], row["reason"]) == (
+        "accepted",
+        "ready",
+        "Accepted by Payroc.",
+    )
     assert row["payroc_refund_id"] == world.row(ref)["payroc_refund_id"]
     assert world.write_back() == (0, [])
 
@@ -289,7 +304,9 @@ def test_an_api_key_that_may_not_read_is_a_refusal_and_pauses_nothing(world: Wor
     world.approve()
     world.pull()
     world.fault(None, "problem", "list", problem="not-authorized", times=2)
-    with pytest.raises(PreflightRefused, match="with a new token too; nothing was released: check the API key"):
+    with pytest.raises(
+        PreflightRefused, match="with a new token too; nothing was released: check the API key"
+    ):
         world.release()
     assert world.paused() == {}
 
@@ -309,10 +326,15 @@ def test_an_object_of_somebody_elses_that_can_not_be_read_does_not_stop_a_releas
             r"unknown parameters \(state\); it may use",
         ),
         ("UPDATE refund_requests SET status = :status", "does not name the parameter :source_ref"),
-        ("UPDATE refund_requests SET no_such = :status WHERE source_ref = :source_ref", 'column "no_such" .* does not exist'),
+        (
+            "UPDATE refund_requests SET no_such = :status WHERE source_ref = :source_ref",
+            'column "no_such" .* does not exist',
+        ),
     ],
 )
-def test_an_unusable_write_back_is_told_and_loses_nothing(world: World, tmp_path: Path, update: str, sentence: str) -> None:
+def test_an_unusable_write_back_is_told_and_loses_nothing(
+    world: World, tmp_path: Path, update: str, sentence: str
+) -> None:
     world.approve()
     world.pull()
     file = tmp_path / "write_back.sql"
@@ -328,7 +350,9 @@ def test_a_write_back_may_leave_parameters_out_and_use_them_anywhere(world: Worl
     ref = world.approve()
     world.pull()
     file = tmp_path / "write_back.sql"
-    file.write_text("UPDATE refund_requests SET reason = concat_ws('/', :status, :reason) WHERE source_ref = :source_ref")
+    file.write_text(
+        "UPDATE refund_requests SET reason = concat_ws('/', :status, :reason) WHERE source_ref = :source_ref"
+    )
     world.source = SqlSource(world.source_engine, write_back=file)
     assert world.write_back() == (1, [])
     assert world.source_row(ref)["reason"] == "approved"

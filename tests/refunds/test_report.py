@@ -32,7 +32,9 @@ def status(world: World) -> Report:
         ("4321", {"payroc_seen_at": "5 days"}, "has not been looked at for more than 2 business days"),
     ],
 )
-def test_an_accepted_refund_that_does_not_move_is_named(world: World, ending: str, columns: dict[str, str], sentence: str) -> None:
+def test_an_accepted_refund_that_does_not_move_is_named(
+    world: World, ending: str, columns: dict[str, str], sentence: str
+) -> None:
     late, fresh = world.released(ending), world.released()
     for refund_id in (late, fresh):
         world.send(refund_id)
@@ -49,7 +51,10 @@ def test_a_refund_in_doubt_for_more_than_a_day_is_named(world: World) -> None:
     age(world, late, first_sent_at="25 hours")
     world.write_back()
     (sentence,) = status(world).notes
-    assert f"Refund {late} (order {world.row(late)['order_id']}) has been unknown for more than a day" in sentence
+    assert (
+        f"Refund {late} (order {world.row(late)['order_id']}) has been unknown for more than a day"
+        in sentence
+    )
 
 
 def test_the_follow_up_reports_what_people_have_to_do_and_not_what_time_will_tell(world: World) -> None:
@@ -79,7 +84,8 @@ def test_a_weekend_is_no_business_day() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ending", "words"), [("9005", "1 unknown: Payroc has not told"), ("9013", "1 in review: people have to look at them")]
+    ("ending", "words"),
+    [("9005", "1 unknown: Payroc has not told"), ("9013", "1 in review: people have to look at them")],
 )
 def test_what_is_unfinished_is_told(world: World, ending: str, words: str) -> None:
     world.send(world.released(ending))
@@ -114,7 +120,10 @@ def test_totals_are_per_currency(world: World) -> None:
 
 
 def test_of_a_large_run_only_what_did_not_go_as_expected_is_listed() -> None:
-    lines = [Line(number, f"ORDER-{number}", 100, "USD", "1234", "accepted", "ABCDEFGHIJ", 1, None) for number in range(1000)]
+    lines = [
+        Line(number, f"ORDER-{number}", 100, "USD", "1234", "accepted", "ABCDEFGHIJ", 1, None)
+        for number in range(1000)
+    ]
     lines[7] = Line(7, "ORDER-7", 100, "USD", "1234", "rejected", None, 1, "Declined by the bank.")
     text = str(Report("Run", refunds=lines))
     assert "ORDER-7 " in text

@@ -25,9 +25,21 @@ def ledger_of(world: World, person: str) -> Ledger:
     return Ledger(world.ledger.engine, world.settings, actor=person, clock=world.ledger._clock)
 
 
-def decide(world: World, refund_id: int, outcome: str, by: str = "ann", payroc_refund_id: str | None = None, reason: str = "seen") -> bool:
+def decide(
+    world: World,
+    refund_id: int,
+    outcome: str,
+    by: str = "ann",
+    payroc_refund_id: str | None = None,
+    reason: str = "seen",
+) -> bool:
     work = resolve(
-        refund_id, Status(outcome), reason, payroc_refund_id=payroc_refund_id, ledger=ledger_of(world, by), gateway=world.gateway
+        refund_id,
+        Status(outcome),
+        reason,
+        payroc_refund_id=payroc_refund_id,
+        ledger=ledger_of(world, by),
+        gateway=world.gateway,
     )
     return world.run(work)[1]
 
@@ -68,11 +80,15 @@ def harmless(world: World) -> int:
     refund_id = world.released()
     with world.ledger_engine.begin() as connection:
         for status in ("approved", "review"):
-            connection.exec_driver_sql(f"UPDATE refund_ledger.refunds SET status = '{status}' WHERE id = {refund_id}")
+            connection.exec_driver_sql(
+                f"UPDATE refund_ledger.refunds SET status = '{status}' WHERE id = {refund_id}"
+            )
     return refund_id
 
 
-def direct(world: World, refund_id: int, fields: list[dict[str, str]] | None = OTHER_KEY, **changes: Any) -> str:
+def direct(
+    world: World, refund_id: int, fields: list[dict[str, str]] | None = OTHER_KEY, **changes: Any
+) -> str:
     """
     Make a refund at Payroc past the ledger, and return its id.
 
@@ -82,7 +98,12 @@ def direct(world: World, refund_id: int, fields: list[dict[str, str]] | None = O
     row = world.row(refund_id)
     body = {
         "processingTerminalId": row["processing_terminal_id"],
-        "order": {"orderId": row["order_id"], "description": "by hand", "amount": row["amount"], "currency": "USD"},
+        "order": {
+            "orderId": row["order_id"],
+            "description": "by hand",
+            "amount": row["amount"],
+            "currency": "USD",
+        },
         "refundMethod": {
             "type": "ach",
             "secCode": "ppd",
@@ -111,7 +132,11 @@ def test_when_nothing_can_have_moved_one_person_rejects(world: World) -> None:
     refund_id = harmless(world)
     assert decide(world, refund_id, "rejected", reason="withdrawn") is True
     row = world.row(refund_id)
-    assert (row["status"], row["reason"], proposals(world, refund_id)) == ("rejected", "Resolved by ann: withdrawn", [])
+    assert (row["status"], row["reason"], proposals(world, refund_id)) == (
+        "rejected",
+        "Resolved by ann: withdrawn",
+        [],
+    )
 
 
 def test_when_money_may_have_moved_it_takes_two_different_people(world: World) -> None:
@@ -149,7 +174,9 @@ def test_a_proposal_counts_in_the_review_that_it_was_made_in_only(world: World) 
     decide(world, refund_id, "accepted", "ann")
     with world.ledger_engine.begin() as connection:
         for status in ("accepted", "review"):
-            connection.exec_driver_sql(f"UPDATE refund_ledger.refunds SET status = '{status}' WHERE id = {refund_id}")
+            connection.exec_driver_sql(
+                f"UPDATE refund_ledger.refunds SET status = '{status}' WHERE id = {refund_id}"
+            )
     assert decide(world, refund_id, "accepted", "bob") is False
 
 
@@ -174,7 +201,9 @@ def test_rejected_is_refused_when_a_lagging_list_lacks_the_refund_that_the_row_k
     world.hours_ahead += 2 * DAY
     world.gateway = Listing(world, lambda listed: [])
     known = world.row(refund_id)["payroc_refund_id"]
-    assert f"Payroc holds refund {known} of it ('admin'), so it is not rejected" in refusal(world, refund_id, "rejected")
+    assert f"Payroc holds refund {known} of it ('admin'), so it is not rejected" in refusal(
+        world, refund_id, "rejected"
+    )
 
 
 def test_rejected_is_allowed_when_payrocs_object_is_declined(world: World) -> None:
@@ -190,7 +219,9 @@ def test_rejected_is_refused_for_a_day_after_an_attempt_that_may_have_moved_mone
     refund_id = world.released("9014")
     world.send(refund_id)
     assert world.row(refund_id)["status"] == "review"
-    assert "may have been sent less than 24 hours ago, and Payroc's list may lag" in refusal(world, refund_id, "rejected")
+    assert "may have been sent less than 24 hours ago, and Payroc's list may lag" in refusal(
+        world, refund_id, "rejected"
+    )
     world.hours_ahead += 24
     assert decide(world, refund_id, "rejected") is False
 
@@ -258,13 +289,18 @@ def test_accepted_with_the_refund_of_another_order_is_refused(world: World) -> N
 def test_accepted_with_a_refund_that_carries_another_key_is_refused(world: World) -> None:
     refund_id = lost(world)
     found = direct(world, refund_id)
-    assert "carries the key of another refund" in refusal(world, refund_id, "accepted", payroc_refund_id=found)
+    assert "carries the key of another refund" in refusal(
+        world, refund_id, "accepted", payroc_refund_id=found
+    )
 
 
 def test_accepted_with_a_refund_that_people_found_adopts_it(world: World) -> None:
     refund_id = lost(world)
     found = direct(world, refund_id, fields=None)
-    assert [decide(world, refund_id, "accepted", who, payroc_refund_id=found) for who in ("ann", "bob")] == [False, True]
+    assert [decide(world, refund_id, "accepted", who, payroc_refund_id=found) for who in ("ann", "bob")] == [
+        False,
+        True,
+    ]
     row = world.row(refund_id)
     assert (row["status"], row["payroc_refund_id"], row["payroc_status"]) == ("accepted", found, "ready")
 
@@ -273,7 +309,9 @@ def test_accepted_with_another_id_than_the_known_one_is_refused(world: World) ->
     refund_id = odd(world)
     other = direct(world, refund_id)
     known = world.row(refund_id)["payroc_refund_id"]
-    assert f"is Payroc's refund {known}, not {other}" in refusal(world, refund_id, "accepted", payroc_refund_id=other)
+    assert f"is Payroc's refund {known}, not {other}" in refusal(
+        world, refund_id, "accepted", payroc_refund_id=other
+    )
 
 
 def test_a_refund_id_that_stands_at_another_refund_is_refused(world: World) -> None:
@@ -339,7 +377,9 @@ def test_a_refund_that_changed_while_payroc_was_asked_is_not_resolved(world: Wor
 
         async def list_refunds(self, token, **filters):
             with world.ledger_engine.begin() as connection:
-                connection.exec_driver_sql(f"UPDATE refund_ledger.refunds SET payroc_status = 'ready' WHERE id = {refund_id}")
+                connection.exec_driver_sql(
+                    f"UPDATE refund_ledger.refunds SET payroc_status = 'ready' WHERE id = {refund_id}"
+                )
             async for item in gateway.list_refunds(token, **filters):
                 yield item
 
@@ -356,7 +396,14 @@ def test_two_people_at_the_same_moment_carry_it_out_once(world: World) -> None:
 
     async def both() -> list[Any]:
         works = (
-            resolve(refund_id, Status.REJECTED, "seen", payroc_refund_id=None, ledger=ledger_of(world, who), gateway=world.gateway)
+            resolve(
+                refund_id,
+                Status.REJECTED,
+                "seen",
+                payroc_refund_id=None,
+                ledger=ledger_of(world, who),
+                gateway=world.gateway,
+            )
             for who in ("bob", "carl")
         )
         return await asyncio.gather(*works, return_exceptions=True)

@@ -33,7 +33,11 @@ def terminal(world: World, monkeypatch: pytest.MonkeyPatch) -> str:
     """Give each test a terminal of its own: Payroc remembers what other tests paid."""
     name = f"86{next(TERMINALS):06}"
     approve = world.approve
-    monkeypatch.setattr(world, "approve", lambda ending="4321", **columns: approve(ending, processing_terminal_id=name, **columns))
+    monkeypatch.setattr(
+        world,
+        "approve",
+        lambda ending="4321", **columns: approve(ending, processing_terminal_id=name, **columns),
+    )
     return name
 
 
@@ -55,9 +59,20 @@ class Backup:
         self._run("pg_restore", "--clean", "--if-exists", f"--dbname={self._url.database}", str(self._file))
 
     def _run(self, program: str, *arguments: str) -> None:
-        where = [f"--host={HOST}", f"--port={self._url.port}", f"--username={self._url.username}", "--no-password"]
+        where = [
+            f"--host={HOST}",
+            f"--port={self._url.port}",
+            f"--username={self._url.username}",
+            "--no-password",
+        ]
         env = {**os.environ, "PGPASSWORD": str(self._url.password)}
-        subprocess.run([self._postgres.program(program), *where, *arguments], env=env, check=True, capture_output=True, timeout=60)
+        subprocess.run(
+            [self._postgres.program(program), *where, *arguments],
+            env=env,
+            check=True,
+            capture_output=True,
+            timeout=60,
+        )
 
 
 @pytest.fixture
@@ -98,7 +113,9 @@ class Day:
         self.released = world.released()
         self.held = world.released()
         with world.ledger_engine.begin() as connection:
-            connection.exec_driver_sql(f"UPDATE refund_ledger.refunds SET status = 'held', holds = '{{by hand}}' WHERE id = {self.held}")
+            connection.exec_driver_sql(
+                f"UPDATE refund_ledger.refunds SET status = 'held', holds = '{{by hand}}' WHERE id = {self.held}"
+            )
         self.unknown = world.released("9003")
         self.declined = world.released("9001")
         self.backup = back_up()
@@ -116,7 +133,9 @@ class Day:
         return (self.approved, self.released, self.held, self.unknown, self.declined, self.lost)
 
     def _refund_at_payroc(self, which: str | int) -> str:
-        (found,) = self.world.sandbox.get(f"/_sandbox/refunds?orderId={self.world.row(which)['order_id']}")["refunds"]
+        (found,) = self.world.sandbox.get(f"/_sandbox/refunds?orderId={self.world.row(which)['order_id']}")[
+            "refunds"
+        ]
         return str(found["refundId"])
 
     def assert_paid_once(self) -> None:
@@ -124,7 +143,9 @@ class Day:
             assert self.world.paid(int(self.world.row(which)["id"])) == 1
 
 
-def test_a_restored_ledger_takes_over_what_payroc_has_and_nothing_is_paid_twice(world: World, back_up: Callable[[], Backup]) -> None:
+def test_a_restored_ledger_takes_over_what_payroc_has_and_nothing_is_paid_twice(
+    world: World, back_up: Callable[[], Backup]
+) -> None:
     day = Day(world, back_up)
     restore(world, day.backup)
     assert world.row(day.approved)["status"] == "approved"
@@ -150,7 +171,9 @@ def test_a_restored_ledger_takes_over_what_payroc_has_and_nothing_is_paid_twice(
     assert world.run(verify_audit(world.ledger.engine)).findings == []
 
 
-def test_without_that_command_nothing_is_paid_twice_either(world: World, back_up: Callable[[], Backup]) -> None:
+def test_without_that_command_nothing_is_paid_twice_either(
+    world: World, back_up: Callable[[], Backup]
+) -> None:
     day = Day(world, back_up)
     restore(world, day.backup)
     world.pull()
@@ -196,7 +219,10 @@ def test_nobody_resumes_before_the_comparison_has_come_to_its_end(
     monkeypatch.setattr(type(world.gateway), "list_refunds", property(lambda _: 1 / 0))
     with pytest.raises(ZeroDivisionError):
         run_restored(world, backup.at)
-    with pytest.raises(LedgerError, match=r"not compared with Payroc since: run `python -m include\.refunds restored` to its end first"):
+    with pytest.raises(
+        LedgerError,
+        match=r"not compared with Payroc since: run `python -m include\.refunds restored` to its end first",
+    ):
         world.run(world.ledger.resume("*", "It looks fine."))
     monkeypatch.undo()
     # The second time nobody has to remember when the backup was made.
@@ -206,17 +232,26 @@ def test_nobody_resumes_before_the_comparison_has_come_to_its_end(
     assert world.run(world.ledger.resume("*", "Now it is."))
 
 
-def test_what_differs_from_the_request_is_not_taken_over_but_goes_to_people(world: World, back_up: Callable[[], Backup]) -> None:
+def test_what_differs_from_the_request_is_not_taken_over_but_goes_to_people(
+    world: World, back_up: Callable[[], Backup]
+) -> None:
     refund_id = world.released()
     backup = back_up()
-    direct(world, refund_id, fields=[{"name": "refundKey", "value": str(world.row(refund_id)["idempotency_key"])}], amount=1)
+    direct(
+        world,
+        refund_id,
+        fields=[{"name": "refundKey", "value": str(world.row(refund_id)["idempotency_key"])}],
+        amount=1,
+    )
     restore(world, backup)
     found = run_restored(world, backup.at)
     assert world.row(refund_id)["status"] == "review"
     assert any("differs from Payroc's refund" in item.sentence for item in found.comparison.differences)
 
 
-def test_what_neither_ledger_nor_source_knows_any_more_is_named(world: World, back_up: Callable[[], Backup]) -> None:
+def test_what_neither_ledger_nor_source_knows_any_more_is_named(
+    world: World, back_up: Callable[[], Backup]
+) -> None:
     kept = world.released()
     backup = back_up()
     lost = world.released()
@@ -268,12 +303,17 @@ def test_a_refund_whose_reissue_the_ledger_has_forgotten_goes_to_people_instead_
     backup = back_up()
     row = world.row(refund_id)
     key = str(idempotency_key(world.settings.source, f"{row['source_ref']}/2"))
-    reissue = direct(world, refund_id, fields=[{"name": "refundKey", "value": key}], orderId=default_order_id(UUID(key)))
+    reissue = direct(
+        world, refund_id, fields=[{"name": "refundKey", "value": key}], orderId=default_order_id(UUID(key))
+    )
     restore(world, backup)
     run_restored(world, backup.at)
     row = world.row(refund_id)
     assert (row["status"], world.posts(refund_id)) == ("review", 0)
-    assert row["reason"] == f"Payroc's refund {reissue} is a reissue of this one, which the ledger has forgotten since its backup."
+    assert (
+        row["reason"]
+        == f"Payroc's refund {reissue} is a reissue of this one, which the ledger has forgotten since its backup."
+    )
 
 
 def test_of_two_at_a_time_the_second_is_refused(world: World) -> None:
@@ -293,7 +333,9 @@ def test_a_look_up_that_fails_leaves_the_comparison_open(world: World, back_up: 
     backup = back_up()
     restore(world, backup)
     world.fault(refund_id, "status", "list", status=503)
-    with pytest.raises(LedgerError, match="1 look-ups or lists failed at Payroc, so not everything is known: run it again"):
+    with pytest.raises(
+        LedgerError, match="1 look-ups or lists failed at Payroc, so not everything is known: run it again"
+    ):
         run_restored(world, backup.at)
     with pytest.raises(LedgerError, match="not compared with Payroc since"):
         world.run(world.ledger.resume("*", "It looks fine."))
@@ -301,7 +343,9 @@ def test_a_look_up_that_fails_leaves_the_comparison_open(world: World, back_up: 
     assert world.run(world.ledger.resume("*", "Now it is."))
 
 
-def test_what_was_paused_when_the_backup_was_made_says_so_beside_the_restore(world: World, back_up: Callable[[], Backup]) -> None:
+def test_what_was_paused_when_the_backup_was_made_says_so_beside_the_restore(
+    world: World, back_up: Callable[[], Backup]
+) -> None:
     world.run(world.ledger.pause("*", "the bank called"))
     backup = back_up()
     restore(world, backup)
@@ -322,7 +366,15 @@ def test_the_command_says_what_it_did_and_resume_is_refused_until_it_ran(
 ) -> None:
     day = Day(world, back_up)
     restore(world, day.backup)
-    arguments = ("restored", "--backup-at", day.backup.at.isoformat(), "--by", "ann", "--reason", "the disk was lost")
+    arguments = (
+        "restored",
+        "--backup-at",
+        day.backup.at.isoformat(),
+        "--by",
+        "ann",
+        "--reason",
+        "the disk was lost",
+    )
     connection = source_url.set(drivername="postgres").render_as_string(hide_password=False)
     done = cli(*arguments, ledger=ledger_url, AIRFLOW_CONN_REFUNDS_SOURCE=connection)
     assert done.returncode == 0, done.stderr

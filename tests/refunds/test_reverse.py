@@ -12,7 +12,9 @@ from tests.refunds.test_resolve import ledger_of
 
 
 def undo(world: World, refund_id: int) -> Reversed:
-    return world.run(reverse(refund_id, "wrong customer", ledger=ledger_of(world, "ann"), gateway=world.gateway))
+    return world.run(
+        reverse(refund_id, "wrong customer", ledger=ledger_of(world, "ann"), gateway=world.gateway)
+    )
 
 
 def reversals(world: World, refund_id: int) -> list[str]:
@@ -23,16 +25,24 @@ def reversals(world: World, refund_id: int) -> list[str]:
 
 
 def intents(world: World, refund_id: int) -> list[tuple[str, str]]:
-    query = "SELECT actor, reason FROM refund_ledger.refund_events WHERE event = 'reverse' AND refund_id = :id"
+    query = (
+        "SELECT actor, reason FROM refund_ledger.refund_events WHERE event = 'reverse' AND refund_id = :id"
+    )
     return [(row["actor"], row["reason"]) for row in world.rows(query, id=refund_id)]
 
 
-def test_a_refund_in_the_open_batch_is_reversed_under_a_key_of_its_own_also_while_the_sending_is_paused(world: World) -> None:
+def test_a_refund_in_the_open_batch_is_reversed_under_a_key_of_its_own_also_while_the_sending_is_paused(
+    world: World,
+) -> None:
     refund_id = paid(world)
     world.run(world.ledger.pause("*", "the bank called"))
     assert undo(world, refund_id).done
     row = world.row(refund_id)
-    assert (row["status"], row["payroc_status"], row["reason"]) == ("reversed", "reversal", "Reversed in the open batch.")
+    assert (row["status"], row["payroc_status"], row["reason"]) == (
+        "reversed",
+        "reversal",
+        "Reversed in the open batch.",
+    )
     assert intents(world, refund_id) == [("ann", "wrong customer")]
     (key,) = reversals(world, refund_id)
     assert key != str(row["idempotency_key"])
@@ -68,10 +78,14 @@ def test_a_reversal_that_payroc_did_not_process_leaves_the_refund_accepted(world
     assert world.row(refund_id)["status"] == "accepted"
 
 
-def test_a_refund_whose_batch_has_closed_is_refused_with_what_payroc_says_and_the_ledger_learns_it(world: World) -> None:
+def test_a_refund_whose_batch_has_closed_is_refused_with_what_payroc_says_and_the_ledger_learns_it(
+    world: World,
+) -> None:
     refund_id = paid(world)
     set_at_payroc(world, refund_id, "complete")
-    with pytest.raises(DecisionRefused, match=r"was not reversed: .*bad-request.*; Payroc says it is 'complete'\."):
+    with pytest.raises(
+        DecisionRefused, match=r"was not reversed: .*bad-request.*; Payroc says it is 'complete'\."
+    ):
         undo(world, refund_id)
     assert world.row(refund_id)["status"] == "settled"
 

@@ -37,10 +37,18 @@ A_REFUND = """INSERT INTO refund_ledger.refunds (source, source_ref, processing_
     payee_last4, payee_fingerprint, request, request_sha256, requested_by, approved_by, approved_at, idempotency_key, created_at,
     updated_at{more}) SELECT source, '{ref}', processing_terminal_id, '{ref}', '', amount, currency, payee_last4, payee_fingerprint,
     'sealed', {sha256}, 'ann', 'bob', now(), gen_random_uuid(), now(), now(){values} FROM refund_ledger.refunds WHERE id = {of}"""
-AN_EVENT = (
-    "INSERT INTO refund_ledger.refund_events (at, event, refund_id, actor, reason) VALUES (now(), '{event}', {{accepted}}, 'ann', 'x')"
+AN_EVENT = """
+    INSERT INTO refund_ledger.refund_events (at, event, refund_id, actor, reason)
+    VALUES (now(), '{event}', {{accepted}}, 'ann', 'x')"""
+TABLES = (
+    "refunds",
+    "refund_attempts",
+    "refund_events",
+    "refund_event_chain",
+    "refund_runs",
+    "refund_control",
+    "invalid_rows",
 )
-TABLES = ("refunds", "refund_attempts", "refund_events", "refund_event_chain", "refund_runs", "refund_control", "invalid_rows")
 
 
 def refund(kind: str, assignments: str) -> str:
@@ -285,7 +293,9 @@ def fill(connection: Connection) -> None:
             VALUES ('shop', '{kind}', '7701001', '{kind}', 'Refund', {10**6 if kind == "large" else 4999}, 'USD', '4321',
                 repeat('a', 64), 'sealed', 'first', repeat(md5('{kind}'), 2), 'ann', 'bob', now(), gen_random_uuid(), now(), now())""")
         for assignment in assignments:
-            connection.exec_driver_sql(f"UPDATE refund_ledger.refunds SET {assignment} WHERE source_ref = '{kind}'")
+            connection.exec_driver_sql(
+                f"UPDATE refund_ledger.refunds SET {assignment} WHERE source_ref = '{kind}'"
+            )
             if assignment == SENDING:
                 connection.exec_driver_sql(
                     "INSERT INTO refund_ledger.refund_attempts (refund_id, attempt, run_id, started_at) "
@@ -301,7 +311,9 @@ def fill(connection: Connection) -> None:
     connection.exec_driver_sql("""
         INSERT INTO refund_ledger.refund_runs (run_id, params, candidates, candidate_totals, candidates_hash, started_at)
         VALUES ('run-1', '{}', 1, '{}', 'hash', now())""")
-    connection.exec_driver_sql("INSERT INTO refund_ledger.invalid_rows VALUES ('shop', 'bad', '{}', now(), now(), now())")
+    connection.exec_driver_sql(
+        "INSERT INTO refund_ledger.invalid_rows VALUES ('shop', 'bad', '{}', now(), now(), now())"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +326,9 @@ def filled_ledger(new_ledger: NewDatabase) -> URL:
         # As a login of an installation that is older than the roles: it was given the tables.
         connection.exec_driver_sql("CREATE ROLE old_login LOGIN PASSWORD 'old_login'")
         connection.exec_driver_sql("GRANT USAGE ON SCHEMA refund_ledger TO old_login")
-        connection.exec_driver_sql("GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA refund_ledger TO old_login")
+        connection.exec_driver_sql(
+            "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA refund_ledger TO old_login"
+        )
     engine.dispose()
     return url
 
@@ -324,7 +338,9 @@ def filled_source(new_source: NewDatabase) -> URL:
     url = new_source()
     engine = create_engine(url)
     with engine.begin() as connection:
-        connection.exec_driver_sql(f"INSERT INTO refund_requests ({ROW}) VALUES ('a', '7701001', 4999, 'USD', 'ann')")
+        connection.exec_driver_sql(
+            f"INSERT INTO refund_requests ({ROW}) VALUES ('a', '7701001', 4999, 'USD', 'ann')"
+        )
     engine.dispose()
     return url
 
@@ -376,19 +392,31 @@ def name_of(statement: str) -> str:
     ],
     ids=name_of,
 )
-def test_the_ledger_refuses_what_a_role_may_not_do(connections: Connections, filled_ledger: URL, role: str, statement: str) -> None:
+def test_the_ledger_refuses_what_a_role_may_not_do(
+    connections: Connections, filled_ledger: URL, role: str, statement: str
+) -> None:
     assert refused(connections.of(filled_ledger, role), statement.format(**IDS)) in REFUSALS
 
 
 @pytest.mark.parametrize(
     ("role", "statement"),
     [
-        *((role, statement) for role in (REQUESTER, APPROVER, PAYER) for statement in EVERYBODY_IN_THE_SOURCE),
-        *((role, statement) for role, statements in FORBIDDEN_IN_THE_SOURCE.items() for statement in statements),
+        *(
+            (role, statement)
+            for role in (REQUESTER, APPROVER, PAYER)
+            for statement in EVERYBODY_IN_THE_SOURCE
+        ),
+        *(
+            (role, statement)
+            for role, statements in FORBIDDEN_IN_THE_SOURCE.items()
+            for statement in statements
+        ),
     ],
     ids=name_of,
 )
-def test_the_source_refuses_what_a_role_may_not_do(connections: Connections, filled_source: URL, role: str, statement: str) -> None:
+def test_the_source_refuses_what_a_role_may_not_do(
+    connections: Connections, filled_source: URL, role: str, statement: str
+) -> None:
     assert refused(connections.of(filled_source, role), statement) in REFUSALS
 
 
@@ -400,15 +428,21 @@ def test_operators_of_a_schema_of_ones_own_do_not_take_the_place_of_those_that_t
         connection.execute(f"CREATE SCHEMA mine AUTHORIZATION {payer.url.username}")
     never = "FUNCTION mine.never(text, text) RETURNS boolean LANGUAGE sql AS 'SELECT false'"
     with payer.begin() as own:
-        own.exec_driver_sql(f"CREATE {never}; CREATE OPERATOR mine.<> (LEFTARG = text, RIGHTARG = text, FUNCTION = mine.never)")
-        own.exec_driver_sql(f"ALTER ROLE CURRENT_USER IN DATABASE {filled_ledger.database} SET search_path = mine, pg_catalog")
+        own.exec_driver_sql(
+            f"CREATE {never}; CREATE OPERATOR mine.<> (LEFTARG = text, RIGHTARG = text, FUNCTION = mine.never)"
+        )
+        own.exec_driver_sql(
+            f"ALTER ROLE CURRENT_USER IN DATABASE {filled_ledger.database} SET search_path = mine, pg_catalog"
+        )
     payer.dispose()
     forged = refund("approved", "status = 'accepted', payroc_refund_id = 'ZZZZZZZZZZ'").format(**IDS)
     try:
         assert refused(payer, forged) == "23514"
     finally:
         with payer.begin() as own:
-            own.exec_driver_sql(f"ALTER ROLE CURRENT_USER IN DATABASE {filled_ledger.database} RESET search_path")
+            own.exec_driver_sql(
+                f"ALTER ROLE CURRENT_USER IN DATABASE {filled_ledger.database} RESET search_path"
+            )
         payer.dispose()
 
 
@@ -440,7 +474,9 @@ def acting(world: World, url: URL, actor: str = "test") -> Ledger:
 def command(url: URL, *arguments: str, by: str | None = None, exit_code: int = 0) -> str:
     """Run a command in this process, and return what it printed."""
     who = ("--by", by, "--reason", "seen") if by else ()
-    done = CliRunner().invoke(app, [*arguments, *who, "--ledger-url", url.render_as_string(hide_password=False)])
+    done = CliRunner().invoke(
+        app, [*arguments, *who, "--ledger-url", url.render_as_string(hide_password=False)]
+    )
     assert done.exit_code == exit_code, (done.output, done.exception)
     return done.output
 
@@ -455,7 +491,10 @@ def enter(source: URL, login: Login, ref: str, **columns: Any) -> None:
         "requested_by": "ann",
     } | columns
     steps = (
-        (REQUESTER, f"INSERT INTO refund_requests ({', '.join(row)}) VALUES ({', '.join(f':{name}' for name in row)})"),
+        (
+            REQUESTER,
+            f"INSERT INTO refund_requests ({', '.join(row)}) VALUES ({', '.join(f':{name}' for name in row)})",
+        ),
         (
             APPROVER,
             "UPDATE refund_requests SET approved_by = 'bob', approved_at = now() WHERE source_ref = :source_ref AND amount = :amount",
@@ -468,7 +507,12 @@ def enter(source: URL, login: Login, ref: str, **columns: Any) -> None:
 
 
 def test_both_dags_do_all_their_work_with_the_payers_rights_alone(
-    world: World, run_dag: Runner, ledger_url: URL, source_url: URL, login: Login, monkeypatch: pytest.MonkeyPatch
+    world: World,
+    run_dag: Runner,
+    ledger_url: URL,
+    source_url: URL,
+    login: Login,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name, url in {"LEDGER": ledger_url, "SOURCE": source_url}.items():
         monkeypatch.setenv(f"AIRFLOW_CONN_REFUNDS_{name}", airflow_connection(login(url, PAYER)))
@@ -480,7 +524,9 @@ def test_both_dags_do_all_their_work_with_the_payers_rights_alone(
     enter(source_url, login, "roles-large", amount=100_001)
     run = run_dag()
     assert (run.state, run.result["notes"][0][:7]) == ("success", "1 held:")
-    rows = {ref: world.source_row(f"roles-{ref}")["status"] for ref in ("paid", "rejected", "invalid", "large")}
+    rows = {
+        ref: world.source_row(f"roles-{ref}")["status"] for ref in ("paid", "rejected", "invalid", "large")
+    }
     assert rows == {"paid": "accepted", "rejected": "rejected", "invalid": "invalid", "large": "held"}
 
     # A configuration error pauses the sending, people let it go on.
@@ -494,23 +540,31 @@ def test_both_dags_do_all_their_work_with_the_payers_rights_alone(
     assert {world.row(f"roles-{ref}")["status"] for ref in ("later", "large")} == {"accepted"}
 
     # The follow-up reads Payroc, and empties the request of what ended long ago.
-    world.sandbox.patch(f"/_sandbox/refunds/{world.row('roles-paid')['payroc_refund_id']}", {"status": "complete"})
+    world.sandbox.patch(
+        f"/_sandbox/refunds/{world.row('roles-paid')['payroc_refund_id']}", {"status": "complete"}
+    )
     with world.ledger_engine.begin() as connection:
         connection.exec_driver_sql("SET LOCAL session_replication_role = replica")
-        connection.exec_driver_sql("UPDATE refund_ledger.refunds SET updated_at = now() - interval '31 days' WHERE status = 'rejected'")
+        connection.exec_driver_sql(
+            "UPDATE refund_ledger.refunds SET updated_at = now() - interval '31 days' WHERE status = 'rejected'"
+        )
     run = run_dag("payroc_refunds_followup")
     assert run.state == "success", run.log
     assert world.source_row("roles-paid")["status"] == "settled"
     assert [world.row(f"roles-{ref}")["request"] is None for ref in ("paid", "rejected")] == [False, True]
 
-    logins = world.rows("SELECT event, login FROM refund_ledger.refund_events GROUP BY event, login ORDER BY event, login")
+    logins = world.rows(
+        "SELECT event, login FROM refund_ledger.refund_events GROUP BY event, login ORDER BY event, login"
+    )
     own, theirs = (login(ledger_url, role).username for role in (PAYER, OPERATOR))
     assert {row["login"] for row in logins} == {own, theirs}
     assert [row["login"] for row in logins if row["event"] in ("resume", "limit")] == [theirs, theirs]
     assert "intact" in command(login(ledger_url, AUDITOR), "verify-audit")
 
 
-def test_the_payer_notes_the_answer_about_a_run_and_what_payroc_shows_of_a_held_refund(world: World, ledger_url: URL, login: Login) -> None:
+def test_the_payer_notes_the_answer_about_a_run_and_what_payroc_shows_of_a_held_refund(
+    world: World, ledger_url: URL, login: Login
+) -> None:
     world.limit(approval_count=0, largest_refund=5000)
     small, large = world.approve(), world.approve(amount=5001)
     world.pull()
@@ -518,7 +572,9 @@ def test_the_payer_notes_the_answer_about_a_run_and_what_payroc_shows_of_a_held_
 
     async def work() -> tuple[Question | None, list[int]]:
         ids = [item.id for item in await world.ledger.candidates(Selection())]
-        await world.ledger.begin_run("run-1", {}, await world.ledger.candidates(Selection()), {}, await world.ledger.now())
+        await world.ledger.begin_run(
+            "run-1", {}, await world.ledger.candidates(Selection()), {}, await world.ledger.now()
+        )
         question = await world.ledger.ask_approval("run-1")
         await world.ledger.record_rejection("run-1", by="dora")
         await world.ledger.record_approval("run-1", by="frank", triggered_by=None)
@@ -535,7 +591,9 @@ def test_the_payer_notes_the_answer_about_a_run_and_what_payroc_shows_of_a_held_
     assert (world.row(large)["status"], list(world.paused())) == ("review", ["*"])
 
 
-def test_people_do_all_their_commands_with_the_operators_rights_alone(world: World, ledger_url: URL, login: Login) -> None:
+def test_people_do_all_their_commands_with_the_operators_rights_alone(
+    world: World, ledger_url: URL, login: Login
+) -> None:
     url = login(ledger_url, OPERATOR)
     # A terminal of its own: the local Payroc holds the refunds of other tests too.
     terminal = "7701792"
@@ -547,7 +605,9 @@ def test_people_do_all_their_commands_with_the_operators_rights_alone(world: Wor
     assert {world.row(refund_id)["status"] for refund_id in held} == {"held"}
     command(url, "release", str(held[0]), by="erin")
     command(url, "cancel", str(held[1]), by="erin")
-    review, paid, waiting = (world.released(ending, processing_terminal_id=terminal) for ending in ("9013", "4321", "4321"))
+    review, paid, waiting = (
+        world.released(ending, processing_terminal_id=terminal) for ending in ("9013", "4321", "4321")
+    )
     for refund_id in (review, paid):
         world.send(refund_id)
     command(url, "cancel", str(waiting), by="erin")
@@ -558,21 +618,41 @@ def test_people_do_all_their_commands_with_the_operators_rights_alone(world: Wor
     command(url, "reissue", str(paid), by="frank")
     statuses = [row["status"] for row in world.rows("SELECT status FROM refund_ledger.refunds ORDER BY id")]
     assert statuses == ["approved", "cancelled", "accepted", "reversed", "cancelled", "approved"]
-    reissue = world.rows("SELECT replaces, requested_by, approved_by FROM refund_ledger.refunds ORDER BY id DESC LIMIT 1")[0]
+    reissue = world.rows(
+        "SELECT replaces, requested_by, approved_by FROM refund_ledger.refunds ORDER BY id DESC LIMIT 1"
+    )[0]
     assert tuple(reissue.values()) == (paid, "erin", "frank")
     today = f"{world.run(world.ledger.now()):%Y-%m-%d}"
-    for arguments in (("status",), ("show", str(paid)), ("limits",), ("verify-audit",), ("verify", "--from", today, "--to", today)):
+    for arguments in (
+        ("status",),
+        ("show", str(paid)),
+        ("limits",),
+        ("verify-audit",),
+        ("verify", "--from", today, "--to", today),
+    ):
         command(url, *arguments)
 
 
 def test_what_follows_a_restore_takes_the_rights_of_payer_and_operator_together(
-    world: World, ledger_url: URL, source_url: URL, login: Login, postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
+    world: World,
+    ledger_url: URL,
+    source_url: URL,
+    login: Login,
+    postgres: PostgresServer,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("AIRFLOW_CONN_REFUNDS_SOURCE", source_url.set(drivername="postgres").render_as_string(hide_password=False))
+    monkeypatch.setenv(
+        "AIRFLOW_CONN_REFUNDS_SOURCE",
+        source_url.set(drivername="postgres").render_as_string(hide_password=False),
+    )
     refund_id = world.released(processing_terminal_id="7701793")
     # As in a ledger that was restored from a backup of before it was sent.
     world.send(refund_id)
-    force(world, refund_id, "status = 'released', payroc_refund_id = NULL, payroc_status = NULL, attempts = 0, first_sent_at = NULL")
+    force(
+        world,
+        refund_id,
+        "status = 'released', payroc_refund_id = NULL, payroc_status = NULL, attempts = 0, first_sent_at = NULL",
+    )
     arguments = ("restored", "--backup-at", "2026-01-01", "--by", "erin", "--reason", "the disk was lost")
     for role in (PAYER, OPERATOR):
         refused = cli(*arguments, ledger=login(ledger_url, role))
@@ -595,7 +675,14 @@ def test_a_reissue_that_finds_the_first_refund_paid_is_refused_and_noted_with_th
     found = object_of(world, refund_id, "FOUND00003")
     world.gateway = Listing(world, lambda listed: [*listed, found])
     world.ledger = acting(world, login(ledger_url, OPERATOR), "erin")
-    work = reissue(refund_id, "seen", ledger=world.ledger, gateway=world.gateway, cipher=world.cipher, source=world.settings.source)
+    work = reissue(
+        refund_id,
+        "seen",
+        ledger=world.ledger,
+        gateway=world.gateway,
+        cipher=world.cipher,
+        source=world.settings.source,
+    )
     with pytest.raises(DecisionRefused, match="may be paid after all"):
         world.run(work)
     assert (world.row(refund_id)["status"], list(world.paused())) == ("review", ["*"])
@@ -625,10 +712,16 @@ def test_a_changed_limit_and_the_end_of_a_pause_leave_their_events_though_they_a
     world.run(world.ledger.pause("*", "the bank called"))
     engine = create_engine(login(ledger_url, OPERATOR), poolclass=NullPool)
     with engine.begin() as connection:
-        connection.exec_driver_sql("UPDATE refund_ledger.refund_control SET paused_at = NULL, paused_by = NULL, pause_reason = NULL")
-        connection.exec_driver_sql("UPDATE refund_ledger.refund_control SET day_total = 5, approval_count = 0 WHERE scope = '*'")
+        connection.exec_driver_sql(
+            "UPDATE refund_ledger.refund_control SET paused_at = NULL, paused_by = NULL, pause_reason = NULL"
+        )
+        connection.exec_driver_sql(
+            "UPDATE refund_ledger.refund_control SET day_total = 5, approval_count = 0 WHERE scope = '*'"
+        )
     name = engine.url.username
-    events = world.rows("SELECT event, actor, login, reason, detail FROM refund_ledger.refund_events ORDER BY id")
+    events = world.rows(
+        "SELECT event, actor, login, reason, detail FROM refund_ledger.refund_events ORDER BY id"
+    )
     assert [tuple(row.values()) for row in events[1:]] == [
         ("resume", name, name, None, {"scope": "*"}),
         ("limit", name, name, None, {"limit": "approval_count", "from": None, "to": 0}),

@@ -43,7 +43,9 @@ def test_sending_a_finished_refund_again_sends_nothing(world: World) -> None:
         ("9021", "review", 1, "differs from the request in amount"),
     ],
 )
-def test_a_definitive_answer_ends_the_refund_in_one_attempt(world: World, ending: str, status: str, paid: int, reason: str) -> None:
+def test_a_definitive_answer_ends_the_refund_in_one_attempt(
+    world: World, ending: str, status: str, paid: int, reason: str
+) -> None:
     refund_id = world.released(ending)
     world.send(refund_id)
     row = world.row(refund_id)
@@ -53,8 +55,12 @@ def test_a_definitive_answer_ends_the_refund_in_one_attempt(world: World, ending
     assert world.paused() == {}
 
 
-@pytest.mark.parametrize("ending", ["9003", "9004", "9005", "9006", "9008", "9009", "9010", "9011", "9017", "9020"])
-def test_an_answer_that_proves_nothing_is_unknown_and_the_next_attempt_ends_it_paid_once(world: World, ending: str) -> None:
+@pytest.mark.parametrize(
+    "ending", ["9003", "9004", "9005", "9006", "9008", "9009", "9010", "9011", "9017", "9020"]
+)
+def test_an_answer_that_proves_nothing_is_unknown_and_the_next_attempt_ends_it_paid_once(
+    world: World, ending: str
+) -> None:
     refund_id = world.released(ending)
     result = world.send(refund_id)
     assert result.sent is Sent.UNKNOWN
@@ -74,7 +80,9 @@ def test_an_unknown_refund_is_looked_up_but_not_sent_again_before_its_wait_has_e
     assert world.row(refund_id)["attempts"] == 1
 
 
-def test_a_look_up_ends_an_unknown_refund_that_payroc_has_even_before_its_wait_has_ended(world: World) -> None:
+def test_a_look_up_ends_an_unknown_refund_that_payroc_has_even_before_its_wait_has_ended(
+    world: World,
+) -> None:
     refund_id = world.released("9006")
     world.send(refund_id)
     assert world.send(refund_id).sent is Sent.ACCEPTED
@@ -89,7 +97,9 @@ def test_retry_after_lengthens_the_wait(world: World) -> None:
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_worker_that_dies_around_its_post_leaves_a_refund_that_is_paid_once(world: World, moment: str) -> None:
+def test_a_worker_that_dies_around_its_post_leaves_a_refund_that_is_paid_once(
+    world: World, moment: str
+) -> None:
     refund_id = world.released()
     with pytest.raises(Death):
         world.send(refund_id, Intercepted(world.gateway, **{moment: die}))
@@ -108,7 +118,9 @@ def test_the_lease_outlives_the_token(world: World) -> None:
         world.send(refund_id, Intercepted(world.gateway, before=die))
     row = world.row(refund_id)
     token_seconds = 3600
-    assert (row["lease_until"] - row["first_sent_at"]).total_seconds() >= token_seconds + world.settings.lease_margin_seconds - 1
+    assert (
+        row["lease_until"] - row["first_sent_at"]
+    ).total_seconds() >= token_seconds + world.settings.lease_margin_seconds - 1
 
 
 def test_two_workers_at_the_same_refund_make_one_attempt(world: World) -> None:
@@ -162,7 +174,9 @@ def test_a_refusal_after_an_unknown_attempt_goes_to_review_and_not_to_rejected(w
     assert "after an attempt whose outcome is not known" in world.row(refund_id)["reason"]
 
 
-def test_past_the_key_window_a_refund_is_looked_up_and_goes_to_review_when_payroc_does_not_list_it(world: World) -> None:
+def test_past_the_key_window_a_refund_is_looked_up_and_goes_to_review_when_payroc_does_not_list_it(
+    world: World,
+) -> None:
     refund_id = world.released("9005")
     world.send(refund_id)
     world.hours_ahead += 24 * 7
@@ -190,7 +204,9 @@ def test_with_another_api_key_than_the_first_attempts_nothing_is_sent(world: Wor
 
 
 @pytest.mark.parametrize(("ending", "scope"), [("9018", "7701001"), ("9019", "7701001")])
-def test_a_configuration_error_pauses_the_terminal_and_gives_the_refund_back(world: World, ending: str, scope: str) -> None:
+def test_a_configuration_error_pauses_the_terminal_and_gives_the_refund_back(
+    world: World, ending: str, scope: str
+) -> None:
     refund_id, other_id = world.released(ending), world.released()
     assert world.send(refund_id).sent is Sent.CONFIGURATION
     assert list(world.paused()) == [scope]
@@ -200,7 +216,9 @@ def test_a_configuration_error_pauses_the_terminal_and_gives_the_refund_back(wor
     assert world.row(other_id)["attempts"] == 0
 
 
-def test_a_second_401_with_a_newer_token_is_a_configuration_error_that_pauses_everything(world: World) -> None:
+def test_a_second_401_with_a_newer_token_is_a_configuration_error_that_pauses_everything(
+    world: World,
+) -> None:
     refund_id = world.released()
     world.fault(refund_id, "problem", problem="not-authorized", times=2)
     assert world.send(refund_id).sent is Sent.UNKNOWN
@@ -225,7 +243,9 @@ def test_a_pause_that_comes_after_the_claim_still_stops_the_post(world: World) -
     assert world.row(refund_id)["status"] == "unknown"
 
 
-def test_a_second_refund_of_payrocs_for_our_key_is_kept_as_an_event_and_pauses_everything(world: World) -> None:
+def test_a_second_refund_of_payrocs_for_our_key_is_kept_as_an_event_and_pauses_everything(
+    world: World,
+) -> None:
     refund_id, other_id = world.released(), world.released()
     world.send(other_id)
     foreign = world.row(other_id)["payroc_refund_id"]
@@ -242,14 +262,26 @@ def test_a_second_refund_of_payrocs_for_our_key_is_kept_as_an_event_and_pauses_e
     assert foreign in events[0]["reason"]
 
 
-def test_another_refund_at_payroc_with_our_order_id_is_never_adopted_and_nothing_is_sent(world: World) -> None:
+def test_another_refund_at_payroc_with_our_order_id_is_never_adopted_and_nothing_is_sent(
+    world: World,
+) -> None:
     refund_id = world.released()
     hook = PayrocHook()
     strange = RefundRequest.model_validate(
         {
             "processing_terminal_id": "7701001",
-            "order": {"order_id": world.row(refund_id)["order_id"], "description": "by hand", "amount": 4999, "currency": "USD"},
-            "refund_method": {"type": "secureToken", "token": "296753123456", "account_type": "checking", "sec_code": "ppd"},
+            "order": {
+                "order_id": world.row(refund_id)["order_id"],
+                "description": "by hand",
+                "amount": 4999,
+                "currency": "USD",
+            },
+            "refund_method": {
+                "type": "secureToken",
+                "token": "296753123456",
+                "account_type": "checking",
+                "sec_code": "ppd",
+            },
             "custom_fields": [{"name": "who", "value": "somebody in the portal"}],
         }
     )
@@ -257,7 +289,9 @@ def test_another_refund_at_payroc_with_our_order_id_is_never_adopted_and_nothing
     world.hours_ahead += 23
     with world.ledger_engine.begin() as connection:
         connection.exec_driver_sql("SET session_replication_role = replica")
-        connection.exec_driver_sql("UPDATE refund_ledger.refunds SET created_at = created_at - interval '2 days'")
+        connection.exec_driver_sql(
+            "UPDATE refund_ledger.refunds SET created_at = created_at - interval '2 days'"
+        )
     assert world.send(refund_id).sent is Sent.REVIEW
     row = world.row(refund_id)
     assert row["payroc_refund_id"] is None
@@ -299,7 +333,9 @@ def test_a_request_that_was_changed_in_the_ledger_is_not_sent(world: World) -> N
     refund_id, other_id = world.released(), world.released()
     with world.ledger_engine.begin() as connection:
         other = f"SELECT request FROM refund_ledger.refunds WHERE id = {other_id}"
-        connection.exec_driver_sql(f"UPDATE refund_ledger.refunds SET request = ({other}) WHERE id = {refund_id}")
+        connection.exec_driver_sql(
+            f"UPDATE refund_ledger.refunds SET request = ({other}) WHERE id = {refund_id}"
+        )
     result = world.send(refund_id)
     assert result.sent is Sent.CONFIGURATION
     assert "does not have the hash" in result.reason
@@ -356,7 +392,9 @@ def test_a_refused_token_is_forgotten_so_that_the_next_look_up_takes_a_new_one(w
     assert world.send(refund_id).sent is Sent.ACCEPTED
 
 
-def test_a_word_of_payrocs_that_the_ledger_can_not_hold_does_not_keep_the_payment_from_being_recorded(world: World) -> None:
+def test_a_word_of_payrocs_that_the_ledger_can_not_hold_does_not_keep_the_payment_from_being_recorded(
+    world: World,
+) -> None:
     refund_id = world.released()
 
     class Odd(Intercepted):
@@ -407,7 +445,11 @@ def test_a_pause_that_stopped_a_post_is_told_with_its_reason(world: World) -> No
     ledger.claim = claim_then_pause  # type: ignore[method-assign]
     result = world.send(refund_id)
     assert (result.sent, result.reason) == (Sent.CONFIGURATION, "The sending is paused: the bank called")
-    assert (world.row(refund_id)["status"], world.attempts(refund_id), world.paid(refund_id)) == ("released", ["not_sent"], 0)
+    assert (world.row(refund_id)["status"], world.attempts(refund_id), world.paid(refund_id)) == (
+        "released",
+        ["not_sent"],
+        0,
+    )
 
 
 @pytest.mark.parametrize("taken_over", [False, True])

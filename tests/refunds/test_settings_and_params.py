@@ -20,17 +20,26 @@ from include.refunds.settings import Settings, SettingsError, get_settings
         ("HTTP_TIMEOUT_SECONDS", "soon", "valid number"),
     ],
 )
-def test_an_unusable_setting_is_named_with_its_variable(monkeypatch: pytest.MonkeyPatch, name: str, value: str, sentence: str) -> None:
+def test_an_unusable_setting_is_named_with_its_variable(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, sentence: str
+) -> None:
     monkeypatch.setenv(f"PAYROC_REFUNDS_{name}", value)
     with pytest.raises(SettingsError, match=f"PAYROC_REFUNDS_{name} is not usable: .*{sentence}"):
         get_settings()
 
 
-def test_an_empty_schedule_means_manual_runs_only_and_other_empty_settings_are_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_schedule_means_manual_runs_only_and_other_empty_settings_are_unset(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for name in ("SCHEDULE", "RETRIES", "TOKEN_CACHE_DIR", "FINGERPRINT_KEY"):
         monkeypatch.setenv(f"PAYROC_REFUNDS_{name}", "")
     settings = Settings()
-    assert (settings.schedule, settings.retries, settings.token_cache_dir, settings.fingerprint_key) == ("", 5, None, None)
+    assert (settings.schedule, settings.retries, settings.token_cache_dir, settings.fingerprint_key) == (
+        "",
+        5,
+        None,
+        None,
+    )
 
 
 @pytest.mark.parametrize(
@@ -41,13 +50,17 @@ def test_an_empty_schedule_means_manual_runs_only_and_other_empty_settings_are_u
         ("FINGERPRINT_KEY", "short", "missing or shorter than 32 characters"),
     ],
 )
-def test_a_missing_or_malformed_key_says_what_to_run(monkeypatch: pytest.MonkeyPatch, name: str, value: str, sentence: str) -> None:
+def test_a_missing_or_malformed_key_says_what_to_run(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, sentence: str
+) -> None:
     monkeypatch.setenv(f"PAYROC_REFUNDS_{name}", value)
     with pytest.raises(SettingsError, match=f"{sentence}.*generate-keys"):
         Cipher(Settings())
 
 
-def test_any_of_the_keys_opens_a_request_and_a_lost_one_is_told_with_the_refund(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_of_the_keys_opens_a_request_and_a_lost_one_is_told_with_the_refund(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     old = Settings().encryption_keys[0].get_secret_value()
     sealed, digest = Cipher(Settings()).seal(b"body"), Cipher(Settings()).sha256(b"body")
     token, key_id = sealed.token, sealed.key_id
@@ -55,7 +68,10 @@ def test_any_of_the_keys_opens_a_request_and_a_lost_one_is_told_with_the_refund(
     monkeypatch.setenv("PAYROC_REFUNDS_ENCRYPTION_KEYS", f"{new}, {old}")
     assert Cipher(Settings()).open(token, digest, 7, key_id) == b"body"
     monkeypatch.setenv("PAYROC_REFUNDS_ENCRYPTION_KEYS", new)
-    with pytest.raises(UnreadableRequest, match=f"request of refund 7 was encrypted with the key {key_id}, which is not among"):
+    with pytest.raises(
+        UnreadableRequest,
+        match=f"request of refund 7 was encrypted with the key {key_id}, which is not among",
+    ):
         Cipher(Settings()).open(token, digest, 7, key_id)
 
 
@@ -72,7 +88,8 @@ def test_an_unknown_param_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("limit", 0), ("approved_before", "2026-11-20T09:00:00"), ("batch_size", 0), ("source_refs", [1])]
+    ("name", "value"),
+    [("limit", 0), ("approved_before", "2026-11-20T09:00:00"), ("batch_size", 0), ("source_refs", [1])],
 )
 def test_an_unusable_param_is_named(name: str, value: object) -> None:
     with pytest.raises(ParamsError, match=f"Param {name} is not usable"):
@@ -100,13 +117,25 @@ def test_ids_come_in_lists_that_never_exceed_the_largest_number_of_mapped_tasks(
 
 
 def test_money_is_written_with_the_currencys_own_minor_unit() -> None:
-    assert [money(123456, code) for code in ("USD", "JPY", "KWD")] == ["1,234.56 USD", "123,456 JPY", "123.456 KWD"]
+    assert [money(123456, code) for code in ("USD", "JPY", "KWD")] == [
+        "1,234.56 USD",
+        "123,456 JPY",
+        "123.456 KWD",
+    ]
 
 
 def test_a_connections_special_characters_and_ssl_options_survive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AIRFLOW_CONN_REFUNDS_LEDGER", "postgres://pay%40er:p%2Fw%3Ad@db.example:6432/refunds?sslmode=verify-full")
+    monkeypatch.setenv(
+        "AIRFLOW_CONN_REFUNDS_LEDGER",
+        "postgres://pay%40er:p%2Fw%3Ad@db.example:6432/refunds?sslmode=verify-full",
+    )
     url = ledger_url()
-    assert (url.username, url.password, url.port, url.query["sslmode"]) == ("pay@er", "p/w:d", 6432, "verify-full")
+    assert (url.username, url.password, url.port, url.query["sslmode"]) == (
+        "pay@er",
+        "p/w:d",
+        6432,
+        "verify-full",
+    )
     monkeypatch.setenv("AIRFLOW_CONN_REFUNDS_LEDGER", "postgres://db.example")
     with pytest.raises(UrlError, match="names no database"):
         ledger_url()

@@ -33,7 +33,9 @@ def summary_of(world: World, *, hours: float = 24, url: URL | None = None) -> Su
         engine = world.ledger.engine if url is None else LedgerEngine(url)
         try:
             since = until - timedelta(hours=hours)
-            return await read_summary(engine, world.settings.source, since=since, until=until, timezone=TIMEZONE)
+            return await read_summary(
+                engine, world.settings.source, since=since, until=until, timezone=TIMEZONE
+            )
         finally:
             await engine.dispose()
 
@@ -44,8 +46,12 @@ def happened(world: World, refund_id: int, ago: str) -> None:
     """Move what has happened to a refund into the past, past the triggers."""
     with world.ledger_engine.begin() as connection:
         connection.exec_driver_sql("SET LOCAL session_replication_role = replica")
-        connection.exec_driver_sql(f"UPDATE refund_ledger.refund_events SET at = at - interval '{ago}' WHERE refund_id = {refund_id}")
-        connection.exec_driver_sql(f"UPDATE refund_ledger.refunds SET updated_at = updated_at - interval '{ago}' WHERE id = {refund_id}")
+        connection.exec_driver_sql(
+            f"UPDATE refund_ledger.refund_events SET at = at - interval '{ago}' WHERE refund_id = {refund_id}"
+        )
+        connection.exec_driver_sql(
+            f"UPDATE refund_ledger.refunds SET updated_at = updated_at - interval '{ago}' WHERE id = {refund_id}"
+        )
 
 
 def html_of(summary: Summary) -> str:
@@ -71,9 +77,18 @@ def a_day(world: World) -> dict[str, int]:
 def test_a_summary_counts_each_refund_once_by_what_it_became_and_by_what_it_waits_as(world: World) -> None:
     a_day(world)
     summary = summary_of(world, hours=24)
-    assert [(total.status, total.count, total.amount) for total in summary.outcomes] == [("accepted", 1, 4999), ("rejected", 1, 4999)]
-    assert [(total.status, total.count, total.amount) for total in summary.waiting] == [("held", 1, 250_000), ("review", 1, 4999)]
-    assert [(run.run_id, run.released) for run in summary.runs] == [("run-1", "1 refund, 49.99 USD"), ("run-2", "no refunds")]
+    assert [(total.status, total.count, total.amount) for total in summary.outcomes] == [
+        ("accepted", 1, 4999),
+        ("rejected", 1, 4999),
+    ]
+    assert [(total.status, total.count, total.amount) for total in summary.waiting] == [
+        ("held", 1, 250_000),
+        ("review", 1, 4999),
+    ]
+    assert [(run.run_id, run.released) for run in summary.runs] == [
+        ("run-1", "1 refund, 49.99 USD"),
+        ("run-2", "no refunds"),
+    ]
     assert len(summary.days) == CHART_DAYS
     assert (summary.days[-1].paid, summary.days[-1].unpaid, summary.days[-1].amounts) == (1, 1, {"USD": 4999})
     assert summary.oldest is not None
@@ -87,12 +102,16 @@ def test_what_happened_before_is_in_the_chart_and_not_in_the_day(world: World) -
         happened(world, refund_id, ago)
     summary = summary_of(world)
     assert summary.outcomes == []
-    assert {CHART_DAYS - 1 - number: day.paid for number, day in enumerate(summary.days) if day.paid} == {3: 1}
+    assert {CHART_DAYS - 1 - number: day.paid for number, day in enumerate(summary.days) if day.paid} == {
+        3: 1
+    }
     assert [(total.count, total.amount) for total in summary.totals] == [(2, 6999)]
 
 
 @pytest.mark.parametrize("role", [PAYER, AUDITOR])
-def test_the_rights_of_the_payer_and_of_the_auditor_are_enough(world: World, ledger_url: URL, login: Login, role: str) -> None:
+def test_the_rights_of_the_payer_and_of_the_auditor_are_enough(
+    world: World, ledger_url: URL, login: Login, role: str
+) -> None:
     a_day(world)
     as_owner, as_role = summary_of(world), summary_of(world, url=login(ledger_url, role))
     assert (as_role.outcomes, as_role.waiting, as_role.days, as_role.runs) == (
@@ -112,7 +131,9 @@ def test_the_page_shows_all_of_it_without_a_script_a_picture_or_anything_to_load
     for words in ("2,500.00 USD", "review", "a limit holds them", "a &lt;terminal&gt; of trouble", "failed"):
         assert words in html
     assert re.findall(r"<(?:script|img|svg|link|iframe)|url\(|@import", html) == []
-    assert set(re.findall(r'(?:src|href)="([^"]+)"', html)) == {"https://airflow.example/dags/payroc_refunds_summary"}
+    assert set(re.findall(r'(?:src|href)="([^"]+)"', html)) == {
+        "https://airflow.example/dags/payroc_refunds_summary"
+    }
     assert not any(secret in html for secret in ("Hopper", "053200983", "55667"))
 
 
@@ -195,7 +216,10 @@ def test_a_folder_that_cannot_be_written_loses_no_mail(
 ) -> None:
     (tmp_path / "a file").touch()
     monkeypatch.setenv("PAYROC_REFUNDS_SUMMARY_FOLDER", f"file://{tmp_path}/a file")
-    notifier = {"notifier": "airflow.providers.smtp.notifications.smtp.SmtpNotifier", "to": "finance@example.com"}
+    notifier = {
+        "notifier": "airflow.providers.smtp.notifications.smtp.SmtpNotifier",
+        "to": "finance@example.com",
+    }
     monkeypatch.setenv("PAYROC_REFUNDS_NOTIFIERS", json.dumps([notifier]))
     with Mailbox() as mailbox:
         monkeypatch.setenv("AIRFLOW_CONN_SMTP_DEFAULT", mailbox.connection)
@@ -225,7 +249,11 @@ def test_the_dag_writes_one_file_a_day_where_the_setting_says(
     assert re.search(r">success</td>", file.read_text())
 
 
-def test_without_a_setting_summaries_are_kept_in_airflows_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_setting_summaries_are_kept_in_airflows_home(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("AIRFLOW_HOME", str(tmp_path))
-    assert str(write(get_settings(), "2026-11-23.html", "<p>")).endswith(f"{tmp_path}/summaries/2026-11-23.html")
+    assert str(write(get_settings(), "2026-11-23.html", "<p>")).endswith(
+        f"{tmp_path}/summaries/2026-11-23.html"
+    )
     assert (tmp_path / "summaries" / "2026-11-23.html").read_text() == "<p>"

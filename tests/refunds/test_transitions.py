@@ -37,13 +37,18 @@ OUTCOME_OF = {Status.REJECTED: Outcome.REJECTED, Status.REVIEW: Outcome.REVIEW}
 
 def sighting(status: Status, refund_id: str = OURS) -> Verdict:
     outcome = OUTCOME_OF.get(status, Outcome.ACCEPTED)
-    return Verdict(outcome, f"Payroc says {WORD_OF[status]}.", sighting=Sighting(refund_id, WORD_OF[status], status))
+    return Verdict(
+        outcome, f"Payroc says {WORD_OF[status]}.", sighting=Sighting(refund_id, WORD_OF[status], status)
+    )
 
 
 SIGHTINGS = [sighting(status) for status in WORD_OF]
 CONTRADICTION = Verdict(Outcome.REVIEW, "Payroc holds more than one refund of ours.", contradiction=True)
 WITHOUT_SIGHTING = [
-    *(Verdict(outcome, f"It is {outcome}.") for outcome in (Outcome.REJECTED, Outcome.UNKNOWN, Outcome.REVIEW, Outcome.NOT_SENT)),
+    *(
+        Verdict(outcome, f"It is {outcome}.")
+        for outcome in (Outcome.REJECTED, Outcome.UNKNOWN, Outcome.REVIEW, Outcome.NOT_SENT)
+    ),
     *(
         Verdict(Outcome.CONFIGURATION, "Mend it.", pause=pause, not_processed=proven)
         for pause, proven in product((EVERYTHING, REFUND.processing_terminal_id), (True, False))
@@ -92,7 +97,11 @@ def can_be(case: Case) -> bool:
         return False
     # An attempt is current only while its refund is sending; a look-up without an attempt may also be for an unknown one, and
     # what it says without an object is never anything but review.
-    return not case.current or case.status is Status.SENDING or (case.status is Status.UNKNOWN and case.verdict.outcome is Outcome.REVIEW)
+    return (
+        not case.current
+        or case.status is Status.SENDING
+        or (case.status is Status.UNKNOWN and case.verdict.outcome is Outcome.REVIEW)
+    )
 
 
 def steps_of(case: Case) -> tuple[Status, ...]:
@@ -103,10 +112,18 @@ def steps_of(case: Case) -> tuple[Status, ...]:
 def test_every_way_that_is_decided_walks_along_the_edges() -> None:
     walked = {edge for case in cases() for edge in pairwise((case.status, *steps_of(case)))}
     assert walked <= EDGES
-    assert {target for _, target in walked} >= {*PAID, Status.REJECTED, Status.UNKNOWN, Status.REVIEW, Status.RELEASED}
+    assert {target for _, target in walked} >= {
+        *PAID,
+        Status.REJECTED,
+        Status.UNKNOWN,
+        Status.REVIEW,
+        Status.RELEASED,
+    }
 
 
-def test_an_attempt_that_no_longer_holds_the_refund_records_a_sighting_or_a_contradiction_and_nothing_weaker() -> None:
+def test_an_attempt_that_no_longer_holds_the_refund_records_a_sighting_or_a_contradiction_and_nothing_weaker() -> (
+    None
+):
     for case in cases():
         if not case.current and case.verdict in WITHOUT_SIGHTING:
             assert case.decide() is None, case
@@ -167,22 +184,38 @@ def test_rejected_is_reached_by_a_definitive_refusal_or_a_declined_object_only()
 
 ERRORS: list[PayrocError] = [
     PayrocNoAnswer("create refund", "no answer within 30 s"),
-    *(PayrocUnexpectedAnswer("create refund", "strange", http_status=status) for status in (201, 302, 400, 401, 404, 429, 503)),
     *(
-        PayrocProblem("create refund", fragment, http_status=status, problem_type=fragment, parameters=parameters)
+        PayrocUnexpectedAnswer("create refund", "strange", http_status=status)
+        for status in (201, 302, 400, 401, 404, 429, 503)
+    ),
+    *(
+        PayrocProblem(
+            "create refund", fragment, http_status=status, problem_type=fragment, parameters=parameters
+        )
         for status, fragment, parameters in product(
             (400, 401, 403, 404, 409, 415, 422, 429, 500),
-            ("bad-request", "idempotency-key-in-use", "resource-already-exists", "capabilities-missing", "not-authorized", "forbidden"),
+            (
+                "bad-request",
+                "idempotency-key-in-use",
+                "resource-already-exists",
+                "capabilities-missing",
+                "not-authorized",
+                "forbidden",
+            ),
             ((), ("processingTerminalId",)),
         )
     ),
 ]
 
 
-def test_no_answer_to_a_post_rejects_or_gives_back_a_refund_of_which_an_earlier_attempt_is_unresolved() -> None:
+def test_no_answer_to_a_post_rejects_or_gives_back_a_refund_of_which_an_earlier_attempt_is_unresolved() -> (
+    None
+):
     ends: dict[bool, set[Status]] = {True: set(), False: set()}
     for error, history in product(ERRORS, HISTORIES):
-        steps = steps_of(Case(Status.SENDING, None, judge_error(error, REFUND, history), history, current=True))
+        steps = steps_of(
+            Case(Status.SENDING, None, judge_error(error, REFUND, history), history, current=True)
+        )
         assert steps, error
         ends[history.unresolved].add(steps[-1])
     assert ends[True] == {Status.UNKNOWN, Status.REVIEW}
@@ -224,15 +257,25 @@ def test_a_word_that_can_be_neither_older_nor_newer_is_a_contradiction(here: Sta
     stored_id = None if here is Status.CANCELLED else OURS
     change = Case(here, stored_id, sighting(said), History(), current=False).decide()
     assert change is not None
-    assert (change.steps, change.pause, change.sighting) == ((Status.REVIEW,), EVERYTHING, sighting(said).sighting)
+    assert (change.steps, change.pause, change.sighting) == (
+        (Status.REVIEW,),
+        EVERYTHING,
+        sighting(said).sighting,
+    )
     assert change.contradiction == f"Payroc says {said} of a refund that is {here} here."
 
 
 @pytest.mark.parametrize("status", [Status.APPROVED, Status.HELD, Status.RELEASED])
-def test_a_payment_of_a_refund_that_was_not_sent_is_kept_and_ends_in_review_with_everything_paused(status: Status) -> None:
+def test_a_payment_of_a_refund_that_was_not_sent_is_kept_and_ends_in_review_with_everything_paused(
+    status: Status,
+) -> None:
     change = Case(status, None, sighting(Status.ACCEPTED), History(), current=False).decide()
     assert change is not None
-    assert (change.steps[-1], change.pause, change.sighting) == (Status.REVIEW, EVERYTHING, sighting(Status.ACCEPTED).sighting)
+    assert (change.steps[-1], change.pause, change.sighting) == (
+        Status.REVIEW,
+        EVERYTHING,
+        sighting(Status.ACCEPTED).sighting,
+    )
     assert change.contradiction
 
 
@@ -255,7 +298,12 @@ def test_a_newer_word_leads_on(here: Status, said: Status, steps: tuple[Status, 
     stored_id = OURS if here in PAID else None
     change = Case(here, stored_id, sighting(said), History(), current=False).decide()
     assert change is not None
-    assert (change.steps, change.sighting, change.contradiction, change.pause) == (steps, sighting(said).sighting, None, None)
+    assert (change.steps, change.sighting, change.contradiction, change.pause) == (
+        steps,
+        sighting(said).sighting,
+        None,
+        None,
+    )
 
 
 def test_the_same_word_again_moves_nothing() -> None:
@@ -290,13 +338,17 @@ def test_whatever_ends_unknown_has_a_wait_and_nothing_else_has_one() -> None:
             assert not waits or change.wait_until >= NOW + UNKNOWN_WAIT, case
 
 
-def test_a_refund_is_given_back_only_when_neither_this_attempt_nor_an_earlier_one_can_have_been_processed() -> None:
+def test_a_refund_is_given_back_only_when_neither_this_attempt_nor_an_earlier_one_can_have_been_processed() -> (
+    None
+):
     given_back = 0
     for case in cases():
         change = case.decide()
         back = change is not None and Status.RELEASED in change.steps
         proven = case.verdict.outcome is Outcome.NOT_SENT or case.verdict.not_processed
-        assert back == (case.current and proven and not case.history.unresolved and not case.history.processed), case
+        assert back == (
+            case.current and proven and not case.history.unresolved and not case.history.processed
+        ), case
         # The key window begins with the first POST that may have been processed.
         assert back == (change is not None and change.never_sent), case
         given_back += back

@@ -24,13 +24,19 @@ def terminal(world: World, monkeypatch: pytest.MonkeyPatch) -> str:
     """Give each test a terminal of its own: Payroc remembers what other tests paid."""
     name = f"88{next(TERMINALS):06}"
     approve = world.approve
-    monkeypatch.setattr(world, "approve", lambda ending="4321", **columns: approve(ending, processing_terminal_id=name, **columns))
+    monkeypatch.setattr(
+        world,
+        "approve",
+        lambda ending="4321", **columns: approve(ending, processing_terminal_id=name, **columns),
+    )
     return name
 
 
 def compare(world: World, start: datetime | None = None, end: datetime | None = None) -> Comparison:
     now = datetime.now(UTC)
-    return world.run(verify(start or now - A_DAY, end or now + A_DAY, ledger=world.ledger, gateway=world.gateway))
+    return world.run(
+        verify(start or now - A_DAY, end or now + A_DAY, ledger=world.ledger, gateway=world.gateway)
+    )
 
 
 def sentences(world: World) -> list[str]:
@@ -38,13 +44,22 @@ def sentences(world: World) -> list[str]:
 
 
 def test_equal_sides_have_equal_sums_per_currency_and_status_and_no_difference(world: World) -> None:
-    for ending, columns in (("4321", {}), ("9003", {}), ("4321", {"currency": "CAD", "amount": 700}), ("9001", {}), ("9002", {})):
+    for ending, columns in (
+        ("4321", {}),
+        ("9003", {}),
+        ("4321", {"currency": "CAD", "amount": 700}),
+        ("9001", {}),
+        ("9002", {}),
+    ):
         world.send(world.released(ending, **columns))
     world.hours_ahead += 0.1
     world.follow_up()
     found = compare(world)
     assert found.differences == []
-    sums = {key: (item.ledger_count, item.ledger_amount, item.payroc_count, item.payroc_amount) for key, item in found.sums.items()}
+    sums = {
+        key: (item.ledger_count, item.ledger_amount, item.payroc_count, item.payroc_amount)
+        for key, item in found.sums.items()
+    }
     assert sums == {
         ("USD", "accepted"): (2, 9998, 2, 9998),
         ("CAD", "accepted"): (1, 700, 1, 700),
@@ -56,7 +71,9 @@ def test_equal_sides_have_equal_sums_per_currency_and_status_and_no_difference(w
 def test_a_refund_at_payroc_that_the_ledger_does_not_have_is_named(world: World) -> None:
     refund_id = paid(world)
     found = direct(world, refund_id, orderId="lost")
-    assert sentences(world) == [f"Payroc's refund {found} (order lost) carries a key of ours that the ledger does not have."]
+    assert sentences(world) == [
+        f"Payroc's refund {found} (order lost) carries a key of ours that the ledger does not have."
+    ]
 
 
 def test_a_ledger_that_was_lost_is_told_which_terminals_to_ask_for(world: World, terminal: str) -> None:
@@ -66,7 +83,9 @@ def test_a_ledger_that_was_lost_is_told_which_terminals_to_ask_for(world: World,
     now = datetime.now(UTC)
 
     def differences(*terminals: str) -> list[str | None]:
-        work = verify(now - A_DAY, now + A_DAY, terminals=terminals, ledger=world.ledger, gateway=world.gateway)
+        work = verify(
+            now - A_DAY, now + A_DAY, terminals=terminals, ledger=world.ledger, gateway=world.gateway
+        )
         return [item.payroc_refund_id for item in world.run(work).differences]
 
     assert differences() == []
@@ -84,7 +103,11 @@ def test_a_refund_that_was_made_elsewhere_is_counted_and_no_difference(world: Wo
 def test_a_paid_refund_that_payroc_does_not_have_is_named(world: World) -> None:
     refund_id = world.released()
     sent = "attempts = 1, first_sent_at = now(), sent_with = 'x'"
-    force(world, refund_id, f"status = 'accepted', {sent}, payroc_refund_id = 'NOSUCH0001', payroc_status = 'ready'")
+    force(
+        world,
+        refund_id,
+        f"status = 'accepted', {sent}, payroc_refund_id = 'NOSUCH0001', payroc_status = 'ready'",
+    )
     (sentence,) = sentences(world)
     assert sentence.endswith("is accepted here, and Payroc does not have it.")
 
@@ -187,14 +210,22 @@ def test_it_only_reads(world: World) -> None:
 
 
 def test_dates_are_days_in_utc_and_instants_have_a_zone() -> None:
-    assert read_range("2026-11-01", "2026-11-30") == (datetime(2026, 11, 1, tzinfo=UTC), datetime(2026, 12, 1, tzinfo=UTC))
+    assert read_range("2026-11-01", "2026-11-30") == (
+        datetime(2026, 11, 1, tzinfo=UTC),
+        datetime(2026, 12, 1, tzinfo=UTC),
+    )
     start, end = read_range("2026-11-01T00:00-05:00", "2026-11-02T00:00Z")
     assert (start, end) == (datetime(2026, 11, 1, 5, tzinfo=UTC), datetime(2026, 11, 2, tzinfo=UTC))
 
 
 @pytest.mark.parametrize(
     ("first", "last"),
-    [("2026-11-02", "2026-11-01"), ("yesterday", "2026-11-01"), ("2026-11-01T00:00", "2026-11-02"), ("2026-11-01", "9999-12-31")],
+    [
+        ("2026-11-02", "2026-11-01"),
+        ("yesterday", "2026-11-01"),
+        ("2026-11-01T00:00", "2026-11-02"),
+        ("2026-11-01", "9999-12-31"),
+    ],
 )
 def test_a_range_that_can_not_be_used_is_refused(first: str, last: str) -> None:
     with pytest.raises(RangeError):

@@ -29,7 +29,9 @@ def test_the_same_write_back_may_come_twice(world: World) -> None:
     assert world.run(world.source.write_back(due)) == []
 
 
-def test_a_write_back_does_not_wait_for_ever_for_one_that_stands_still(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_back_does_not_wait_for_ever_for_one_that_stands_still(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(write_backs, "_LOCK_SECONDS", 1)
     world.released()
 

@@ -36,13 +36,19 @@ _COLUMNS = "130"
 class TwoDags(Deployment):
     """A running Airflow with both DAGs."""
 
-    def __init__(self, folder: Path, postgres: PostgresServer, ledger: URL, source: URL, sandbox: Sandbox) -> None:
+    def __init__(
+        self, folder: Path, postgres: PostgresServer, ledger: URL, source: URL, sandbox: Sandbox
+    ) -> None:
         super().__init__(folder, postgres, ledger, source, sandbox)
-        (folder / "dags" / f"{FOLLOW_UP_DAG}.py").write_text((ROOT / "dags" / f"{FOLLOW_UP_DAG}.py").read_text())
+        (folder / "dags" / f"{FOLLOW_UP_DAG}.py").write_text(
+            (ROOT / "dags" / f"{FOLLOW_UP_DAG}.py").read_text()
+        )
 
     def start(self) -> None:
         super().start()
-        assert processes.wait_until(lambda: self.client.is_ready(FOLLOW_UP_DAG), seconds=60), f"{FOLLOW_UP_DAG} is not there"
+        assert processes.wait_until(lambda: self.client.is_ready(FOLLOW_UP_DAG), seconds=60), (
+            f"{FOLLOW_UP_DAG} is not there"
+        )
 
     def environment(self, programs: Path) -> dict[str, str]:
         """
@@ -79,7 +85,11 @@ class Shop(Merchant):
     def approve_sample(self, *source_refs: str) -> None:
         """Put these refunds of the demo's sample into the source; all of them when none is named."""
         with SAMPLE.open(newline="") as opened:
-            lines = [line for line in csv.DictReader(opened) if not source_refs or line["source_ref"] in source_refs]
+            lines = [
+                line
+                for line in csv.DictReader(opened)
+                if not source_refs or line["source_ref"] in source_refs
+            ]
         import_lines(self.airflow.source, lines, advance=lambda: None)
 
     def pay(self, *source_refs: str) -> None:
@@ -101,7 +111,9 @@ class Shop(Merchant):
 
     def sandbox_terminal(self, terminal: str, mode: str) -> None:
         """Give or take a terminal the right to refund."""
-        httpx.put(f"{self.sandbox.url}/_sandbox/terminals/{terminal}", json={"mode": mode}, trust_env=False).raise_for_status()
+        httpx.put(
+            f"{self.sandbox.url}/_sandbox/terminals/{terminal}", json={"mode": mode}, trust_env=False
+        ).raise_for_status()
 
     def audit_head(self) -> str:
         """Return the head of the audit trail, as a report shows it."""
@@ -119,7 +131,9 @@ class Shop(Merchant):
 
     def wait_for_runs(self) -> None:
         """Wait until no run of Airflow's is open, as a person does."""
-        self.wait_until(lambda: not self.airflow.client.has_open_runs(), "all runs have ended", seconds=100, pause=0.3)
+        self.wait_until(
+            lambda: not self.airflow.client.has_open_runs(), "all runs have ended", seconds=100, pause=0.3
+        )
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +151,13 @@ def airflow(postgres: PostgresServer, shared_ledger: URL, shared_source: URL) ->
 
 
 @pytest.fixture
-def shop(airflow: TwoDags, postgres: PostgresServer, ledger_url: URL, source_url: URL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
+def shop(
+    airflow: TwoDags,
+    postgres: PostgresServer,
+    ledger_url: URL,
+    source_url: URL,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Shop]:
     """A shop with nothing paid yet: neither the ledger nor Payroc remembers what another test did."""
     airflow.sandbox.post("/_sandbox/reset")
     shutil.rmtree(airflow.tokens, ignore_errors=True)
@@ -146,7 +166,11 @@ def shop(airflow: TwoDags, postgres: PostgresServer, ledger_url: URL, source_url
         if name.startswith(("PAYROC_REFUNDS_", "AIRFLOW_CONN_")):
             monkeypatch.setenv(name, value)
     # For what the tests themselves do.
-    for name, value in {"TOKEN_CACHE": "false", "HTTP_TIMEOUT_SECONDS": "1", "UNKNOWN_WAIT_SECONDS": "1"}.items():
+    for name, value in {
+        "TOKEN_CACHE": "false",
+        "HTTP_TIMEOUT_SECONDS": "1",
+        "UNKNOWN_WAIT_SECONDS": "1",
+    }.items():
         monkeypatch.setenv(f"PAYROC_REFUNDS_{name}", value)
     get_settings.cache_clear()
     shop = Shop(airflow, env)
@@ -169,7 +193,11 @@ def shell(shop: Shop, login: Login, tmp_path: Path) -> Iterator[Shell]:
 
 def use_ledger(shell: Shell, ledger: URL, login: Login) -> None:
     """Set the three addresses of the ledger that operations.md tells to set, each with the rights that it names."""
-    logins = {"PAYROC_REFUNDS_LEDGER_URL": login(ledger, OPERATOR), "ROTATOR_URL": login(ledger, KEY_ROTATOR), "OWNER_URL": ledger}
+    logins = {
+        "PAYROC_REFUNDS_LEDGER_URL": login(ledger, OPERATOR),
+        "ROTATOR_URL": login(ledger, KEY_ROTATOR),
+        "OWNER_URL": ledger,
+    }
     for name, url in logins.items():
         shell.run(f"export {name}='{url.set(drivername='postgresql').render_as_string(hide_password=False)}'")
 
@@ -184,7 +212,11 @@ def section(request: pytest.FixtureRequest, shell: Shell) -> Iterator[Section]:
 
 def find_section(test: str, shell: Shell) -> Section:
     """Return the section that a test is called after."""
-    found = {name_of_test(block.section): (document, block.section) for document in DOCUMENTS for block in blocks_of(document)}
+    found = {
+        name_of_test(block.section): (document, block.section)
+        for document in DOCUMENTS
+        for block in blocks_of(document)
+    }
     return Section(*found[test], shell)
 
 

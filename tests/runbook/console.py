@@ -102,12 +102,23 @@ def difference(expected: tuple[str, ...], printed: str) -> str | None:
     """Return what differs between what was expected and what was printed, line by line; ``None`` when they agree."""
     # Blank lines around it are nobody's message.
     lines = [line.rstrip() for line in printed.strip("\n").rstrip().splitlines()]
-    whole = "".join(r"(?:.*\n)*?" if line.strip() == ANYTHING else f"{_pattern(line)}\\n" for line in expected)
+    whole = "".join(
+        r"(?:.*\n)*?" if line.strip() == ANYTHING else f"{_pattern(line)}\\n" for line in expected
+    )
     if re.fullmatch(whole, "".join(f"{line}\n" for line in lines)):
         return None
     # What agrees with an expected line is shown as that line, so that the rest stands out.
-    alike = [next((wanted for wanted in expected if wanted != ANYTHING and re.fullmatch(_pattern(wanted), line)), line) for line in lines]
-    return "\n".join(difflib.unified_diff(expected, alike, "in the document", "printed", lineterm="", n=99)) or "(only the order differs)"
+    alike = [
+        next(
+            (wanted for wanted in expected if wanted != ANYTHING and re.fullmatch(_pattern(wanted), line)),
+            line,
+        )
+        for line in lines
+    ]
+    return (
+        "\n".join(difflib.unified_diff(expected, alike, "in the document", "printed", lineterm="", n=99))
+        or "(only the order differs)"
+    )
 
 
 def _pattern(line: str) -> str:
@@ -155,7 +166,9 @@ class Shell:
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
             while self._mark.encode() not in printed:
-                assert selector.select(max(0, deadline - time.monotonic())), f"after {_COMMAND_SECONDS} s still at {command}: {printed!r}"
+                assert selector.select(max(0, deadline - time.monotonic())), (
+                    f"after {_COMMAND_SECONDS} s still at {command}: {printed!r}"
+                )
                 read = os.read(self._process.stdout.fileno(), 65536)
                 assert read, f"the shell ended in {command}:\n{printed!r}"
                 printed += read
@@ -177,7 +190,9 @@ class Section:
         self._document = document
         self._shell = shell
         self.failed = False
-        self.left = [block for block in blocks_of(document) if (block.section, block.language) == (heading, "console")]
+        self.left = [
+            block for block in blocks_of(document) if (block.section, block.language) == (heading, "console")
+        ]
 
     def step(self) -> None:
         """
@@ -189,7 +204,9 @@ class Section:
             printed = self._shell.run(command.text)
             found = difference(command.expected, printed)
             self.failed = found is not None
-            assert not self.failed, f"{self._document.name}:{command.line}: $ {command.text}\n{found}\n\nIt printed:\n{printed}"
+            assert not self.failed, (
+                f"{self._document.name}:{command.line}: $ {command.text}\n{found}\n\nIt printed:\n{printed}"
+            )
 
     def rest(self) -> None:
         """Execute all blocks that are left."""

@@ -141,10 +141,14 @@ def test_payroc_is_down(shop: Shop, section: Section) -> None:
     shop.approve_sample("RF-2201", "RF-2202")
     shop.pull()
     ids = shop.release()
-    shop.sandbox.post("/_sandbox/faults", {"operation": "create", "kind": "status", "status": 503, "times": 99})
+    shop.sandbox.post(
+        "/_sandbox/faults", {"operation": "create", "kind": "status", "status": 503, "times": 99}
+    )
     shop.send(ids[0])
     shop.write_back()
-    shop.sandbox.post("/_sandbox/faults", {"operation": "authorize", "kind": "status", "status": 503, "times": 99})
+    shop.sandbox.post(
+        "/_sandbox/faults", {"operation": "authorize", "kind": "status", "status": 503, "times": 99}
+    )
     section.rest()
     shop.sandbox.delete("/_sandbox/faults")
     time.sleep(shop.settings.unknown_wait_seconds)
@@ -163,7 +167,9 @@ def test_payroc_refuses_the_api_key(shop: Shop, shell: Shell, section: Section) 
 # -- operations.md: what people do -----------------------------------------------------------------------------------------
 
 
-def test_payroc_s_api_key_was_rotated(shop: Shop, shell: Shell, section: Section, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_payroc_s_api_key_was_rotated(
+    shop: Shop, shell: Shell, section: Section, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shop.approve_sample("RF-2201", "RF-2207", "RF-2221")
     shop.pull()
     ids = shop.release()
@@ -185,7 +191,9 @@ def test_payroc_s_api_key_was_rotated(shop: Shop, shell: Shell, section: Section
 def test_the_encryption_keys_are_rotated(shop: Shop, shell: Shell, section: Section) -> None:
     shop.approve_sample()
     shop.pull()
-    shell.run(f'export PAYROC_REFUNDS_ENCRYPTION_KEYS="{Fernet.generate_key().decode()},$PAYROC_REFUNDS_ENCRYPTION_KEYS"')
+    shell.run(
+        f'export PAYROC_REFUNDS_ENCRYPTION_KEYS="{Fernet.generate_key().decode()},$PAYROC_REFUNDS_ENCRYPTION_KEYS"'
+    )
     section.rest()
 
 
@@ -216,7 +224,9 @@ def test_the_ledger_was_restored_from_a_backup(shop: Shop, shell: Shell, section
     shop.assert_sent_once("RF-2201", "RF-2202", "RF-2203", "RF-2204")
 
 
-def test_the_project_is_upgraded(shell: Shell, section: Section, postgres: PostgresServer, login: Login) -> None:
+def test_the_project_is_upgraded(
+    shell: Shell, section: Section, postgres: PostgresServer, login: Login
+) -> None:
     postgres.create_database("ledger_of_yesterday")
     url = postgres.url("ledger_of_yesterday")
     migrate(url, "0005")
@@ -248,13 +258,27 @@ NOT_EXECUTED = {
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_block_is_executed_or_has_its_reason(document: Path) -> None:
     blocks = blocks_of(document)
-    without_test = {block.section for block in blocks if block.language == "console" and name_of_test(block.section) not in globals()}
+    without_test = {
+        block.section
+        for block in blocks
+        if block.language == "console" and name_of_test(block.section) not in globals()
+    }
     assert without_test == set()
-    says_nothing = [c.text for b in blocks if b.language == "console" for c in b.commands if c.expected and set(c.expected) == {ANYTHING}]
+    says_nothing = [
+        c.text
+        for b in blocks
+        if b.language == "console"
+        for c in b.commands
+        if c.expected and set(c.expected) == {ANYTHING}
+    ]
     assert says_nothing == []
     # A block in any other language could hold commands that nothing has tried.
     others = [block for block in blocks if block.language != "console"]
-    without_reason = [block.lines[0] for block in others if not any(block.lines[0].startswith(words) for words in NOT_EXECUTED)]
+    without_reason = [
+        block.lines[0]
+        for block in others
+        if not any(block.lines[0].startswith(words) for words in NOT_EXECUTED)
+    ]
     assert without_reason == []
 
 
@@ -265,10 +289,22 @@ def test_every_test_of_a_section_has_its_section_and_every_reason_its_block() ->
 
 
 def test_the_sentences_that_lead_to_a_section_are_those_of_the_reports() -> None:
-    code = "".join(path.read_text() for folder in ("include/refunds", "dags") for path in (ROOT / folder).rglob("*.py"))
+    code = "".join(
+        path.read_text() for folder in ("include/refunds", "dags") for path in (ROOT / folder).rglob("*.py")
+    )
     document = ROOT / "docs" / "operations.md"
-    rows = re.findall(r"^\| (.+?) \|", document.read_text().partition("What the report or the message says")[2].partition("\n\n")[0], re.M)
-    pieces = [piece.strip() for row in rows[1:] for sentence in row.split(" / ") for piece in sentence.split("…") if piece.strip()]
+    rows = re.findall(
+        r"^\| (.+?) \|",
+        document.read_text().partition("What the report or the message says")[2].partition("\n\n")[0],
+        re.M,
+    )
+    pieces = [
+        piece.strip()
+        for row in rows[1:]
+        for sentence in row.split(" / ")
+        for piece in sentence.split("…")
+        if piece.strip()
+    ]
     assert len(pieces) > 12
     assert [piece for piece in pieces if piece not in code] == []
 
@@ -294,12 +330,17 @@ def test_the_sentences_that_lead_to_a_section_are_those_of_the_reports() -> None
         ((), "something\n", False),
     ],
 )
-def test_what_is_printed_has_to_be_what_stands_there(expected: tuple[str, ...], printed: str, agree: bool) -> None:
+def test_what_is_printed_has_to_be_what_stands_there(
+    expected: tuple[str, ...], printed: str, agree: bool
+) -> None:
     assert (difference(expected, printed) is None) is agree
 
 
 def test_a_difference_is_shown_line_by_line() -> None:
-    assert difference(("1 of …", "two"), "1 of 9\n2\n") == "--- in the document\n+++ printed\n@@ -1,2 +1,2 @@\n 1 of …\n-two\n+2"
+    assert (
+        difference(("1 of …", "two"), "1 of 9\n2\n")
+        == "--- in the document\n+++ printed\n@@ -1,2 +1,2 @@\n 1 of …\n-two\n+2"
+    )
 
 
 def test_a_command_that_prints_something_else_fails_and_names_its_line(tmp_path: Path) -> None:

@@ -27,7 +27,9 @@ OPERATIONS = {
     "close-batch": ("/processing-terminals/{processingTerminalId}/close-batch", "post"),
 }
 
-needs_openapi = pytest.mark.skipif(not OPENAPI_FILE.exists(), reason="Payroc's OpenAPI file is not beside this checkout")
+needs_openapi = pytest.mark.skipif(
+    not OPENAPI_FILE.exists(), reason="Payroc's OpenAPI file is not beside this checkout"
+)
 
 
 @cache
@@ -63,10 +65,14 @@ def validate_response(operation: str, response: requests.Response) -> None:
     """Check status, media type, headers and body of a response against the file."""
     documented = _operation(operation)["responses"][str(response.status_code)]
     media_type = response.headers["Content-Type"]
-    assert media_type in documented["content"], f"{operation} {response.status_code}: {media_type} is not documented"
+    assert media_type in documented["content"], (
+        f"{operation} {response.status_code}: {media_type} is not documented"
+    )
     for header in documented.get("headers", {}):
         assert header in response.headers
-    Draft202012Validator(documented["content"][media_type]["schema"], format_checker=FormatChecker()).validate(response.json())
+    Draft202012Validator(
+        documented["content"][media_type]["schema"], format_checker=FormatChecker()
+    ).validate(response.json())
 
 
 def _operation(operation: str) -> dict[str, Any]:

@@ -20,8 +20,16 @@ REPO = Path(__file__).resolve().parents[2]
 # Payroc's own sample request; its account number ends in none of the triggers.
 BODY: dict[str, Any] = {
     "processingTerminalId": "1234001",
-    "order": {"orderId": "OrderRef6543", "description": "Refund for order OrderRef6543", "amount": 4999, "currency": "USD"},
-    "customer": {"notificationLanguage": "en", "contactMethods": [{"type": "email", "value": "sarah.hopper@example.com"}]},
+    "order": {
+        "orderId": "OrderRef6543",
+        "description": "Refund for order OrderRef6543",
+        "amount": 4999,
+        "currency": "USD",
+    },
+    "customer": {
+        "notificationLanguage": "en",
+        "contactMethods": [{"type": "email", "value": "sarah.hopper@example.com"}],
+    },
     "refundMethod": {
         "type": "ach",
         "secCode": "web",
@@ -80,7 +88,9 @@ class RunningSandbox:
         return response.text
 
     def admin(self, method: str, path: str, **content: Any) -> Any:
-        response = self._session.request(method, f"{self.url}/_sandbox/{path}", json=content or None, timeout=10)
+        response = self._session.request(
+            method, f"{self.url}/_sandbox/{path}", json=content or None, timeout=10
+        )
         response.raise_for_status()
         return response.json() if response.content else None
 
@@ -132,17 +142,35 @@ class Client:
     def authorize(self, api_key: str) -> requests.Response:
         return self.session.post(f"{self.url}/authorize", headers={"x-api-key": api_key}, timeout=10)
 
-    def send(self, method: str, path: str, *, headers: dict[str, Any] | None = None, timeout: float = 10, **more: Any) -> requests.Response:
+    def send(
+        self,
+        method: str,
+        path: str,
+        *,
+        headers: dict[str, Any] | None = None,
+        timeout: float = 10,
+        **more: Any,
+    ) -> requests.Response:
         """Send with the token; a header of None is left out."""
         url = path if path.startswith("http") else self.api + path
         with_token = {"Authorization": f"Bearer {self.token}", **(headers or {})}
         return self.session.request(method, url, headers=with_token, timeout=timeout, **more)
 
-    def create(self, content: dict[str, Any] | None = None, *, key: str | None = None, timeout: float = 10) -> requests.Response:
+    def create(
+        self, content: dict[str, Any] | None = None, *, key: str | None = None, timeout: float = 10
+    ) -> requests.Response:
         content = BODY if content is None else content
-        return self.send("POST", "/bank-transfer-refunds", json=content, headers={"Idempotency-Key": key or new_key()}, timeout=timeout)
+        return self.send(
+            "POST",
+            "/bank-transfer-refunds",
+            json=content,
+            headers={"Idempotency-Key": key or new_key()},
+            timeout=timeout,
+        )
 
-    def create_ending_in(self, digits: str, *, key: str | None = None, timeout: float = 10) -> requests.Response:
+    def create_ending_in(
+        self, digits: str, *, key: str | None = None, timeout: float = 10
+    ) -> requests.Response:
         return self.create(body(refundMethod__accountNumber=f"123456{digits}"), key=key, timeout=timeout)
 
     def get(self, refund_id: str) -> requests.Response:
@@ -152,10 +180,18 @@ class Client:
         return self.send("GET", "/bank-transfer-refunds", params={"processingTerminalId": "1234001", **query})
 
     def reverse(self, refund_id: str, *, key: str | None = None) -> requests.Response:
-        return self.send("POST", f"/bank-transfer-refunds/{refund_id}/reverse", headers={"Idempotency-Key": key or new_key()})
+        return self.send(
+            "POST",
+            f"/bank-transfer-refunds/{refund_id}/reverse",
+            headers={"Idempotency-Key": key or new_key()},
+        )
 
     def close_batch(self, terminal: str = "1234001", *, key: str | None = None) -> requests.Response:
-        return self.send("POST", f"/processing-terminals/{terminal}/close-batch", headers={"Idempotency-Key": key or new_key()})
+        return self.send(
+            "POST",
+            f"/processing-terminals/{terminal}/close-batch",
+            headers={"Idempotency-Key": key or new_key()},
+        )
 
     def status(self, refund_id: str) -> str:
         return str(self.get(refund_id).json()["transactionResult"]["status"])

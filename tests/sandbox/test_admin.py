@@ -16,7 +16,9 @@ def test_health_counts_the_refunds(sandbox: RunningSandbox, payroc: Client) -> N
     assert (health["status"], health["refunds"]) == ("ok", 1)
 
 
-def test_the_record_of_refunds_says_what_was_paid_for_which_key(sandbox: RunningSandbox, payroc: Client) -> None:
+def test_the_record_of_refunds_says_what_was_paid_for_which_key(
+    sandbox: RunningSandbox, payroc: Client
+) -> None:
     key = new_key()
     refund_id = payroc.create(key=key).json()["refundId"]
     record = sandbox.admin("GET", "refunds?orderId=OrderRef6543")
@@ -84,17 +86,28 @@ def test_every_problem_type_can_be_asked_for(sandbox: RunningSandbox, payroc: Cl
     assert sandbox.refunds() == []
 
 
-def test_a_problem_can_carry_another_status_a_parameter_and_a_resource(sandbox: RunningSandbox, payroc: Client) -> None:
-    sandbox.fault("create", "problem", problem="bad-request", status=422, parameter="order.orderId", resource="order")
+def test_a_problem_can_carry_another_status_a_parameter_and_a_resource(
+    sandbox: RunningSandbox, payroc: Client
+) -> None:
+    sandbox.fault(
+        "create", "problem", problem="bad-request", status=422, parameter="order.orderId", resource="order"
+    )
     answer = payroc.create()
     assert (answer.status_code, answer.json()["status"], answer.json()["resource"]) == (422, 422, "order")
     assert parameters(answer) == ["order.orderId"]
 
 
-def test_a_queued_fault_hits_so_many_requests_of_its_operation_and_order(sandbox: RunningSandbox, payroc: Client) -> None:
+def test_a_queued_fault_hits_so_many_requests_of_its_operation_and_order(
+    sandbox: RunningSandbox, payroc: Client
+) -> None:
     sandbox.fault("create", "status", status=502, orderId="unlucky", times=2)
     (waiting,) = sandbox.admin("GET", "faults")["faults"]
-    assert (waiting["operation"], waiting["orderId"], waiting["status"], waiting["left"]) == ("create", "unlucky", 502, 2)
+    assert (waiting["operation"], waiting["orderId"], waiting["status"], waiting["left"]) == (
+        "create",
+        "unlucky",
+        502,
+        2,
+    )
     unlucky = body(order__orderId="unlucky")
     assert payroc.create().status_code == 201
     assert payroc.list(orderId="unlucky").status_code == 200
@@ -104,7 +117,9 @@ def test_a_queued_fault_hits_so_many_requests_of_its_operation_and_order(sandbox
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("operation", ["authorize", "create", "list", "get", "reverse", "close-batch"])
-def test_a_fault_hits_any_operation(sandbox: RunningSandbox, payroc: Client, operation: str, when: str) -> None:
+def test_a_fault_hits_any_operation(
+    sandbox: RunningSandbox, payroc: Client, operation: str, when: str
+) -> None:
     refund_id = payroc.create().json()["refundId"]
     request: Callable[[], requests.Response] = {
         "authorize": lambda: payroc.authorize("sandbox-key"),
@@ -119,12 +134,16 @@ def test_a_fault_hits_any_operation(sandbox: RunningSandbox, payroc: Client, ope
         request()
     sandbox.fault(operation, "garbage", when)
     assert "html" in request().headers["Content-Type"]
-    dropped, garbled = [entry for entry in sandbox.journal(f"operation={operation}") if entry["behaviour"] == "queued"]
+    dropped, garbled = [
+        entry for entry in sandbox.journal(f"operation={operation}") if entry["behaviour"] == "queued"
+    ]
     assert dropped["status"] is None
     assert garbled["status"] is not None
 
 
-def test_a_fault_before_commit_creates_nothing_and_one_after_it_does(sandbox: RunningSandbox, payroc: Client) -> None:
+def test_a_fault_before_commit_creates_nothing_and_one_after_it_does(
+    sandbox: RunningSandbox, payroc: Client
+) -> None:
     for when, created in (("before", 0), ("after", 1)):
         key = new_key()
         sandbox.fault("create", "problem", when, problem="api-error")
@@ -143,7 +162,9 @@ def test_a_fault_also_hits_a_replay(sandbox: RunningSandbox, payroc: Client) -> 
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_slow_request_gets_its_normal_answer_late(sandbox: RunningSandbox, payroc: Client, when: str) -> None:
+def test_a_slow_request_gets_its_normal_answer_late(
+    sandbox: RunningSandbox, payroc: Client, when: str
+) -> None:
     sandbox.fault("create", "slow", when, seconds=0.3)
     started = time.monotonic()
     assert payroc.create().status_code == 201

@@ -35,10 +35,18 @@ def test_it_prints_how_to_point_a_connection_to_it() -> None:
 def test_a_port_in_use_is_one_sentence_and_exit_code_2(process: RunningSandbox) -> None:
     port = process.url.rpartition(":")[2]
     failed = subprocess.run(
-        [sys.executable, "-m", "include.sandbox", "--port", port], cwd=REPO, capture_output=True, text=True, timeout=20, check=False
+        [sys.executable, "-m", "include.sandbox", "--port", port],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
     )
     assert failed.returncode == 2
-    assert failed.stderr == f"Port {port} on 127.0.0.1 is in use: stop what runs there, or choose another with --port.\n"
+    assert (
+        failed.stderr
+        == f"Port {port} on 127.0.0.1 is in use: stop what runs there, or choose another with --port.\n"
+    )
     assert failed.stdout == ""
 
 
@@ -58,7 +66,9 @@ def test_allow_remote_listens_on_all_addresses() -> None:
         assert Client(sandbox.url.replace("0.0.0.0", "127.0.0.1")).list().status_code == 200
 
 
-@pytest.mark.parametrize("arguments", [["--port", "70000"], ["--token-seconds", "0"], ["--hang-seconds", "-1"]])
+@pytest.mark.parametrize(
+    "arguments", [["--port", "70000"], ["--token-seconds", "0"], ["--hang-seconds", "-1"]]
+)
 def test_unusable_numbers_are_refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     assert main(arguments) == 2
     assert "must be" in capsys.readouterr().err

@@ -48,7 +48,9 @@ def senders(payroc: Client) -> dict[str, Callable[[], requests.Response]]:
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_every_documented_status_of_an_operation_is_answered_as_documented(sandbox: RunningSandbox, payroc: Client, operation: str) -> None:
+def test_every_documented_status_of_an_operation_is_answered_as_documented(
+    sandbox: RunningSandbox, payroc: Client, operation: str
+) -> None:
     send = senders(payroc)[operation]
     answered = set()
     for status in sorted(documented_statuses(operation)):
@@ -67,7 +69,11 @@ def test_every_documented_status_of_an_operation_is_answered_as_documented(sandb
         body(),
         body(customer=..., customFields=...),
         body(refundMethod=TOKEN_METHOD),
-        body(customer__contactMethods=[{"type": kind, "value": "5551234"} for kind in ("phone", "mobile", "fax")]),
+        body(
+            customer__contactMethods=[
+                {"type": kind, "value": "5551234"} for kind in ("phone", "mobile", "fax")
+            ]
+        ),
         body(order__description="", order__orderId="é" * 24),
     ],
     ids=["sample", "minimum", "secure token", "telephones", "longest order id"],

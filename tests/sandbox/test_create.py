@@ -56,7 +56,11 @@ def test_customer_and_custom_fields_are_absent_when_they_were_not_sent(payroc: C
 def test_a_refund_to_a_secure_token_shows_the_account_behind_it(payroc: Client) -> None:
     account = payroc.create(body(refundMethod=TOKEN_METHOD)).json()["bankAccount"]
     assert account["secureToken"].pop("secureTokenId")
-    assert account["secureToken"] == {"customerName": "Sandbox Payee", "token": "296753123456", "status": "bankAccountValidated"}
+    assert account["secureToken"] == {
+        "customerName": "Sandbox Payee",
+        "token": "296753123456",
+        "status": "bankAccountValidated",
+    }
     assert re.fullmatch(r"\*+\d{4}", account["accountNumber"])
     assert re.fullmatch(r"\*+\d{4}", account["routingNumber"])
     assert not account["accountNumber"].endswith("3456")
@@ -73,7 +77,9 @@ def test_account_and_routing_numbers_are_never_shown(sandbox: RunningSandbox, pa
 
 
 def test_unknown_properties_are_tolerated(payroc: Client) -> None:
-    assert payroc.create(body(surprise={"a": 1}, order__surprise=2, refundMethod__surprise=3)).status_code == 201
+    assert (
+        payroc.create(body(surprise={"a": 1}, order__surprise=2, refundMethod__surprise=3)).status_code == 201
+    )
 
 
 @pytest.mark.parametrize(
@@ -117,8 +123,14 @@ def test_unknown_properties_are_tolerated(payroc: Client) -> None:
         ({"refundMethod": {**TOKEN_METHOD, "token": "2" * 20}}, "refundMethod.token"),
         ({"customer": None}, "customer"),
         ({"customer__notificationLanguage": "de"}, "customer.notificationLanguage"),
-        ({"customer__contactMethods": [{"type": "email", "value": "x" * 51}]}, "customer.contactMethods[0].value"),
-        ({"customer__contactMethods": [{"type": "phone", "value": "0" * 16}]}, "customer.contactMethods[0].value"),
+        (
+            {"customer__contactMethods": [{"type": "email", "value": "x" * 51}]},
+            "customer.contactMethods[0].value",
+        ),
+        (
+            {"customer__contactMethods": [{"type": "phone", "value": "0" * 16}]},
+            "customer.contactMethods[0].value",
+        ),
         ({"customer__contactMethods": [{"type": "pigeon", "value": "x"}]}, "customer.contactMethods[0].type"),
         ({"customer__contactMethods": [{"type": "fax", "value": "1"}] * 2}, "customer.contactMethods"),
         ({"customFields": [{"name": "a", "value": "b"}, {"name": "a"}]}, "customFields[1].value"),
@@ -136,13 +148,17 @@ def test_a_bad_body_is_a_bad_request_that_names_the_parameter(
 
 
 def test_all_bad_parameters_are_named_at_once_and_no_value_is_repeated(payroc: Client) -> None:
-    answer = payroc.create(body(order__amount=-31337, refundMethod__accountNumber="secret", refundMethod__secCode=...))
+    answer = payroc.create(
+        body(order__amount=-31337, refundMethod__accountNumber="secret", refundMethod__secCode=...)
+    )
     assert set(parameters(answer)) == {"order.amount", "refundMethod.accountNumber", "refundMethod.secCode"}
     assert "secret" not in answer.text
     assert "31337" not in answer.text
 
 
-@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b'"text"', b'{"amount": NaN}', b"\xff", b"[" * 100_000], ids=repr)
+@pytest.mark.parametrize(
+    "raw", [b"", b"{", b"[]", b'"text"', b'{"amount": NaN}', b"\xff", b"[" * 100_000], ids=repr
+)
 def test_a_body_that_is_no_json_object_is_a_bad_request(payroc: Client, raw: bytes) -> None:
     headers = {"Idempotency-Key": new_key(), "Content-Type": "application/json"}
     answer = payroc.send("POST", "/bank-transfer-refunds", data=raw, headers=headers)
@@ -169,7 +185,9 @@ def test_the_shortest_and_longest_values_of_the_schema_are_accepted(payroc: Clie
         assert answer.json()["transactionResult"]["authorizedAmount"] == -content["order"]["amount"]
 
 
-@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "application/problem+json", None])
+@pytest.mark.parametrize(
+    "content_type", ["text/plain", "application/x-www-form-urlencoded", "application/problem+json", None]
+)
 def test_another_content_type_is_unsupported(payroc: Client, content_type: str | None) -> None:
     headers = {"Idempotency-Key": new_key(), "Content-Type": content_type}
     answer = payroc.send("POST", "/bank-transfer-refunds", data=b"{}", headers=headers)
@@ -182,18 +200,27 @@ def test_json_with_a_charset_is_supported(payroc: Client) -> None:
     assert payroc.send("POST", "/bank-transfer-refunds", json=body(), headers=headers).status_code == 201
 
 
-@pytest.mark.parametrize("accept", ["text/html", "application/xml", "application/json;q=0", "image/*, text/*"])
+@pytest.mark.parametrize(
+    "accept", ["text/html", "application/xml", "application/json;q=0", "image/*, text/*"]
+)
 def test_an_accept_header_that_excludes_json_is_not_acceptable(payroc: Client, accept: str) -> None:
     for method in ("GET", "POST"):
-        answer = payroc.send(method, "/bank-transfer-refunds", headers={"Accept": accept, "Idempotency-Key": new_key()})
+        answer = payroc.send(
+            method, "/bank-transfer-refunds", headers={"Accept": accept, "Idempotency-Key": new_key()}
+        )
         assert answer.status_code == 406
         assert problem_type(answer) == "not-acceptable"
 
 
-@pytest.mark.parametrize("accept", ["*/*", "application/json", "application/*;q=0.5", "text/html, application/json", None])
+@pytest.mark.parametrize(
+    "accept", ["*/*", "application/json", "application/*;q=0.5", "text/html, application/json", None]
+)
 def test_an_accept_header_that_admits_json_is_fine(payroc: Client, accept: str | None) -> None:
     params = {"processingTerminalId": "1234001"}
-    assert payroc.send("GET", "/bank-transfer-refunds", headers={"Accept": accept}, params=params).status_code == 200
+    assert (
+        payroc.send("GET", "/bank-transfer-refunds", headers={"Accept": accept}, params=params).status_code
+        == 200
+    )
 
 
 def test_a_body_over_one_mebibyte_is_too_large(payroc: Client) -> None:
@@ -202,13 +229,17 @@ def test_a_body_over_one_mebibyte_is_too_large(payroc: Client) -> None:
     assert problem_type(answer) == "payload-too-large"
 
 
-def test_a_second_refund_of_the_same_order_is_accepted_and_counted(sandbox: RunningSandbox, payroc: Client) -> None:
+def test_a_second_refund_of_the_same_order_is_accepted_and_counted(
+    sandbox: RunningSandbox, payroc: Client
+) -> None:
     first, second = payroc.create(), payroc.create()
     assert first.json()["refundId"] != second.json()["refundId"]
     assert sandbox.admin("GET", "refunds")["refundsPerOrder"] == {"OrderRef6543": 2}
 
 
-def test_a_terminal_that_is_not_enabled_is_forbidden_and_works_once_enabled(sandbox: RunningSandbox, payroc: Client) -> None:
+def test_a_terminal_that_is_not_enabled_is_forbidden_and_works_once_enabled(
+    sandbox: RunningSandbox, payroc: Client
+) -> None:
     key = new_key()
     sandbox.admin("PUT", "terminals/1234001", mode="not-enabled")
     answer = payroc.create(key=key)
@@ -220,7 +251,9 @@ def test_a_terminal_that_is_not_enabled_is_forbidden_and_works_once_enabled(sand
     assert payroc.create(key=key).status_code == 201
 
 
-def test_a_terminal_without_ach_misses_the_capability_and_works_once_it_has_it(sandbox: RunningSandbox, payroc: Client) -> None:
+def test_a_terminal_without_ach_misses_the_capability_and_works_once_it_has_it(
+    sandbox: RunningSandbox, payroc: Client
+) -> None:
     key = new_key()
     sandbox.admin("PUT", "terminals/1234001", mode="no-ach")
     answer = payroc.create(key=key)

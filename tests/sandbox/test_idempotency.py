@@ -15,7 +15,11 @@ DAY = 24 * 3600
 
 def test_a_post_without_a_key_misses_it(sandbox: RunningSandbox, payroc: Client) -> None:
     refund_id = payroc.create().json()["refundId"]
-    for path in ("/bank-transfer-refunds", f"/bank-transfer-refunds/{refund_id}/reverse", "/processing-terminals/1234001/close-batch"):
+    for path in (
+        "/bank-transfer-refunds",
+        f"/bank-transfer-refunds/{refund_id}/reverse",
+        "/processing-terminals/1234001/close-batch",
+    ):
         for headers in ({}, {"Idempotency-Key": ""}):
             answer = payroc.send("POST", path, json=body(), headers=headers)
             assert answer.status_code == 400
@@ -25,7 +29,13 @@ def test_a_post_without_a_key_misses_it(sandbox: RunningSandbox, payroc: Client)
 
 @pytest.mark.parametrize(
     "key",
-    ["1", "not-a-uuid", "8e03978e-40d5-13e8-bc93-6894a57f9324", "8e03978e-40d5-53e8-bc93-6894a57f9324", "8e03978e40d543e8bc936894a57f9324"],
+    [
+        "1",
+        "not-a-uuid",
+        "8e03978e-40d5-13e8-bc93-6894a57f9324",
+        "8e03978e-40d5-53e8-bc93-6894a57f9324",
+        "8e03978e40d543e8bc936894a57f9324",
+    ],
 )
 def test_a_key_that_is_no_uuid_v4_is_a_bad_request(payroc: Client, key: str) -> None:
     answer = payroc.create(key=key)
@@ -33,11 +43,17 @@ def test_a_key_that_is_no_uuid_v4_is_a_bad_request(payroc: Client, key: str) -> 
     assert parameters(answer) == ["Idempotency-Key"]
 
 
-def test_the_same_key_and_body_get_the_first_response_byte_for_byte(sandbox: RunningSandbox, payroc: Client) -> None:
+def test_the_same_key_and_body_get_the_first_response_byte_for_byte(
+    sandbox: RunningSandbox, payroc: Client
+) -> None:
     key = new_key()
     first, second, third = payroc.create(key=key), payroc.create(key=key), payroc.create(key=key.upper())
     for replay in (second, third):
-        assert (replay.status_code, replay.content, replay.headers["Location"]) == (201, first.content, first.headers["Location"])
+        assert (replay.status_code, replay.content, replay.headers["Location"]) == (
+            201,
+            first.content,
+            first.headers["Location"],
+        )
     assert len(sandbox.refunds()) == 1
 
 
@@ -99,7 +115,9 @@ def test_a_repeated_reverse_is_replayed(payroc: Client) -> None:
     assert payroc.reverse(refund_id, key=key).content == first.content
 
 
-def test_a_key_is_kept_for_seven_days_and_then_pays_a_second_time(sandbox: RunningSandbox, payroc: Client) -> None:
+def test_a_key_is_kept_for_seven_days_and_then_pays_a_second_time(
+    sandbox: RunningSandbox, payroc: Client
+) -> None:
     key = new_key()
     payroc.create(key=key)
     sandbox.advance(7 * DAY - 60)
@@ -134,7 +152,9 @@ def test_forty_concurrent_requests_with_one_key_pay_once(sandbox: RunningSandbox
 
     def create(_: int) -> requests.Response:
         with new_session() as session:
-            return session.post(f"{payroc.api}/bank-transfer-refunds", json=body(), headers=headers, timeout=10)
+            return session.post(
+                f"{payroc.api}/bank-transfer-refunds", json=body(), headers=headers, timeout=10
+            )
 
     with ThreadPoolExecutor(20) as pool:
         answers = list(pool.map(create, range(40)))

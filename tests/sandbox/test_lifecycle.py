@@ -37,7 +37,10 @@ def test_a_reversed_refund_does_not_settle(payroc: Client) -> None:
 
 
 def test_a_settled_or_reversed_refund_cannot_be_reversed(payroc: Client) -> None:
-    settled, reversed_ = payroc.create().json()["refundId"], payroc.create(body(processingTerminalId="9999")).json()["refundId"]
+    settled, reversed_ = (
+        payroc.create().json()["refundId"],
+        payroc.create(body(processingTerminalId="9999")).json()["refundId"],
+    )
     payroc.close_batch()
     payroc.reverse(reversed_)
     for refund_id, status in ((settled, "COMPLETE"), (reversed_, "REVERSAL")):
@@ -50,7 +53,9 @@ def test_a_settled_or_reversed_refund_cannot_be_reversed(payroc: Client) -> None
 def test_reverse_needs_no_body_and_refuses_one_that_is_not_json(payroc: Client) -> None:
     refund_id = payroc.create().json()["refundId"]
     headers = {"Idempotency-Key": new_key(), "Content-Type": "text/plain"}
-    answer = payroc.send("POST", f"/bank-transfer-refunds/{refund_id}/reverse", headers=headers, data="please")
+    answer = payroc.send(
+        "POST", f"/bank-transfer-refunds/{refund_id}/reverse", headers=headers, data="please"
+    )
     assert answer.status_code == 415
     assert payroc.reverse(refund_id).status_code == 200
 
@@ -64,7 +69,12 @@ def test_closing_a_batch_settles_the_ready_refunds_of_its_terminal(payroc: Clien
     assert answer.status_code == 202
     assert re.fullmatch(r"\d\d:\d\d", answer.json()["cutOffTime"])
     assert answer.json()["timezone"] == "Etc/UTC"
-    assert [payroc.status(refund_id) for refund_id in (mine, pending, declined, elsewhere)] == ["complete", "pending", "declined", "ready"]
+    assert [payroc.status(refund_id) for refund_id in (mine, pending, declined, elsewhere)] == [
+        "complete",
+        "pending",
+        "declined",
+        "ready",
+    ]
 
 
 def test_the_same_key_closes_a_batch_once(payroc: Client) -> None:
@@ -89,7 +99,9 @@ def test_a_terminal_id_that_is_too_short_closes_no_batch(payroc: Client) -> None
         ({"status": "word-of-tomorrow"}, ("word-of-tomorrow", "A", "0")),
     ],
 )
-def test_the_admin_sets_any_status(sandbox: RunningSandbox, payroc: Client, change: dict[str, str], expected: tuple[str, str, str]) -> None:
+def test_the_admin_sets_any_status(
+    sandbox: RunningSandbox, payroc: Client, change: dict[str, str], expected: tuple[str, str, str]
+) -> None:
     refund_id = payroc.create().json()["refundId"]
     sandbox.admin("PATCH", f"refunds/{refund_id}", **change)
     result = payroc.get(refund_id).json()["transactionResult"]

@@ -60,7 +60,10 @@ def test_a_refund_created_while_paging_moves_no_page(payroc: Client) -> None:
     first = payroc.list(limit=2).json()
     payroc.create(body(order__orderId="late"))
     assert orders(payroc.send("GET", link(first, "next")).json()) == expected[2:]
-    assert orders(payroc.send("GET", first["links"][0]["href"].replace("after", "before")).json()) == ["late", expected[0]]
+    assert orders(payroc.send("GET", first["links"][0]["href"].replace("after", "before")).json()) == [
+        "late",
+        expected[0],
+    ]
 
 
 def test_the_links_repeat_every_filter(sandbox: RunningSandbox, payroc: Client) -> None:
@@ -97,7 +100,13 @@ def test_each_filter_selects(sandbox: RunningSandbox, payroc: Client) -> None:
     sample = payroc.create(body(order__orderId="sample")).json()
     sandbox.advance(2 * DAY)
     payroc.token = sandbox.client().token
-    payroc.create(body(order__orderId="other", refundMethod__nameOnAccount="Somebody Else", refundMethod__accountNumber="55554321"))
+    payroc.create(
+        body(
+            order__orderId="other",
+            refundMethod__nameOnAccount="Somebody Else",
+            refundMethod__accountNumber="55554321",
+        )
+    )
     payroc.create(body(processingTerminalId="9999001"))
     payroc.reverse(sample["refundId"])
     day = sandbox.refunds()[1]["createdAt"][:10]
@@ -147,7 +156,9 @@ def test_each_filter_selects(sandbox: RunningSandbox, payroc: Client) -> None:
         ({"before": "AAAAAAAAAA", "after": "AAAAAAAAAA"}, "before"),
     ],
 )
-def test_a_bad_filter_is_a_bad_request_that_names_it(payroc: Client, query: dict[str, Any], parameter: str) -> None:
+def test_a_bad_filter_is_a_bad_request_that_names_it(
+    payroc: Client, query: dict[str, Any], parameter: str
+) -> None:
     answer = payroc.list(**query)
     assert answer.status_code == 400
     assert problem_type(answer) == "bad-request"
@@ -158,7 +169,9 @@ def test_the_last_days_of_the_calendar_are_no_error(payroc: Client) -> None:
     assert payroc.list(settlementDate="9999-12-31", dateFrom="0001-01-01T00:00:00Z").status_code == 200
 
 
-def test_with_a_lag_list_and_get_do_not_show_a_refund_at_first(sandbox: RunningSandbox, payroc: Client) -> None:
+def test_with_a_lag_list_and_get_do_not_show_a_refund_at_first(
+    sandbox: RunningSandbox, payroc: Client
+) -> None:
     sandbox.admin("PATCH", "settings", listLagSeconds=60)
     refund_id = payroc.create().json()["refundId"]
     assert payroc.list().json()["data"] == []

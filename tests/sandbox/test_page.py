@@ -17,7 +17,11 @@ def test_the_page_lists_the_refunds_newest_first_with_totals(sandbox: RunningSan
     payroc.create(body(order__orderId="yen", order__amount=5000, order__currency="JPY"))
     shown = sandbox.text("/")
     rows = [re.sub("<[^>]+>", "|", row) for row in re.findall("<tr>(.*?)</tr>", shown)][1:]
-    assert [re.findall("OrderRef6543|second|yen", row)[0] for row in rows] == ["yen", "second", "OrderRef6543"]
+    assert [re.findall("OrderRef6543|second|yen", row)[0] for row in rows] == [
+        "yen",
+        "second",
+        "OrderRef6543",
+    ]
     assert "5,000 JPY" in rows[0]
     assert "1,234.56 USD" in rows[1]
     assert "····7890" in rows[2]
@@ -26,7 +30,9 @@ def test_the_page_lists_the_refunds_newest_first_with_totals(sandbox: RunningSan
     assert "<li>ready<b>3</b>5,000 JPY + 1,284.55 USD</li>" in shown
 
 
-def test_the_page_loads_nothing_from_elsewhere_and_escapes_what_it_shows(sandbox: RunningSandbox, payroc: Client) -> None:
+def test_the_page_loads_nothing_from_elsewhere_and_escapes_what_it_shows(
+    sandbox: RunningSandbox, payroc: Client
+) -> None:
     payroc.create(body(order__orderId="<script>alert(1)"))
     shown = sandbox.text("/")
     assert "<script>alert" not in shown

@@ -49,10 +49,15 @@ def test_two_sandboxes_cannot_use_one_state_file(tmp_path: Path, capsys: pytest.
     state = str(tmp_path / "state.db")
     with running_sandbox("--state", state):
         assert main(["--port", "0", "--state", state]) == 2
-        assert capsys.readouterr().err == f"Cannot use {state} as the state file (is another sandbox using it?): database is locked.\n"
+        assert (
+            capsys.readouterr().err
+            == f"Cannot use {state} as the state file (is another sandbox using it?): database is locked.\n"
+        )
 
 
-def test_a_file_that_is_no_state_is_refused_and_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_no_state_is_refused_and_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = tmp_path / "notes.txt"
     other.write_text("not a database, " * 1000)
     assert main(["--port", "0", "--state", str(other)]) == 2

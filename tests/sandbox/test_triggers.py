@@ -44,7 +44,10 @@ def test_9001_is_declined_by_the_bank(sandbox: RunningSandbox, payroc: Client) -
     key = new_key()
     answer = payroc.create_ending_in("9001", key=key)
     assert answer.status_code == 201
-    assert (answer.json()["transactionResult"]["status"], answer.json()["transactionResult"]["responseCode"]) == ("declined", "D")
+    assert (
+        answer.json()["transactionResult"]["status"],
+        answer.json()["transactionResult"]["responseCode"],
+    ) == ("declined", "D")
     assert payroc.create_ending_in("9001", key=key).content == answer.content
     assert statuses(sandbox) == ["declined"]
 
@@ -69,7 +72,9 @@ def test_9003_pays_without_an_answer_and_a_repeat_is_replayed_even_while_the_fir
     assert sandbox.journal("operation=create")[0]["status"] is None
 
 
-def test_9004_pays_nothing_without_an_answer_and_a_repeat_is_processed(sandbox: RunningSandbox, payroc: Client) -> None:
+def test_9004_pays_nothing_without_an_answer_and_a_repeat_is_processed(
+    sandbox: RunningSandbox, payroc: Client
+) -> None:
     key = new_key()
     with pytest.raises(requests.ReadTimeout):
         payroc.create_ending_in("9004", key=key, timeout=NO_ANSWER_SECONDS)
@@ -134,14 +139,18 @@ def test_9008_asks_once_to_wait(sandbox: RunningSandbox, payroc: Client) -> None
     assert payroc.create_ending_in("9008").headers["Retry-After"] == "7"
 
 
-def test_9009_closes_the_connection_after_commit_and_a_repeat_is_replayed(sandbox: RunningSandbox, payroc: Client) -> None:
+def test_9009_closes_the_connection_after_commit_and_a_repeat_is_replayed(
+    sandbox: RunningSandbox, payroc: Client
+) -> None:
     key = new_key()
     with pytest.raises(requests.ConnectionError):
         payroc.create_ending_in("9009", key=key)
     assert_repeat_is_replayed(sandbox, lambda: payroc.create_ending_in("9009", key=key))
 
 
-def test_9010_answers_201_with_html_after_commit_and_a_repeat_is_replayed(sandbox: RunningSandbox, payroc: Client) -> None:
+def test_9010_answers_201_with_html_after_commit_and_a_repeat_is_replayed(
+    sandbox: RunningSandbox, payroc: Client
+) -> None:
     key = new_key()
     answer = payroc.create_ending_in("9010", key=key)
     assert answer.status_code == 201
@@ -150,7 +159,9 @@ def test_9010_answers_201_with_html_after_commit_and_a_repeat_is_replayed(sandbo
     assert_repeat_is_replayed(sandbox, lambda: payroc.create_ending_in("9010", key=key))
 
 
-def test_9011_answers_201_with_nothing_after_commit_and_a_repeat_is_replayed(sandbox: RunningSandbox, payroc: Client) -> None:
+def test_9011_answers_201_with_nothing_after_commit_and_a_repeat_is_replayed(
+    sandbox: RunningSandbox, payroc: Client
+) -> None:
     key = new_key()
     answer = payroc.create_ending_in("9011", key=key)
     assert (answer.status_code, answer.content) == (201, b"")
@@ -158,7 +169,9 @@ def test_9011_answers_201_with_nothing_after_commit_and_a_repeat_is_replayed(san
 
 
 @pytest.mark.parametrize(("digits", "status"), [("9012", "pending"), ("9013", "admin")])
-def test_a_status_other_than_ready_stays_when_the_batch_closes(payroc: Client, digits: str, status: str) -> None:
+def test_a_status_other_than_ready_stays_when_the_batch_closes(
+    payroc: Client, digits: str, status: str
+) -> None:
     answer = payroc.create_ending_in(digits)
     assert answer.json()["transactionResult"]["status"] == status
     assert answer.json()["transactionResult"]["responseCode"] == "A"
@@ -205,7 +218,9 @@ def test_a_fault_once_is_once_per_key(payroc: Client) -> None:
 def test_help_and_readme_list_the_triggers_of_the_code() -> None:
     assert triggers.as_text() in parser().format_help()
     assert triggers.as_markdown() in (REPO / "include" / "sandbox" / "README.md").read_text()
-    assert [trigger.digits for trigger in triggers.TRIGGERS] == [str(9000 + number) for number in range(1, 22)]
+    assert [trigger.digits for trigger in triggers.TRIGGERS] == [
+        str(9000 + number) for number in range(1, 22)
+    ]
 
 
 class hanging_create:

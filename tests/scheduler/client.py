@@ -68,9 +68,14 @@ class AirflowClient:
         """Tell whether API server, scheduler and DAG processor are up, and know these DAGs."""
         try:
             health = self._http.get("/api/v2/monitor/health").json()
-            if any(health[part]["status"] != "healthy" for part in ("metadatabase", "scheduler", "dag_processor")):
+            if any(
+                health[part]["status"] != "healthy" for part in ("metadatabase", "scheduler", "dag_processor")
+            ):
                 return False
-            return all(self._request("GET", f"/dags/{dag_id}", may_fail=True).status_code == 200 for dag_id in dag_ids)
+            return all(
+                self._request("GET", f"/dags/{dag_id}", may_fail=True).status_code == 200
+                for dag_id in dag_ids
+            )
         except (httpx.TransportError, ValueError):
             return False
 
@@ -89,7 +94,9 @@ class AirflowClient:
     def trigger(self, dag_id: str, **conf: Any) -> str:
         """Trigger a run with its params and return its id."""
         run_id = f"run-{next(_run_numbers)}"
-        self._request("POST", f"/dags/{dag_id}/dagRuns", json={"dag_run_id": run_id, "logical_date": None, "conf": conf})
+        self._request(
+            "POST", f"/dags/{dag_id}/dagRuns", json={"dag_run_id": run_id, "logical_date": None, "conf": conf}
+        )
         return run_id
 
     def run_state(self, dag_id: str, run_id: str) -> str:
@@ -100,7 +107,9 @@ class AirflowClient:
         deadline = time.monotonic() + _RUN_SECONDS
         while (state := self.run_state(dag_id, run_id)) not in _ENDED:
             if time.monotonic() > deadline:
-                raise AssertionError(f"{dag_id} {run_id} is {state} after {_RUN_SECONDS} s: {self.task_instances(dag_id, run_id)}")
+                raise AssertionError(
+                    f"{dag_id} {run_id} is {state} after {_RUN_SECONDS} s: {self.task_instances(dag_id, run_id)}"
+                )
             time.sleep(0.2)
         assert state in expected, f"{dag_id} {run_id} has ended as {state}:\n{self.errors(dag_id, run_id)}"
         return state
@@ -112,7 +121,11 @@ class AirflowClient:
             if ti.state != "failed":
                 continue
             path = f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}/logs/{ti.try_number}"
-            lines = self._request("GET", path, params={"map_index": map_index}, may_fail=True).json().get("content", [])
+            lines = (
+                self._request("GET", path, params={"map_index": map_index}, may_fail=True)
+                .json()
+                .get("content", [])
+            )
             errors = [error for line in lines for error in line.get("error_detail") or ()]
             told += [f"{task_id} {map_index}: {error['exc_type']}: {error['exc_value']}" for error in errors]
         return "\n".join(told)
@@ -125,28 +138,54 @@ class AirflowClient:
         """Mark what is queued or running as failed, which ends its tasks."""
         for run in self._open_runs():
             # It may collide with the scheduler, which works on the same rows: then the caller tries again.
-            self._request("PATCH", f"/dags/{run['dag_id']}/dagRuns/{run['dag_run_id']}", may_fail=True, json={"state": "failed"})
+            self._request(
+                "PATCH",
+                f"/dags/{run['dag_id']}/dagRuns/{run['dag_run_id']}",
+                may_fail=True,
+                json={"state": "failed"},
+            )
 
     def _open_runs(self) -> list[dict[str, Any]]:
-        return list(self._request("GET", "/dags/~/dagRuns", params={"state": ["queued", "running"]}).json()["dag_runs"])
+        return list(
+            self._request("GET", "/dags/~/dagRuns", params={"state": ["queued", "running"]}).json()[
+                "dag_runs"
+            ]
+        )
 
     # -- task instances --------------------------------------------------------------------------------------------
 
     def task_instances(self, dag_id: str, run_id: str) -> dict[tuple[str, int], TaskInstance]:
         """Return the task instances of a run, by task id and map index."""
-        found = self._request("GET", f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances", params={"limit": 200}).json()["task_instances"]
+        found = self._request(
+            "GET", f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances", params={"limit": 200}
+        ).json()["task_instances"]
         names = TaskInstance.__dataclass_fields__
-        return {(ti["task_id"], ti["map_index"]): TaskInstance(**{name: ti[name] for name in names}) for ti in found}
+        return {
+            (ti["task_id"], ti["map_index"]): TaskInstance(**{name: ti[name] for name in names})
+            for ti in found
+        }
 
-    def clear(self, dag_id: str, run_id: str, *tasks: str | tuple[str, int], downstream: bool = False) -> None:
+    def clear(
+        self, dag_id: str, run_id: str, *tasks: str | tuple[str, int], downstream: bool = False
+    ) -> None:
         """Clear tasks, mapped ones by task id and map index, so that they run again."""
-        body = {"dag_run_id": run_id, "task_ids": list(tasks), "include_downstream": downstream, "only_failed": False, "dry_run": False}
+        body = {
+            "dag_run_id": run_id,
+            "task_ids": list(tasks),
+            "include_downstream": downstream,
+            "only_failed": False,
+            "dry_run": False,
+        }
         answer = self._request("POST", f"/dags/{dag_id}/clearTaskInstances", json=body).json()
         assert answer["total_entries"] >= len(tasks), f"cleared only {answer['total_entries']} of {tasks}"
 
-    def set_state(self, dag_id: str, run_id: str, task_id: str, state: str, map_index: int | None = None) -> None:
+    def set_state(
+        self, dag_id: str, run_id: str, task_id: str, state: str, map_index: int | None = None
+    ) -> None:
         """Mark a task instance as success or failed."""
-        path = f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}" + ("" if map_index is None else f"/{map_index}")
+        path = f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}" + (
+            "" if map_index is None else f"/{map_index}"
+        )
         self._request("PATCH", path, json={"new_state": state})
 
     # -- the approval of a run -------------------------------------------------------------------------------------
@@ -156,7 +195,9 @@ class AirflowClient:
         deadline = time.monotonic() + seconds
         while (state := self.task_instances(dag_id, run_id)["approve_run", -1].state) != "awaiting_input":
             waits = state not in ("success", "failed", "upstream_failed") and time.monotonic() < deadline
-            assert waits, f"{dag_id} {run_id} does not ask: approve_run is {state}. {self.errors(dag_id, run_id)}"
+            assert waits, (
+                f"{dag_id} {run_id} does not ask: approve_run is {state}. {self.errors(dag_id, run_id)}"
+            )
             time.sleep(0.3)
         return dict(self._request("GET", self._question_path(dag_id, run_id)).json())
 

@@ -31,7 +31,10 @@ class Merchant(World):
 
     def trouble(self, source_ref: str, kind: str, **more: Any) -> None:
         """Queue a failure at the local Payroc for the next create of a refund that need not be in the ledger yet."""
-        self.sandbox.post("/_sandbox/faults", {"operation": "create", "kind": kind, "orderId": self.order_id(source_ref), **more})
+        self.sandbox.post(
+            "/_sandbox/faults",
+            {"operation": "create", "kind": kind, "orderId": self.order_id(source_ref), **more},
+        )
 
     def order_id(self, source_ref: str) -> str:
         return str(self.source_row(source_ref)["order_id"])
@@ -39,7 +42,11 @@ class Merchant(World):
     def troubles_left(self, source_ref: str) -> int:
         """Return how many failures still wait for a refund's creates; Payroc takes one when it receives a create."""
         order_id = self.order_id(source_ref)
-        return sum(fault["left"] for fault in self.sandbox.get("/_sandbox/faults")["faults"] if fault.get("orderId") == order_id)
+        return sum(
+            fault["left"]
+            for fault in self.sandbox.get("/_sandbox/faults")["faults"]
+            if fault.get("orderId") == order_id
+        )
 
     def attempt_row(self, source_ref: str) -> dict[str, Any] | None:
         """Return the ledger's row of the refund's last attempt."""
@@ -54,9 +61,13 @@ class Merchant(World):
         """Return the task instance of the refund's last attempt, as it is now."""
         attempt = self.attempt_row(source_ref)
         assert attempt is not None, f"{source_ref} was never claimed"
-        return self.airflow.client.task_instances(dag_id, attempt["run_id"])["send_refund", attempt["map_index"]]
+        return self.airflow.client.task_instances(dag_id, attempt["run_id"])[
+            "send_refund", attempt["map_index"]
+        ]
 
-    def wait_until(self, condition: Callable[[], Any], what: str, *, seconds: float = 60, pause: float = 0.05) -> None:
+    def wait_until(
+        self, condition: Callable[[], Any], what: str, *, seconds: float = 60, pause: float = 0.05
+    ) -> None:
         """Wait until something is true; fail with the ledger's refunds that have not ended."""
         if not processes.wait_until(lambda: bool(condition()), seconds=seconds, pause=pause):
             query = "SELECT source_ref, status, attempts, lease_until, reason FROM refund_ledger.refunds WHERE status <> 'accepted'"
@@ -71,7 +82,9 @@ class Merchant(World):
         left = {source_ref: self.troubles_left(source_ref) for source_ref in source_refs}
         deadline = time.monotonic() + seconds
         while left:
-            assert time.monotonic() < deadline, f"the creates of {list(left)} did not reach Payroc within {seconds} s"
+            assert time.monotonic() < deadline, (
+                f"the creates of {list(left)} did not reach Payroc within {seconds} s"
+            )
             for source_ref in [ref for ref, troubles in left.items() if self.troubles_left(ref) < troubles]:
                 blow(source_ref)
                 del left[source_ref]
@@ -81,7 +94,9 @@ class Merchant(World):
 
     def creates(self, source_ref: str) -> list[dict[str, Any]]:
         """Return the requests to create this refund, in the order in which Payroc received them."""
-        found = self.sandbox.get(f"/_sandbox/requests?operation=create&orderId={self.order_id(source_ref)}")["requests"]
+        found = self.sandbox.get(f"/_sandbox/requests?operation=create&orderId={self.order_id(source_ref)}")[
+            "requests"
+        ]
         return sorted(found, key=lambda entry: entry["at"])
 
     def refunds_at_payroc(self, source_ref: str) -> list[dict[str, Any]]:
@@ -94,7 +109,9 @@ class Merchant(World):
             assert len(theirs) == 1, f"{source_ref} exists {len(theirs)} times at Payroc: {theirs}"
             for row in (self.row(source_ref), self.source_row(source_ref)):
                 seen = (row["status"], row["payroc_refund_id"], row["amount"])
-                assert seen == ("accepted", theirs[0]["refundId"], theirs[0]["amount"]), f"{source_ref}: {row}"
+                assert seen == ("accepted", theirs[0]["refundId"], theirs[0]["amount"]), (
+                    f"{source_ref}: {row}"
+                )
 
     def waits(self, source_ref: str) -> list[float]:
         """Return the seconds between the creates of a refund, as Payroc received them."""
@@ -124,7 +141,12 @@ def merchant(airflow: Deployment) -> Iterator[Merchant]:
     """The merchant. Tests tell their refunds apart by source_ref."""
     with pytest.MonkeyPatch.context() as patched:
         sandbox = airflow.sandbox
-        connection = {"conn_type": "payroc", "password": "sandbox-key", "host": sandbox.api_url, "extra": {"identity_url": sandbox.url}}
+        connection = {
+            "conn_type": "payroc",
+            "password": "sandbox-key",
+            "host": sandbox.api_url,
+            "extra": {"identity_url": sandbox.url},
+        }
         patched.setenv("AIRFLOW_CONN_PAYROC_DEFAULT", json.dumps(connection))
         get_settings.cache_clear()
         merchant = Merchant(airflow)
@@ -148,12 +170,18 @@ def nothing_left_over(merchant: Merchant) -> Iterator[None]:
 
 
 @pytest.fixture
-def measured(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Callable[..., None]:
+def measured(
+    request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
+) -> Callable[..., None]:
     """Return a function that records figures, which then stand at the end of pytest's output."""
 
     def note(**figures: Any) -> None:
-        rounded = {name: round(value, 1) if isinstance(value, float) else value for name, value in figures.items()}
+        rounded = {
+            name: round(value, 1) if isinstance(value, float) else value for name, value in figures.items()
+        }
         test = request.node.name.removeprefix("test_").replace("_", " ")
-        record_property(test, ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in rounded.items()))
+        record_property(
+            test, ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in rounded.items())
+        )
 
     return note

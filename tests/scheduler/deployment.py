@@ -83,7 +83,11 @@ import airflow.providers.postgres.hooks.postgres
 import asyncpg
 import psycopg
 """
-_COMPONENTS = {"api-server": ["api-server"], "scheduler": ["scheduler", "--skip-serve-logs"], "dag-processor": ["dag-processor"]}
+_COMPONENTS = {
+    "api-server": ["api-server"],
+    "scheduler": ["scheduler", "--skip-serve-logs"],
+    "dag-processor": ["dag-processor"],
+}
 
 
 class Deployment:
@@ -97,7 +101,9 @@ class Deployment:
     :param client: its REST API.
     """
 
-    def __init__(self, folder: Path, postgres: PostgresServer, ledger: URL, source: URL, sandbox: Sandbox) -> None:
+    def __init__(
+        self, folder: Path, postgres: PostgresServer, ledger: URL, source: URL, sandbox: Sandbox
+    ) -> None:
         self.folder = folder
         self.ledger = ledger
         self.source = source
@@ -115,7 +121,14 @@ class Deployment:
         (state.airflow / "config").mkdir()
         (state.airflow / "config" / "airflow_local_settings.py").write_text(_IMPORTED_ONCE)
         self._logs = state.logs
-        self._env = environment(state, Keys.draw(), airflow=postgres.url(database), ledger=ledger, source=source, sandbox=sandbox.url) | {
+        self._env = environment(
+            state,
+            Keys.draw(),
+            airflow=postgres.url(database),
+            ledger=ledger,
+            source=source,
+            sandbox=sandbox.url,
+        ) | {
             **_SETTINGS,
             "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE": str(state.airflow / "passwords.json"),
             "AIRFLOW__API__PORT": str(port),
@@ -128,7 +141,9 @@ class Deployment:
     def start(self) -> None:
         """Start everything and wait until it is ready."""
         migration = self._start("db", "db", "migrate")
-        assert processes.wait_until(lambda: processes.has_ended(migration), seconds=_READY_SECONDS), "`airflow db migrate` hangs"
+        assert processes.wait_until(lambda: processes.has_ended(migration), seconds=_READY_SECONDS), (
+            "`airflow db migrate` hangs"
+        )
         assert migration.returncode == 0, telling_lines(self._logs / "db.log")
         for name in _COMPONENTS:
             self._processes[name] = self._start(name, *_COMPONENTS[name])
@@ -163,13 +178,18 @@ class Deployment:
         """Return the process that supervises a task: a worker of the executor, forked from the scheduler."""
         supervisor = self.task_process(ti).parent()
         assert supervisor is not None
-        assert supervisor.ppid() == self._processes["scheduler"].pid, f"{supervisor} is no worker of the executor"
+        assert supervisor.ppid() == self._processes["scheduler"].pid, (
+            f"{supervisor} is no worker of the executor"
+        )
         assert _works_for(supervisor, ti), f"{supervisor.cmdline()} does not supervise {ti}"
         return supervisor
 
     def is_at_work_on(self, ti: TaskInstance) -> bool:
         """Tell whether a task or its supervisor still runs."""
-        return any(_works_for(process, ti) for process in psutil.Process(self._processes["scheduler"].pid).children(recursive=True))
+        return any(
+            _works_for(process, ti)
+            for process in psutil.Process(self._processes["scheduler"].pid).children(recursive=True)
+        )
 
     def task_processes(self) -> list[psutil.Process]:
         """Return all processes that run a task, orphans included: they stay in the scheduler's session."""
@@ -178,18 +198,29 @@ class Deployment:
         for process in psutil.process_iter():
             with suppress(psutil.Error, OSError):
                 title = " ".join(process.cmdline())
-                if os.getsid(process.pid) == scheduler and title.startswith("airflow worker -- ") and "LocalExecutor" not in title:
+                if (
+                    os.getsid(process.pid) == scheduler
+                    and title.startswith("airflow worker -- ")
+                    and "LocalExecutor" not in title
+                ):
                     found.append(process)
         return found
 
     def _start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
-        return processes.start([sys.executable, "-m", "airflow", *command], env=self._env, log=self._logs / f"{name}.log", cwd=self.folder)
+        return processes.start(
+            [sys.executable, "-m", "airflow", *command],
+            env=self._env,
+            log=self._logs / f"{name}.log",
+            cwd=self.folder,
+        )
 
     def _wait_for(self, condition: Callable[[], bool]) -> None:
         def ended() -> list[str]:
             return [name for name, process in self._processes.items() if processes.has_ended(process)]
 
-        assert processes.wait_until(lambda: condition() or bool(ended()), seconds=_READY_SECONDS, pause=0.2), "Airflow is not ready in time"
+        assert processes.wait_until(
+            lambda: condition() or bool(ended()), seconds=_READY_SECONDS, pause=0.2
+        ), "Airflow is not ready in time"
         assert not ended(), f"{ended()} ended by itself: {telling_lines(self._logs / f'{ended()[0]}.log')}"
 
 

@@ -54,16 +54,24 @@ class Run:
         """
         while True:
             asked = self.approve_run
-            self.merchant.wait_until(lambda asked=asked: not self.merchant.airflow.is_at_work_on(asked), "the supervisor ends", pause=0.3)
+            self.merchant.wait_until(
+                lambda asked=asked: not self.merchant.airflow.is_at_work_on(asked),
+                "the supervisor ends",
+                pause=0.3,
+            )
             time.sleep(0.3)
             assert person.answer(self.dag_id, self.id, option) == 200
-            self.merchant.wait_until(lambda asked=asked: self._is_read(asked), "the answer is read", pause=0.3)
+            self.merchant.wait_until(
+                lambda asked=asked: self._is_read(asked), "the answer is read", pause=0.3
+            )
             if self.approve_run.state != "awaiting_input":
                 return
 
     def _is_read(self, asked: TaskInstance) -> bool:
         now = self.approve_run
-        return now.state in ("success", "failed") or (now.state == "awaiting_input" and now.try_number > asked.try_number)
+        return now.state in ("success", "failed") or (
+            now.state == "awaiting_input" and now.try_number > asked.try_number
+        )
 
     def ends(self, state: str) -> None:
         self.olivia.wait_for_run(self.dag_id, self.id, state)
@@ -76,7 +84,9 @@ class Run:
         return self.olivia.task_instances(self.dag_id, self.id)["approve_run", -1]
 
     def states(self) -> dict[str, str | None]:
-        return {task_id: ti.state for (task_id, _), ti in self.olivia.task_instances(self.dag_id, self.id).items()}
+        return {
+            task_id: ti.state for (task_id, _), ti in self.olivia.task_instances(self.dag_id, self.id).items()
+        }
 
     def errors(self) -> str:
         return self.olivia.errors(self.dag_id, self.id)
@@ -89,7 +99,9 @@ class Run:
         return "\n".join(self.olivia.xcom(self.dag_id, self.id, "report")["notes"])
 
     def assert_nothing_was_sent(self) -> None:
-        assert [self.merchant.row(ref)["status"] for ref in self.source_refs] == ["approved"] * len(self.source_refs)
+        assert [self.merchant.row(ref)["status"] for ref in self.source_refs] == ["approved"] * len(
+            self.source_refs
+        )
         assert [self.merchant.creates(ref) for ref in self.source_refs] == [[]] * len(self.source_refs)
 
 
@@ -105,13 +117,18 @@ def expected(approve_run: str, release: str, send_refund: str, report: str) -> d
     }
 
 
-def test_an_approval_of_a_named_approver_pays_each_refund_once_and_is_not_asked_for_again(merchant: Merchant) -> None:
+def test_an_approval_of_a_named_approver_pays_each_refund_once_and_is_not_asked_for_again(
+    merchant: Merchant,
+) -> None:
     refs = [merchant.approve("1234"), merchant.approve("1234")]
     run = Run(merchant, *refs, dag_id=NAMED_DAG)
     assert [user["id"] for user in run.question["assigned_users"]] == ["frank"]
     assert "99.98 USD" in run.question["body"]
     # Olivia is an approver, but not of what she triggered herself.
-    assert [run.olivia.as_user(user).answer(NAMED_DAG, run.id, "Approve") for user in ("eve", "olivia")] == [403, 403]
+    assert [run.olivia.as_user(user).answer(NAMED_DAG, run.id, "Approve") for user in ("eve", "olivia")] == [
+        403,
+        403,
+    ]
     assert run.row()["approved_by"] is None
     run.answer(run.frank, "Approve")
     run.ends("success")
@@ -124,8 +141,15 @@ def test_an_approval_of_a_named_approver_pays_each_refund_once_and_is_not_asked_
     assert [merchant.creates(ref) for ref in refs] == before
 
 
-def test_while_a_run_waits_nothing_is_added_and_what_is_withdrawn_or_changed_is_left_out_and_named(merchant: Merchant) -> None:
-    kept, withdrawn, changed, late = merchant.approve(), merchant.approve(), merchant.approve(), "approved-while-it-waits"
+def test_while_a_run_waits_nothing_is_added_and_what_is_withdrawn_or_changed_is_left_out_and_named(
+    merchant: Merchant,
+) -> None:
+    kept, withdrawn, changed, late = (
+        merchant.approve(),
+        merchant.approve(),
+        merchant.approve(),
+        "approved-while-it-waits",
+    )
     run = Run(merchant, kept, withdrawn, changed, late)
     merchant.approve(source_ref=late)
     merchant.change_source(withdrawn, "withdrawn_at = now()")
@@ -140,7 +164,9 @@ def test_while_a_run_waits_nothing_is_added_and_what_is_withdrawn_or_changed_is_
         assert f"Refund {merchant.row(ref)['id']} was not released." in run.notes()
 
 
-def test_a_rejected_run_sends_nothing_and_names_who_rejected_it_and_only_a_new_run_asks_about_the_refunds_again(merchant: Merchant) -> None:
+def test_a_rejected_run_sends_nothing_and_names_who_rejected_it_and_only_a_new_run_asks_about_the_refunds_again(
+    merchant: Merchant,
+) -> None:
     run = Run(merchant, merchant.approve())
     run.answer(run.frank, "Reject")
     run.ends("success")
@@ -163,7 +189,9 @@ def test_a_rejected_run_sends_nothing_and_names_who_rejected_it_and_only_a_new_r
     merchant.assert_paid_once(*run.source_refs)
 
 
-def test_a_question_that_nobody_answers_in_time_is_asked_once_and_the_run_is_red_and_sends_nothing(merchant: Merchant) -> None:
+def test_a_question_that_nobody_answers_in_time_is_asked_once_and_the_run_is_red_and_sends_nothing(
+    merchant: Merchant,
+) -> None:
     run = Run(merchant, merchant.approve(), dag_id=IMPATIENT_DAG)
     run.ends("failed")
     assert run.states() == expected("failed", "upstream_failed", "upstream_failed", "failed")
@@ -195,7 +223,9 @@ def test_who_triggered_a_run_cannot_approve_it_and_clearing_the_task_asks_again(
     run.wait_for_question()
 
 
-def test_an_edited_list_of_refunds_releases_nothing_and_a_cleared_pull_takes_the_approval_back(merchant: Merchant) -> None:
+def test_an_edited_list_of_refunds_releases_nothing_and_a_cleared_pull_takes_the_approval_back(
+    merchant: Merchant,
+) -> None:
     unasked = merchant.approve()
     run = Run(merchant, merchant.approve(), merchant.approve())
     handed_on = run.olivia.xcom(DAG, run.id, "pull_approved")

@@ -69,11 +69,18 @@ class TellingDeployment(Deployment):
 
 
 @pytest.fixture(scope="module")
-def airflow(postgres: PostgresServer, new_ledger: NewDatabase, new_source: NewDatabase) -> Iterator[TellingDeployment]:
+def airflow(
+    postgres: PostgresServer, new_ledger: NewDatabase, new_source: NewDatabase
+) -> Iterator[TellingDeployment]:
     folder = SCRATCH / "notifications"
     folder.mkdir(mode=0o711)
-    with running_sandbox(folder / "sandbox.log", "--token-seconds", str(TOKEN_SECONDS)) as sandbox, receivers() as (mailbox, statsd):
-        deployment = TellingDeployment(folder, postgres, new_ledger(), new_source(), sandbox, mailbox=mailbox, statsd=statsd)
+    with (
+        running_sandbox(folder / "sandbox.log", "--token-seconds", str(TOKEN_SECONDS)) as sandbox,
+        receivers() as (mailbox, statsd),
+    ):
+        deployment = TellingDeployment(
+            folder, postgres, new_ledger(), new_source(), sandbox, mailbox=mailbox, statsd=statsd
+        )
         try:
             deployment.start()
             yield deployment
@@ -95,7 +102,9 @@ def as_before(merchant: Merchant) -> Iterator[None]:
         merchant.run(merchant.ledger.set_limit(name, None, "the test is over"))
     with merchant.ledger_engine.begin() as connection:
         connection.exec_driver_sql("SET LOCAL session_replication_role = replica")
-        connection.exec_driver_sql("UPDATE refund_ledger.refunds SET status = 'cancelled' WHERE status NOT IN ('accepted', 'rejected')")
+        connection.exec_driver_sql(
+            "UPDATE refund_ledger.refunds SET status = 'cancelled' WHERE status NOT IN ('accepted', 'rejected')"
+        )
 
 
 def the_mail(mailbox: Mailbox, run_id: str) -> EmailMessage:
@@ -120,7 +129,11 @@ def let_its_deadline_pass(merchant: Merchant, postgres: PostgresServer, run_id: 
         metadata.commit()
         assert moved == 1, "the run has no deadline"
         states = f"SELECT c.state FROM callback AS c JOIN deadline AS d ON d.callback_id = c.id, {run.removeprefix('FROM ')}"
-        merchant.wait_until(lambda: metadata.execute(states, [run_id]).fetchall() == [("success",)], "Airflow calls back", pause=0.3)
+        merchant.wait_until(
+            lambda: metadata.execute(states, [run_id]).fetchall() == [("success",)],
+            "Airflow calls back",
+            pause=0.3,
+        )
 
 
 def url_of(merchant: Merchant, dag_id: str, run_id: str) -> str:
@@ -160,7 +173,10 @@ def test_a_green_run_tells_no_people_but_metrics_and_other_dags_which_a_dry_run_
     (age,) = statsd.values("oldest_approved_age")
     assert age > 3600
 
-    totals = [{"status": status, "currency": "USD", "count": n, "amount": n * 4999} for status, n in (("accepted", 3), ("rejected", 1))]
+    totals = [
+        {"status": status, "currency": "USD", "count": n, "amount": n * 4999}
+        for status, n in (("accepted", 3), ("rejected", 1))
+    ]
     eventually(lambda: {"dag_id": DAG, "run_id": run_id, "totals": totals} in followed(), seconds=60)
     assert dry not in [event["run_id"] for event in followed()]
     assert mailbox.about(run_id) == mailbox.about(dry) == []
@@ -179,7 +195,9 @@ def test_a_green_run_that_holds_a_refund_tells_once(merchant: Merchant, mailbox:
     assert url_of(merchant, DAG, holding) in body_of(mail)
 
 
-def test_a_red_run_is_one_mail_with_counts_and_sums_of_all_that_is_wrong_and_no_bank_data(merchant: Merchant, mailbox: Mailbox) -> None:
+def test_a_red_run_is_one_mail_with_counts_and_sums_of_all_that_is_wrong_and_no_bank_data(
+    merchant: Merchant, mailbox: Mailbox
+) -> None:
     client, mint = merchant.airflow.client, Mint(seed=20261123)
     merchant.run(merchant.ledger.set_limit("largest_refund", 100_000, "test"))
     for ending in ("9013", "9013", "9001", "4321"):
@@ -302,7 +320,9 @@ def test_a_deadline_makes_no_new_version_of_the_dag_each_time_that_it_is_parsed(
 
     def parsed_later() -> bool:
         last = client._request("GET", f"/dags/{DAG}").json()["last_parsed_time"]
-        return datetime.fromisoformat(last) > datetime.fromisoformat(versions()[-1]["created_at"]) + timedelta(seconds=5)
+        return datetime.fromisoformat(last) > datetime.fromisoformat(
+            versions()[-1]["created_at"]
+        ) + timedelta(seconds=5)
 
     eventually(parsed_later, seconds=40)
     assert [version["version_number"] for version in versions()] == [1]

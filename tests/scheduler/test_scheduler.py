@@ -103,9 +103,13 @@ def troubled(merchant: Merchant) -> TroubledRun:
     try:
         merchant.strike([refs["killed"], refs["orphaned"]], blow)
         [(orphan, orphaned_at)] = orphans
-        merchant.wait_until(lambda: merchant.task_of(refs["orphaned"]).try_number > 1, "the orphaned task is tried again")
+        merchant.wait_until(
+            lambda: merchant.task_of(refs["orphaned"]).try_number > 1, "the orphaned task is tried again"
+        )
         retried_at = time.monotonic()
-        merchant.wait_until(lambda: merchant.troubles_left(refs["orphaned"]) == 0, "the retry sends its create")
+        merchant.wait_until(
+            lambda: merchant.troubles_left(refs["orphaned"]) == 0, "the retry sends its create"
+        )
         assert not has_ended(orphan), "the orphan died although it was frozen"
     finally:
         # Whatever failed, a process that stays frozen would keep all tests after this one from starting.
@@ -115,7 +119,9 @@ def troubled(merchant: Merchant) -> TroubledRun:
     merchant.wait_until(lambda: has_ended(orphan), "the orphan ends", seconds=20)
     ended_at = time.monotonic()
     state = airflow.client.wait_for_run(DAG, run_id, "success", "failed")
-    return TroubledRun(run_id, state, time.monotonic() - begin, refs, ended_at - orphaned_at, ended_at - retried_at)
+    return TroubledRun(
+        run_id, state, time.monotonic() - begin, refs, ended_at - orphaned_at, ended_at - retried_at
+    )
 
 
 def test_a_run_in_which_everything_goes_wrong_pays_each_refund_once_and_ends_green(
@@ -124,7 +130,11 @@ def test_a_run_in_which_everything_goes_wrong_pays_each_refund_once_and_ends_gre
     paid = [ref for name, ref in troubled.refs.items() if name != "rejected"]
     merchant.assert_paid_once(*paid)
     assert troubled.state == "success", merchant.airflow.client.errors(DAG, troubled.run_id)
-    measured(refunds=len(paid), run_seconds=troubled.seconds, creates=sum(len(merchant.creates(ref)) for ref in paid))
+    measured(
+        refunds=len(paid),
+        run_seconds=troubled.seconds,
+        creates=sum(len(merchant.creates(ref)) for ref in paid),
+    )
 
 
 def test_a_task_killed_in_the_middle_of_its_create_is_tried_again_and_finds_what_it_paid(
@@ -156,7 +166,9 @@ def test_an_orphan_that_thaws_while_the_retry_sends_cannot_pay_again_or_spoil_th
     )
 
 
-def test_a_rejected_refund_is_sent_once_and_never_tried_again(merchant: Merchant, troubled: TroubledRun) -> None:
+def test_a_rejected_refund_is_sent_once_and_never_tried_again(
+    merchant: Merchant, troubled: TroubledRun
+) -> None:
     ref = troubled.refs["rejected"]
     ti = merchant.task_of(ref)
     assert (ti.state, ti.try_number) == ("failed", 1)
@@ -201,9 +213,13 @@ def test_an_unknown_outcome_waits_as_long_as_the_setting_says_before_it_is_asked
 # -- what people may press -------------------------------------------------------------------------------------------------
 
 
-def test_clearing_tasks_that_have_ended_well_or_badly_sends_nothing(merchant: Merchant, troubled: TroubledRun, measured: Measured) -> None:
+def test_clearing_tasks_that_have_ended_well_or_badly_sends_nothing(
+    merchant: Merchant, troubled: TroubledRun, measured: Measured
+) -> None:
     client = merchant.airflow.client
-    before = {ref: (merchant.creates(ref), merchant.task_of(ref).try_number) for ref in troubled.refs.values()}
+    before = {
+        ref: (merchant.creates(ref), merchant.task_of(ref).try_number) for ref in troubled.refs.values()
+    }
     client.clear(DAG, troubled.run_id, "send_refund", downstream=True)
     client.wait_for_run(DAG, troubled.run_id, "success")
     for name, ref in troubled.refs.items():
@@ -230,7 +246,10 @@ def test_an_approval_that_is_only_marked_as_success_releases_nothing_and_clearin
     ref = merchant.approve()
     with locked_source(merchant):
         run_id = client.trigger(DAG)
-        merchant.wait_until(lambda: client.task_instances(DAG, run_id)["pull_approved", -1].state == "running", "pull_approved runs")
+        merchant.wait_until(
+            lambda: client.task_instances(DAG, run_id)["pull_approved", -1].state == "running",
+            "pull_approved runs",
+        )
         client.set_state(DAG, run_id, "approve_run", "success")
     client.wait_for_run(DAG, run_id, "failed")
     found = {task_id: ti.state for (task_id, _), ti in client.task_instances(DAG, run_id).items()}
@@ -254,7 +273,9 @@ def test_an_approval_that_is_only_marked_as_success_releases_nothing_and_clearin
 
 
 @pytest.mark.usefixtures("only_long")
-def test_tasks_killed_in_the_middle_of_their_creates_never_pay_twice(merchant: Merchant, measured: Measured) -> None:
+def test_tasks_killed_in_the_middle_of_their_creates_never_pay_twice(
+    merchant: Merchant, measured: Measured
+) -> None:
     airflow = merchant.airflow
     refs = [merchant.approve() for _ in range(5)]
     # In turns Payroc pays what a dead task has asked for, and never gets to work on it.
@@ -271,11 +292,17 @@ def test_tasks_killed_in_the_middle_of_their_creates_never_pay_twice(merchant: M
     airflow.client.wait_for_run(DAG, run_id, "success")
     merchant.assert_paid_once(*refs)
     assert all(merchant.task_of(ref).try_number > 1 for ref in refs)
-    measured(killed=len(refs), run_seconds=time.monotonic() - begin, creates=sum(len(merchant.creates(ref)) for ref in refs))
+    measured(
+        killed=len(refs),
+        run_seconds=time.monotonic() - begin,
+        creates=sum(len(merchant.creates(ref)) for ref in refs),
+    )
 
 
 @pytest.mark.usefixtures("only_long")
-def test_orphans_and_their_retries_at_work_side_by_side_never_pay_twice(merchant: Merchant, measured: Measured) -> None:
+def test_orphans_and_their_retries_at_work_side_by_side_never_pay_twice(
+    merchant: Merchant, measured: Measured
+) -> None:
     airflow, lists, size = merchant.airflow, 5, 12
     refs = [merchant.approve() for _ in range(lists * size)]
     # So slow that an orphan is still busy with its list when the scheduler has given it up and started another.
@@ -298,7 +325,8 @@ def test_orphans_and_their_retries_at_work_side_by_side_never_pay_twice(merchant
     merchant.assert_paid_once(*refs)
     assert len(together) == lists, f"only so many orphans were seen beside their retry: {together}"
     by_try = merchant.rows(
-        "SELECT (try_number = 1) AS orphan, count(*) AS count FROM refund_ledger.refund_attempts WHERE run_id = :run GROUP BY 1", run=run_id
+        "SELECT (try_number = 1) AS orphan, count(*) AS count FROM refund_ledger.refund_attempts WHERE run_id = :run GROUP BY 1",
+        run=run_id,
     )
     claims = {row["orphan"]: row["count"] for row in by_try}
     measured(
@@ -312,7 +340,9 @@ def test_orphans_and_their_retries_at_work_side_by_side_never_pay_twice(merchant
     )
 
 
-def watch_side_by_side(merchant: Merchant, run_id: str, orphans: dict[int, psutil.Process]) -> dict[int, float]:
+def watch_side_by_side(
+    merchant: Merchant, run_id: str, orphans: dict[int, psutil.Process]
+) -> dict[int, float]:
     """Watch until all orphans have ended; return for how many seconds each worked beside its retry, by map index."""
     started: dict[int, float] = {}
     together: dict[int, float] = {}
@@ -334,7 +364,9 @@ def watch_side_by_side(merchant: Merchant, run_id: str, orphans: dict[int, psuti
 
 
 @pytest.mark.usefixtures("only_long")
-def test_clearing_tasks_that_are_in_the_middle_of_their_creates_never_pays_twice(merchant: Merchant, measured: Measured) -> None:
+def test_clearing_tasks_that_are_in_the_middle_of_their_creates_never_pays_twice(
+    merchant: Merchant, measured: Measured
+) -> None:
     client = merchant.airflow.client
     refs = [merchant.approve() for _ in range(4)]
     for number, ref in enumerate(refs):
@@ -355,7 +387,9 @@ def test_clearing_tasks_that_are_in_the_middle_of_their_creates_never_pays_twice
 
 
 @pytest.mark.usefixtures("only_long")
-def test_clearing_a_failed_task_whose_refund_is_in_doubt_brings_it_to_its_end(merchant: Merchant, measured: Measured) -> None:
+def test_clearing_a_failed_task_whose_refund_is_in_doubt_brings_it_to_its_end(
+    merchant: Merchant, measured: Measured
+) -> None:
     client = merchant.airflow.client
     ref = merchant.approve("9005")
     run_id = client.trigger(DAG)
@@ -372,16 +406,22 @@ def give_up_waiting(merchant: Merchant, refs: Sequence[str], dag_id: str) -> Non
     """Mark the tasks of refunds as failed while they wait for their retry."""
     for ref in refs:
         merchant.wait_until(
-            lambda ref=ref: merchant.attempt_row(ref) and merchant.task_of(ref, dag_id).state == "up_for_retry",
+            lambda ref=ref: (
+                merchant.attempt_row(ref) and merchant.task_of(ref, dag_id).state == "up_for_retry"
+            ),
             f"{ref} waits for its retry",
         )
         attempt = merchant.attempt_row(ref)
         assert attempt is not None
-        merchant.airflow.client.set_state(dag_id, attempt["run_id"], "send_refund", "failed", attempt["map_index"])
+        merchant.airflow.client.set_state(
+            dag_id, attempt["run_id"], "send_refund", "failed", attempt["map_index"]
+        )
 
 
 @pytest.mark.usefixtures("only_long")
-def test_marking_tasks_as_success_in_the_middle_of_their_creates_loses_no_refund(merchant: Merchant, measured: Measured) -> None:
+def test_marking_tasks_as_success_in_the_middle_of_their_creates_loses_no_refund(
+    merchant: Merchant, measured: Measured
+) -> None:
     client = merchant.airflow.client
     paid_unseen, unpaid = refs = [merchant.approve(), merchant.approve()]
     merchant.trouble(paid_unseen, "slow", seconds=2)
@@ -417,14 +457,21 @@ def test_marking_the_send_task_as_success_before_it_is_expanded_sends_nothing_an
     client.set_state(DAG, run_id, "send_refund", "success")
     assert client.task_instances(DAG, run_id)["release", -1].state == "running", "release had ended already"
     client.wait_for_run(DAG, run_id, "failed")
-    assert [(merchant.row(ref)["status"], len(merchant.creates(ref))) for ref in refs] == [("released", 0), ("released", 0)]
+    assert [(merchant.row(ref)["status"], len(merchant.creates(ref))) for ref in refs] == [
+        ("released", 0),
+        ("released", 0),
+    ]
     client.wait_for_run(DAG, client.trigger(DAG), "success")
     merchant.assert_paid_once(*refs)
-    measured(creates_of_the_marked_run=0, creates_of_the_next_run=sum(len(merchant.creates(ref)) for ref in refs))
+    measured(
+        creates_of_the_marked_run=0, creates_of_the_next_run=sum(len(merchant.creates(ref)) for ref in refs)
+    )
 
 
 @pytest.mark.usefixtures("only_long")
-def test_a_second_run_waits_until_the_first_has_ended_and_sends_nothing_again(merchant: Merchant, measured: Measured) -> None:
+def test_a_second_run_waits_until_the_first_has_ended_and_sends_nothing_again(
+    merchant: Merchant, measured: Measured
+) -> None:
     client = merchant.airflow.client
     ref = merchant.approve()
     merchant.trouble(ref, "slow", seconds=2)
@@ -433,7 +480,12 @@ def test_a_second_run_waits_until_the_first_has_ended_and_sends_nothing_again(me
     begin = time.monotonic()
     while client.run_state(DAG, first) == "running":
         states = (client.run_state(DAG, second), client.run_state(DAG, first))
-        assert states in {("queued", "running"), ("queued", "success"), ("running", "success"), ("success", "success")}, states
+        assert states in {
+            ("queued", "running"),
+            ("queued", "success"),
+            ("running", "success"),
+            ("success", "success"),
+        }, states
         time.sleep(0.1)
     measured(queued_seconds=time.monotonic() - begin)
     for run_id in (first, second):
@@ -441,11 +493,15 @@ def test_a_second_run_waits_until_the_first_has_ended_and_sends_nothing_again(me
     merchant.assert_paid_once(ref)
     assert len(merchant.creates(ref)) == 1
     # The second run was about nothing.
-    assert merchant.rows("SELECT candidates FROM refund_ledger.refund_runs WHERE run_id = :id", id=second) == [{"candidates": 0}]
+    assert merchant.rows(
+        "SELECT candidates FROM refund_ledger.refund_runs WHERE run_id = :id", id=second
+    ) == [{"candidates": 0}]
 
 
 @pytest.mark.usefixtures("only_long")
-def test_runs_that_overlap_and_send_the_same_refunds_pay_each_once(merchant: Merchant, measured: Measured) -> None:
+def test_runs_that_overlap_and_send_the_same_refunds_pay_each_once(
+    merchant: Merchant, measured: Measured
+) -> None:
     client = merchant.airflow.client
     refs = [merchant.approve() for _ in range(6)]
     for ref in refs:
@@ -454,12 +510,17 @@ def test_runs_that_overlap_and_send_the_same_refunds_pay_each_once(merchant: Mer
         run_ids = [client.trigger(OVERLAPPING_DAG) for _ in range(3)]
         for run_id in run_ids:
             merchant.wait_until(
-                lambda run_id=run_id: client.task_instances(OVERLAPPING_DAG, run_id)["pull_approved", -1].state == "running", "all pull"
+                lambda run_id=run_id: (
+                    client.task_instances(OVERLAPPING_DAG, run_id)["pull_approved", -1].state == "running"
+                ),
+                "all pull",
             )
     # A run whose refunds another run still sends may end as failed; in the end nothing is left.
     states = [client.wait_for_run(OVERLAPPING_DAG, run_id, "success", "failed") for run_id in run_ids]
     merchant.assert_paid_once(*refs)
-    tasks = [sum(index >= 0 for _, index in client.task_instances(OVERLAPPING_DAG, run_id)) for run_id in run_ids]
+    tasks = [
+        sum(index >= 0 for _, index in client.task_instances(OVERLAPPING_DAG, run_id)) for run_id in run_ids
+    ]
     assert sum(count > 0 for count in tasks) >= 2, f"the runs did not overlap: send tasks per run {tasks}"
     measured(
         runs=" ".join(states),
@@ -470,7 +531,9 @@ def test_runs_that_overlap_and_send_the_same_refunds_pay_each_once(merchant: Mer
 
 
 @pytest.mark.usefixtures("only_long")
-def test_a_failed_run_cleared_while_the_next_run_sends_the_same_refunds_pays_each_once(merchant: Merchant, measured: Measured) -> None:
+def test_a_failed_run_cleared_while_the_next_run_sends_the_same_refunds_pays_each_once(
+    merchant: Merchant, measured: Measured
+) -> None:
     client = merchant.airflow.client
     refs = [merchant.approve("9005") for _ in range(4)]
     first = client.trigger(OVERLAPPING_DAG)
@@ -513,4 +576,9 @@ def test_an_api_server_that_goes_away_in_the_middle_of_a_run_costs_no_refund_and
     airflow.client.wait_for_run(DAG, run_id, "success")
     tries = [merchant.task_of(ref).try_number for ref in refs[::4]]
     merchant.assert_paid_once(*refs)
-    measured(away_seconds=away, refunds=len(refs), tries=" ".join(map(str, tries)), creates=sum(len(merchant.creates(ref)) for ref in refs))
+    measured(
+        away_seconds=away,
+        refunds=len(refs),
+        tries=" ".join(map(str, tries)),
+        creates=sum(len(merchant.creates(ref)) for ref in refs),
+    )

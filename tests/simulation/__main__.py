@@ -7,7 +7,14 @@ import secrets
 import sys
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from tests.simulation.history import tell
 from tests.simulation.many import Outcome, run_many
@@ -20,9 +27,19 @@ def main() -> int:
     """Run the command; the exit code is 1 when an invariant was broken."""
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
     parser.add_argument("--seeds", type=int, default=2000, help="how many histories (default: %(default)s)")
-    parser.add_argument("--from", type=int, default=0, dest="first", help="the first seed (default: %(default)s); -1 draws one")
+    parser.add_argument(
+        "--from",
+        type=int,
+        default=0,
+        dest="first",
+        help="the first seed (default: %(default)s); -1 draws one",
+    )
     parser.add_argument("--seed", type=int, help="tell this one history step by step")
-    parser.add_argument("--mutants", action="store_true", help="break the protocol in each known way, and say which history notices it")
+    parser.add_argument(
+        "--mutants",
+        action="store_true",
+        help="break the protocol in each known way, and say which history notices it",
+    )
     asked = parser.parse_args()
     console = Console(highlight=False, soft_wrap=True)
     if asked.seed is not None:
@@ -32,10 +49,18 @@ def main() -> int:
     if asked.mutants:
         return show_mutants(console)
     first = secrets.randbelow(2**48) if asked.first < 0 else asked.first
-    columns = (TextColumn("Histories"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("Histories"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("histories", total=asked.seeds)
-        outcome = run_many(range(first, first + asked.seeds), progress=lambda count: progress.advance(task, count))
+        outcome = run_many(
+            range(first, first + asked.seeds), progress=lambda count: progress.advance(task, count)
+        )
     show(outcome, first, asked.seeds, console)
     return int(bool(outcome.violations))
 
@@ -47,7 +72,9 @@ def show_mutants(console: Console) -> int:
         histories, sentence = noticed(mutant)
         if sentence is None and not mutant.harmless:
             alive += 1
-        console.print(f"{histories:5}  {mutant.name}: {sentence or mutant.harmless or 'NOT NOTICED'}", markup=False)
+        console.print(
+            f"{histories:5}  {mutant.name}: {sentence or mutant.harmless or 'NOT NOTICED'}", markup=False
+        )
     return int(alive > 0)
 
 
@@ -57,7 +84,9 @@ def show(outcome: Outcome, first: int, seeds: int, console: Console) -> None:
     console.print(
         f"{seeds:,} histories (seeds {first} to {first + seeds - 1}) in {outcome.seconds:.1f} s: {seeds / outcome.seconds:,.0f} a second"
     )
-    console.print(f"  {counts.refunds:,} refunds approved, {counts.runs:,} runs, {counts.steps:,} steps, {counts.posts:,} POSTs")
+    console.print(
+        f"  {counts.refunds:,} refunds approved, {counts.runs:,} runs, {counts.steps:,} steps, {counts.posts:,} POSTs"
+    )
     console.print(
         f"  {counts.posts_beside:,} POSTs, in {counts.with_lists:,} histories, went out while another of their list was under way"
     )
@@ -68,7 +97,9 @@ def show(outcome: Outcome, first: int, seeds: int, console: Console) -> None:
         f"  {counts.deaths:,} processes killed, {counts.freezes:,} stood still, {counts.failures:,} calls of a database or network failed"
     )
     for title, found in (("what Payroc did to POSTs", counts.faults), ("what else happened", counts.events)):
-        console.print(f"  {title}: " + ", ".join(f"{count:,} {name}" for name, count in sorted(found.items())))
+        console.print(
+            f"  {title}: " + ", ".join(f"{count:,} {name}" for name, count in sorted(found.items()))
+        )
     for seed, _ in outcome.violations[:_MOST_TOLD]:
         console.print(f"\nSeed {seed}:", style="red")
         console.print("\n".join(tell(seed)), markup=False)

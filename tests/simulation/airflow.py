@@ -82,7 +82,11 @@ class TaskInstance:
     __slots__ = ("_airflow", "_downstream", "_then", "actor", "name", "tries", "tries_left", "work")
 
     def __init__(
-        self, airflow: Airflow, name: str, work: Callable[[int], Coroutine[Any, Any, Any]], then: Callable[[Any], None] | None
+        self,
+        airflow: Airflow,
+        name: str,
+        work: Callable[[int], Coroutine[Any, Any, Any]],
+        then: Callable[[Any], None] | None,
     ) -> None:
         self._airflow = airflow
         self.name = name
@@ -95,7 +99,9 @@ class TaskInstance:
     def start(self) -> None:
         """Start the next try."""
         self.tries += 1
-        self.actor = self._airflow.deployment.engine.start(f"{self.name} try {self.tries}", self.work(self.tries), self._ended)
+        self.actor = self._airflow.deployment.engine.start(
+            f"{self.name} try {self.tries}", self.work(self.tries), self._ended
+        )
 
     def clear(self, *, downstream: bool = False) -> None:
         """
@@ -134,7 +140,9 @@ class TaskInstance:
 
     def _ended(self, actor: Actor) -> None:
         if actor.error is not None and not isinstance(actor.error, _EXPECTED):
-            raise Mistake(f"{actor.name} fails in a way that nobody foresaw: {actor.error!r}") from actor.error
+            raise Mistake(
+                f"{actor.name} fails in a way that nobody foresaw: {actor.error!r}"
+            ) from actor.error
         wait = self._airflow.retry_after(actor)
         if actor.error is None and actor.result is not None and wait is None:
             self._finish(actor.result)
@@ -189,7 +197,9 @@ class Airflow:
     def _write_back(self, name: str) -> None:
         self._task(f"{name} write_back", lambda _: self._written_back(), None)
 
-    def _task(self, name: str, work: Callable[[int], Coroutine[Any, Any, Any]], then: Callable[[Any], None] | None) -> TaskInstance:
+    def _task(
+        self, name: str, work: Callable[[int], Coroutine[Any, Any, Any]], then: Callable[[Any], None] | None
+    ) -> TaskInstance:
         task = TaskInstance(self, name, work, then)
         self.tasks.append(task)
         if self.skips and self.deployment.engine.chance() < self.skips:
@@ -262,12 +272,18 @@ class Run:
         self.airflow._task(f"{self.run_id} release", lambda _: self._release(*self.pulled), self.send)
 
     def send(self, ids: Any) -> None:
-        lists = [ids[start : start + self.batch_size] for start in range(0, len(ids), self.batch_size)] if ids else []
+        lists = (
+            [ids[start : start + self.batch_size] for start in range(0, len(ids), self.batch_size)]
+            if ids
+            else []
+        )
         self.waiting_for = len(lists)
         if not lists:
             self.write_back()
         for index, refund_ids in enumerate(lists):
-            self.airflow._task(f"{self.run_id} send[{index}]", self._sending(index, refund_ids), lambda _: self._one_sent())
+            self.airflow._task(
+                f"{self.run_id} send[{index}]", self._sending(index, refund_ids), lambda _: self._one_sent()
+            )
 
     def write_back(self) -> None:
         self.airflow._task(f"{self.run_id} write_back", lambda _: self.airflow._written_back(), None)
@@ -317,7 +333,9 @@ class Run:
             settings=d.settings,
         )
 
-    def _sending(self, index: int, refund_ids: Sequence[int]) -> Callable[[int], Coroutine[Any, Any, list[Result]]]:
+    def _sending(
+        self, index: int, refund_ids: Sequence[int]
+    ) -> Callable[[int], Coroutine[Any, Any, list[Result]]]:
         d = self.d
         return lambda number: send_refunds(
             refund_ids,

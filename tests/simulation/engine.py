@@ -16,7 +16,19 @@ EPOCH = datetime(2026, 11, 23, 12, 0, tzinfo=UTC)
 MINUTE, HOUR, DAY = 60.0, 3600.0, 86_400.0
 
 # How long a worker may stand still: a slow network, a paused machine, a laptop lid, a snapshot that is started again.
-FREEZES = (3.0, 40.0, 100.0, 5 * MINUTE, 20 * MINUTE, 55 * MINUTE, 65 * MINUTE, 75 * MINUTE, 2 * HOUR, 26 * HOUR, 8 * DAY)
+FREEZES = (
+    3.0,
+    40.0,
+    100.0,
+    5 * MINUTE,
+    20 * MINUTE,
+    55 * MINUTE,
+    65 * MINUTE,
+    75 * MINUTE,
+    2 * HOUR,
+    26 * HOUR,
+    8 * DAY,
+)
 
 # Between two steps of a worker: mostly milliseconds, sometimes seconds.
 _STEPS = (0.001, 0.002, 0.004, 0.01, 0.02, 0.05, 0.1, 0.3, 1.0, 2.5)
@@ -66,7 +78,9 @@ AROUND_THE_POST = frozenset(
         "ledger: before record",
     }
 )
-AT_THE_DOOR = frozenset({"ledger: after candidates", "source: select", "ledger: after stored", "ledger: before release"})
+AT_THE_DOOR = frozenset(
+    {"ledger: after candidates", "source: select", "ledger: after stored", "ledger: before release"}
+)
 IN_A_WRITE_BACK = frozenset({"ledger: after due_write_backs", "source: write back", "source: written back"})
 
 
@@ -85,7 +99,9 @@ class Actor:
 
     __slots__ = ("ended", "error", "frozen_until", "most_claimed", "name", "result", "running", "strands")
 
-    def __init__(self, name: str, coroutine: Coroutine[Any, Any, Any], ended: Callable[[Actor], None] | None) -> None:
+    def __init__(
+        self, name: str, coroutine: Coroutine[Any, Any, Any], ended: Callable[[Actor], None] | None
+    ) -> None:
         self.name = name
         self.ended = ended
         self.running = True
@@ -124,7 +140,9 @@ class Strand:
         "waits_for_answer",
     )
 
-    def __init__(self, actor: Actor, name: str, coroutine: Coroutine[Any, Any, Any], parent: Strand | None = None) -> None:
+    def __init__(
+        self, actor: Actor, name: str, coroutine: Coroutine[Any, Any, Any], parent: Strand | None = None
+    ) -> None:
         self.actor = actor
         self.name = name
         self.coroutine = coroutine
@@ -236,7 +254,9 @@ class Engine:
 
     # -- actors --------------------------------------------------------------------------------------------------
 
-    def start(self, name: str, coroutine: Coroutine[Any, Any, Any], ended: Callable[[Actor], None] | None = None) -> Actor:
+    def start(
+        self, name: str, coroutine: Coroutine[Any, Any, Any], ended: Callable[[Actor], None] | None = None
+    ) -> Actor:
         """Start a process; it takes its first step now."""
         actor = Actor(name, coroutine, ended)
         self.actors.append(actor)
@@ -342,9 +362,13 @@ class Engine:
             if drawn >= trouble.die + trouble.fail + trouble.freeze:
                 # The way of nearly every step, so it is written out.
                 self._number += 1
-                heapq.heappush(self._queue, (self.time + _STEPS[int(self.chance() * 10)], self._number, strand))
+                heapq.heappush(
+                    self._queue, (self.time + _STEPS[int(self.chance() * 10)], self._number, strand)
+                )
                 return
-            what = "die" if drawn < trouble.die else "fail" if drawn < trouble.die + trouble.fail else "freeze"
+            what = (
+                "die" if drawn < trouble.die else "fail" if drawn < trouble.die + trouble.fail else "freeze"
+            )
         if what == "die":
             self.tell(f"  {label}")
             self.kill(strand.actor)
@@ -367,7 +391,10 @@ class Engine:
 
     def _divide(self, strand: Strand, coroutines: Sequence[Coroutine[Any, Any, None]]) -> None:
         strand.children = len(coroutines)
-        children = [Strand(strand.actor, f"{strand.name} ·{number}", coroutine, strand) for number, coroutine in enumerate(coroutines, 1)]
+        children = [
+            Strand(strand.actor, f"{strand.name} ·{number}", coroutine, strand)
+            for number, coroutine in enumerate(coroutines, 1)
+        ]
         strand.actor.strands += children
         for child in children:
             self._step(child)

@@ -59,7 +59,9 @@ class OneList(History):
         """Let it happen, and see it end well."""
         for number in range(1, self.case.refunds + 1):
             self.merchant.approve(number)
-        self.host.planned = [fault for fault in (self.case.earlier, self.case.fault) if fault or self.case.earlier]
+        self.host.planned = [
+            fault for fault in (self.case.earlier, self.case.fault) if fault or self.case.earlier
+        ]
         self.engine.script = self._script
         self.airflow.run(batch_size=self.case.refunds)
         self.engine.run(until=3 * HOUR)
@@ -86,7 +88,9 @@ def every_case() -> Iterator[tuple[str, str, str, int, int]]:
                 yield "", fault, action, temper, 2
 
 
-def try_every_point(earlier: str, fault: str, action: str, temper: int, refunds: int) -> tuple[int, list[tuple[Case, str]]]:
+def try_every_point(
+    earlier: str, fault: str, action: str, temper: int, refunds: int
+) -> tuple[int, list[tuple[Case, str]]]:
     """Play the case at each point in turn, until the worker has no more; return how many, and what broke."""
     broken = []
     point = 0

@@ -74,7 +74,12 @@ _THEMES = (
     "approval",
     "approval",
 )
-_WHERE_OF_THEME = {"write-backs": IN_A_WRITE_BACK, "late workers": AROUND_THE_POST, "the door": AT_THE_DOOR, "limits": AT_THE_DOOR}
+_WHERE_OF_THEME = {
+    "write-backs": IN_A_WRITE_BACK,
+    "late workers": AROUND_THE_POST,
+    "the door": AT_THE_DOOR,
+    "limits": AT_THE_DOOR,
+}
 _FAULTS_OF_THEME = {"people": MURKY, "configuration": MISCONFIGURED}
 
 
@@ -91,7 +96,9 @@ class PlainCipher(Cipher):
     def seal(self, body: bytes) -> Sealed:
         return Sealed(body, "plain")
 
-    def open(self, sealed: bytes, expected_sha256: str, refund_id: int, sealed_with: str | None = None) -> bytes:
+    def open(
+        self, sealed: bytes, expected_sha256: str, refund_id: int, sealed_with: str | None = None
+    ) -> bytes:
         if self.sha256(sealed) != expected_sha256:
             raise UnreadableRequest(f"The request of refund {refund_id} was changed.")
         return sealed
@@ -164,7 +171,12 @@ class History:
     """
 
     def __init__(
-        self, seed: int, *, temper: Temper | None = None, new_ledger: NewLedger = _in_memory, tell: Callable[[str], None] | None = None
+        self,
+        seed: int,
+        *,
+        temper: Temper | None = None,
+        new_ledger: NewLedger = _in_memory,
+        tell: Callable[[str], None] | None = None,
     ) -> None:
         self.rng = rng = random.Random(seed)
         self.engine = engine = Engine(rng, tell)
@@ -182,7 +194,9 @@ class History:
         self.invariants = Invariants(engine, self.memory, self.merchant, self.payroc, fence=not self.jumpy)
         stepped = SteppedLedger(self.ledger, engine, self.invariants.called)
         source = SimulatedSource(self.merchant)
-        self.airflow = Airflow(Deployment(engine, stepped, self.payroc, self.host, source, PlainCipher(), self.settings))
+        self.airflow = Airflow(
+            Deployment(engine, stepped, self.payroc, self.host, source, PlainCipher(), self.settings)
+        )
         self.people = People(self.airflow.deployment, self.memory, rng)
         # Whether people decide everything in the end, or leave it for the invariants to look at.
         self.large = True
@@ -196,7 +210,11 @@ class History:
             self.payroc.temper.list_lag = rng.choice((HOUR, LONGEST_LAG))
         # What people set and release is forgotten with a restored ledger: docs/safety.md says what to do first.
         self._may_restore = (
-            temper is None and self.theme not in _THEMES_OF_LIMITS and not self.jumpy and not self.payroc.temper.racy and rng.random() < 0.4
+            temper is None
+            and self.theme not in _THEMES_OF_LIMITS
+            and not self.jumpy
+            and not self.payroc.temper.racy
+            and rng.random() < 0.4
         )
         # A ledger that was lost altogether is one restored from before its first day.
         self._backup = self.ledger.backup() if self._may_restore else None
@@ -230,7 +248,9 @@ class History:
             self.payroc.temper.faults = min(self.payroc.temper.faults, 0.2)
         # A ledger may have been lost for longer than Payroc knows its keys.
         horizon = rng.choice(
-            (3 * HOUR, 1 * DAY, 8 * DAY, 8 * DAY) if self._may_restore else (20 * MINUTE, 3 * HOUR, 3 * HOUR, 1 * DAY, 8 * DAY)
+            (3 * HOUR, 1 * DAY, 8 * DAY, 8 * DAY)
+            if self._may_restore
+            else (20 * MINUTE, 3 * HOUR, 3 * HOUR, 1 * DAY, 8 * DAY)
         )
         engine.trouble = Trouble(
             die=rng.choice((0.0, 0.003, 0.012)),
@@ -293,7 +313,9 @@ class History:
         columns: dict[str, Any] = {"processing_terminal_id": TERMINALS[rng.random() < 0.25]}
         kind = rng.random()
         if kind < 0.15:
-            columns |= dict.fromkeys(("routing_number", "account_number", "name_on_account")) | {"secure_token": f"29675312345{number}"}
+            columns |= dict.fromkeys(("routing_number", "account_number", "name_on_account")) | {
+                "secure_token": f"29675312345{number}"
+            }
         elif kind < 0.25:
             columns["order_id"] = None
         elif kind < 0.3:
@@ -393,7 +415,11 @@ class History:
     def _limit(self) -> None:
         name = self.rng.choice(_THRESHOLDS if self.theme == "approval" else tuple(_LIMITS))
         if name in ("payee_total", "payee_count"):
-            self.ledger.set_limit("payee_days", self.memory.limited.payee_days or self.rng.choice((1, 3)), "The simulation sets it.")
+            self.ledger.set_limit(
+                "payee_days",
+                self.memory.limited.payee_days or self.rng.choice((1, 3)),
+                "The simulation sets it.",
+            )
         value = self.rng.choice(_LIMITS[name])
         self.engine.tell(f"the limit {name} is {value}")
         self.ledger.set_limit(name, value, "The simulation sets it.")
@@ -445,11 +471,15 @@ class History:
         self.payroc.revoke_all()
 
     def _host_clock(self) -> None:
-        self.engine.host_skew += self.rng.choice((-9 * DAY, -HOUR, -50 * MINUTE, 30 * MINUTE, 2 * HOUR, 9 * DAY))
+        self.engine.host_skew += self.rng.choice(
+            (-9 * DAY, -HOUR, -50 * MINUTE, 30 * MINUTE, 2 * HOUR, 9 * DAY)
+        )
 
     def _ledger_clock(self) -> None:
         # Back by less than the day that lies between our key window and Payroc's; forward by anything.
-        self.engine.ledger_skew += self.rng.choice((-10 * HOUR, -50 * MINUTE, 15 * MINUTE, 2 * HOUR, 5 * HOUR))
+        self.engine.ledger_skew += self.rng.choice(
+            (-10 * HOUR, -50 * MINUTE, 15 * MINUTE, 2 * HOUR, 5 * HOUR)
+        )
         self.engine.ledger_skew = max(-10 * HOUR, min(10 * HOUR, self.engine.ledger_skew))
 
     def _make_backup(self) -> None:
@@ -477,7 +507,9 @@ class History:
         chance = self.rng.random()
         if existing.word in ("ready", "pending"):
             if chance < (0.6 if self.theme == "reissues" else 0.1):
-                words = ("reversal",) if self.theme == "reissues" else ("admin", "reversal", "declined", "novel")
+                words = (
+                    ("reversal",) if self.theme == "reissues" else ("admin", "reversal", "declined", "novel")
+                )
                 word = self.rng.choice(words)
                 if word == "declined" and existing.key:
                     # An answer that says otherwise may still be on its way to a worker that stands still.
@@ -526,7 +558,11 @@ class History:
             engine.run()
         if self.people_decide and not self._may_restore:
             self._decide_everything()
-        if self.large or self.rng.random() < 0.4 or any(found.word != "ready" for found in self.payroc.refunds.values()):
+        if (
+            self.large
+            or self.rng.random() < 0.4
+            or any(found.word != "ready" for found in self.payroc.refunds.values())
+        ):
             self._payroc_moves()
             self._follow_up_a_day_later()
         else:
@@ -572,7 +608,15 @@ class History:
         async def work() -> None:
             start, end = EPOCH - timedelta(days=1), EPOCH + timedelta(days=365)
             found.extend(
-                (await verify(start, end, terminals=TERMINALS, ledger=deployment.ledger, gateway=deployment.connect())).differences
+                (
+                    await verify(
+                        start,
+                        end,
+                        terminals=TERMINALS,
+                        ledger=deployment.ledger,
+                        gateway=deployment.connect(),
+                    )
+                ).differences
             )
 
         # Its first token may be one that ended long ago; then it says so, and is run again.
@@ -590,7 +634,8 @@ class History:
         rows = {row["source_ref"]: row for row in self.merchant.rows()}
         known = self.memory.by_ref
         return all(ref in known or ref in self.merchant.invalid for ref in rows) and not any(
-            row.status is Status.APPROVED and (row.replaces is not None or rows.get(row.source_ref, {}).get("amount") == row.amount)
+            row.status is Status.APPROVED
+            and (row.replaces is not None or rows.get(row.source_ref, {}).get("amount") == row.amount)
             for row in known.values()
         )
 
@@ -638,7 +683,12 @@ _EVENTS: dict[str, Callable[[History], None]] = {
 }
 
 
-_FORGOTTEN = ("another API key", "people look at what is held", "a person cancels a refund", "a person sets a limit")
+_FORGOTTEN = (
+    "another API key",
+    "people look at what is held",
+    "a person cancels a refund",
+    "a person sets a limit",
+)
 
 # The limits that people set, in amounts of which the refunds of a history make one to a few.
 _LIMITS: dict[str, tuple[int | None, ...]] = {
@@ -655,7 +705,10 @@ _LIMITS: dict[str, tuple[int | None, ...]] = {
 }
 
 _THRESHOLDS = ("approval_total", "approval_count")
-_TROUBLE_WITH_LISTS = (Trouble(fail=0.02, critical=5.0, where=AROUND_THE_POST), Trouble(freeze=0.02, critical=5.0, where=AROUND_THE_POST))
+_TROUBLE_WITH_LISTS = (
+    Trouble(fail=0.02, critical=5.0, where=AROUND_THE_POST),
+    Trouble(freeze=0.02, critical=5.0, where=AROUND_THE_POST),
+)
 _THEMES_OF_LIMITS = ("limits", "approval")
 _MORE_OF_THEME = {"limits": (1, 2, 3), "approval": (1, 2, 3), "lists": (2, 4, 6)}
 
@@ -667,7 +720,12 @@ _EVENTS_OF_THEME: dict[str, tuple[tuple[Callable[[History], None], int], ...]] =
         (History._approve_another, 2),
         (History._mark_success, 4),
     ),
-    "approval": ((History._new_run, 3), (History._approve_another, 3), (History._clear, 2), (History._clear_a_pull, 2)),
+    "approval": (
+        (History._new_run, 3),
+        (History._approve_another, 3),
+        (History._clear, 2),
+        (History._clear_a_pull, 2),
+    ),
     "the door": ((History._new_run, 2), (History._pause_for_a_moment, 8), (History._edit, 4)),
     "write-backs": ((History._payroc_moves, 2), (History._follow_up, 1)),
 }

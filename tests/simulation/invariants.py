@@ -38,7 +38,9 @@ class Invariants:
         key does.
     """
 
-    def __init__(self, engine: Engine, ledger: MemoryLedger, merchant: Merchant, payroc: Payroc, *, fence: bool) -> None:
+    def __init__(
+        self, engine: Engine, ledger: MemoryLedger, merchant: Merchant, payroc: Payroc, *, fence: bool
+    ) -> None:
         self.engine = engine
         self.ledger = ledger
         self.merchant = merchant
@@ -95,7 +97,9 @@ class Invariants:
         """A POST leaves a worker."""
         item = self.merchant.by_key.get(post.key)
         if item is None:
-            raise Violation(f"A POST goes out under the key {post.key}, which is derived from no approved refund.")
+            raise Violation(
+                f"A POST goes out under the key {post.key}, which is derived from no approved refund."
+            )
         if post.fault in ASKS_PEOPLE:
             self.excuse(item, post.fault)
         row, attempt, strand = self._row_of(item), post.attempt, self._strand
@@ -104,9 +108,13 @@ class Invariants:
         if not strand.has_turn:
             raise Violation(f"A POST for {item.source_ref} goes out when it is not its turn.")
         if strand.checked != attempt:
-            raise Violation(f"A POST for {item.source_ref} goes out without a last look of its own at the ledger.")
+            raise Violation(
+                f"A POST for {item.source_ref} goes out without a last look of its own at the ledger."
+            )
         if len(self.ledger.attempts[row.id]) < attempt[1]:
-            raise Violation(f"A POST for {item.source_ref} goes out before its attempt {attempt[1]} is in the ledger.")
+            raise Violation(
+                f"A POST for {item.source_ref} goes out before its attempt {attempt[1]} is in the ledger."
+            )
         if attempt in self._posted:
             raise Violation(f"Attempt {attempt[1]} of {item.source_ref} sends a second POST.")
         self._posted.add(attempt)
@@ -118,14 +126,18 @@ class Invariants:
     def _check_pause(self, item: Approved, row: Row) -> None:
         for scope in (EVERYTHING, row.processing_terminal_id):
             if self._strand.looked_at > self._paused_since.get(scope, self.engine.time):
-                raise Violation(f"A POST for {item.source_ref} goes out after its worker could see that the sending is paused.")
+                raise Violation(
+                    f"A POST for {item.source_ref} goes out after its worker could see that the sending is paused."
+                )
 
     def _check_fence(self, item: Approved, post: Post) -> None:
         if not self.fence or post.token not in self.payroc.tokens:
             return
         lease_until = self._strand.lease_until
         assert lease_until is not None
-        token_ends = self.engine.ledger_time() + timedelta(seconds=self.payroc.tokens[post.token][0] - self.engine.time)
+        token_ends = self.engine.ledger_time() + timedelta(
+            seconds=self.payroc.tokens[post.token][0] - self.engine.time
+        )
         if token_ends > lease_until:
             raise Violation(f"A POST for {item.source_ref} goes out with a token that outlives its lease.")
 
@@ -136,9 +148,13 @@ class Invariants:
         if self.restored:
             return
         if self.engine.time - first_at >= KEY_KEPT:
-            raise Violation(f"A POST for {item.source_ref} is processed when Payroc may have forgotten its key.")
+            raise Violation(
+                f"A POST for {item.source_ref} is processed when Payroc may have forgotten its key."
+            )
         if post.api_key != first_key:
-            raise Violation(f"A POST for {item.source_ref} is processed under another API key than the first.")
+            raise Violation(
+                f"A POST for {item.source_ref} is processed under another API key than the first."
+            )
         assert post.attempt is not None
         refund_id, number = post.attempt
         attempts = self.ledger.attempts[refund_id]
@@ -151,7 +167,9 @@ class Invariants:
         """Payroc has made a refund."""
         item = self.merchant.by_key[post.key]
         objects = self.payroc.by_key[post.key]
-        paying = [found for found in self._of_chain(item) if found.word not in _NO_MONEY and not found.paid_again]
+        paying = [
+            found for found in self._of_chain(item) if found.word not in _NO_MONEY and not found.paid_again
+        ]
         if len(objects) > 1 or len(paying) > 1:
             ids = " and ".join(found.refund_id for found in (objects if len(objects) > 1 else paying))
             raise Violation(f"PAID TWICE: {item.source_ref} exists at Payroc as {ids}.")
@@ -159,7 +177,9 @@ class Invariants:
         payee = method.get("token") or method.get("accountNumber")
         version = (order["orderId"], order["amount"], existing.body["processingTerminalId"], payee)
         if version not in item.versions:
-            raise Violation(f"Payroc makes a refund for {item.source_ref} that nobody approved: {version[0]}, {version[1]}.")
+            raise Violation(
+                f"Payroc makes a refund for {item.source_ref} that nobody approved: {version[0]}, {version[1]}."
+            )
         row = self._row_of(item)
         for replaced in self.ledger.replaced(row.id) if row is not None and row.replaces is not None else ():
             if replaced.status not in REPLACEABLE:
@@ -167,13 +187,17 @@ class Invariants:
                     f"PAID TWICE: Payroc makes {item.source_ref}, and {replaced.source_ref}, which it replaces, is {replaced.status}."
                 )
         if not self.restored and (row is None or row.status not in _MAY_BE_MADE):
-            raise Violation(f"Payroc makes a refund for {item.source_ref}, which is {row.status if row else 'not'} in the ledger.")
+            raise Violation(
+                f"Payroc makes a refund for {item.source_ref}, which is {row.status if row else 'not'} in the ledger."
+            )
 
     def _check_named(self, item: Approved, objects: list[Existing]) -> None:
         for found in objects:
             # Without custom fields a refund that is in no ledger looks like one that was made elsewhere.
             if found.custom_fields and found.refund_id not in self._named:
-                raise Violation(f"LOST: the restored ledger has forgotten {item.source_ref}, and `verify` does not name {found.refund_id}.")
+                raise Violation(
+                    f"LOST: the restored ledger has forgotten {item.source_ref}, and `verify` does not name {found.refund_id}."
+                )
 
     def _of_chain(self, item: Approved) -> list[Existing]:
         first = item.first or item
@@ -188,7 +212,9 @@ class Invariants:
         if check is not None:
             check(args, kwargs, result)
         if self.ledger.paused or self._paused_since:
-            self._paused_since = {scope: self._paused_since.get(scope, self.engine.time) for scope in self.ledger.paused}
+            self._paused_since = {
+                scope: self._paused_since.get(scope, self.engine.time) for scope in self.ledger.paused
+            }
         if self.engine.current is not None:
             self.engine.current.looked_at = self.engine.time
 
@@ -209,7 +235,10 @@ class Invariants:
     def _passed_or_asked(self, args: tuple[Any, ...], kwargs: dict[str, Any], question: Any) -> None:
         run_id, candidates = args[0], self.ledger.runs[args[0]].candidates_hash
         if question is None:
-            refused = any(self.ledger.rows[item].source_ref in self._refused for item in self.ledger.runs[run_id].candidate_ids)
+            refused = any(
+                self.ledger.rows[item].source_ref in self._refused
+                for item in self.ledger.runs[run_id].candidate_ids
+            )
             if refused and self._approvals.get((run_id, candidates)) is None:
                 raise Violation(f"{run_id} passes by itself with refunds that a person rejected.")
             self._approvals.setdefault((run_id, candidates), None)
@@ -229,7 +258,9 @@ class Invariants:
     def _rejected(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: None) -> None:
         self._approvals.pop((args[0], self._asked[args[0]]), None)
         waiting = [self.ledger.rows[item] for item in self.ledger.runs[args[0]].candidate_ids]
-        self._refused |= {row.source_ref for row in waiting if row.status in (Status.APPROVED, Status.RELEASED)}
+        self._refused |= {
+            row.source_ref for row in waiting if row.status in (Status.APPROVED, Status.RELEASED)
+        }
 
     def _begun(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: None) -> None:
         # A pull that is repeated takes the run's approval back.
@@ -250,10 +281,14 @@ class Invariants:
             raise Violation(f"{claim.refund.source_ref} is claimed without a place in the queue.")
         if sum(other.waits_for_answer for other in strand.actor.strands) > strand.actor.most_claimed:
             raise Violation(f"{strand.actor.name} claims more refunds ahead than the queue has places.")
-        if claim is not None and not self.ledger.paused.keys().isdisjoint((EVERYTHING, claim.refund.processing_terminal_id)):
+        if claim is not None and not self.ledger.paused.keys().isdisjoint(
+            (EVERYTHING, claim.refund.processing_terminal_id)
+        ):
             raise Violation(f"{claim.refund.source_ref} is claimed while the sending is paused.")
         if claim is not None and self.ledger.restored_to is not None:
-            raise Violation(f"{claim.refund.source_ref} is claimed before the restored ledger was compared with Payroc.")
+            raise Violation(
+                f"{claim.refund.source_ref} is claimed before the restored ledger was compared with Payroc."
+            )
 
     def _looked_last(self, args: tuple[Any, ...], kwargs: dict[str, Any], may_post: bool) -> None:
         claim: Claim = args[0]
@@ -265,10 +300,14 @@ class Invariants:
     def _check_record(self, row: Row) -> None:
         attempts = self.ledger.attempts[row.id]
         if row.status in (Status.UNKNOWN, Status.RELEASED) and attempts and attempts[-1].outcome is None:
-            raise Violation(f"{row.source_ref} is {row.status} while attempt {len(attempts)} of it may be under way.")
+            raise Violation(
+                f"{row.source_ref} is {row.status} while attempt {len(attempts)} of it may be under way."
+            )
         held = [found for found in self.payroc.by_key.get(row.key, []) if not found.declined]
         if row.status in (Status.REJECTED, Status.RELEASED) and held and not self.restored:
-            raise Violation(f"LOST: {row.source_ref} is called {row.status}, and Payroc holds {held[0].refund_id} for it.")
+            raise Violation(
+                f"LOST: {row.source_ref} is called {row.status}, and Payroc holds {held[0].refund_id} for it."
+            )
 
     def _released(self, args: tuple[Any, ...], kwargs: dict[str, Any], refund_ids: list[int]) -> None:
         run_id, candidate_ids = args[0], args[1]
@@ -289,7 +328,10 @@ class Invariants:
             source = (self._strand.seen_source or {}).get(row.source_ref)
             if source is None:
                 raise Violation(f"{row.source_ref} is released though its source row was withdrawn before.")
-            if (source["amount"], source["processing_terminal_id"]) != (row.amount, row.processing_terminal_id):
+            if (source["amount"], source["processing_terminal_id"]) != (
+                row.amount,
+                row.processing_terminal_id,
+            ):
                 raise Violation(f"{row.source_ref} is released though its source row was changed before.")
 
     # -- at the end ------------------------------------------------------------------------------------------------
@@ -321,7 +363,9 @@ class Invariants:
             newest = self._newest_of_chain(row)
             newer = self.restored and item.updated_at is not None and item.updated_at > newest.updated_at
             if (item.status, item.updated_at) != (newest.status.value, newest.updated_at) and not newer:
-                raise Violation(f"{item.source_ref} is {newest.status} in the ledger, and the source says {item.status}.")
+                raise Violation(
+                    f"{item.source_ref} is {newest.status} in the ledger, and the source says {item.status}."
+                )
         for item in self.merchant.reissues.values():
             row = self._row_of(item)
             if row is not None:
@@ -334,13 +378,22 @@ class Invariants:
                 raise Violation(f"{ref} asks people without need: {row.reason}")
         elif row.status in PAID and row.id in self._taken_over:
             # People saw an object that differs, or that somebody made by hand, and called it this refund.
-            if row.payroc_refund_id != self._taken_over[row.id] or row.payroc_refund_id not in self.payroc.refunds:
-                raise Violation(f"{ref} is {row.status} as {row.payroc_refund_id}, and people resolved it otherwise.")
+            if (
+                row.payroc_refund_id != self._taken_over[row.id]
+                or row.payroc_refund_id not in self.payroc.refunds
+            ):
+                raise Violation(
+                    f"{ref} is {row.status} as {row.payroc_refund_id}, and people resolved it otherwise."
+                )
         elif row.status in PAID:
             if [row.payroc_refund_id] != [found.refund_id for found in objects]:
-                raise Violation(f"{ref} is {row.status} as {row.payroc_refund_id}, and Payroc holds {len(objects)} refunds for it.")
+                raise Violation(
+                    f"{ref} is {row.status} as {row.payroc_refund_id}, and Payroc holds {len(objects)} refunds for it."
+                )
             if objects[0].amount != row.amount:
-                raise Violation(f"{ref} is {row.status} with {row.amount}, and Payroc pays {objects[0].amount}.")
+                raise Violation(
+                    f"{ref} is {row.status} with {row.amount}, and Payroc pays {objects[0].amount}."
+                )
             if _STATUS_OF_WORD.get(objects[0].word) is not row.status:
                 raise Violation(f"{ref} is {row.status}, and Payroc says {objects[0].word}.")
         elif row.status is Status.CANCELLED:
@@ -355,7 +408,9 @@ class Invariants:
             if forgotten:
                 self._check_named(item, objects)
             elif objects:
-                raise Violation(f"LOST: {ref} waits to be sent, and Payroc holds {objects[0].refund_id} for it.")
+                raise Violation(
+                    f"LOST: {ref} waits to be sent, and Payroc holds {objects[0].refund_id} for it."
+                )
             waits = any(replaced.status not in REPLACEABLE for replaced in self.ledger.replaced(row.id))
             if not item.withdrawn and len(item.versions) == 1 and not forgotten and not waits:
                 raise Violation(f"LOST: {ref} was approved and is not sent: {row.reason}")
@@ -373,9 +428,13 @@ class Invariants:
         self.people_asked.setdefault(item.source_ref, set()).add(why)
 
     def _asked_with_reason(self, item: Approved, row: Row, objects: list[Existing]) -> bool:
-        late = row.first_sent_at is not None and row.updated_at - row.first_sent_at >= timedelta(days=self.ledger.settings.key_window_days)
+        late = row.first_sent_at is not None and row.updated_at - row.first_sent_at >= timedelta(
+            days=self.ledger.settings.key_window_days
+        )
         strange = any(found.word not in _STATUS_OF_WORD for found in objects)
-        return bool(item.source_ref in self.people_asked or late or strange or self.key_changed or self.restored)
+        return bool(
+            item.source_ref in self.people_asked or late or strange or self.key_changed or self.restored
+        )
 
     def _row_of(self, item: Approved) -> Row | None:
         return self.ledger.by_ref.get(item.source_ref)

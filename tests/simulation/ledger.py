@@ -35,7 +35,17 @@ from include.refunds.ledger import (
     WriteBack,
 )
 from include.refunds.ledger.runs import DUE_WITHIN, hash_of_ids
-from include.refunds.limits import AtTheDoor, Door, Limits, Totals, added, day_start, open_door, totals, who_to_ask
+from include.refunds.limits import (
+    AtTheDoor,
+    Door,
+    Limits,
+    Totals,
+    added,
+    day_start,
+    open_door,
+    totals,
+    who_to_ask,
+)
 from include.refunds.refund import History, Refund
 from include.refunds.reissue import Reissue, check_replaceable
 from include.refunds.resolve import Resolution, check_case
@@ -262,9 +272,13 @@ class MemoryLedger:
     def begin_restore(self, backup_at: datetime, reason: str) -> datetime:
         if self.restored_to is not None:
             return min(backup_at, self.restored_to)
-        self.restored_to = min(backup_at, max((row.updated_at for row in self.rows.values()), default=backup_at))
+        self.restored_to = min(
+            backup_at, max((row.updated_at for row in self.rows.values()), default=backup_at)
+        )
         before = f" Before that: {self.paused[EVERYTHING]}" if EVERYTHING in self.paused else ""
-        self.paused[EVERYTHING] = f"The ledger was restored from a backup of {self.restored_to:%Y-%m-%d %H:%M %Z}.{before}"
+        self.paused[EVERYTHING] = (
+            f"The ledger was restored from a backup of {self.restored_to:%Y-%m-%d %H:%M %Z}.{before}"
+        )
         return self.restored_to
 
     @contextmanager
@@ -297,7 +311,8 @@ class MemoryLedger:
         for new, sealed in rows:
             key = UUID(new.idempotency_key)
             collides = new.source_ref in self.by_ref or any(
-                row.idempotency_key == key or (row.processing_terminal_id, row.order_id) == (new.processing_terminal_id, new.order_id)
+                row.idempotency_key == key
+                or (row.processing_terminal_id, row.order_id) == (new.processing_terminal_id, new.order_id)
                 for row in self.rows.values()
             )
             # A sequence of Postgres is not rolled back: a row that collides has used its number up.
@@ -364,7 +379,11 @@ class MemoryLedger:
         now = self.clock()
         count = 0
         for row in self.rows.values():
-            if row.status is Status.RELEASED and row.released_at is not None and row.released_at <= now - RELEASE_VALID:
+            if (
+                row.status is Status.RELEASED
+                and row.released_at is not None
+                and row.released_at <= now - RELEASE_VALID
+            ):
                 self._write(row, now, status=Status.APPROVED, reason="The release was not used in time.")
                 count += 1
         return count
@@ -407,7 +426,12 @@ class MemoryLedger:
         return [row.id for row in sorted(found, key=_oldest_first)]
 
     def begin_run(
-        self, run_id: str, params: dict[str, Any], candidates: Sequence[Candidate], findings: dict[str, Any], at: datetime
+        self,
+        run_id: str,
+        params: dict[str, Any],
+        candidates: Sequence[Candidate],
+        findings: dict[str, Any],
+        at: datetime,
     ) -> None:
         before = self.runs.get(run_id)
         counted = before.counted if before else {}
@@ -434,11 +458,18 @@ class MemoryLedger:
         if run.question not in (None, question.body(run_id)):
             raise LedgerError(f"Run {run_id} asked about something else before.")
         run.question = question.body(run_id)
-        run.asked_hash, run.approved_hash, run.approved_by, run.rejected_by = run.candidates_hash, None, None, None
+        run.asked_hash, run.approved_hash, run.approved_by, run.rejected_by = (
+            run.candidates_hash,
+            None,
+            None,
+            None,
+        )
         return question
 
     def _why_ask(self, today: Totals, run: Run) -> str | None:
-        return who_to_ask(self.limited, today=today, run=run.basis["totals"], rejected=self._rejected_before(run))
+        return who_to_ask(
+            self.limited, today=today, run=run.basis["totals"], rejected=self._rejected_before(run)
+        )
 
     def _rejected_before(self, run: Run) -> int:
         return sum(self.rows[refund_id].run_rejected_by is not None for refund_id in run.candidate_ids)
@@ -477,14 +508,28 @@ class MemoryLedger:
 
     def _released_without_a_person(self, but: str) -> dict[str, dict[str, int]]:
         """Return what other runs released today without a person, and this one before it was pulled anew."""
-        by_itself = (row for row in self._released_today() if row.first_released_run != but and row.first_released_approver is None)
+        by_itself = (
+            row
+            for row in self._released_today()
+            if row.first_released_run != but and row.first_released_approver is None
+        )
         return added(totals((row.currency, row.amount) for row in by_itself), self._run(but).counted_before)
 
     def _released_today(self) -> list[Row]:
         start = day_start(self.clock(), self.settings.timezone)
-        return [row for row in self.rows.values() if row.first_released_at is not None and row.first_released_at >= start]
+        return [
+            row
+            for row in self.rows.values()
+            if row.first_released_at is not None and row.first_released_at >= start
+        ]
 
-    def release(self, run_id: str, candidate_ids: Sequence[int], standing_ids: Sequence[int], withdrawn: dict[int, str]) -> list[int]:
+    def release(
+        self,
+        run_id: str,
+        candidate_ids: Sequence[int],
+        standing_ids: Sequence[int],
+        withdrawn: dict[int, str],
+    ) -> list[int]:
         now = self.clock()
         run = self._run(run_id)
         self._check_approval(run_id, candidate_ids)
@@ -494,10 +539,22 @@ class MemoryLedger:
         door = self._open_door([item for item in candidate_ids if item in standing_ids], run.counted)
         for refund_id in door.released:
             if self.rows[refund_id].status is Status.APPROVED:
-                released: dict[str, Any] = {"released_by": "simulation", "released_run": run_id, "released_at": now}
+                released: dict[str, Any] = {
+                    "released_by": "simulation",
+                    "released_run": run_id,
+                    "released_at": now,
+                }
                 if self.rows[refund_id].first_released_at is None:
                     released["first_released_approver"] = run.approved_by
-                self._write(self.rows[refund_id], now, status=Status.RELEASED, reason=None, holds=(), run_rejected_by=None, **released)
+                self._write(
+                    self.rows[refund_id],
+                    now,
+                    status=Status.RELEASED,
+                    reason=None,
+                    holds=(),
+                    run_rejected_by=None,
+                    **released,
+                )
         for refund_id, hold in door.held.items():
             self._write(self.rows[refund_id], now, status=Status.HELD, holds=hold.names, reason=hold.reason)
         run.counted = added(run.counted, door.counted)
@@ -540,7 +597,9 @@ class MemoryLedger:
         return [
             _at_the_door(row)
             for row in self.rows.values()
-            if row.payee_fingerprint in payees and row.first_released_at is not None and row.first_released_at > since
+            if row.payee_fingerprint in payees
+            and row.first_released_at is not None
+            and row.first_released_at > since
         ]
 
     def terminals(self, refund_ids: Sequence[int]) -> set[str]:
@@ -573,17 +632,26 @@ class MemoryLedger:
         row = self._row(refund_id)
         return _refund(row), self._history(refund_id, before=row.attempts + 1), self.clock()
 
-    def claim(self, refund_id: int, task: Task, *, environment: str, sent_with: str, token_seconds: int) -> Claim | None:
+    def claim(
+        self, refund_id: int, task: Task, *, environment: str, sent_with: str, token_seconds: int
+    ) -> Claim | None:
         now = self.clock()
         row = self.rows.get(refund_id)
         if row is None or row.request is None or not self._may_claim(row, now, environment, sent_with):
             return None
-        self._claim(row, now, now + timedelta(seconds=token_seconds + self.settings.lease_margin_seconds), sent_with)
+        self._claim(
+            row, now, now + timedelta(seconds=token_seconds + self.settings.lease_margin_seconds), sent_with
+        )
         self.attempts[row.id].append(Attempt(row.id, row.attempts, task.run_id, now))
         return Claim(_refund(row), self._history(refund_id, before=row.attempts))
 
     def _may_claim(self, row: Row, now: datetime, environment: str, sent_with: str) -> bool:
-        if row.payroc_refund_id is not None or self.environment != environment or self._is_paused(row) or not self._replaced_stands(row):
+        if (
+            row.payroc_refund_id is not None
+            or self.environment != environment
+            or self._is_paused(row)
+            or not self._replaced_stands(row)
+        ):
             return False
         if row.first_sent_at is not None and not self._inside_window(row, now, sent_with):
             return False
@@ -593,7 +661,10 @@ class MemoryLedger:
 
     def _inside_window(self, row: Row, now: datetime, sent_with: str) -> bool:
         assert row.first_sent_at is not None
-        return row.first_sent_at > now - timedelta(days=self.settings.key_window_days) and row.sent_with == sent_with
+        return (
+            row.first_sent_at > now - timedelta(days=self.settings.key_window_days)
+            and row.sent_with == sent_with
+        )
 
     def _claim(self, row: Row, now: datetime, lease_until: datetime, sent_with: str) -> None:
         self._write(
@@ -619,7 +690,9 @@ class MemoryLedger:
             and self._replaced_stands(row)
         )
 
-    def record(self, refund_id: int, verdict: Verdict, attempt: int | None = None, *, restored: bool = False) -> tuple[Refund, datetime]:
+    def record(
+        self, refund_id: int, verdict: Verdict, attempt: int | None = None, *, restored: bool = False
+    ) -> tuple[Refund, datetime]:
         now = self.clock()
         row = self._row(refund_id)
         if attempt is not None:
@@ -656,7 +729,12 @@ class MemoryLedger:
                 "payroc_seen_at": now,
             }
         for status in change.steps:
-            values = {**seen, "status": status, "lease_until": change.wait_until, "next_attempt_at": change.wait_until}
+            values = {
+                **seen,
+                "status": status,
+                "lease_until": change.wait_until,
+                "next_attempt_at": change.wait_until,
+            }
             if status is Status.REVIEW and not ends_lease:
                 del values["lease_until"]
             if change.reason is not None:
@@ -665,7 +743,10 @@ class MemoryLedger:
                 values |= {"first_sent_at": None, "sent_with": None}
             self._write(row, now, **values)
         if sighting is not None and not change.steps:
-            known = (row.payroc_refund_id, row.payroc_status) == (sighting.payroc_refund_id, sighting.payroc_status)
+            known = (row.payroc_refund_id, row.payroc_status) == (
+                sighting.payroc_refund_id,
+                sighting.payroc_status,
+            )
             self._write(row, row.updated_at if known else now, **seen)
         if change.contradiction:
             detail = {"payroc_refund_id": change.contradicting_id} if change.contradicting_id else {}
@@ -681,7 +762,11 @@ class MemoryLedger:
         return [_refund(row) for row in self.rows.values() if row.status in IN_DOUBT]
 
     def not_sent(self) -> list[Refund]:
-        return [_refund(row) for row in self.rows.values() if row.status in (Status.APPROVED, Status.HELD, Status.RELEASED)]
+        return [
+            _refund(row)
+            for row in self.rows.values()
+            if row.status in (Status.APPROVED, Status.HELD, Status.RELEASED)
+        ]
 
     def followed(self, changed_within: timedelta) -> dict[str, datetime]:
         since = self.clock() - changed_within
@@ -692,7 +777,9 @@ class MemoryLedger:
                 oldest[row.processing_terminal_id] = min(began, oldest.get(row.processing_terminal_id, began))
         return oldest
 
-    def known(self, keys: Sequence[str], payroc_refund_ids: Sequence[str], order_ids: Sequence[str] = ()) -> list[Refund]:
+    def known(
+        self, keys: Sequence[str], payroc_refund_ids: Sequence[str], order_ids: Sequence[str] = ()
+    ) -> list[Refund]:
         return [
             _refund(row)
             for row in self.rows.values()
@@ -716,10 +803,16 @@ class MemoryLedger:
         earlier = [item for item in self.attempts[refund_id] if item.attempt < before]
         if not earlier:
             return _NOTHING_BEFORE
-        refused = [item.finished_at for item in earlier if item.http_status == 401 or item.problem_type == "not-authorized"]
+        refused = [
+            item.finished_at
+            for item in earlier
+            if item.http_status == 401 or item.problem_type == "not-authorized"
+        ]
         return History(
             unresolved=any(item.outcome in (None, Outcome.UNKNOWN) for item in earlier),
-            processed=any(item.outcome in (Outcome.ACCEPTED, Outcome.REJECTED, Outcome.REVIEW) for item in earlier),
+            processed=any(
+                item.outcome in (Outcome.ACCEPTED, Outcome.REJECTED, Outcome.REVIEW) for item in earlier
+            ),
             key_in_use=any(item.problem_type == "idempotency-key-in-use" for item in earlier),
             unauthorized_at=max((instant for instant in refused if instant is not None), default=None),
         )
@@ -728,17 +821,23 @@ class MemoryLedger:
         unproven = verdict.outcome is Outcome.CONFIGURATION and not verdict.not_processed
         for item in self.attempts[refund_id]:
             if item.attempt == attempt:
-                item.finished_at, item.http_status, item.problem_type = now, verdict.http_status, verdict.problem_type
+                item.finished_at, item.http_status, item.problem_type = (
+                    now,
+                    verdict.http_status,
+                    verdict.problem_type,
+                )
                 item.outcome = Outcome.UNKNOWN if unproven else verdict.outcome
 
     def _is_foreign(self, refund_id: int, verdict: Verdict) -> bool:
         return verdict.sighting is not None and any(
-            row.payroc_refund_id == verdict.sighting.payroc_refund_id and row.id != refund_id for row in self.rows.values()
+            row.payroc_refund_id == verdict.sighting.payroc_refund_id and row.id != refund_id
+            for row in self.rows.values()
         )
 
     def _is_told(self, refund_id: int, verdict: Verdict) -> bool:
         return verdict.sighting is not None and any(
-            event.refund_id == refund_id and event.detail.get("payroc_refund_id") == verdict.sighting.payroc_refund_id
+            event.refund_id == refund_id
+            and event.detail.get("payroc_refund_id") == verdict.sighting.payroc_refund_id
             for event in self.events
             if event.event == "contradiction"
         )
@@ -754,7 +853,10 @@ class MemoryLedger:
         row = self._row(refund_id)
         attempts = self.attempts[refund_id]
         instants = [row.lease_until, *(at for item in attempts for at in (item.started_at, item.finished_at))]
-        unproven = any(item.outcome not in (Outcome.REJECTED, Outcome.CONFIGURATION, Outcome.NOT_SENT) for item in attempts)
+        unproven = any(
+            item.outcome not in (Outcome.REJECTED, Outcome.CONFIGURATION, Outcome.NOT_SENT)
+            for item in attempts
+        )
         mine = [event for event in self.events if event.refund_id == refund_id]
         contradicted = any(event.event == "contradiction" for event in mine)
         proposal = mine[-1] if mine and mine[-1].event == "proposal" else None
@@ -773,7 +875,13 @@ class MemoryLedger:
         row = self._row(refund_id)
         check_hold(_refund(row), row.requested_by, self.actor)
         released = {"released_holds": row.released_holds + row.holds, "holds": ()}
-        self._write(row, self.clock(), status=Status.APPROVED, reason=f"Released by {self.actor}: {reason}", **released)
+        self._write(
+            row,
+            self.clock(),
+            status=Status.APPROVED,
+            reason=f"Released by {self.actor}: {reason}",
+            **released,
+        )
 
     def cancel(self, refund_id: int, reason: str) -> None:
         row, now = self._row(refund_id), self.clock()
@@ -784,7 +892,11 @@ class MemoryLedger:
 
     def empty_requests(self, kept_for: timedelta, limit: int) -> int:
         before = self.clock() - kept_for
-        ended = [row for row in self.rows.values() if row.request is not None and row.status in _FINAL and row.updated_at <= before]
+        ended = [
+            row
+            for row in self.rows.values()
+            if row.request is not None and row.status in _FINAL and row.updated_at <= before
+        ]
         ended.sort(key=lambda row: (row.updated_at, row.id))
         for row in ended[:limit]:
             row.request = row.as_refund = None
@@ -796,9 +908,12 @@ class MemoryLedger:
         check_case(case, Status.REJECTED if resolution.status is Status.REJECTED else Status.ACCEPTED)
         found = resolution.sighting
         if found is not None and any(
-            other.payroc_refund_id == found.payroc_refund_id and other.id != row.id for other in self.rows.values()
+            other.payroc_refund_id == found.payroc_refund_id and other.id != row.id
+            for other in self.rows.values()
         ):
-            raise DecisionRefused(f"Payroc's refund {found.payroc_refund_id} stands at another refund of the ledger.")
+            raise DecisionRefused(
+                f"Payroc's refund {found.payroc_refund_id} stands at another refund of the ledger."
+            )
         confirmed = is_confirmed(case, resolution.decision, self.actor)
         if case.may_have_moved and not confirmed:
             self.events.append(Event(row.id, "proposal", self.actor, case.now, resolution.decision))
@@ -830,10 +945,20 @@ class MemoryLedger:
         row = copy.copy(replaced)
         row.id, self.next_id = self.next_id, self.next_id + 1
         if new.source_ref in self.by_ref:
-            raise DecisionRefused(f"The ledger holds a refund {new.source_ref!r} that the source made itself.")
-        row.source_ref, row.order_id, row.idempotency_key = new.source_ref, new.order_id, UUID(new.idempotency_key)
+            raise DecisionRefused(
+                f"The ledger holds a refund {new.source_ref!r} that the source made itself."
+            )
+        row.source_ref, row.order_id, row.idempotency_key = (
+            new.source_ref,
+            new.order_id,
+            UUID(new.idempotency_key),
+        )
         row.key = new.idempotency_key
-        row.request, row.request_key, row.request_sha256 = new.request.token, new.request.key_id, new.request_sha256
+        row.request, row.request_key, row.request_sha256 = (
+            new.request.token,
+            new.request.key_id,
+            new.request_sha256,
+        )
         row.holds = row.released_holds = ()
         row.requested_by, row.approved_by, row.approved_at = case.proposal.by, self.actor, case.now
         row.replaces, row.reason = replaced.id, f"Reissue of refund {replaced.id}: {reason}"
@@ -872,10 +997,29 @@ class MemoryLedger:
         for row in self.rows.values():
             ref = self._first_of_chain(row).source_ref
             cancelled_reissue = row.replaces is not None and row.status is Status.CANCELLED
-            if row.written_back_at != row.updated_at and ref > after and row.id not in replaced and not cancelled_reissue:
-                due.append(WriteBack(ref, row.status.value, row.payroc_refund_id, row.payroc_status, row.reason, row.updated_at))
+            if (
+                row.written_back_at != row.updated_at
+                and ref > after
+                and row.id not in replaced
+                and not cancelled_reissue
+            ):
+                due.append(
+                    WriteBack(
+                        ref,
+                        row.status.value,
+                        row.payroc_refund_id,
+                        row.payroc_status,
+                        row.reason,
+                        row.updated_at,
+                    )
+                )
         for ref, bad in self.invalid.items():
-            if bad.written_back_at != bad.updated_at and ref > after and not ref.startswith(NAMELESS) and ref not in self.by_ref:
+            if (
+                bad.written_back_at != bad.updated_at
+                and ref > after
+                and not ref.startswith(NAMELESS)
+                and ref not in self.by_ref
+            ):
                 errors = "; ".join(f"{key}: {value}" for key, value in sorted(bad.errors.items()))
                 due.append(WriteBack(ref, "invalid", None, None, errors, bad.updated_at))
         due.sort(key=lambda item: item.source_ref)
@@ -883,7 +1027,9 @@ class MemoryLedger:
 
     def mark_written_back(self, written: Sequence[WriteBack]) -> None:
         for item in written:
-            chain = [row for row in self.rows.values() if self._first_of_chain(row).source_ref == item.source_ref]
+            chain = [
+                row for row in self.rows.values() if self._first_of_chain(row).source_ref == item.source_ref
+            ]
             bad = self.invalid.get(item.source_ref)
             for row in (*chain, *([bad] if bad is not None else [])):
                 if row.updated_at == item.updated_at:
@@ -901,11 +1047,16 @@ class MemoryLedger:
             raise _refused(f"refund {row.id} can't go from {old_status} to {new_status}")
         if not row.attempts <= values.get("attempts", row.attempts) <= row.attempts + 1:
             raise _refused("attempts count up by one")
-        if row.payroc_refund_id is not None and values.get("payroc_refund_id", row.payroc_refund_id) != row.payroc_refund_id:
+        if (
+            row.payroc_refund_id is not None
+            and values.get("payroc_refund_id", row.payroc_refund_id) != row.payroc_refund_id
+        ):
             raise _refused("Payroc's refund id never changes")
         if row.first_sent_at is not None and "first_sent_at" in values:
             pair = (values["first_sent_at"], values.get("sent_with", row.sent_with))
-            taken_back = old_status is Status.SENDING and new_status is Status.RELEASED and pair == (None, None)
+            taken_back = (
+                old_status is Status.SENDING and new_status is Status.RELEASED and pair == (None, None)
+            )
             if pair != (row.first_sent_at, row.sent_with) and not taken_back:
                 raise _refused("first_sent_at and sent_with never change")
         if new_status is not old_status or "attempts" in values:
@@ -920,13 +1071,21 @@ class MemoryLedger:
             row.updated_at = max(now, previous + _MICROSECOND)
         if new_status in PAID and row.first_released_at is None:
             row.first_released_at = row.updated_at
-        if new_status in IN_DOUBT and None in (row.first_sent_at, row.sent_with, row.lease_until, row.next_attempt_at):
+        if new_status in IN_DOUBT and None in (
+            row.first_sent_at,
+            row.sent_with,
+            row.lease_until,
+            row.next_attempt_at,
+        ):
             raise _refused("sent says when and with what")
         if new_status is Status.HELD and not row.holds:
             raise _refused("held says for what")
         if new_status in PAID and row.payroc_refund_id is None:
             raise _refused("paid has Payroc's refund id")
-        if values.get("payroc_refund_id") and sum(other.payroc_refund_id == row.payroc_refund_id for other in self.rows.values()) > 1:
+        if (
+            values.get("payroc_refund_id")
+            and sum(other.payroc_refund_id == row.payroc_refund_id for other in self.rows.values()) > 1
+        ):
             raise _refused("Payroc's refund id is unique")
 
 
@@ -969,7 +1128,14 @@ def _as_mapping(row: Row) -> dict[str, Any]:
 
 def _at_the_door(row: Row) -> AtTheDoor:
     return AtTheDoor(
-        row.id, row.order_id, row.amount, row.currency, row.payee_fingerprint, row.status, row.released_holds, row.first_released_at
+        row.id,
+        row.order_id,
+        row.amount,
+        row.currency,
+        row.payee_fingerprint,
+        row.status,
+        row.released_holds,
+        row.first_released_at,
     )
 
 
@@ -978,7 +1144,12 @@ def _oldest_first(row: Row) -> tuple[datetime, int]:
 
 
 def _waited(row: Row, now: datetime) -> bool:
-    return row.lease_until is not None and row.lease_until <= now and row.next_attempt_at is not None and row.next_attempt_at <= now
+    return (
+        row.lease_until is not None
+        and row.lease_until <= now
+        and row.next_attempt_at is not None
+        and row.next_attempt_at <= now
+    )
 
 
 def _refused(what: str) -> Violation:

@@ -123,7 +123,9 @@ class Merchant:
             "approved_by": "bob",
             "approved_at": EPOCH + timedelta(seconds=self.engine.time - 3600 + number),
         }
-        approved = Approved(row | columns, str(key), columns.get("order_id", row["order_id"]) or default_order_id(key))
+        approved = Approved(
+            row | columns, str(key), columns.get("order_id", row["order_id"]) or default_order_id(key)
+        )
         approved.note_version()
         self.refunds[ref] = self.by_key[approved.key] = self.by_order[approved.order_id] = approved
         return approved
@@ -141,7 +143,9 @@ class Merchant:
 
     def rows(self) -> list[dict[str, Any]]:
         """Return what select_approved.sql returns: approved, not withdrawn, not ended."""
-        return [item.row for item in self.refunds.values() if not item.withdrawn and item.status not in _ENDED]
+        return [
+            item.row for item in self.refunds.values() if not item.withdrawn and item.status not in _ENDED
+        ]
 
     def edit(self, item: Approved, **columns: Any) -> None:
         """Change a row that may have been pulled already."""
@@ -182,7 +186,11 @@ class SimulatedSource:
             if target is None:
                 untouched.append(item.source_ref)
                 continue
-            if target.updated_at is not None and item.updated_at < target.updated_at and not merchant.restored:
+            if (
+                target.updated_at is not None
+                and item.updated_at < target.updated_at
+                and not merchant.restored
+            ):
                 if merchant.guarded:
                     untouched.append(item.source_ref)
                     continue

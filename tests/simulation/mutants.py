@@ -83,7 +83,12 @@ def noticed(mutant: Mutant) -> tuple[int, str | None]:
 
 async def _post_under_a_key_per_attempt(token: Any, claim: Claim, body: bytes, gateway: Any) -> Verdict:
     key = UUID(int=claim.refund.idempotency_key.int ^ (claim.attempt - 1))
-    return await _post(token, dataclasses.replace(claim, refund=dataclasses.replace(claim.refund, idempotency_key=key)), body, gateway)
+    return await _post(
+        token,
+        dataclasses.replace(claim, refund=dataclasses.replace(claim.refund, idempotency_key=key)),
+        body,
+        gateway,
+    )
 
 
 _post = send._post
@@ -125,7 +130,14 @@ def _store_again(self: MemoryLedger, rows: Any) -> set[str]:
     twins = []
     for refund, request in rows:
         key = pull.idempotency_key("simulated", f"{refund.source_ref} {self.next_id}")
-        twins.append((dataclasses.replace(refund, order_id=f"{refund.order_id} {self.next_id}", idempotency_key=str(key)), request))
+        twins.append(
+            (
+                dataclasses.replace(
+                    refund, order_id=f"{refund.order_id} {self.next_id}", idempotency_key=str(key)
+                ),
+                request,
+            )
+        )
     return _store(self, twins)
 
 
@@ -136,7 +148,9 @@ def _nothing_stored(self: MemoryLedger, source_refs: Any) -> dict[str, Any]:
     return {}
 
 
-def _open_rebuilt(self: PlainCipher, sealed: bytes, expected_sha256: str, refund_id: int, sealed_with: str | None = None) -> bytes:
+def _open_rebuilt(
+    self: PlainCipher, sealed: bytes, expected_sha256: str, refund_id: int, sealed_with: str | None = None
+) -> bytes:
     """The body is made anew for each attempt, with the time in its description."""
     _COUNTER[0] += 1
     return sealed.replace(b'"description":"', b'"description":"%d ' % _COUNTER[0], 1)
@@ -158,7 +172,9 @@ def _claim_without_commit(self: MemoryLedger, refund_id: int, task: Any, **value
     return claim
 
 
-def _record_with_claim(self: MemoryLedger, refund_id: int, verdict: Verdict, attempt: int | None = None) -> Any:
+def _record_with_claim(
+    self: MemoryLedger, refund_id: int, verdict: Verdict, attempt: int | None = None
+) -> Any:
     if attempt is not None and refund_id in _UNCOMMITTED:
         task, values = _UNCOMMITTED.pop(refund_id)
         _claim(self, refund_id, task, **values)
@@ -179,7 +195,9 @@ def _lease(make: Callable[[MemoryLedger, Row, datetime, datetime], datetime]) ->
 _write_claim = MemoryLedger._claim
 
 
-def _claim_by_the_hosts_clock(self: MemoryLedger, refund_id: int, task: Any, *, token_seconds: int, **values: Any) -> Claim | None:
+def _claim_by_the_hosts_clock(
+    self: MemoryLedger, refund_id: int, task: Any, *, token_seconds: int, **values: Any
+) -> Claim | None:
     engine = self.clock.__self__  # type: ignore[attr-defined]
     return _claim(self, refund_id, task, token_seconds=token_seconds + int(engine.host_skew), **values)
 
@@ -189,7 +207,9 @@ def _may_claim_with_any_key(self: MemoryLedger, row: Row, now: datetime, sent_wi
     return row.first_sent_at > now - timedelta(days=self.settings.key_window_days)
 
 
-def _first_sent_anew(self: MemoryLedger, row: Row, now: datetime, lease_until: datetime, sent_with: str) -> None:
+def _first_sent_anew(
+    self: MemoryLedger, row: Row, now: datetime, lease_until: datetime, sent_with: str
+) -> None:
     row.first_sent_at = None
     _write_claim(self, row, now, lease_until, sent_with)
 
@@ -210,7 +230,9 @@ def _may_post_without_lease(self: MemoryLedger, claim: Claim, seconds: float) ->
 _may_post = MemoryLedger.may_post
 
 
-def _may_claim_what_has_ended(self: MemoryLedger, row: Row, now: datetime, environment: str, sent_with: str) -> bool:
+def _may_claim_what_has_ended(
+    self: MemoryLedger, row: Row, now: datetime, environment: str, sent_with: str
+) -> bool:
     if row.status in (Status.ACCEPTED, Status.REJECTED):
         row.status, row.payroc_refund_id, row.as_refund = Status.RELEASED, None, None
     return _may_claim(self, row, now, environment, sent_with)
@@ -219,7 +241,9 @@ def _may_claim_what_has_ended(self: MemoryLedger, row: Row, now: datetime, envir
 _may_claim = MemoryLedger._may_claim
 
 
-def _may_claim_while_paused(self: MemoryLedger, row: Row, now: datetime, environment: str, sent_with: str) -> bool:
+def _may_claim_while_paused(
+    self: MemoryLedger, row: Row, now: datetime, environment: str, sent_with: str
+) -> bool:
     paused, self.paused = self.paused, {}
     try:
         return _may_claim(self, row, now, environment, sent_with)
@@ -241,7 +265,11 @@ def _evict_all(self: Host, token: Any) -> None:
 # -- what an answer proves -----------------------------------------------------------------------------------------------
 
 
-def _judging(condition: Callable[[PayrocError, Refund, History], bool], outcome: Outcome, sighting: Sighting | None = None) -> Any:
+def _judging(
+    condition: Callable[[PayrocError, Refund, History], bool],
+    outcome: Outcome,
+    sighting: Sighting | None = None,
+) -> Any:
     def judge(error: PayrocError, refund: Refund, history: History) -> Verdict:
         if condition(error, refund, history):
             return Verdict(outcome, "mutant", error.http_status, error.problem_type, sighting=sighting)
@@ -259,12 +287,16 @@ def _judge_as_if_first(error: PayrocError, refund: Refund, history: History) -> 
 
 def _conflict_is_accepted(error: PayrocError, refund: Refund, history: History) -> Verdict:
     if error.http_status == 409:
-        return Verdict(Outcome.ACCEPTED, "mutant", 409, sighting=Sighting(f"X{refund.id:09d}", "ready", Status.ACCEPTED))
+        return Verdict(
+            Outcome.ACCEPTED, "mutant", 409, sighting=Sighting(f"X{refund.id:09d}", "ready", Status.ACCEPTED)
+        )
     return _judge_error(error, refund, history)
 
 
 async def _miss_is_proof(token: Any, refund: Refund, gateway: Any, *rest: Any) -> Verdict | None:
-    return await _look_up_in_doubt(token, refund, gateway, *rest) or Verdict(Outcome.REJECTED, "Payroc does not list it.")
+    return await _look_up_in_doubt(token, refund, gateway, *rest) or Verdict(
+        Outcome.REJECTED, "Payroc does not list it."
+    )
 
 
 _look_up_in_doubt = send.look_up_in_doubt
@@ -296,7 +328,12 @@ _decide = transitions.decide
 
 
 def _decide_without_wait(refund: Refund, verdict: Verdict, history: History, **values: Any) -> Any:
-    return _decide(refund, dataclasses.replace(verdict, retry_after=0.0), history, **(values | {"unknown_wait": timedelta(0)}))
+    return _decide(
+        refund,
+        dataclasses.replace(verdict, retry_after=0.0),
+        history,
+        **(values | {"unknown_wait": timedelta(0)}),
+    )
 
 
 # -- a list, sent side by side -------------------------------------------------------------------------------------------
@@ -308,7 +345,9 @@ async def _post_what_was_opened_last(token: Any, claim: Claim, body: bytes, gate
     return await _post(token, claim, gateway.opened, gateway)
 
 
-async def _look_up_and_keep_the_body(token: Any, claim: Claim, refund: Refund, now: Any, ledger: Any, gateway: Any, *rest: Any) -> Any:
+async def _look_up_and_keep_the_body(
+    token: Any, claim: Claim, refund: Refund, now: Any, ledger: Any, gateway: Any, *rest: Any
+) -> Any:
     gateway.opened = refund.request
     return await _look_up_first(token, claim, refund, now, ledger, gateway, *rest)
 
@@ -328,7 +367,9 @@ async def _answer_of_the_neighbour(self: SimulatedGateway, token: Any, key: str,
 _create_refund = SimulatedGateway.create_refund
 
 
-async def _send_with_the_verdict_of_the_list(refund_id: int, task: Task, stepped: Any, gateway: Any, *rest: Any) -> Any:
+async def _send_with_the_verdict_of_the_list(
+    refund_id: int, task: Task, stepped: Any, gateway: Any, *rest: Any
+) -> Any:
     sent = await _send(refund_id, task, stepped, gateway, *rest)
     if isinstance(sent, send.Result):
         return sent
@@ -337,13 +378,17 @@ async def _send_with_the_verdict_of_the_list(refund_id: int, task: Task, stepped
     return sent[0], gateway.verdict
 
 
-async def _send_with_the_attempt_of_the_list(refund_id: int, task: Task, stepped: Any, gateway: Any, *rest: Any) -> Any:
+async def _send_with_the_attempt_of_the_list(
+    refund_id: int, task: Task, stepped: Any, gateway: Any, *rest: Any
+) -> Any:
     sent = await _send(refund_id, task, stepped, gateway, *rest)
     if isinstance(sent, send.Result):
         return sent
     gateway.attempt = sent[0].attempt
     await stepped.read(refund_id)
-    return dataclasses.replace(sent[0], refund=dataclasses.replace(sent[0].refund, attempts=gateway.attempt)), sent[1]
+    return dataclasses.replace(
+        sent[0], refund=dataclasses.replace(sent[0].refund, attempts=gateway.attempt)
+    ), sent[1]
 
 
 _send = send._send
@@ -362,7 +407,9 @@ async def _post_unless_the_list_is_stopped(token: Any, claim: Claim, body: bytes
     return Verdict(Outcome.NOT_SENT, "The list was stopped.") if hasattr(gateway, "stopped") else verdict
 
 
-async def _send_and_forget_the_list(refund_id: int, task: Task, stepped: Any, gateway: Any, *rest: Any) -> Any:
+async def _send_and_forget_the_list(
+    refund_id: int, task: Task, stepped: Any, gateway: Any, *rest: Any
+) -> Any:
     sent = await _send_and_stop_the_list(refund_id, task, stepped, gateway, *rest)
     if hasattr(gateway, "stopped"):
         raise LedgerUnavailable("The list was stopped.")
@@ -419,7 +466,9 @@ async def _may_post_once_for_a_list(self: SteppedLedger, claim: Claim, seconds: 
     return bool(looked[actor])
 
 
-async def _claim_with_the_lease_of_the_list(self: SteppedLedger, refund_id: int, task: Task, **values: Any) -> Claim | None:
+async def _claim_with_the_lease_of_the_list(
+    self: SteppedLedger, refund_id: int, task: Task, **values: Any
+) -> Claim | None:
     claim: Claim | None = await _stepped_claim(self, refund_id, task, **values)
     strand, row = self.engine.current, self.ledger.rows[refund_id]
     if claim is not None and strand is not None and row.attempts == claim.attempt:
@@ -429,7 +478,9 @@ async def _claim_with_the_lease_of_the_list(self: SteppedLedger, refund_id: int,
     return claim
 
 
-async def _claim_without_its_commit(self: SteppedLedger, refund_id: int, task: Task, **values: Any) -> Claim | None:
+async def _claim_without_its_commit(
+    self: SteppedLedger, refund_id: int, task: Task, **values: Any
+) -> Claim | None:
     """The transaction of a group fails, and its calls get their answers all the same."""
     try:
         claim: Claim | None = await _stepped_claim(self, refund_id, task, **values)
@@ -472,8 +523,12 @@ def _no_changes(*anything: Any) -> dict[str, str]:
     return {}
 
 
-def _release_what_was_not_looked_up(self: MemoryLedger, run_id: str, candidate_ids: Any, standing_ids: Any, withdrawn: Any) -> list[int]:
-    return _release(self, run_id, candidate_ids, [item for item in candidate_ids if item not in withdrawn], withdrawn)
+def _release_what_was_not_looked_up(
+    self: MemoryLedger, run_id: str, candidate_ids: Any, standing_ids: Any, withdrawn: Any
+) -> list[int]:
+    return _release(
+        self, run_id, candidate_ids, [item for item in candidate_ids if item not in withdrawn], withdrawn
+    )
 
 
 _release = MemoryLedger.release
@@ -600,7 +655,10 @@ MUTANTS = (
             (MemoryLedger, "restore", _restore_and_draw),
         ),
     ),
-    Mutant("a cleared pull mints a new row", ((MemoryLedger, "stored", _nothing_stored), (MemoryLedger, "store", _store_again))),
+    Mutant(
+        "a cleared pull mints a new row",
+        ((MemoryLedger, "stored", _nothing_stored), (MemoryLedger, "store", _store_again)),
+    ),
     Mutant(
         "the intent is committed after the POST",
         (
@@ -610,53 +668,95 @@ MUTANTS = (
         ),
     ),
     Mutant("the body is rebuilt for each attempt", ((PlainCipher, "open", _open_rebuilt),)),
-    Mutant("no answer is a rejection", ((send, "judge_error", _judging(lambda e, r, h: isinstance(e, PayrocNoAnswer), Outcome.REJECTED)),)),
-    Mutant("a 5xx is a rejection", ((send, "judge_error", _judging(_status_is(500, 502), Outcome.REJECTED)),)),
-    Mutant("a 408 or 429 is a rejection", ((send, "judge_error", _judging(_status_is(408, 429), Outcome.REJECTED)),)),
+    Mutant(
+        "no answer is a rejection",
+        ((send, "judge_error", _judging(lambda e, r, h: isinstance(e, PayrocNoAnswer), Outcome.REJECTED)),),
+    ),
+    Mutant(
+        "a 5xx is a rejection", ((send, "judge_error", _judging(_status_is(500, 502), Outcome.REJECTED)),)
+    ),
+    Mutant(
+        "a 408 or 429 is a rejection",
+        ((send, "judge_error", _judging(_status_is(408, 429), Outcome.REJECTED)),),
+    ),
     Mutant("a refusal after an unknown is a rejection", ((send, "judge_error", _judge_as_if_first),)),
     Mutant("a 401 is a rejection", ((send, "judge_error", _judging(_status_is(401), Outcome.REJECTED)),)),
-    Mutant("an unreadable 201 is a rejection", ((send, "judge_error", _judging(_status_is(201), Outcome.REJECTED)),)),
+    Mutant(
+        "an unreadable 201 is a rejection",
+        ((send, "judge_error", _judging(_status_is(201), Outcome.REJECTED)),),
+    ),
     Mutant("a 409 is an acceptance", ((send, "judge_error", _conflict_is_accepted),)),
-    Mutant("an answer is not held against the request", ((classify, "differences", lambda found, refund: []),)),
-    Mutant("the look-up adopts any refund with our order id", ((classify, "is_ours", lambda found, refund: True),)),
+    Mutant(
+        "an answer is not held against the request", ((classify, "differences", lambda found, refund: []),)
+    ),
+    Mutant(
+        "the look-up adopts any refund with our order id",
+        ((classify, "is_ours", lambda found, refund: True),),
+    ),
     Mutant("a look-up's miss is proof", ((send, "_look_up_first", _look_up_first_and_believe),)),
     Mutant("a miss is proof when another holds the refund", ((send, "look_up_in_doubt", _miss_is_proof),)),
-    Mutant("no look-up before a POST, and the ledger restored", ((send, "_look_up_first", _no_look_up_first),)),
+    Mutant(
+        "no look-up before a POST, and the ledger restored", ((send, "_look_up_first", _no_look_up_first),)
+    ),
     Mutant("the token is renewed right before the POST", ((send, "_post", _post_with_a_fresh_token),)),
     Mutant(
         "no lease",
-        ((MemoryLedger, "_claim", _lease(lambda self, row, now, until: now)), (MemoryLedger, "may_post", _may_post_without_lease)),
+        (
+            (MemoryLedger, "_claim", _lease(lambda self, row, now, until: now)),
+            (MemoryLedger, "may_post", _may_post_without_lease),
+        ),
     ),
     Mutant(
-        "a lease shorter than the token", ((MemoryLedger, "_claim", _lease(lambda self, row, now, until: now + timedelta(minutes=10))),)
+        "a lease shorter than the token",
+        ((MemoryLedger, "_claim", _lease(lambda self, row, now, until: now + timedelta(minutes=10))),),
     ),
     Mutant("the lease is counted by the host's clock", ((MemoryLedger, "claim", _claim_by_the_hosts_clock),)),
     Mutant("no wait after an unknown", ((ledger, "decide", _decide_without_wait),)),
-    Mutant("no key window", ((MemoryLedger, "_inside_window", lambda *anything: True), (look_up, "past_window", lambda *anything: False))),
+    Mutant(
+        "no key window",
+        (
+            (MemoryLedger, "_inside_window", lambda *anything: True),
+            (look_up, "past_window", lambda *anything: False),
+        ),
+    ),
     Mutant("the key window counts from the last attempt", ((MemoryLedger, "_claim", _first_sent_anew),)),
     Mutant("another API key may send again", ((MemoryLedger, "_inside_window", _may_claim_with_any_key),)),
     Mutant(
-        "what has ended is sent again", ((MemoryLedger, "_may_claim", _may_claim_what_has_ended), (send, "IN_DOUBT", frozenset(Status)))
+        "what has ended is sent again",
+        ((MemoryLedger, "_may_claim", _may_claim_what_has_ended), (send, "IN_DOUBT", frozenset(Status))),
     ),
     Mutant("no last check before the POST", ((MemoryLedger, "may_post", _may_post_whatever),)),
     Mutant("a pause stops no claim", ((MemoryLedger, "_may_claim", _may_claim_while_paused),)),
     Mutant("a worker that woke up late records", ((ledger, "decide", _decide_as_current),)),
-    Mutant("a refusal of the configuration forgets what went before", ((ledger, "decide", _decide_without_history),)),
+    Mutant(
+        "a refusal of the configuration forgets what went before",
+        ((ledger, "decide", _decide_without_history),),
+    ),
     Mutant(
         "a pause is looked at only at the door",
-        ((MemoryLedger, "_may_claim", _may_claim_while_paused), (MemoryLedger, "may_post", _may_post_while_paused)),
+        (
+            (MemoryLedger, "_may_claim", _may_claim_while_paused),
+            (MemoryLedger, "may_post", _may_post_while_paused),
+        ),
     ),
     Mutant(
         "a list sends the body that was opened last",
         ((send, "_look_up_first", _look_up_and_keep_the_body), (send, "_post", _post_what_was_opened_last)),
     ),
     Mutant("a list sends under one key", ((send, "_post", _post_under_the_key_of_the_list),)),
-    Mutant("a list takes a neighbour's answer", ((SimulatedGateway, "create_refund", _answer_of_the_neighbour),)),
+    Mutant(
+        "a list takes a neighbour's answer", ((SimulatedGateway, "create_refund", _answer_of_the_neighbour),)
+    ),
     Mutant("a list records a neighbour's verdict", ((send, "_send", _send_with_the_verdict_of_the_list),)),
     Mutant("a list holds no place in the queue", ((SimulatedGateway, "queue", _place_given_back_at_once),)),
-    Mutant("a list leaves the queue before its turn", ((SimulatedGateway, "turn", _place_given_back_for_the_turn),)),
+    Mutant(
+        "a list leaves the queue before its turn",
+        ((SimulatedGateway, "turn", _place_given_back_for_the_turn),),
+    ),
     Mutant("a list holds no turn", ((SimulatedGateway, "turn", _turn_given_back_at_once),)),
-    Mutant("a list has one last look before its POSTs", ((SteppedLedger, "may_post", _may_post_once_for_a_list),)),
+    Mutant(
+        "a list has one last look before its POSTs", ((SteppedLedger, "may_post", _may_post_once_for_a_list),)
+    ),
     Mutant("a list has one lease", ((SteppedLedger, "claim", _claim_with_the_lease_of_the_list),)),
     Mutant(
         "a failed commit of claims counts as one, with no last look",
@@ -666,44 +766,85 @@ MUTANTS = (
         "a list's first error takes what is under way for not sent",
         ((send, "_send", _send_and_stop_the_list), (send, "_post", _post_unless_the_list_is_stopped)),
     ),
-    Mutant("the approval is taken from what Airflow hands on", ((MemoryLedger, "_check_approval", lambda self, run_id, ids: None),)),
-    Mutant("an approval counts for whatever the run is about by now", ((MemoryLedger, "_asked", MemoryLedger._run),)),
-    Mutant("the threshold is looked at only when the run asks", ((MemoryLedger, "_check_approval", _check_hash_only),)),
+    Mutant(
+        "the approval is taken from what Airflow hands on",
+        ((MemoryLedger, "_check_approval", lambda self, run_id, ids: None),),
+    ),
+    Mutant(
+        "an approval counts for whatever the run is about by now",
+        ((MemoryLedger, "_asked", MemoryLedger._run),),
+    ),
+    Mutant(
+        "the threshold is looked at only when the run asks",
+        ((MemoryLedger, "_check_approval", _check_hash_only),),
+    ),
     Mutant(
         "a run that is pulled anew forgets what it released",
         ((MemoryLedger, "_released_without_a_person", _without_what_was_counted_before),),
     ),
-    Mutant("what Airflow still shows is not looked at", ((MemoryLedger, "begin_run", _begin_and_forget_the_question),)),
-    Mutant("what was rejected passes by itself the next time", ((MemoryLedger, "_rejected_before", lambda self, run: 0),)),
+    Mutant(
+        "what Airflow still shows is not looked at",
+        ((MemoryLedger, "begin_run", _begin_and_forget_the_question),),
+    ),
+    Mutant(
+        "what was rejected passes by itself the next time",
+        ((MemoryLedger, "_rejected_before", lambda self, run: 0),),
+    ),
     Mutant("of two that are alike each is held for the other", ((limits, "_passed_before", _passed_at_all),)),
     Mutant("a rejection counts as an approval", ((MemoryLedger, "record_rejection", _reject_is_approve),)),
     Mutant("whoever triggered a run approves it", ((ledger, "same_person", lambda one, other: False),)),
     Mutant(
         "the caps are read before the lock",
-        ((MemoryLedger, "candidates", _candidates_and_caps), (MemoryLedger, "_counted_today", _counted_before)),
+        (
+            (MemoryLedger, "candidates", _candidates_and_caps),
+            (MemoryLedger, "_counted_today", _counted_before),
+        ),
     ),
     Mutant(
         "the door decides without the lock",
         ((MemoryLedger, "candidates", _candidates_and_door), (MemoryLedger, "_open_door", _door_of_before)),
     ),
     Mutant("a day's cap counts one run only", ((MemoryLedger, "_counted_today", lambda self: {}),)),
-    Mutant("the door forgets whom it let through before", ((MemoryLedger, "_let_through_before", lambda self, asking: []),)),
+    Mutant(
+        "the door forgets whom it let through before",
+        ((MemoryLedger, "_let_through_before", lambda self, asking: []),),
+    ),
     Mutant("the largest refund is not looked at", ((limits, "_too_large", lambda item, limited: {}),)),
     Mutant("a hold that was released lets everything pass", ((limits, "_hold", _hold_nothing_more),)),
-    Mutant("whoever requested a refund releases its hold", ((ledger, "check_hold", lambda refund, requested_by, by: None),)),
-    Mutant("what was paused when the source was read is released", ((MemoryLedger, "release", _release_what_was_not_looked_up),)),
+    Mutant(
+        "whoever requested a refund releases its hold",
+        ((ledger, "check_hold", lambda refund, requested_by, by: None),),
+    ),
+    Mutant(
+        "what was paused when the source was read is released",
+        ((MemoryLedger, "release", _release_what_was_not_looked_up),),
+    ),
     Mutant("the source is not read again before the release", ((release, "source_changes", _no_changes),)),
     Mutant("write-backs overtake one another", ((MemoryLedger, "write_back_lock", _no_lock),)),
-    Mutant("a write-back notes more than it wrote", ((MemoryLedger, "mark_written_back", _mark_whatever_is_there),)),
-    Mutant("a review is called rejected before the list can be complete", ((resolve, "LIST_MAY_LAG", timedelta(0)),)),
-    Mutant("a review is called rejected whatever Payroc lists", ((resolve, "as_rejected", _rejected_whatever),)),
+    Mutant(
+        "a write-back notes more than it wrote",
+        ((MemoryLedger, "mark_written_back", _mark_whatever_is_there),),
+    ),
+    Mutant(
+        "a review is called rejected before the list can be complete",
+        ((resolve, "LIST_MAY_LAG", timedelta(0)),),
+    ),
+    Mutant(
+        "a review is called rejected whatever Payroc lists", ((resolve, "as_rejected", _rejected_whatever),)
+    ),
     Mutant("what may have moved is taken for unmoved", ((MemoryLedger, "case", _case_without_money),)),
     Mutant("one person approves a reissue", ((ledger, "is_confirmed", _confirmed_by_anybody),)),
     Mutant(
         "a reissue looks nowhere at what it replaces",
-        ((MemoryLedger, "_replaced_stands", lambda self, row: True), (send, "paid_after_all", _nobody_is_paid)),
+        (
+            (MemoryLedger, "_replaced_stands", lambda self, row: True),
+            (send, "paid_after_all", _nobody_is_paid),
+        ),
     ),
-    Mutant("after a restore nothing is paused", ((MemoryLedger, "begin_restore", _begin_restore_without_a_pause),)),
+    Mutant(
+        "after a restore nothing is paused",
+        ((MemoryLedger, "begin_restore", _begin_restore_without_a_pause),),
+    ),
     Mutant(
         "a failed commit of claims counts as one",
         ((SteppedLedger, "claim", _claim_without_its_commit),),

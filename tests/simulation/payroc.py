@@ -66,7 +66,15 @@ MURKY = ("409 exists", "409 exists", "409 key", "400", "lost after", "wrong body
 MISCONFIGURED = ("403 terminal", "403 proxy", "401", "lost after", "500 after", "403 terminal")
 
 # Faults after which even a perfect protocol may have to ask people.
-ASKS_PEOPLE = {"500 sticky before", "500 sticky after", "wrong body", "400", "409 key", "409 exists", "403 proxy"}
+ASKS_PEOPLE = {
+    "500 sticky before",
+    "500 sticky after",
+    "wrong body",
+    "400",
+    "409 key",
+    "409 exists",
+    "403 proxy",
+}
 
 
 @dataclass(slots=True)
@@ -213,7 +221,9 @@ class Payroc:
     def authorize(self, api_key: str, environment: str) -> Token:
         # An API key is good for one environment.
         if api_key.startswith("wrong") or environment != HOST:
-            raise PayrocProblem("get token", "not-authorized", http_status=401, problem_type=problems.NOT_AUTHORIZED)
+            raise PayrocProblem(
+                "get token", "not-authorized", http_status=401, problem_type=problems.NOT_AUTHORIZED
+            )
         self.tokens_issued += 1
         token = f"token-{self.tokens_issued}"
         self.tokens[token] = (self.engine.time + TOKEN_SECONDS, api_key)
@@ -301,7 +311,9 @@ class Payroc:
         )
         self.refunds[existing.refund_id] = existing
         self.by_key.setdefault(post.key, []).append(existing)
-        self.engine.tell(f"Payroc: {existing.refund_id} exists now, for order {body['order']['orderId']}, {existing.word}")
+        self.engine.tell(
+            f"Payroc: {existing.refund_id} exists now, for order {body['order']['orderId']}, {existing.word}"
+        )
         self.watch.created(post, existing)
         if post.fault == "500 sticky after":
             self._save(post, _problem(500, problems.API_ERROR))
@@ -503,14 +515,20 @@ class SimulatedGateway:
         await engine.point("payroc: list")
         drawn = engine.chance()
         if drawn < payroc.temper.list_faults:
-            raise PayrocNoAnswer("list refunds", "no answer came") if drawn * 2 < payroc.temper.list_faults else _problem(500, "api-error")
+            raise (
+                PayrocNoAnswer("list refunds", "no answer came")
+                if drawn * 2 < payroc.temper.list_faults
+                else _problem(500, "api-error")
+            )
         if not payroc._is_live(token.text):
             error = _problem(401, problems.NOT_AUTHORIZED)
             self._evict_refused(token, error)
             raise error
         found = payroc.list(processing_terminal_id, order_id, date_from)
         if engine.telling:
-            engine.tell(f"list {order_id or processing_terminal_id}: {', '.join(item.refund_id for item in found) or 'nothing'}")
+            engine.tell(
+                f"list {order_id or processing_terminal_id}: {', '.join(item.refund_id for item in found) or 'nothing'}"
+            )
         for item in found[:limit]:
             yield item
 
@@ -547,7 +565,9 @@ class Host:
 
 
 def _problem(status: int, kind: str, parameters: tuple[str, ...] = (), **more: Any) -> PayrocProblem:
-    return PayrocProblem("create refund", kind, http_status=status, problem_type=kind, parameters=parameters, **more)
+    return PayrocProblem(
+        "create refund", kind, http_status=status, problem_type=kind, parameters=parameters, **more
+    )
 
 
 def _refusal_before(fault: str, terminal: str) -> PayrocError | None:
@@ -591,12 +611,20 @@ def _answer_after(fault: str) -> PayrocError | None:
 def _as_model(existing: Existing) -> Shown:
     order, method = existing.body["order"], existing.body["refundMethod"]
     account = method.get("accountNumber")
-    fields = {item["name"]: item["value"] for item in existing.body.get("customFields", ())} if existing.custom_fields else {}
+    fields = (
+        {item["name"]: item["value"] for item in existing.body.get("customFields", ())}
+        if existing.custom_fields
+        else {}
+    )
     return Shown(
         existing.refund_id,
         existing.body["processingTerminalId"],
-        ShownOrder(order["orderId"], existing.amount, order["currency"], EPOCH + timedelta(seconds=existing.created)),
-        ShownResult(existing.word, "D" if existing.declined else "A", None if existing.declined else -existing.amount),
+        ShownOrder(
+            order["orderId"], existing.amount, order["currency"], EPOCH + timedelta(seconds=existing.created)
+        ),
+        ShownResult(
+            existing.word, "D" if existing.declined else "A", None if existing.declined else -existing.amount
+        ),
         fields or None,
         account[-4:] if account else None,
         fields.get(models.REFUND_KEY_FIELD),

@@ -44,8 +44,15 @@ class People:
             if row.status is Status.REVIEW:
                 outcome = self._rng.choice((Status.ACCEPTED, Status.REJECTED, Status.REJECTED))
                 for person in _PEOPLE:
-                    said = outcome if self._rng.random() < 0.9 else self._rng.choice((Status.ACCEPTED, Status.REJECTED))
-                    self._start(f"{person} resolves {row.source_ref} as {said}", partial(self._resolve, person, row.id, said))
+                    said = (
+                        outcome
+                        if self._rng.random() < 0.9
+                        else self._rng.choice((Status.ACCEPTED, Status.REJECTED))
+                    )
+                    self._start(
+                        f"{person} resolves {row.source_ref} as {said}",
+                        partial(self._resolve, person, row.id, said),
+                    )
             elif row.status in REPLACEABLE and self._rng.random() < 0.5:
                 first = self._rng.choice(_PEOPLE)
                 for person in (first, self._rng.choice(_PEOPLE), self._rng.choice(_PEOPLE)):
@@ -54,7 +61,9 @@ class People:
     def release(self, refund_id: int) -> None:
         """Somebody releases a hold: also the one who requested the refund tries."""
         person = self._rng.choice(("ann", "bob", "erin", "erin"))
-        self._start(f"{person} releases refund {refund_id}", partial(self._decided, person, "release_hold", refund_id))
+        self._start(
+            f"{person} releases refund {refund_id}", partial(self._decided, person, "release_hold", refund_id)
+        )
 
     def cancel(self, refund_id: int) -> None:
         """Somebody cancels a refund, whatever its state."""
@@ -72,7 +81,9 @@ class People:
 
     def _ended(self, actor: Actor) -> None:
         if actor.error is not None and not isinstance(actor.error, (LedgerError, PayrocError, SourceError)):
-            raise Mistake(f"{actor.name} fails in a way that nobody foresaw: {actor.error!r}") from actor.error
+            raise Mistake(
+                f"{actor.name} fails in a way that nobody foresaw: {actor.error!r}"
+            ) from actor.error
 
     def _ledger_of(self, person: str) -> SteppedLedger:
         d = self._deployment
@@ -135,5 +146,9 @@ class People:
 
     def _found_in_the_portal(self, refund_id: int) -> str | None:
         order_id = self._memory.rows[refund_id].order_id
-        found = [item.refund_id for item in self._deployment.payroc.refunds.values() if item.body["order"]["orderId"] == order_id]
+        found = [
+            item.refund_id
+            for item in self._deployment.payroc.refunds.values()
+            if item.body["order"]["orderId"] == order_id
+        ]
         return self._rng.choice(found) if found else None

@@ -42,7 +42,9 @@ def test_both_ledgers_agree_after_every_call_of_the_same_histories(
     assert calls > 50 * counts.histories
 
 
-def test_a_ledger_in_memory_that_follows_another_rule_is_found(new_ledger: NewDatabase, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ledger_in_memory_that_follows_another_rule_is_found(
+    new_ledger: NewDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url = new_ledger()
     monkeypatch.setattr(MemoryLedger, "due", lambda self: [])
 
@@ -85,16 +87,31 @@ def test_calls_that_share_a_transaction_do_what_they_do_one_after_the_other(new_
     for verdicts in _ROUNDS:
         for scope in ledger.pauses():
             ledger.resume(scope, "A test resumes it.")
-        claims = ledger.together("claim", [((refund_id, Task("run-1", 0, 1)), claim) for refund_id in (*refund_ids, 999)])
+        claims = ledger.together(
+            "claim", [((refund_id, Task("run-1", 0, 1)), claim) for refund_id in (*refund_ids, 999)]
+        )
         held = [item for item in claims if item is not None]
         assert held
         ledger.pause(TERMINALS[0], "A test pauses it.")
         assert len(set(ledger.together("may_post", [((item, 60.0), {}) for item in held]))) == 2
-        ledger.together("record", [((item.refund.id, verdict, item.attempt), {}) for item, verdict in zip(held, verdicts, strict=False)])
+        ledger.together(
+            "record",
+            [
+                ((item.refund.id, verdict, item.attempt), {})
+                for item, verdict in zip(held, verdicts, strict=False)
+            ],
+        )
         ledger.together("read", [((refund_id,), {}) for refund_id in (*refund_ids, 999)])
         # Nobody's record, that of an attempt which is not the last, and one about no refund at all.
-        accepted = Verdict(Outcome.ACCEPTED, "A test found it.", sighting=Sighting("P000000001", "ready", Status.ACCEPTED))
-        others = [(refund_ids[0], accepted, None), (refund_ids[1], accepted, 7), (999, accepted, None), (refund_ids[2], _UNKNOWN, 1)]
+        accepted = Verdict(
+            Outcome.ACCEPTED, "A test found it.", sighting=Sighting("P000000001", "ready", Status.ACCEPTED)
+        )
+        others = [
+            (refund_ids[0], accepted, None),
+            (refund_ids[1], accepted, 7),
+            (999, accepted, None),
+            (refund_ids[2], _UNKNOWN, 1),
+        ]
         ledger.together("record", [(arguments, {}) for arguments in others])
         engine.time += 2 * HOUR
     assert len({row.status for row in ledger.memory.rows.values()}) >= 5
@@ -105,7 +122,9 @@ _UNKNOWN = Verdict(Outcome.UNKNOWN, "No answer came.")
 
 
 def _accepted(payroc_refund_id: str) -> Verdict:
-    return Verdict(Outcome.ACCEPTED, "Accepted.", 201, sighting=Sighting(payroc_refund_id, "ready", Status.ACCEPTED))
+    return Verdict(
+        Outcome.ACCEPTED, "Accepted.", 201, sighting=Sighting(payroc_refund_id, "ready", Status.ACCEPTED)
+    )
 
 
 # What the attempts of a list come to: the same verdict twice, each other one once, one refund of Payroc's for two, a pause in the middle.
@@ -123,7 +142,12 @@ _ROUNDS = (
         _accepted("P000000002"),
         Verdict(Outcome.UNKNOWN, "In use.", 409, "idempotency-key-in-use"),
     ),
-    (_accepted("P000000003"), Verdict(Outcome.REJECTED, "Declined.", 400, "bad-request"), _accepted("P000000002"), _UNKNOWN),
+    (
+        _accepted("P000000003"),
+        Verdict(Outcome.REJECTED, "Declined.", 400, "bad-request"),
+        _accepted("P000000002"),
+        _UNKNOWN,
+    ),
 )
 
 

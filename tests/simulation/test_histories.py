@@ -24,13 +24,17 @@ def test_no_refund_is_paid_twice_or_lost_in_histories_that_are_always_the_same(
     _assert_all_well(outcome)
     # Nothing that is to happen in them may have stopped happening unnoticed.
     counts = outcome.counts
-    assert min(counts.deaths, counts.freezes, counts.failures, counts.posts, counts.paid) > counts.histories / 2
+    assert (
+        min(counts.deaths, counts.freezes, counts.failures, counts.posts, counts.paid) > counts.histories / 2
+    )
     assert counts.with_lists > counts.histories / 2
     assert len(counts.faults) >= 23
     assert len(counts.events) >= 18
 
 
-def test_no_refund_is_paid_twice_or_lost_in_histories_that_nobody_has_seen(record_property: Callable[[str, object], None]) -> None:
+def test_no_refund_is_paid_twice_or_lost_in_histories_that_nobody_has_seen(
+    record_property: Callable[[str, object], None],
+) -> None:
     first = secrets.randbelow(2**48)
     outcome = run_many(range(first, first + _FRESH))
     record_property("fresh histories", _line(outcome))

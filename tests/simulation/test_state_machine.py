@@ -12,7 +12,13 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from sqlalchemy import URL
 
 from include.refunds.settings import Settings
@@ -87,15 +93,25 @@ class Machine(RuleBasedStateMachine):
         for item in self.history.merchant.refunds.values():
             self.history.invariants.excuse(item, "a fault")
 
-    @rule(what=st.sampled_from(("claim", "may_post", "record", "release", "store")), side=st.sampled_from(("before", "after")))
+    @rule(
+        what=st.sampled_from(("claim", "may_post", "record", "release", "store")),
+        side=st.sampled_from(("before", "after")),
+    )
     def the_next_call_fails(self, what: str, side: str) -> None:
         self.planned[f"ledger: {side} {what}"] = "fail"
 
-    @rule(what=st.sampled_from(("ledger: after claim", "payroc: about to POST", "payroc: answered", "ledger: before record")))
+    @rule(
+        what=st.sampled_from(
+            ("ledger: after claim", "payroc: about to POST", "payroc: answered", "ledger: before record")
+        )
+    )
     def the_next_worker_dies(self, what: str) -> None:
         self.planned[what] = "die"
 
-    @rule(what=st.sampled_from(("ledger: after claim", "payroc: about to POST", "payroc: answered")), seconds=st.sampled_from(FREEZES))
+    @rule(
+        what=st.sampled_from(("ledger: after claim", "payroc: about to POST", "payroc: answered")),
+        seconds=st.sampled_from(FREEZES),
+    )
     def the_next_worker_stands_still(self, what: str, seconds: float) -> None:
         self.planned[what] = f"freeze {seconds}"
 

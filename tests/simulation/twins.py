@@ -18,10 +18,20 @@ from include.refunds.settings import Settings
 from tests.simulation.engine import Engine, Violation
 from tests.simulation.ledger import MemoryLedger, Row
 
-_TABLES = ("refund_attempts", "refund_event_chain", "refund_events", "refund_runs", "invalid_rows", "refund_control", "refunds")
+_TABLES = (
+    "refund_attempts",
+    "refund_event_chain",
+    "refund_events",
+    "refund_runs",
+    "invalid_rows",
+    "refund_control",
+    "refunds",
+)
 
 # What the two are compared by after each call. The events and the runs' reports are the database's own.
-_COMPARED = tuple(name for name in Row.__slots__ if name not in ("released_by", "request", "as_refund", "key"))
+_COMPARED = tuple(
+    name for name in Row.__slots__ if name not in ("released_by", "request", "as_refund", "key")
+)
 _RUN_COLUMNS = (
     "candidates_hash",
     "asked_hash",
@@ -82,7 +92,9 @@ class PostgresLedger:
 
         async def work() -> list[Any]:
             method = getattr(self.real, name)
-            return await asyncio.gather(*(method(*args, **kwargs) for args, kwargs in calls), return_exceptions=True)
+            return await asyncio.gather(
+                *(method(*args, **kwargs) for args, kwargs in calls), return_exceptions=True
+            )
 
         return self._run(work())
 
@@ -97,7 +109,9 @@ class PostgresLedger:
 
     def dump_runs(self) -> dict[str, dict[str, Any]]:
         """Return what decisions are made from of ``refund_runs``, by run."""
-        rows = self._run(self._rows(f"SELECT run_id, {', '.join(_RUN_COLUMNS)} FROM refund_ledger.refund_runs"))
+        rows = self._run(
+            self._rows(f"SELECT run_id, {', '.join(_RUN_COLUMNS)} FROM refund_ledger.refund_runs")
+        )
         return {row.pop("run_id"): row for row in rows}
 
     def backup(self) -> dict[str, Any]:
@@ -125,7 +139,9 @@ class PostgresLedger:
                     )
                     for row in rows:
                         await connection.execute(insert, {"row": row["row"]})
-                await connection.execute(f"ALTER TABLE refund_ledger.refunds ALTER COLUMN id RESTART WITH {next_id}")
+                await connection.execute(
+                    f"ALTER TABLE refund_ledger.refunds ALTER COLUMN id RESTART WITH {next_id}"
+                )
 
         self._run(work())
 
@@ -213,16 +229,26 @@ class Twins:
             if type(ours) is not type(theirs):
                 raise Violation(f"{name}: the memory says {ours!r}, Postgres says {theirs!r}.")
         elif name == "stored":
-            ours = {ref: {key: row[key] for key in theirs[ref]} for ref, row in ours.items()} if set(ours) == set(theirs) else ours
+            ours = (
+                {ref: {key: row[key] for key in theirs[ref]} for ref, row in ours.items()}
+                if set(ours) == set(theirs)
+                else ours
+            )
             theirs = {ref: dict(row) for ref, row in theirs.items()}
             _same(name, ours, theirs)
         else:
             _same(name, ours, theirs)
 
     def _compare_rows(self, name: str) -> None:
-        rows = [{column: getattr(row, column) for column in _COMPARED} for _, row in sorted(self.memory.rows.items())]
+        rows = [
+            {column: getattr(row, column) for column in _COMPARED}
+            for _, row in sorted(self.memory.rows.items())
+        ]
         _same(f"{name}, then the rows", rows, self.postgres.dump())
-        runs = {run_id: {column: getattr(run, column) for column in _RUN_COLUMNS} for run_id, run in self.memory.runs.items()}
+        runs = {
+            run_id: {column: getattr(run, column) for column in _RUN_COLUMNS}
+            for run_id, run in self.memory.runs.items()
+        }
         _same(f"{name}, then the runs", runs, self.postgres.dump_runs())
 
 
@@ -257,4 +283,6 @@ def _result_of(method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 async def _truncate(connection: Connection) -> None:
     # The ledger's own triggers refuse to empty it.
     await connection.execute("SET LOCAL session_replication_role = replica")
-    await connection.execute(f"TRUNCATE {', '.join(f'refund_ledger.{name}' for name in _TABLES)} RESTART IDENTITY CASCADE")
+    await connection.execute(
+        f"TRUNCATE {', '.join(f'refund_ledger.{name}' for name in _TABLES)} RESTART IDENTITY CASCADE"
+    )

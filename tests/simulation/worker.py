@@ -24,7 +24,11 @@ class SteppedLedger:
     """
 
     def __init__(
-        self, ledger: Any, engine: Engine, watch: Callable[[str, tuple[Any, ...], dict[str, Any], Any], None], actor: str = "simulation"
+        self,
+        ledger: Any,
+        engine: Engine,
+        watch: Callable[[str, tuple[Any, ...], dict[str, Any], Any], None],
+        actor: str = "simulation",
     ) -> None:
         self.actor = actor
         self.ledger = ledger

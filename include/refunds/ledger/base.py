@@ -36,7 +36,14 @@ class NoSuchRefund(LedgerError):
 class LedgerBase:
     """What all parts of :class:`~include.refunds.ledger.Ledger` stand on; its parameters are described there."""
 
-    def __init__(self, engine: LedgerEngine, settings: Settings, *, actor: str, clock: Callable[[], datetime] | None = None) -> None:
+    def __init__(
+        self,
+        engine: LedgerEngine,
+        settings: Settings,
+        *,
+        actor: str,
+        clock: Callable[[], datetime] | None = None,
+    ) -> None:
         self.engine = engine
         self._settings = settings
         self._actor = actor
@@ -95,8 +102,12 @@ class LedgerBase:
         if state is not None and not state.startswith(_PASSING):
             constraint = getattr(error, "constraint_name", None)
             about = f"SQLSTATE {state}" + (f", constraint {constraint}" if constraint else "")
-            return LedgerError(f"{place} refused a statement ({type(error).__name__}, {about}); its log has the statement.")
-        return LedgerUnavailable(f"{place} can't be used ({type(error).__name__}): check the connection refunds_ledger.")
+            return LedgerError(
+                f"{place} refused a statement ({type(error).__name__}, {about}); its log has the statement."
+            )
+        return LedgerUnavailable(
+            f"{place} can't be used ({type(error).__name__}): check the connection refunds_ledger."
+        )
 
     @asynccontextmanager
     async def rehearsal(self) -> AsyncIterator[Self]:

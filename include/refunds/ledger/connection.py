@@ -104,7 +104,9 @@ class Connection:
         return int(status.rpartition(" ")[2])
 
     @asynccontextmanager
-    async def transaction(self, isolation: Literal["repeatable_read"] | None = None, *, readonly: bool = False) -> AsyncIterator[None]:
+    async def transaction(
+        self, isolation: Literal["repeatable_read"] | None = None, *, readonly: bool = False
+    ) -> AsyncIterator[None]:
         """
         Commit what happens within, or roll it back when an error leaves it; inside of another one it is a savepoint.
 
@@ -165,7 +167,11 @@ class LedgerEngine:
 
     @asynccontextmanager
     async def begin(
-        self, isolation: Literal["repeatable_read"] | None = None, *, readonly: bool = False, purpose: str = ""
+        self,
+        isolation: Literal["repeatable_read"] | None = None,
+        *,
+        readonly: bool = False,
+        purpose: str = "",
     ) -> AsyncIterator[Connection]:
         """Yield a connection in a transaction (see :meth:`Connection.transaction`); for the rest as :meth:`connect`."""
         async with self.connect(purpose) as connection, connection.transaction(isolation, readonly=readonly):
@@ -182,7 +188,9 @@ class LedgerEngine:
             fitting = (place for place, (used_for, _) in enumerate(self._idle) if used_for == purpose)
             return self._idle.pop(next(fitting, -1))[1]
         dsn, timeout = _address(self.url)
-        driver = await asyncpg.connect(dsn, timeout=timeout, command_timeout=_STATEMENT_SECONDS, record_class=Row)
+        driver = await asyncpg.connect(
+            dsn, timeout=timeout, command_timeout=_STATEMENT_SECONDS, record_class=Row
+        )
         await driver.set_type_codec("json", schema="pg_catalog", encoder=str, decoder=json.loads)
         await driver.set_type_codec("jsonb", schema="pg_catalog", encoder=str, decoder=json.loads)
         return driver
@@ -202,7 +210,9 @@ def _address(url: URL) -> tuple[str, float | None]:
         query |= {"host": url.host} if url.host else {}
         query |= {"port": str(url.port)} if url.port else {}
         url = URL.create("postgresql", url.username, url.password, database=url.database)
-    return url.set(drivername="postgresql", query=query).render_as_string(hide_password=False), timeout or None
+    return url.set(drivername="postgresql", query=query).render_as_string(
+        hide_password=False
+    ), timeout or None
 
 
 async def _close(driver: asyncpg.Connection) -> None:

@@ -138,7 +138,9 @@ class Control(LedgerBase):
             restored_to = min(backup_at, known_until or backup_at)
             await self._because(connection, now, reason)
             why = f"The ledger was restored from a backup of {restored_to:%Y-%m-%d %H:%M %Z}."
-            await connection.execute(update, {"restored_to": restored_to, "now": now, "actor": self._actor, "reason": why})
+            await connection.execute(
+                update, {"restored_to": restored_to, "now": now, "actor": self._actor, "reason": why}
+            )
             return restored_to
 
     @asynccontextmanager
@@ -201,7 +203,9 @@ class Control(LedgerBase):
             before = await self._limits(connection)
             after = replace(before, **{name: value})
             if after.payee_days is None and (after.payee_total, after.payee_count) != (None, None):
-                raise LedgerError("A cap per payee needs its days: set payee_days first, and take it away last.")
+                raise LedgerError(
+                    "A cap per payee needs its days: set payee_days first, and take it away last."
+                )
             await self._because(connection, now, reason)
             await connection.execute(update, {"value": value})
 
@@ -240,5 +244,11 @@ class Control(LedgerBase):
         insert = """
             INSERT INTO refund_ledger.refund_events (at, event, refund_id, actor, reason, detail)
             VALUES (:now, :event, :refund_id, :actor, :reason, CAST(:detail AS jsonb))"""
-        values = {"now": now, "event": event, "refund_id": refund_id, "actor": actor or self._actor, "reason": reason}
+        values = {
+            "now": now,
+            "event": event,
+            "refund_id": refund_id,
+            "actor": actor or self._actor,
+            "reason": reason,
+        }
         await connection.execute(insert, {**values, "detail": json.dumps(detail) if detail else None})

@@ -47,17 +47,30 @@ class Decisions(Control):
             case = await self._unchanged(connection, read, now)
             check_case(case, Status.REJECTED if resolution.status is Status.REJECTED else Status.ACCEPTED)
             found = resolution.sighting
-            if found is not None and await standing_elsewhere(connection, {case.refund.id: found.payroc_refund_id}):
-                raise DecisionRefused(f"Payroc's refund {found.payroc_refund_id} stands at another refund of the ledger.")
+            if found is not None and await standing_elsewhere(
+                connection, {case.refund.id: found.payroc_refund_id}
+            ):
+                raise DecisionRefused(
+                    f"Payroc's refund {found.payroc_refund_id} stands at another refund of the ledger."
+                )
             confirmed = is_confirmed(case, resolution.decision, self._actor)
             if case.may_have_moved and not confirmed:
-                await self._event(connection, now, "proposal", refund_id=case.refund.id, reason=reason, detail=resolution.decision)
+                await self._event(
+                    connection,
+                    now,
+                    "proposal",
+                    refund_id=case.refund.id,
+                    reason=reason,
+                    detail=resolution.decision,
+                )
                 return False
             who = f"{case.proposal.by} and {self._actor}" if confirmed and case.proposal else self._actor
             values = {
                 "id": case.refund.id,
                 "status": resolution.status.value,
-                "reason": " ".join(part for part in (f"Resolved by {who}: {reason}", resolution.note) if part),
+                "reason": " ".join(
+                    part for part in (f"Resolved by {who}: {reason}", resolution.note) if part
+                ),
                 "payroc_refund_id": found.payroc_refund_id if found else None,
                 "payroc_status": found.payroc_status if found else None,
                 "now": now,
@@ -88,7 +101,9 @@ class Decisions(Control):
             check_replaceable(case)
             confirmed = is_confirmed(case, new.decision, self._actor)
             if not confirmed or case.proposal is None:
-                await self._event(connection, now, "proposal", refund_id=case.refund.id, reason=reason, detail=new.decision)
+                await self._event(
+                    connection, now, "proposal", refund_id=case.refund.id, reason=reason, detail=new.decision
+                )
                 return None
             values = {
                 "id": case.refund.id,
@@ -105,7 +120,9 @@ class Decisions(Control):
             }
             stored: int | None = (await connection.execute(insert, values)).scalar_one_or_none()
             if stored is None:
-                raise DecisionRefused(f"The ledger holds a refund {new.source_ref!r} that the source made itself: pay this one anew there.")
+                raise DecisionRefused(
+                    f"The ledger holds a refund {new.source_ref!r} that the source made itself: pay this one anew there."
+                )
             return stored
 
     async def release_hold(self, refund_id: int, reason: str) -> None:
@@ -121,7 +138,9 @@ class Decisions(Control):
         async with self._transaction() as (connection, now):
             refund = await select_refund(connection, refund_id, for_update=True)
             check_hold(refund, await self._requested_by(connection, refund_id), self._actor)
-            await connection.execute(update, {"id": refund_id, "reason": f"Released by {self._actor}: {reason}", "now": now})
+            await connection.execute(
+                update, {"id": refund_id, "reason": f"Released by {self._actor}: {reason}", "now": now}
+            )
 
     async def cancel(self, refund_id: int, reason: str) -> None:
         """
@@ -135,7 +154,12 @@ class Decisions(Control):
         async with self._transaction() as (connection, now):
             refund = await select_refund(connection, refund_id, for_update=True)
             for status in way_to_cancelled(refund):
-                values = {"id": refund_id, "status": status.value, "reason": f"Cancelled by {self._actor}: {reason}", "now": now}
+                values = {
+                    "id": refund_id,
+                    "status": status.value,
+                    "reason": f"Cancelled by {self._actor}: {reason}",
+                    "now": now,
+                }
                 await connection.execute(update, values)
             if refund.replaces is not None:
                 await connection.execute(touch, {"id": refund.replaces, "now": now})
@@ -153,17 +177,23 @@ class Decisions(Control):
         async with self._transaction() as (connection, now):
             refund = await select_refund(connection, refund_id, for_update=True)
             if refund.status is not Status.ACCEPTED:
-                raise DecisionRefused(f"Refund {refund_id} is {refund.status}; only an accepted one, in the open batch, can be reversed.")
+                raise DecisionRefused(
+                    f"Refund {refund_id} is {refund.status}; only an accepted one, in the open batch, can be reversed."
+                )
             await self._event(connection, now, "reverse", refund_id=refund_id, reason=reason)
             return refund
 
     async def _unchanged(self, connection: Connection, read: Case, now: datetime) -> Case:
         case = await self._case(connection, read.refund.id, now, for_update=True)
         if case.refund != read.refund:
-            raise DecisionRefused(f"Refund {read.refund.id} has changed while Payroc was asked; look at it again with `show`.")
+            raise DecisionRefused(
+                f"Refund {read.refund.id} has changed while Payroc was asked; look at it again with `show`."
+            )
         return case
 
-    async def _case(self, connection: Connection, refund_id: int, now: datetime, *, for_update: bool = False) -> Case:
+    async def _case(
+        self, connection: Connection, refund_id: int, now: datetime, *, for_update: bool = False
+    ) -> Case:
         refund = await select_refund(connection, refund_id, for_update=for_update)
         # An attempt is without effect when Payroc refused it, or never processed it; a contradiction means that Payroc showed an object.
         query = """
@@ -187,7 +217,9 @@ class Decisions(Control):
             refund=refund,
             may_have_moved=row.unproven or row.contradicted or refund.payroc_refund_id is not None,
             # An attempt that recorded nothing may have sent its POST as long as its lease lived.
-            last_attempt_at=max((at for at in (row.last_attempt_at, refund.lease_until) if at is not None), default=None),
+            last_attempt_at=max(
+                (at for at in (row.last_attempt_at, refund.lease_until) if at is not None), default=None
+            ),
             chain_unpaid=row.chain_unpaid,
             proposal=Proposal(found.detail, found.actor, found.at) if found else None,
             reissue=row.reissue,

@@ -66,7 +66,9 @@ class Intake(LedgerBase):
             + " FROM refund_ledger.refunds WHERE source = :source AND source_ref = ANY(:refs)"
         )
         async with self._transaction() as (connection, _):
-            result = await connection.execute(query, {"source": self._settings.source, "refs": list(source_refs)})
+            result = await connection.execute(
+                query, {"source": self._settings.source, "refs": list(source_refs)}
+            )
             return {row.source_ref: dict(row) for row in result}
 
     async def store(self, rows: Sequence[tuple[NewRefund, Sealed]]) -> set[str]:

@@ -14,7 +14,14 @@ from include.refunds.ledger.base import NoSuchRefund
 from include.refunds.ledger.connection import Connection, as_array
 from include.refunds.ledger.control import Control
 from include.refunds.ledger.grouping import Grouped
-from include.refunds.ledger.rows import COLUMNS, IDS, by_id, select_histories, select_refunds, standing_elsewhere
+from include.refunds.ledger.rows import (
+    COLUMNS,
+    IDS,
+    by_id,
+    select_histories,
+    select_refunds,
+    standing_elsewhere,
+)
 from include.refunds.refund import Refund
 from include.refunds.states import IN_DOUBT, Status
 from include.refunds.transitions import Change, decide
@@ -91,23 +98,40 @@ class Records(Control):
             after = refunds | await self._apply(connection, changes, now)
             # The lease is the attempt's: it ends with the attempt's own record, and stands when somebody else's record takes the
             # refund to people, who must not decide while a POST may still be on its way.
-            ended = [item.refund_id for item in findings if item.holds(refunds) and refunds[item.refund_id].status is Status.REVIEW]
+            ended = [
+                item.refund_id
+                for item in findings
+                if item.holds(refunds) and refunds[item.refund_id].status is Status.REVIEW
+            ]
             if ended:
-                after |= await _update(connection, "lease_until = NULL", f"WHERE r.id = ANY({IDS})", {"ids": as_array(ended)})
+                after |= await _update(
+                    connection, "lease_until = NULL", f"WHERE r.id = ANY({IDS})", {"ids": as_array(ended)}
+                )
             return [(refunds[refund_id], after[refund_id], now) for refund_id in ids]
 
     async def _decide(
-        self, connection: Connection, findings: Sequence[_Finding], refunds: Mapping[int, Refund], now: datetime
+        self,
+        connection: Connection,
+        findings: Sequence[_Finding],
+        refunds: Mapping[int, Refund],
+        now: datetime,
     ) -> list[_Changing]:
         histories = await select_histories(
-            connection, {item.refund_id: item.attempt or refunds[item.refund_id].attempts + 1 for item in findings}
+            connection,
+            {item.refund_id: item.attempt or refunds[item.refund_id].attempts + 1 for item in findings},
         )
-        sightings = {item.refund_id: item.verdict.sighting.payroc_refund_id for item in findings if item.verdict.sighting}
+        sightings = {
+            item.refund_id: item.verdict.sighting.payroc_refund_id
+            for item in findings
+            if item.verdict.sighting
+        }
         foreign = await standing_elsewhere(connection, sightings)
         changes = []
         for item in findings:
             refund, found = refunds[item.refund_id], sightings.get(item.refund_id)
-            astray = found is not None and (refund.id in foreign or refund.payroc_refund_id not in (None, found))
+            astray = found is not None and (
+                refund.id in foreign or refund.payroc_refund_id not in (None, found)
+            )
             change = decide(
                 refund,
                 item.verdict,
@@ -123,17 +147,28 @@ class Records(Control):
                 changes.append(_Changing(refund, change, ends_lease=item.holds(refunds)))
         return changes
 
-    async def _apply(self, connection: Connection, changes: Sequence[_Changing], now: datetime) -> dict[int, Refund]:
+    async def _apply(
+        self, connection: Connection, changes: Sequence[_Changing], now: datetime
+    ) -> dict[int, Refund]:
         after: dict[int, Refund] = {}
         for number in range(max((len(item.change.steps) for item in changes), default=0)):
-            after |= await _take_step(connection, [item for item in changes if len(item.change.steps) > number], number, now)
+            after |= await _take_step(
+                connection, [item for item in changes if len(item.change.steps) > number], number, now
+            )
         for item in changes:
             change = item.change
             if change.sighting and not change.steps:
                 after |= await _note_sighting(connection, item.refund, change.sighting, now)
             if change.contradiction:
                 detail = {"payroc_refund_id": change.contradicting_id} if change.contradicting_id else None
-                await self._event(connection, now, "contradiction", refund_id=item.refund.id, reason=change.contradiction, detail=detail)
+                await self._event(
+                    connection,
+                    now,
+                    "contradiction",
+                    refund_id=item.refund.id,
+                    reason=change.contradiction,
+                    detail=detail,
+                )
             if change.pause:
                 await self._pause(connection, change.pause, change.reason or "", now)
         return after
@@ -143,7 +178,11 @@ async def _is_told(connection: Connection, refund_id: int, payroc_refund_id: str
     query = """
         SELECT EXISTS (SELECT FROM refund_ledger.refund_events
                        WHERE refund_id = :id AND event = 'contradiction' AND detail ->> 'payroc_refund_id' = :payroc_refund_id)"""
-    return bool((await connection.execute(query, {"id": refund_id, "payroc_refund_id": payroc_refund_id})).scalar_one())
+    return bool(
+        (
+            await connection.execute(query, {"id": refund_id, "payroc_refund_id": payroc_refund_id})
+        ).scalar_one()
+    )
 
 
 async def _finish_attempts(connection: Connection, findings: Sequence[_Finding], now: datetime) -> None:
@@ -172,10 +211,16 @@ async def _finish_attempts(connection: Connection, findings: Sequence[_Finding],
 
 def _outcome(verdict: Verdict) -> Outcome:
     # Not proven to be without effect is unresolved for the attempts that follow, whatever else it is.
-    return Outcome.UNKNOWN if verdict.outcome is Outcome.CONFIGURATION and not verdict.not_processed else verdict.outcome
+    return (
+        Outcome.UNKNOWN
+        if verdict.outcome is Outcome.CONFIGURATION and not verdict.not_processed
+        else verdict.outcome
+    )
 
 
-async def _take_step(connection: Connection, changes: Sequence[_Changing], number: int, now: datetime) -> dict[int, Refund]:
+async def _take_step(
+    connection: Connection, changes: Sequence[_Changing], number: int, now: datetime
+) -> dict[int, Refund]:
     """Bring refunds to the status that their change names at this place."""
     assignments = """
         status = step.status, reason = COALESCE(step.reason, r.reason), updated_at = :now,
@@ -210,15 +255,24 @@ def _step(item: _Changing, status: Status) -> dict[str, Any]:
     }
 
 
-async def _note_sighting(connection: Connection, refund: Refund, sighting: Sighting, now: datetime) -> dict[int, Refund]:
+async def _note_sighting(
+    connection: Connection, refund: Refund, sighting: Sighting, now: datetime
+) -> dict[int, Refund]:
     """Keep what Payroc said of a refund whose status stays."""
     assignments = """
         payroc_refund_id = COALESCE(payroc_refund_id, :payroc_refund_id), payroc_status = :payroc_status, payroc_seen_at = :now,
         updated_at = CASE WHEN payroc_refund_id = :payroc_refund_id AND payroc_status = :payroc_status THEN updated_at ELSE :now END"""
-    values = {"id": refund.id, "payroc_refund_id": sighting.payroc_refund_id, "payroc_status": sighting.payroc_status, "now": now}
+    values = {
+        "id": refund.id,
+        "payroc_refund_id": sighting.payroc_refund_id,
+        "payroc_status": sighting.payroc_status,
+        "now": now,
+    }
     return await _update(connection, assignments, "WHERE r.id = :id", values)
 
 
-async def _update(connection: Connection, assignments: str, rows: str, values: dict[str, Any]) -> dict[int, Refund]:
+async def _update(
+    connection: Connection, assignments: str, rows: str, values: dict[str, Any]
+) -> dict[int, Refund]:
     update = f"UPDATE refund_ledger.refunds AS r SET {assignments} {rows} RETURNING {COLUMNS}"
     return by_id(await connection.execute(update, values))

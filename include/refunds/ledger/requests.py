@@ -46,7 +46,10 @@ class Requests(Control):
             SELECT COALESCE(request_key, 'unknown') AS key, count(*) AS requests FROM refund_ledger.refunds
             WHERE source = :source AND request IS NOT NULL GROUP BY 1 ORDER BY 1"""
         async with self._transaction() as (connection, _):
-            return {row.key: row.requests for row in await connection.execute(query, {"source": self._settings.source})}
+            return {
+                row.key: row.requests
+                for row in await connection.execute(query, {"source": self._settings.source})
+            }
 
     async def requests_to_rotate(self, key_id: str, *, after: int, limit: int) -> list[KeptRequest]:
         """Return requests that another key encrypted, by id."""
@@ -72,4 +75,9 @@ class Requests(Control):
     async def note_rotation(self, key_id: str, requests: int) -> None:
         """Leave an event of a finished rotation."""
         async with self._transaction() as (connection, now):
-            await self._event(connection, now, "rotation", reason=f"{requests} requests are encrypted with the key {key_id} now.")
+            await self._event(
+                connection,
+                now,
+                "rotation",
+                reason=f"{requests} requests are encrypted with the key {key_id} now.",
+            )

@@ -30,14 +30,18 @@ def by_id(rows: Iterable[Sequence[Any]]) -> dict[int, Refund]:
     return {refund.id: refund for refund in map(as_refund, rows)}
 
 
-async def select_refunds(connection: Connection, refund_ids: Sequence[int], *, for_update: bool = False) -> dict[int, Refund]:
+async def select_refunds(
+    connection: Connection, refund_ids: Sequence[int], *, for_update: bool = False
+) -> dict[int, Refund]:
     """
     Return refunds by their id; those that do not exist are left out.
 
     :param for_update: lock their rows until the end of the transaction, in the order of their ids, so that two workers with the same
         refunds wait for each other and are not deadlocked.
     """
-    query = f"SELECT {COLUMNS} FROM refund_ledger.refunds AS r WHERE id = ANY({IDS}) ORDER BY id" + (" FOR UPDATE" if for_update else "")
+    query = f"SELECT {COLUMNS} FROM refund_ledger.refunds AS r WHERE id = ANY({IDS}) ORDER BY id" + (
+        " FOR UPDATE" if for_update else ""
+    )
     return by_id(await connection.execute(query, {"ids": as_array(refund_ids)}))
 
 
@@ -73,7 +77,10 @@ async def select_histories(connection: Connection, before: Mapping[int, int]) ->
             JOIN refund_ledger.refund_attempts ON refund_id = asked.id AND attempt < asked.before
             GROUP BY asked.id"""
         found = await connection.execute(query, {"ids": as_array(asked), "before": as_array(asked.values())})
-        histories |= {row.id: History(row.unresolved, row.processed, row.key_in_use, row.unauthorized_at) for row in found}
+        histories |= {
+            row.id: History(row.unresolved, row.processed, row.key_in_use, row.unauthorized_at)
+            for row in found
+        }
     return histories
 
 
@@ -88,6 +95,12 @@ async def standing_elsewhere(connection: Connection, payroc_refund_ids: Mapping[
     query = """
         SELECT id, payroc_refund_id FROM refund_ledger.refunds
         WHERE payroc_refund_id = ANY(ARRAY(SELECT json_array_elements_text(CAST(:payroc_refund_ids AS json))))"""
-    found = await connection.execute(query, {"payroc_refund_ids": json.dumps(list(payroc_refund_ids.values()))})
+    found = await connection.execute(
+        query, {"payroc_refund_ids": json.dumps(list(payroc_refund_ids.values()))}
+    )
     owner = {row.payroc_refund_id: row.id for row in found}
-    return {refund_id for refund_id, named in payroc_refund_ids.items() if owner.get(named, refund_id) != refund_id}
+    return {
+        refund_id
+        for refund_id, named in payroc_refund_ids.items()
+        if owner.get(named, refund_id) != refund_id
+    }

@@ -16,7 +16,18 @@ from include.refunds.ledger.base import LedgerError
 from include.refunds.ledger.connection import Connection, Row, as_array
 from include.refunds.ledger.control import NOT_PAUSED, Control
 from include.refunds.ledger.rows import IDS
-from include.refunds.limits import LIMITS, AtTheDoor, Door, Limits, Totals, added, day_start, open_door, totals, who_to_ask
+from include.refunds.limits import (
+    LIMITS,
+    AtTheDoor,
+    Door,
+    Limits,
+    Totals,
+    added,
+    day_start,
+    open_door,
+    totals,
+    who_to_ask,
+)
 from include.refunds.states import Status
 
 # A release is good for so long; what was not sent by then has to pass the door again.
@@ -124,7 +135,12 @@ class Runs(Control):
             return list((await connection.execute(query, values)).scalars())
 
     async def begin_run(
-        self, run_id: str, params: dict[str, Any], candidates: Sequence[Candidate], findings: dict[str, Any], at: datetime
+        self,
+        run_id: str,
+        params: dict[str, Any],
+        candidates: Sequence[Candidate],
+        findings: dict[str, Any],
+        at: datetime,
     ) -> None:
         """
         Note what a run is about. A pull that is repeated starts the run's row anew and takes its approval back.
@@ -242,7 +258,9 @@ class Runs(Control):
             if also is not None:
                 await connection.execute(also, {"run_id": run_id, "by": by})
             detail = {"run_id": run_id, "candidates_hash": run.candidates_hash, **run.approval_basis}
-            await self._event(connection, now, event, reason=f"Answered by {by} in Airflow.", detail=detail, actor=by)
+            await self._event(
+                connection, now, event, reason=f"Answered by {by} in Airflow.", detail=detail, actor=by
+            )
 
     async def at_the_door(self, ids: Sequence[int]) -> Door:
         """Return what the door would do with refunds now, in a run of their own. Nothing is changed."""
@@ -250,7 +268,13 @@ class Runs(Control):
             control = await self._control(connection)
             return await self._open_door(connection, control, ids, {}, now)
 
-    async def release(self, run_id: str, candidate_ids: Sequence[int], standing_ids: Sequence[int], withdrawn: dict[int, str]) -> list[int]:
+    async def release(
+        self,
+        run_id: str,
+        candidate_ids: Sequence[int],
+        standing_ids: Sequence[int],
+        withdrawn: dict[int, str],
+    ) -> list[int]:
         """
         Release refunds for sending: the one door, in one transaction under a lock of its own.
 
@@ -276,9 +300,9 @@ class Runs(Control):
         hold = """
             UPDATE refund_ledger.refunds SET status = 'held', holds = :holds, reason = :reason, updated_at = :now
             WHERE id = :id AND status IN ('approved', 'released')"""
-        query = (
-            "SELECT id, amount, currency FROM refund_ledger.refunds WHERE id = ANY(:ids) AND status = 'released' ORDER BY approved_at, id"
-        )
+        query = """
+            SELECT id, amount, currency FROM refund_ledger.refunds
+            WHERE id = ANY(:ids) AND status = 'released' ORDER BY approved_at, id"""
         note = """
             UPDATE refund_ledger.refund_runs SET released = :released, released_totals = CAST(:totals AS jsonb),
                 counted = CAST(:counted AS jsonb), findings = findings || CAST(:findings AS jsonb)
@@ -295,10 +319,19 @@ class Runs(Control):
             ids = sorted({*standing_ids} & {*candidate_ids})
             door = await self._open_door(connection, control, ids, run.counted, now)
             await connection.execute(
-                release, {"ids": door.released, "actor": self._actor, "approver": run.approved_by, "run_id": run_id, "now": now}
+                release,
+                {
+                    "ids": door.released,
+                    "actor": self._actor,
+                    "approver": run.approved_by,
+                    "run_id": run_id,
+                    "now": now,
+                },
             )
             for refund_id, held in door.held.items():
-                await connection.execute(hold, {"id": refund_id, "holds": list(held.names), "reason": held.reason, "now": now})
+                await connection.execute(
+                    hold, {"id": refund_id, "holds": list(held.names), "reason": held.reason, "now": now}
+                )
             released = await connection.execute(query, {"ids": door.released})
             await connection.execute(
                 note,
@@ -316,7 +349,9 @@ class Runs(Control):
     async def _control(self, connection: Connection) -> _State:
         query = "SELECT *, paused_at IS NOT NULL AS paused FROM refund_ledger.refund_control"
         rows = await connection.execute(query)
-        limits = next(Limits(**{name: row[name] for name in LIMITS}) for row in rows if row["scope"] == EVERYTHING)
+        limits = next(
+            Limits(**{name: row[name] for name in LIMITS}) for row in rows if row["scope"] == EVERYTHING
+        )
         return _State({row["scope"] for row in rows if row["paused"]}, limits)
 
     async def _run(self, connection: Connection, run_id: str) -> Row:
@@ -329,7 +364,9 @@ class Runs(Control):
             raise _no_run(run_id)
         return run
 
-    async def _check_approval(self, connection: Connection, run: Row, candidate_ids: Sequence[int], limits: Limits, now: datetime) -> None:
+    async def _check_approval(
+        self, connection: Connection, run: Row, candidate_ids: Sequence[int], limits: Limits, now: datetime
+    ) -> None:
         if run.approved_hash != hash_of_ids(candidate_ids):
             raise LedgerError(
                 f"Run {run.run_id} holds no approval of exactly these {len(candidate_ids)} refunds, so none is released: "
@@ -339,9 +376,13 @@ class Runs(Control):
             # Another run may have passed the door since nobody had to be asked.
             today = await self._released_without_a_person(connection, run, now)
             if why := await _why_ask(connection, limits, today, run):
-                raise LedgerError(f"{why} That was not so when run {run.run_id} was let pass: clear approve_run, and it asks a person.")
+                raise LedgerError(
+                    f"{why} That was not so when run {run.run_id} was let pass: clear approve_run, and it asks a person."
+                )
 
-    async def _open_door(self, connection: Connection, control: _State, ids: Sequence[int], counted: Totals, now: datetime) -> Door:
+    async def _open_door(
+        self, connection: Connection, control: _State, ids: Sequence[int], counted: Totals, now: datetime
+    ) -> Door:
         columns = """id, order_id, amount, currency, payee_fingerprint AS payee, status, released_holds, first_released_at"""
         asking = f"""
             SELECT {columns} FROM refund_ledger.refunds AS r
@@ -353,18 +394,28 @@ class Runs(Control):
             WHERE source = :source AND payee_fingerprint = ANY(:payees) AND first_released_at > :since"""
         source = self._settings.source
         wanted = [] if EVERYTHING in control.paused else list(ids)
-        rows = _at_the_door(await connection.execute(asking, {"ids": wanted, "source": source, "paused": list(control.paused)}))
+        rows = _at_the_door(
+            await connection.execute(
+                asking, {"ids": wanted, "source": source, "paused": list(control.paused)}
+            )
+        )
         before: list[AtTheDoor] = []
         if control.limits.looks_back:
             since, payees = now - control.limits.looks_back, list({row.payee for row in rows})
-            before = _at_the_door(await connection.execute(earlier, {"source": source, "payees": payees, "since": since}))
+            before = _at_the_door(
+                await connection.execute(earlier, {"source": source, "payees": payees, "since": since})
+            )
         today = await self._released_today(connection, now)
         return open_door(rows, control.limits, run=counted, day=today, earlier=before, now=now)
 
-    async def _released_without_a_person(self, connection: Connection, run: Row, now: datetime) -> dict[str, dict[str, int]]:
+    async def _released_without_a_person(
+        self, connection: Connection, run: Row, now: datetime
+    ) -> dict[str, dict[str, int]]:
         """Return what other runs released today without a person, and this one before it was pulled anew."""
         others = "first_released_run IS DISTINCT FROM :run_id AND first_released_approver IS NULL"
-        return added(await self._released_today(connection, now, others, run_id=run.run_id), run.counted_before)
+        return added(
+            await self._released_today(connection, now, others, run_id=run.run_id), run.counted_before
+        )
 
     async def _released_today(
         self, connection: Connection, now: datetime, condition: str = "true", **values: str
@@ -405,7 +456,9 @@ class _State:
 
 
 def _no_run(run_id: str) -> LedgerError:
-    return LedgerError(f"The ledger holds no candidates of run {run_id}: clear pull_approved and let the run go on from there.")
+    return LedgerError(
+        f"The ledger holds no candidates of run {run_id}: clear pull_approved and let the run go on from there."
+    )
 
 
 async def _why_ask(connection: Connection, limits: Limits, today: Totals, run: Row) -> str | None:
@@ -438,7 +491,9 @@ async def _approval_basis(connection: Connection, ids: Sequence[int]) -> dict[st
 async def _sums(connection: Connection, query: str, values: dict[str, Any]) -> dict[str, dict[str, int]]:
     """Return the figures of each row, by its currency."""
     rows = await connection.execute(query, values)
-    return {row["currency"]: {name: value for name, value in row.items() if name != "currency"} for row in rows}
+    return {
+        row["currency"]: {name: value for name, value in row.items() if name != "currency"} for row in rows
+    }
 
 
 async def _waiting(connection: Connection, waiting: dict[int, str]) -> dict[str, dict[str, dict[str, int]]]:
@@ -451,4 +506,7 @@ async def _waiting(connection: Connection, waiting: dict[int, str]) -> dict[str,
 
 
 def _at_the_door(rows: Iterable[Row]) -> list[AtTheDoor]:
-    return [AtTheDoor(**{**row, "status": Status(row.status), "released_holds": tuple(row.released_holds)}) for row in rows]
+    return [
+        AtTheDoor(**{**row, "status": Status(row.status), "released_holds": tuple(row.released_holds)})
+        for row in rows
+    ]

@@ -65,7 +65,9 @@ class Sending(Records):
         """Return the order ids of refunds, in the order given."""
         query = f"SELECT id, order_id FROM refund_ledger.refunds WHERE id = ANY({IDS})"
         async with self._statement() as connection:
-            found = {row.id: row.order_id for row in await connection.execute(query, {"ids": as_array(refund_ids)})}
+            found = {
+                row.id: row.order_id for row in await connection.execute(query, {"ids": as_array(refund_ids)})
+            }
         return [found.get(refund_id, f"no refund {refund_id}") for refund_id in refund_ids]
 
     async def read(self, refund_id: int) -> tuple[Refund, History, datetime]:
@@ -87,11 +89,21 @@ class Sending(Records):
         query = f"SELECT {COLUMNS}, clock_timestamp() AS now FROM refund_ledger.refunds AS r WHERE id = ANY({IDS})"
         async with self._statement("read") as connection:
             rows = await connection.execute(query, {"ids": as_array(refund_ids)})
-            refunds = {row.id: (as_refund(row[:-1]), row.now if self._clock is None else self._clock()) for row in rows}
-            histories = await select_histories(connection, {refund.id: refund.attempts + 1 for refund, _ in refunds.values()})
-            return [(refunds[item][0], histories[item], refunds[item][1]) if item in refunds else None for item in refund_ids]
+            refunds = {
+                row.id: (as_refund(row[:-1]), row.now if self._clock is None else self._clock())
+                for row in rows
+            }
+            histories = await select_histories(
+                connection, {refund.id: refund.attempts + 1 for refund, _ in refunds.values()}
+            )
+            return [
+                (refunds[item][0], histories[item], refunds[item][1]) if item in refunds else None
+                for item in refund_ids
+            ]
 
-    async def claim(self, refund_id: int, task: Task, *, environment: str, sent_with: str, token_seconds: float) -> Claim | None:
+    async def claim(
+        self, refund_id: int, task: Task, *, environment: str, sent_with: str, token_seconds: float
+    ) -> Claim | None:
         """
         Claim a refund for one POST: the intent, committed before anything is sent.
 
@@ -103,7 +115,9 @@ class Sending(Records):
             the token does.
         :returns: ``None`` when the refund may not be sent now.
         """
-        return await self._claims(refund_id, _Claiming(refund_id, task, environment, sent_with, token_seconds))
+        return await self._claims(
+            refund_id, _Claiming(refund_id, task, environment, sent_with, token_seconds)
+        )
 
     @cached_property
     def _claims(self) -> Grouped[_Claiming, Claim | None]:
@@ -148,7 +162,9 @@ class Sending(Records):
                 "oldest_release": now - RELEASE_VALID,
             }
             refunds = by_id(await connection.execute(claim, values))
-            histories = await select_histories(connection, {refund.id: refund.attempts for refund in refunds.values()})
+            histories = await select_histories(
+                connection, {refund.id: refund.attempts for refund in refunds.values()}
+            )
             return [Claim(refunds[item], histories[item]) if item in refunds else None for item in ids]
 
     def _asked(self, call: _Claiming, now: datetime) -> dict[str, Any]:
@@ -156,7 +172,9 @@ class Sending(Records):
             "refund_id": call.refund_id,
             "asked_environment": call.environment,
             "asked_with": call.sent_with,
-            "asked_until": (now + timedelta(seconds=call.token_seconds + self._settings.lease_margin_seconds)).isoformat(),
+            "asked_until": (
+                now + timedelta(seconds=call.token_seconds + self._settings.lease_margin_seconds)
+            ).isoformat(),
             "run_id": call.task.run_id,
             "map_index": call.task.map_index,
             "try_number": call.task.try_number,
@@ -226,14 +244,22 @@ class Sending(Records):
             ) AS followed
             GROUP BY processing_terminal_id ORDER BY processing_terminal_id"""
         async with self._transaction() as (connection, now):
-            result = await connection.execute(query, {"source": self._settings.source, "since": now - changed_within})
+            result = await connection.execute(
+                query, {"source": self._settings.source, "since": now - changed_within}
+            )
             return {row.processing_terminal_id: row.since for row in result}
 
-    async def known(self, keys: Sequence[str], payroc_refund_ids: Sequence[str], order_ids: Sequence[str] = ()) -> list[Refund]:
+    async def known(
+        self, keys: Sequence[str], payroc_refund_ids: Sequence[str], order_ids: Sequence[str] = ()
+    ) -> list[Refund]:
         """Return the refunds with one of these idempotency keys, of these refund ids of Payroc's, or of these order ids."""
         condition = """r.idempotency_key = ANY(CAST(:keys AS uuid[])) OR r.payroc_refund_id = ANY(:payroc_refund_ids)
             OR r.order_id = ANY(:order_ids)"""
-        values = {"keys": list(keys), "payroc_refund_ids": list(payroc_refund_ids), "order_ids": list(order_ids)}
+        values = {
+            "keys": list(keys),
+            "payroc_refund_ids": list(payroc_refund_ids),
+            "order_ids": list(order_ids),
+        }
         return await self._refunds(condition, values)
 
     async def sent_between(self, start: datetime, end: datetime, *, after: int, limit: int) -> list[Refund]:
@@ -264,8 +290,12 @@ class Sending(Records):
         async with self._transaction() as (connection, _):
             return [as_refund(row) for row in await connection.execute(query, {"id": refund_id})]
 
-    async def _refunds(self, condition: str, values: dict[str, Any], limit: int | None = None) -> list[Refund]:
+    async def _refunds(
+        self, condition: str, values: dict[str, Any], limit: int | None = None
+    ) -> list[Refund]:
         query = f"SELECT {COLUMNS} FROM refund_ledger.refunds AS r WHERE source = :source AND ({condition}) ORDER BY id LIMIT :limit"
         async with self._transaction() as (connection, _):
-            result = await connection.execute(query, {**values, "source": self._settings.source, "limit": limit})
+            result = await connection.execute(
+                query, {**values, "source": self._settings.source, "limit": limit}
+            )
             return [as_refund(row) for row in result]

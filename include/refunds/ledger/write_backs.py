@@ -64,7 +64,9 @@ class WriteBacks(LedgerBase):
             finally:
                 # A session that has ended has let go of it.
                 with suppress(*DATABASE_ERRORS):
-                    await connection.execute("SELECT pg_advisory_unlock(hashtext('refund_ledger.write_back'))")
+                    await connection.execute(
+                        "SELECT pg_advisory_unlock(hashtext('refund_ledger.write_back'))"
+                    )
 
     async def due_write_backs(self, limit: int, after: str = "") -> list[WriteBack]:
         """
@@ -104,7 +106,9 @@ class WriteBacks(LedgerBase):
 
     async def mark_written_back(self, written: Sequence[WriteBack]) -> None:
         """Note what the source has now: the very ``updated_at`` that was read, so a later change stays due."""
-        rows = json.dumps([{"source_ref": item.source_ref, "updated_at": item.updated_at.isoformat()} for item in written])
+        rows = json.dumps(
+            [{"source_ref": item.source_ref, "updated_at": item.updated_at.isoformat()} for item in written]
+        )
         async with self._transaction() as (connection, _):
             for table, condition in _WRITTEN:
                 update = f"""

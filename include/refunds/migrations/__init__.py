@@ -36,7 +36,9 @@ def migrate(url: URL, revision: str = "head") -> str:
             connection.execute(text("SELECT pg_advisory_xact_lock(hashtext('refund_ledger.migrate'))"))
             found = current_revision(connection)
             config = _config()
-            if found is not None and found not in {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}:
+            if found is not None and found not in {
+                script.revision for script in ScriptDirectory.from_config(config).walk_revisions()
+            }:
                 raise NewerLedger(newer(found))
             config.attributes["connection"] = connection
             command.upgrade(config, revision)
@@ -47,7 +49,9 @@ def migrate(url: URL, revision: str = "head") -> str:
 
 def current_revision(connection: Connection) -> str | None:
     """Return the revision that the ledger is at, or ``None`` when it was never migrated."""
-    context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE, "version_table_schema": "refund_ledger"})
+    context = MigrationContext.configure(
+        connection, opts={"version_table": VERSION_TABLE, "version_table_schema": "refund_ledger"}
+    )
     return context.get_current_revision()
 
 

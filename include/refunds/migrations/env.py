@@ -21,6 +21,8 @@ with told_in_one_sentence(
     elif found == MIGRATOR:
         # What a later revision makes belongs to the same owner as the rest, whoever migrates.
         connection.execute(text(f"SET LOCAL ROLE {MIGRATOR}"))
-    context.configure(connection=connection, version_table=VERSION_TABLE, version_table_schema="refund_ledger")
+    context.configure(
+        connection=connection, version_table=VERSION_TABLE, version_table_schema="refund_ledger"
+    )
     with context.begin_transaction():
         context.run_migrations()

@@ -42,7 +42,9 @@ class PayrocHook(HttpHook):
     conn_type = "payroc"
     hook_name = "Payroc"
 
-    def __init__(self, *, payroc_conn_id: str = default_conn_name, timeout_seconds: float | None = None) -> None:
+    def __init__(
+        self, *, payroc_conn_id: str = default_conn_name, timeout_seconds: float | None = None
+    ) -> None:
         super().__init__(http_conn_id=payroc_conn_id)
         self.payroc_conn_id = payroc_conn_id
         self._timeout_seconds = timeout_seconds
@@ -98,7 +100,9 @@ class PayrocHook(HttpHook):
         """
         own_loop.run(self.client.evict_token(token))
 
-    def create_refund(self, body: bytes | RefundRequest, *, idempotency_key: str | UUID, token: AccessToken) -> Refund:
+    def create_refund(
+        self, body: bytes | RefundRequest, *, idempotency_key: str | UUID, token: AccessToken
+    ) -> Refund:
         """
         Ask for a refund (``POST /bank-transfer-refunds``), once.
 
@@ -123,7 +127,9 @@ class PayrocHook(HttpHook):
         """
         return own_loop.run(self.client.get_refund(token or self.get_token(), refund_id))
 
-    def reverse_refund(self, refund_id: str, *, idempotency_key: str | UUID, token: AccessToken | None = None) -> Refund:
+    def reverse_refund(
+        self, refund_id: str, *, idempotency_key: str | UUID, token: AccessToken | None = None
+    ) -> Refund:
         """
         Take a refund out of the open batch (``POST /bank-transfer-refunds/{refundId}/reverse``); no money moves then.
 
@@ -191,7 +197,9 @@ class PayrocHook(HttpHook):
 
         :raises PayrocConfigurationError: the connection can't be used.
         """
-        timeout = get_settings().http_timeout_seconds if self._timeout_seconds is None else self._timeout_seconds
+        timeout = (
+            get_settings().http_timeout_seconds if self._timeout_seconds is None else self._timeout_seconds
+        )
         return PayrocClient(self._connection, self.payroc_conn_id, timeout)
 
     def mask(self, token: AccessToken) -> None:
@@ -223,7 +231,9 @@ class PayrocHook(HttpHook):
 
     def run(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse: a request of any form would go around the checks of the other methods."""
-        raise AirflowException("PayrocHook sends no free-form requests; use create_refund, get_refund, list_refunds or reverse_refund.")
+        raise AirflowException(
+            "PayrocHook sends no free-form requests; use create_refund, get_refund, list_refunds or reverse_refund."
+        )
 
     get_conn = run
     run_and_check = run

@@ -54,7 +54,12 @@ class ApproveRunOperator(ApprovalOperator):
     response_timeout: timedelta
 
     def __init__(
-        self, *, response_timeout: timedelta, approvers: Sequence[str] = (), ledger_conn_id: str = LEDGER_CONN_ID, **kwargs: Any
+        self,
+        *,
+        response_timeout: timedelta,
+        approvers: Sequence[str] = (),
+        ledger_conn_id: str = LEDGER_CONN_ID,
+        **kwargs: Any,
     ) -> None:
         # What is asked is known when it is asked.
         kwargs.setdefault("subject", "Release refunds?")
@@ -96,7 +101,9 @@ class ApproveRunOperator(ApprovalOperator):
     def process_trigger_event_error(self, event: dict[str, Any]) -> None:
         """Say in one sentence what a time-out means."""
         if event["error_type"] == "timeout":
-            raise RunNotApproved(f"Nobody answered in time, so nothing is sent; clear {self.task_id} to ask again.")
+            raise RunNotApproved(
+                f"Nobody answered in time, so nothing is sent; clear {self.task_id} to ask again."
+            )
         super().process_trigger_event_error(event)
 
     async def _ask(self, context: Context, settings: Settings) -> Question | None:
@@ -113,7 +120,9 @@ class ApproveRunOperator(ApprovalOperator):
             async with open_ledger(context, get_settings(), self.ledger_conn_id) as ledger:
                 match event["chosen_options"]:
                     case [self.APPROVE]:
-                        await ledger.record_approval(context["run_id"], by=by, triggered_by=_triggered_by(context))
+                        await ledger.record_approval(
+                            context["run_id"], by=by, triggered_by=_triggered_by(context)
+                        )
                     case [self.REJECT]:
                         await ledger.record_rejection(context["run_id"], by=by)
         except DecisionRefused as error:
@@ -128,10 +137,14 @@ class ApproveRunOperator(ApprovalOperator):
         # The name and not the id: it is what Airflow notes of who triggered a run.
         name = (user or {}).get("name") or (user or {}).get("id")
         if user is None or not name:
-            raise RunNotApproved(f"The answer names nobody, so nothing is sent; clear {self.task_id} to ask again.")
+            raise RunNotApproved(
+                f"The answer names nobody, so nothing is sent; clear {self.task_id} to ask again."
+            )
         # Airflow asks this too, but for SimpleAuthManager with all admins.
         if self.approvers and user.get("id") not in self.approvers:
-            raise RunNotApproved(f"{name} is none of the approvers, so nothing is sent; clear {self.task_id} to ask again.")
+            raise RunNotApproved(
+                f"{name} is none of the approvers, so nothing is sent; clear {self.task_id} to ask again."
+            )
         return str(name)
 
     def _askable(self, triggered_by: str | None) -> list[str]:
@@ -139,9 +152,13 @@ class ApproveRunOperator(ApprovalOperator):
         from include.refunds.case import same_person
 
         # An auth manager may have ids that are no names: then the ledger alone refuses who triggered the run.
-        askable = [user for user in self.approvers if triggered_by is None or not same_person(user, triggered_by)]
+        askable = [
+            user for user in self.approvers if triggered_by is None or not same_person(user, triggered_by)
+        ]
         if self.approvers and not askable:
-            raise RunNotApproved(f"{triggered_by} triggered this run and is its only approver: another person has to trigger it.")
+            raise RunNotApproved(
+                f"{triggered_by} triggered this run and is its only approver: another person has to trigger it."
+            )
         return askable
 
 

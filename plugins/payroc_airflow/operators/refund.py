@@ -43,7 +43,12 @@ class PayrocRefundOperator(BaseOperator):
     template_fields: Sequence[str] = ("refund_ids",)
 
     def __init__(
-        self, *, refund_ids: Sequence[int], payroc_conn_id: str = "payroc_default", ledger_conn_id: str = LEDGER_CONN_ID, **kwargs: Any
+        self,
+        *,
+        refund_ids: Sequence[int],
+        payroc_conn_id: str = "payroc_default",
+        ledger_conn_id: str = LEDGER_CONN_ID,
+        **kwargs: Any,
     ) -> None:
         kwargs.setdefault("retry_policy", PayrocRetryPolicy())
         super().__init__(**kwargs)
@@ -61,11 +66,17 @@ class PayrocRefundOperator(BaseOperator):
         results = uvloop.run(self._send(context, get_settings()))
         accepted = [result for result in results if result.sent is Sent.ACCEPTED]
         # Each line of a log costs as much as a request does, and hundreds of them hide the one that matters.
-        told = results if len(accepted) <= 3 else [result for result in results if result.sent is not Sent.ACCEPTED]
+        told = (
+            results
+            if len(accepted) <= 3
+            else [result for result in results if result.sent is not Sent.ACCEPTED]
+        )
         for result in told:
             self.log.info("%s: %s. %s", _name(result), result.sent, result.reason)
         if told is not results:
-            self.log.info("%d accepted, orders %s.", len(accepted), _label([result.order_id for result in accepted]))
+            self.log.info(
+                "%d accepted, orders %s.", len(accepted), _label([result.order_id for result in accepted])
+            )
         _raise_for(results)
 
     async def _send(self, context: Context, settings: Settings) -> list[Result]:
@@ -84,7 +95,12 @@ class PayrocRefundOperator(BaseOperator):
             ti.rendered_map_index = label
             async with HookGateway(PayrocHook(payroc_conn_id=self.payroc_conn_id)) as gateway:
                 return await send_refunds(
-                    self.refund_ids, task, ledger=ledger, gateway=gateway, cipher=cipher_of(settings), settings=settings
+                    self.refund_ids,
+                    task,
+                    ledger=ledger,
+                    gateway=gateway,
+                    cipher=cipher_of(settings),
+                    settings=settings,
                 )
 
 
@@ -107,9 +123,13 @@ def _raise_for(results: Sequence[Result]) -> None:
     if worst is None or worst.sent is Sent.ACCEPTED:
         return
     same = [result for result in results if result.sent is worst.sent]
-    message = f"{_name(worst)}: {worst.reason}" + (f" ({len(same) - 1} more like it)" if len(same) > 1 else "")
+    message = f"{_name(worst)}: {worst.reason}" + (
+        f" ({len(same) - 1} more like it)" if len(same) > 1 else ""
+    )
     if worst.sent is Sent.CONFIGURATION:
         raise RefundsStopped(message)
     if worst.sent in (Sent.UNKNOWN, Sent.BUSY):
-        raise RefundsInDoubt(message, min(result.retry_after for result in results if result.sent in (Sent.UNKNOWN, Sent.BUSY)))
+        raise RefundsInDoubt(
+            message, min(result.retry_after for result in results if result.sent in (Sent.UNKNOWN, Sent.BUSY))
+        )
     raise RefundsNotPaid(message)
