@@ -74,7 +74,7 @@ lock: ## Renew constraints.txt after a change of requirements*.txt
 	@sed '/^[^#]/,$$d' constraints.txt > .venv/constraints.head
 	@sed '/^#/d' constraints.txt > .venv/constraints.body
 	@$(PYTHON) -m uv pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header --no-emit-index-url \
-	    --output-file .venv/constraints.body requirements.txt requirements-dev.txt
+	    --output-file .venv/constraints.body requirements.txt requirements-dev.txt requirements-mysql.txt
 	@cat .venv/constraints.head .venv/constraints.body > constraints.txt
 
 # --- .venv --------------------------------------------------------------------------------------------------------------

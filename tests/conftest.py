@@ -64,6 +64,8 @@ from include.refunds.migrations import migrate  # noqa: E402
 from include.refunds.revision import REVISION  # noqa: E402
 from include.refunds.settings import get_settings  # noqa: E402
 
+pytest_plugins = ["tests.support.mariadb"]
+
 _WITHOUT_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 

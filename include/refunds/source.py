@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from sqlalchemy import DateTime, Engine, String, bindparam, text
-from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, OperationalError
+from sqlalchemy import Engine, text
+from sqlalchemy.exc import DBAPIError
 
 from include.refunds.ledger import WriteBack
+from include.refunds.source_errors import SourceError as SourceError
+from include.refunds.source_errors import SourceUnavailable as SourceUnavailable
+from include.refunds.source_errors import failed
+from include.refunds.source_update import run_update
 
 SQL_FOLDER = Path(__file__).parent.parent / "sql"
 
@@ -36,14 +38,6 @@ COLUMNS = (
 )
 
 SourceRow = Mapping[str, Any]
-
-
-class SourceError(Exception):
-    """The source can't be read or written; the message names the file or connection and what to do."""
-
-
-class SourceUnavailable(SourceError):
-    """The source's database does not answer; it may a little later."""
 
 
 class Source(Protocol):
@@ -90,7 +84,7 @@ class SqlSource:
 
         :raises SourceError: when it fails; then nothing of it was written.
         """
-        return await asyncio.to_thread(self._run_update, rows)
+        return await asyncio.to_thread(run_update, self._engine, self._update, _read(self._update), rows)
 
     def _run_select(self) -> list[SourceRow]:
         try:
@@ -104,48 +98,7 @@ class SqlSource:
                     )
                 return [dict(row) for row in result.mappings()]
         except DBAPIError as error:
-            raise _failed(self._select, error) from None
-
-    def _run_update(self, rows: Sequence[WriteBack]) -> list[str]:
-        statement = text(_read(self._update))
-        # Typed, so that a parameter may stand anywhere in the statement, and each dialect gets the instant in its own form.
-        types = {
-            name: DateTime(timezone=True) if name == "updated_at" else String()
-            for name in WriteBack.__slots__
-        }
-        used = statement.compile().params
-        unknown = sorted(set(used) - set(types))
-        if unknown or "source_ref" not in used:
-            problem = (
-                f"names unknown parameters ({', '.join(unknown)})"
-                if unknown
-                else "does not name the parameter :source_ref"
-            )
-            raise SourceError(
-                f"{self._update.name} {problem}; it may use {', '.join(f':{name}' for name in types)}."
-            )
-        statement = statement.bindparams(*(bindparam(name, type_=types[name]) for name in used))
-        untouched = []
-        try:
-            with self._engine.begin() as connection:
-                values = [_parameters(row, used) for row in rows]
-                # All at once where the driver counts what they touched together; one by one only to find which of them touched no row.
-                counts = bool(values) and connection.dialect.supports_sane_multi_rowcount
-                if counts and connection.execute(statement, values).rowcount == len(rows):
-                    return []
-                for row, given in zip(rows, values, strict=True):
-                    if connection.execute(statement, given).rowcount == 0:
-                        untouched.append(row.source_ref)
-        except DBAPIError as error:
-            raise _failed(self._update, error) from None
-        return untouched
-
-
-def _parameters(row: WriteBack, used: Iterable[str]) -> dict[str, Any]:
-    values = {name: getattr(row, name) for name in used}
-    if "updated_at" in values:
-        values["updated_at"] = row.updated_at.astimezone(UTC)
-    return values
+            raise failed(self._select, error) from None
 
 
 def _read(path: Path) -> str:
@@ -153,34 +106,3 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise SourceError(f"{path} can't be read ({error.strerror}).") from None
-
-
-def _failed(path: Path, error: DBAPIError) -> SourceError:
-    kind = (
-        SourceUnavailable
-        if error.connection_invalidated or (isinstance(error, OperationalError) and not _is_sqlite(error))
-        else SourceError
-    )
-    return kind(f"{path.name} failed on the connection refunds_source: {_without_values(error)}")
-
-
-def _without_values(error: DBAPIError) -> str:
-    """Return what a driver says in its first line, unless that may quote a value of the row: names of columns and tables are wanted."""
-    lines = str(error.orig).strip().splitlines() or [type(error.orig).__name__]
-    state = getattr(error.orig, "sqlstate", None)
-    # What is told of these classes of SQLSTATE is about names, rights and the server. Anything else may quote a value: one that does not
-    # fit, one that a constraint refuses, or what a trigger of the merchant's says.
-    is_told = (
-        state.startswith(("08", "28", "3D", "42", "53", "57"))
-        if state
-        else not isinstance(error, DataError | IntegrityError)
-    )
-    if not is_told:
-        column = getattr(getattr(error.orig, "diag", None), "column_name", None)
-        return f"{type(error.orig).__name__}{f', SQLSTATE {state}' if state else ''}{f', column {column}' if column else ''}."
-    return re.sub(r"'[^']*'|[0-9]{4,}", "…", lines[0])
-
-
-def _is_sqlite(error: DBAPIError) -> bool:
-    # SQLite reports a missing column as an operational error; others keep the word for a server that does not answer.
-    return type(error.orig).__module__ == "sqlite3"

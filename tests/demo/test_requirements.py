@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 
 from tests.conftest import ROOT
 
-DIRECT = ("requirements.txt", "requirements-image.txt", "requirements-dev.txt")
+DIRECT = ("requirements.txt", "requirements-image.txt", "requirements-dev.txt", "requirements-mysql.txt")
 
 
 def requirements(name: str) -> list[Requirement]:
