@@ -94,7 +94,7 @@ with DAG(
     "payroc_refunds",
     description="Pays approved refunds through Payroc, each once",
     doc_md=__doc__,
-    schedule=timetable(settings.schedule, settings.timezone),
+    schedule=timetable(settings, "schedule"),
     # No start_date: with one, a DAG that is unpaused for the first time would at once run the time that was due last.
     catchup=False,
     max_active_runs=1,

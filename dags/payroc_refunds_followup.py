@@ -33,7 +33,7 @@ with DAG(
     "payroc_refunds_followup",
     description="Asks Payroc what became of refunds; never sends one",
     doc_md=__doc__,
-    schedule=timetable(settings.followup_schedule, settings.timezone),
+    schedule=timetable(settings, "followup_schedule"),
     catchup=False,
     max_active_runs=1,
     allowed_run_types=RUN_TYPES,

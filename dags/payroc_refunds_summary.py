@@ -27,7 +27,7 @@ with DAG(
     "payroc_refunds_summary",
     description="Tells once a day what became of refunds",
     doc_md=__doc__,
-    schedule=timetable(settings.summary_schedule, settings.timezone),
+    schedule=timetable(settings, "summary_schedule"),
     catchup=False,
     max_active_runs=1,
     allowed_run_types=RUN_TYPES,

@@ -53,10 +53,9 @@ def test_the_readme_names_the_revision_that_migrate_prints() -> None:
 
 
 def test_the_settings_that_the_docs_name_exist() -> None:
-    from include.refunds.settings import Settings
+    from include.refunds.settings import OTHER_NAMES, Settings
 
-    known = {f"PAYROC_REFUNDS_{name.upper()}" for name in Settings.model_fields}
-    known |= {"PAYROC_REFUNDS_LEDGER_URL", "PAYROC_REFUNDS_SOURCE_URL"}
+    known = {f"PAYROC_REFUNDS_{name.upper()}" for name in (*Settings.model_fields, *OTHER_NAMES)}
     named = {
         name for document in DOCS for name in re.findall(r"PAYROC_REFUNDS_[A-Z_]+[A-Z]", document.read_text())
     }

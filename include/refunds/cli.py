@@ -44,7 +44,7 @@ from include.refunds.reverse import reverse as reverse_refund
 from include.refunds.roles import RolesMissing
 from include.refunds.rotate import Rotated
 from include.refunds.rotate import rotate_keys as rotate_requests
-from include.refunds.settings import SettingsError, get_settings
+from include.refunds.settings import SettingsError, check_names, get_settings
 from include.refunds.source import SourceError
 from include.refunds.states import Status
 from include.refunds.verify import Comparison, RangeError, read_instant, read_range
@@ -101,6 +101,12 @@ PayrocConnId = Annotated[str, typer.Option("--payroc-conn-id", help="Airflow con
 LimitName = StrEnum("LimitName", {name.upper(): name for name in LIMITS})  # type: ignore[misc]  # made from the ledger's own list
 
 console = Console()
+
+
+@app.callback()
+def _check_environment() -> None:
+    # With a misspelled LEDGER_URL a command would work on another database.
+    check_names()
 
 
 @app.command()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -149,3 +151,31 @@ assert [name for name in late if name in sys.modules] == []
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("RETRYS", "3", "PAYROC_REFUNDS_RETRYS is not a setting; the nearest is PAYROC_REFUNDS_RETRIES."),
+        (
+            "SOURCE",
+            "shop\r",
+            "PAYROC_REFUNDS_SOURCE is not usable; give a name of up to 100 plain characters",
+        ),
+        ("SCHEDULE", "every day", "PAYROC_REFUNDS_SCHEDULE is not usable; give a cron expression"),
+        ("SCHEDULE", "0 7 31 2 *", "PAYROC_REFUNDS_SCHEDULE is not usable; give a cron expression"),
+    ],
+)
+def test_a_wrong_setting_is_an_import_error_of_our_dag_files_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, value: str, sentence: str
+) -> None:
+    from airflow.dag_processing.dagbag import DagBag
+
+    for dag_id in DAG_IDS:
+        shutil.copy(ROOT / "dags" / f"{dag_id}.py", tmp_path)
+    (tmp_path / "theirs.py").write_text("from airflow.sdk import DAG\nwith DAG('theirs'): pass\n")
+    monkeypatch.setenv(f"PAYROC_REFUNDS_{name}", value)
+    bag = DagBag(dag_folder=str(tmp_path))
+    assert "theirs" in bag.dags
+    (error,) = [text for file, text in bag.import_errors.items() if file.endswith("payroc_refunds.py")]
+    assert error.rstrip().splitlines()[-1].partition("SettingsError: ")[2].startswith(sentence)
