@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +14,8 @@ from include.refunds.ledger import WriteBack
 from include.refunds.source_errors import SourceError as SourceError
 from include.refunds.source_errors import SourceUnavailable as SourceUnavailable
 from include.refunds.source_errors import failed
-from include.refunds.source_update import run_update
+from include.refunds.source_update import PARAMETERS, run_update
+from include.refunds.sql_files import in_words, read_sql
 
 SQL_FOLDER = Path(__file__).parent.parent / "sql"
 
@@ -74,7 +75,7 @@ class SqlSource:
         """
         Run the query.
 
-        :raises SourceError: when it fails or lacks a column.
+        :raises SourceError: when it fails, lacks a column, or returns one twice.
         """
         return await asyncio.to_thread(self._run_select)
 
@@ -84,25 +85,39 @@ class SqlSource:
 
         :raises SourceError: when it fails; then nothing of it was written.
         """
-        return await asyncio.to_thread(run_update, self._engine, self._update, _read(self._update), rows)
+        return await asyncio.to_thread(self._run_update, rows)
 
     def _run_select(self) -> list[SourceRow]:
+        query = read_sql(self._select, self._engine.dialect.name)
         try:
             with self._engine.connect() as connection:
-                result = connection.execute(text(_read(self._select)))
-                returned = set(result.keys())
-                missing = [name for name in COLUMNS if name not in returned]
-                if missing:
-                    raise SourceError(
-                        f"{self._select.name} does not return {', '.join(missing)}: add the column, or NULL AS {missing[0]}."
-                    )
-                return [dict(row) for row in result.mappings()]
+                result = connection.execute(text(query.text))
+                places = _places(query.name, result.keys() if result.returns_rows else ())
+                return [{name: row[place] for name, place in places.items()} for row in result]
         except DBAPIError as error:
-            raise failed(self._select, error) from None
+            raise failed(query.name, error) from None
+
+    def _run_update(self, rows: Sequence[WriteBack]) -> list[str]:
+        update = read_sql(self._update, self._engine.dialect.name, PARAMETERS, required=PARAMETERS[0])
+        return run_update(self._engine, update, rows)
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise SourceError(f"{path} can't be read ({error.strerror}).") from None
+def _places(file: str, returned: Iterable[str]) -> dict[str, int]:
+    """
+    Return which column of a result is which of :data:`COLUMNS`, in any case: Oracle and Snowflake fold names to capitals.
+
+    :raises SourceError: when one is missing, or comes twice: then nobody knows which of them was meant.
+    """
+    names = [name.lower() for name in returned]
+    if not names:
+        raise SourceError(f"{file} returns no rows: give a SELECT.")
+    if twice := [name for name in COLUMNS if names.count(name) > 1]:
+        raise SourceError(
+            f"{file} returns {in_words(twice)} more than once: keep one of each, by naming the columns in place of a *."
+        )
+    if missing := [name for name in COLUMNS if name not in names]:
+        plural = "s" if len(missing) > 1 else ""
+        raise SourceError(
+            f"{file} does not return {in_words(missing)}: add the column{plural}, or NULL AS {missing[0]}."
+        )
+    return {name: names.index(name) for name in COLUMNS}

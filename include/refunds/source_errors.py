@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, OperationalError
 
@@ -16,14 +15,14 @@ class SourceUnavailable(SourceError):
     """The source's database does not answer; it may a little later."""
 
 
-def failed(path: Path, error: DBAPIError) -> SourceError:
-    """Return the error to raise for a statement of this file that a database refused."""
+def failed(file: str, error: DBAPIError) -> SourceError:
+    """Return the error to raise for the statement of a file that a database refused."""
     kind = (
         SourceUnavailable
         if error.connection_invalidated or (isinstance(error, OperationalError) and not _is_sqlite(error))
         else SourceError
     )
-    return kind(f"{path.name} failed on the connection refunds_source: {_without_values(error)}")
+    return kind(f"{file} failed on the connection refunds_source: {_without_values(error)}")
 
 
 def _without_values(error: DBAPIError) -> str:

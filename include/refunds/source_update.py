@@ -4,40 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from datetime import UTC
-from pathlib import Path
 from typing import Any
 
 from sqlalchemy import DateTime, Engine, String, bindparam, text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.types import TypeEngine
 
 from include.refunds.ledger import WriteBack
-from include.refunds.source_errors import SourceError, failed
+from include.refunds.source_errors import failed
+from include.refunds.sql_files import SqlFile
+
+_TYPES: dict[str, TypeEngine[Any]] = {
+    name: DateTime(timezone=True) if name == "updated_at" else String() for name in WriteBack.__slots__
+}
+PARAMETERS = tuple(_TYPES)
+"""The parameters that the update may use; it has to use the first."""
 
 
-def run_update(engine: Engine, path: Path, update: str, rows: Sequence[WriteBack]) -> list[str]:
+def run_update(engine: Engine, update: SqlFile, rows: Sequence[WriteBack]) -> list[str]:
     """
     Run the update for each row, in one transaction.
 
-    :param path: the file that the update was read from, which messages name.
-    :param update: its text.
+    :param update: the file's statement, whose parameters are among :data:`PARAMETERS`.
     :returns: the source_refs that touched no row.
     :raises SourceError: when it fails; then nothing of it was written.
     """
-    statement = text(update)
+    used = update.parameters
     # Typed, so that a parameter may stand anywhere in the statement, and each dialect gets the instant in its own form.
-    types = {
-        name: DateTime(timezone=True) if name == "updated_at" else String() for name in WriteBack.__slots__
-    }
-    used = statement.compile().params
-    unknown = sorted(set(used) - set(types))
-    if unknown or "source_ref" not in used:
-        problem = (
-            f"names unknown parameters ({', '.join(unknown)})"
-            if unknown
-            else "does not name the parameter :source_ref"
-        )
-        raise SourceError(f"{path.name} {problem}; it may use {', '.join(f':{name}' for name in types)}.")
-    statement = statement.bindparams(*(bindparam(name, type_=types[name]) for name in used))
+    statement = text(update.text).bindparams(*(bindparam(name, type_=_TYPES[name]) for name in used))
     untouched = []
     try:
         with engine.begin() as connection:
@@ -50,7 +44,7 @@ def run_update(engine: Engine, path: Path, update: str, rows: Sequence[WriteBack
                 if connection.execute(statement, given).rowcount == 0:
                     untouched.append(row.source_ref)
     except DBAPIError as error:
-        raise failed(path, error) from None
+        raise failed(update.name, error) from None
     return untouched
 
 
