@@ -116,6 +116,7 @@ with DAG(
     async def pull_approved() -> dict[str, list[int]]:
         """Store new refunds from the source, and hand on the ids of what this run is about."""
         from include.refunds.pull import pull
+        from payroc_airflow.hooks.payroc import PayrocHook
 
         context = get_current_context()
         params = run_params(context)
@@ -127,6 +128,8 @@ with DAG(
             return {"candidates": [], "due": []}
         source, cipher = source_of(), cipher_of(settings)
         async with open_ledger(context, settings) as ledger:
+            # Before anything is stored: keys derive from the source's name.
+            await ledger.check_environment(PayrocHook().api_url)
             await ledger.return_stale_releases()
             pulled = await pull(source, ledger, cipher, settings)
             candidates = await ledger.candidates(params.selection(), standing=pulled.standing)
@@ -191,11 +194,13 @@ with DAG(
         """Show what the run did; fail when something needs people. The totals are the result of the run."""
         from include.refunds.rehearse import rehearse
         from include.refunds.report import run_report
+        from payroc_airflow.hooks.payroc import PayrocHook
 
         context = get_current_context()
         params = run_params(context)
         async with open_ledger(context, settings) as ledger:
             if params.dry_run:
+                await ledger.check_environment(PayrocHook().api_url)
                 found = await rehearse(params, source_of(), ledger, cipher_of(settings), settings)
             else:
                 await ledger.finish_run(context["run_id"])

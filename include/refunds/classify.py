@@ -85,6 +85,8 @@ _STATUS_OF_WORD = {
     "declined": Status.REJECTED,
 }
 
+_SHARED_KEY = "Another shop with the same PAYROC_REFUNDS_SOURCE at this Payroc account may have sent it."
+
 # Answers that say nothing about whether the request was acted on, whatever their body says.
 _TRANSIENT = frozenset({408, 429})
 
@@ -116,7 +118,8 @@ def judge_object(found: models.Refund, refund: Refund, http_status: int | None =
     if differing:
         return Verdict(
             Outcome.REVIEW,
-            f"Payroc's refund {found.refund_id} differs from the request in {', '.join(differing)}.",
+            f"Payroc's refund {found.refund_id} differs from the request in {', '.join(differing)}."
+            + (f" {_SHARED_KEY}" if found.refund_key == str(refund.idempotency_key) else ""),
             http_status,
             sighting=Sighting(found.refund_id, word, Status.REVIEW),
         )
@@ -169,7 +172,10 @@ def judge_error(error: PayrocError, refund: Refund, history: History) -> Verdict
                     Outcome.UNKNOWN, f"{error}; an earlier attempt may still be running there.", error
                 )
             return _verdict(
-                Outcome.REVIEW, f"{error}; our key was used for another request.", error, look_up_first=True
+                Outcome.REVIEW,
+                f"{error}; our key was used for another request. {_SHARED_KEY}",
+                error,
+                look_up_first=True,
             )
         case problems.RESOURCE_ALREADY_EXISTS:
             return _verdict(

@@ -13,19 +13,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urlsplit
 
 from include.payroc.errors import PayrocConfigurationError
+from include.payroc.hosts import HOSTS
 
 if TYPE_CHECKING:
     from airflow.sdk import Connection
 
 log = logging.getLogger(__name__)
 
-ENVIRONMENTS = {
-    "uat": ("https://api.uat.payroc.com/v1", "https://identity.uat.payroc.com"),
-    "production": ("https://api.payroc.com/v1", "https://identity.payroc.com"),
-}
-"""API and identity base URLs (https://docs.payroc.com/api/authentication)."""
-
-PRODUCTION_HOSTS = frozenset(urlsplit(url).hostname for url in ENVIRONMENTS["production"])
+PRODUCTION_HOSTS = frozenset(urlsplit(url).hostname for url in HOSTS["production"])
 
 EXTRAS = ("environment", "identity_url", "allow_http", "proxy", "ca_bundle")
 
@@ -134,10 +129,10 @@ class _Reader:
         environment = self._text("environment")
         host = self._host()
         identity_url = self._text("identity_url")
-        if environment is not None and environment not in ENVIRONMENTS:
-            self.refuse("extra environment", f"must be one of {', '.join(ENVIRONMENTS)}.")
+        if environment is not None and environment not in HOSTS:
+            self.refuse("extra environment", f"must be one of {', '.join(HOSTS)}.")
         if host is None and identity_url is None:
-            return ENVIRONMENTS[environment or "uat"]
+            return HOSTS[environment or "uat"]
         if environment is not None:
             self.refuse(
                 "extra environment",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -133,6 +134,25 @@ def test_airflow_itself_refuses_a_bad_value_of_a_param(
     assert world.rows("SELECT * FROM refund_ledger.refunds") == []
 
 
+@pytest.mark.parametrize(("dry_run", "failed"), [(False, "pull_approved"), (True, "report")])
+def test_production_needs_a_source_name_of_ones_own(
+    world: World, run_dag: Runner, monkeypatch: pytest.MonkeyPatch, dry_run: bool, failed: str
+) -> None:
+    # The proxy is nobody's: a run that went on would not get out of this machine.
+    extra = {"environment": "production", "proxy": "http://127.0.0.1:9"}
+    production = {"conn_type": "payroc", "password": "key", "extra": extra}
+    monkeypatch.setenv("AIRFLOW_CONN_PAYROC_DEFAULT", json.dumps(production))
+    world.approve()
+    run = run_dag(dry_run=dry_run)
+    assert (run.state, run.tasks[failed]) == ("failed", "failed")
+    assert "PAYROC_REFUNDS_SOURCE is refund_requests, its default, and the connection is Payroc's" in run.log
+    for table in ("refunds", "refund_events", "refund_runs"):
+        assert world.rows(f"SELECT * FROM refund_ledger.{table}") == []
+    assert world.rows("SELECT source, environment FROM refund_ledger.refund_control WHERE scope = '*'") == [
+        {"source": None, "environment": None}
+    ]
+
+
 def test_a_refund_in_review_fails_the_run_and_blocks_no_other(world: World, run_dag: Runner) -> None:
     odd, fine = world.approve("9013"), world.approve()
     run = run_dag()
@@ -166,12 +186,12 @@ def test_a_refund_whose_source_row_changed_is_named_and_not_sent(world: World, r
 TROUBLE = {
     "no connection to Payroc": (
         {"AIRFLOW_CONN_PAYROC_DEFAULT": None},
-        "release",
+        "pull_approved",
         "Airflow connection 'payroc_default'",
     ),
     "no API key": (
         {"AIRFLOW_CONN_PAYROC_DEFAULT": '{"conn_type": "payroc", "extra": {"environment": "uat"}}'},
-        "release",
+        "pull_approved",
         "password",
     ),
     "a wrong API key": (

@@ -147,7 +147,21 @@ def test_an_answer_that_differs_from_the_request_goes_to_review_with_its_refund_
         Outcome.REVIEW,
         Sighting("CD3HN88U9F", word, Status.REVIEW),
     )
-    assert verdict.reason == f"Payroc's refund CD3HN88U9F differs from the request in {named}."
+    assert verdict.reason == (
+        f"Payroc's refund CD3HN88U9F differs from the request in {named}. "
+        "Another shop with the same PAYROC_REFUNDS_SOURCE at this Payroc account may have sent it."
+    )
+
+
+def test_only_an_object_with_our_key_may_be_of_another_shop_with_our_sources_name() -> None:
+    verdict = judge_object(found(amount=1, fields=None), REFUND, http_status=201)
+    assert verdict.reason == "Payroc's refund CD3HN88U9F differs from the request in amount."
+
+
+@pytest.mark.parametrize("status", [400, 409])
+def test_a_key_that_is_in_use_may_be_another_shops_with_our_sources_name(status: int) -> None:
+    verdict = judge_error(problem(status, "idempotency-key-in-use"), REFUND, NOTHING_BEFORE)
+    assert "another request. Another shop with the same PAYROC_REFUNDS_SOURCE" in verdict.reason
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from include.refunds.ledger import LedgerError, Selection
+from include.refunds.ledger import Ledger, LedgerError, Selection
 from include.refunds.release import PreflightFailed, PreflightRefused
+from include.refunds.settings import Settings
 from include.refunds.source import SourceError, SqlSource
 from include.refunds.write_back import write_back
 from tests.refunds.conftest import Intercepted, World
@@ -356,3 +357,38 @@ def test_a_write_back_may_leave_parameters_out_and_use_them_anywhere(world: Worl
     world.source = SqlSource(world.source_engine, write_back=file)
     assert world.write_back() == (1, [])
     assert world.source_row(ref)["reason"] == "approved"
+
+
+PRODUCTION = "https://api.payroc.com/v1"
+
+
+def in_production(world: World) -> Intercepted:
+    """Return the gateway to the local Payroc as if it led to production."""
+    gateway = Intercepted(world.gateway)
+    gateway.environment = PRODUCTION
+    return gateway
+
+
+def test_what_was_pulled_under_the_default_name_is_not_released_to_production(world: World) -> None:
+    ref = world.approve()
+    world.pull()
+    world.gateway = in_production(world)  # type: ignore[assignment]  # it delegates what it lacks
+    with pytest.raises(LedgerError, match="PAYROC_REFUNDS_SOURCE is refund_requests, its default"):
+        world.release()
+    assert world.row(ref)["status"] == "approved"
+
+
+def test_what_was_released_under_the_default_name_is_not_sent_to_production(world: World) -> None:
+    refund_id = world.released()
+    with world.ledger_engine.begin() as connection:
+        connection.exec_driver_sql("SET session_replication_role = replica")
+        connection.exec_driver_sql("UPDATE refund_ledger.refund_control SET environment = NULL")
+    with pytest.raises(LedgerError, match="set a name of your own, such as acme_refunds"):
+        world.send(refund_id, in_production(world))  # type: ignore[arg-type]  # it delegates what it lacks
+    assert (world.row(refund_id)["attempts"], world.posts(refund_id)) == (0, 0)
+
+
+def test_a_source_name_of_ones_own_is_for_production(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAYROC_REFUNDS_SOURCE", "acme_refunds")
+    ledger = Ledger(world.ledger.engine, Settings(), actor="test")
+    world.run(ledger.check_environment(PRODUCTION))

@@ -9,10 +9,12 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
+from include.payroc.hosts import PRODUCTION
 from include.refunds.classify import EVERYTHING
 from include.refunds.ledger.base import LedgerBase, LedgerError
 from include.refunds.ledger.connection import Connection
 from include.refunds.limits import LIMITS, Limits
+from include.refunds.settings import DEFAULT_SOURCE
 
 # True of a row of refunds whose sending is not paused, neither for all nor for its terminal.
 NOT_PAUSED = """NOT EXISTS (
@@ -29,13 +31,21 @@ class Control(LedgerBase):
         :param environment: Payroc's API base URL.
         :param bind: a ledger that belongs to none yet now belongs to this one. Only done when this one has answered, so that a
             typing error binds nothing.
-        :raises LedgerError: when the ledger belongs to another one.
+        :raises LedgerError: when the ledger belongs to another one, or when this is production and the source has
+            the name that everybody begins with.
         """
-        found = await self._bond("environment", environment, bind=bind)
+        nameless = environment == PRODUCTION and self._settings.source == DEFAULT_SOURCE
+        found = await self._bond("environment", environment, bind=bind and not nameless)
         if found not in (None, environment):
             raise LedgerError(
                 f"This ledger belongs to Payroc at {found}, the connection points to {environment}: "
                 "use the connection it belongs to, or a ledger of its own."
+            )
+        if nameless:
+            raise LedgerError(
+                f"PAYROC_REFUNDS_SOURCE is {DEFAULT_SOURCE}, its default, and the connection is Payroc's "
+                "production: set a name of your own, such as acme_refunds, and never change it, because two shops "
+                "with one name and one Payroc account would send their refunds under the same keys."
             )
 
     async def check_source(self) -> None:
