@@ -29,6 +29,7 @@ from include.refunds.audit import Head, HeadError, verify_audit
 from include.refunds.case import DecisionRefused
 from include.refunds.classify import EVERYTHING
 from include.refunds.connect import NoGateway, cipher_of, connect, connect_source
+from include.refunds.database_errors import describe
 from include.refunds.gateway import Gateway
 from include.refunds.ledger import Ledger, LedgerEngine, LedgerError
 from include.refunds.ledger.connection import DATABASE_ERRORS
@@ -572,10 +573,7 @@ def main() -> None:
     ) as error:
         _fail(str(error))
     except (DBAPIError, *DATABASE_ERRORS) as error:
-        # A driver's message may quote values; its class tells enough.
-        _fail(
-            f"The database can't be used ({type(getattr(error, 'orig', None) or error).__name__}): check its URL and that it runs."
-        )
+        _fail(f"The database can't be used: {describe(error)}; check its URL, its rights, and that it runs.")
 
 
 @asynccontextmanager

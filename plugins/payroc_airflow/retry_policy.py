@@ -17,9 +17,10 @@ class PayrocRetryPolicy(RetryPolicy):
     """
     Retries a refund in doubt when its wait has ended: 90 seconds, Payroc's ``Retry-After``, or the end of a lease.
 
-    What only people can mend fails at once: a setting, a connection, a param, a ledger that is not migrated. (A rejected refund
-    is an ``AirflowFailException``, about which no policy is asked.) Everything else, such as a database that does not answer,
-    follows the task's own delay: a retry never sends a second time, because the ledger decides.
+    Trouble that an operator has to fix fails at once: a setting, a connection, a param, a ledger that is not migrated, a
+    statement that a database refuses. (A rejected refund is an ``AirflowFailException``, about which no policy is asked.)
+    Everything else follows the task's own delay, such as a database that does not answer, only reads for now, or waits for
+    a lock: a retry never sends a second time, because the ledger decides.
     """
 
     def evaluate(
@@ -29,8 +30,8 @@ class PayrocRetryPolicy(RetryPolicy):
         if isinstance(exception, RefundsInDoubt):
             # A second more, so that the wait has surely ended by the database's clock.
             return RetryDecision.retry(timedelta(seconds=exception.retry_after + 1), reason="refund in doubt")
-        if _mended_by_people(exception):
-            return RetryDecision.fail(reason="only people can mend this")
+        if _needs_an_operator(exception):
+            return RetryDecision.fail(reason="an operator has to fix this")
         return RetryDecision.default()
 
     def serialize(self) -> dict[str, Any]:
@@ -43,7 +44,7 @@ class PayrocRetryPolicy(RetryPolicy):
         return cls()
 
 
-def _mended_by_people(exception: BaseException) -> bool:
+def _needs_an_operator(exception: BaseException) -> bool:
     # Each task of a DAG file has a policy, and only one that has failed needs these.
     from include.payroc.errors import PayrocConfigurationError
     from include.refunds.ledger import LedgerError, LedgerUnavailable
@@ -53,7 +54,7 @@ def _mended_by_people(exception: BaseException) -> bool:
     from include.refunds.settings import SettingsError
     from include.refunds.source import SourceError, SourceUnavailable
 
-    by_people = (
+    permanent = (
         PayrocConfigurationError,
         LedgerError,
         UrlError,
@@ -62,6 +63,6 @@ def _mended_by_people(exception: BaseException) -> bool:
         SettingsError,
         SourceError,
     )
-    return isinstance(exception, by_people) and not isinstance(
+    return isinstance(exception, permanent) and not isinstance(
         exception, LedgerUnavailable | SourceUnavailable
     )

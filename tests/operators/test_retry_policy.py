@@ -50,8 +50,8 @@ def test_the_wait_of_a_refund_in_doubt_does_not_grow_with_its_tries() -> None:
         SourceError,
     ],
 )
-def test_what_only_people_can_mend_fails_at_once(kind: type[Exception]) -> None:
-    assert decided(kind("mend me")).action is RetryAction.FAIL
+def test_trouble_that_an_operator_has_to_fix_fails_at_once(kind: type[Exception]) -> None:
+    assert decided(kind("fix me")).action is RetryAction.FAIL
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_what_only_people_can_mend_fails_at_once(kind: type[Exception]) -> None:
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_what_may_mend_itself_follows_the_tasks_own_delay(error: Exception) -> None:
+def test_trouble_that_may_pass_follows_the_delay_of_the_task(error: Exception) -> None:
     assert decided(error) == RetryDecision.default()
 
 

@@ -7,18 +7,13 @@ from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Self
 
-import asyncpg
-
+from include.refunds.database_errors import describe
 from include.refunds.ledger.connection import DATABASE_ERRORS, Connection, LedgerEngine
 from include.refunds.revision import REVISION, VERSION_TABLE, newer
 from include.refunds.settings import Settings
 
 # SQLSTATE of a missing table and of a missing schema.
 _NO_SUCH_TABLE = ("42P01", "3F000")
-
-# How the SQLSTATEs begin that say more of the server or of its other sessions than of the statement: no connection, no login, no such
-# database, deadlocks, resources, locks, a cancel or shutdown, its disks, a session that stood still for too long.
-_PASSING = ("08", "28", "3D", "40", "53", "54", "55", "57", "58", "25P03")
 
 
 class LedgerError(Exception):
@@ -94,20 +89,16 @@ class LedgerBase:
         return self._clock() if self._clock is not None else row.now
 
     def _explained(self, error: Exception) -> LedgerError:
-        """Return the ledger's own error for one of :data:`DATABASE_ERRORS`: a driver's message may quote a whole row in its DETAIL."""
-        state = error.sqlstate if isinstance(error, asyncpg.PostgresError) else None
-        if state in _NO_SUCH_TABLE:
+        """Return the ledger's own error for one of :data:`DATABASE_ERRORS`."""
+        if getattr(error, "sqlstate", None) in _NO_SUCH_TABLE:
             return _not_migrated(None)
+        failure = describe(error)
         place = f"The ledger database at {self.engine.url.host}:{self.engine.url.port}"
-        if state is not None and not state.startswith(_PASSING):
-            constraint = getattr(error, "constraint_name", None)
-            about = f"SQLSTATE {state}" + (f", constraint {constraint}" if constraint else "")
-            return LedgerError(
-                f"{place} refused a statement ({type(error).__name__}, {about}); its log has the statement."
+        if failure.kind.is_transient:
+            return LedgerUnavailable(
+                f"{place} can't be used: {failure}; {failure.remedy}. Its connection is refunds_ledger."
             )
-        return LedgerUnavailable(
-            f"{place} can't be used ({type(error).__name__}): check the connection refunds_ledger."
-        )
+        return LedgerError(f"{place} refused a statement: {failure}; its log has the statement.")
 
     @asynccontextmanager
     async def rehearsal(self) -> AsyncIterator[Self]:
