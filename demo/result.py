@@ -12,6 +12,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from include.refunds.printable import printable
+
 STYLES = {
     "accepted": "green",
     "settled": "green",
@@ -99,15 +101,20 @@ def table_of(rows: list[Row]) -> Table:
     table.add_column("What happened", ratio=1, overflow="fold")
     for row in rows:
         table.add_row(
-            row.order_id,
-            f"••{row.last4}" if row.last4 else "token" if row.amount else "",
+            _cell(row.order_id),
+            _cell(f"••{row.last4}" if row.last4 else "token" if row.amount else ""),
             money(row.amount, row.currency),
             Text(row.status, style=STYLES.get(row.status, "")),
-            row.payroc_refund_id or "",
+            _cell(row.payroc_refund_id),
             str(row.attempts or ""),
-            Text(_what_happened(row)),
+            _cell(_what_happened(row)),
         )
     return table
+
+
+def _cell(value: str | None) -> Text:
+    # What is no Text would be read as rich's markup.
+    return Text(printable(value))
 
 
 def totals_of(rows: list[Row]) -> Table:
@@ -147,13 +154,16 @@ def compare_with_payroc(rows: list[Row], theirs: list[dict[str, Any]]) -> list[s
     orders = Counter((refund["processingTerminalId"], refund["orderId"]) for refund in theirs)
     for (terminal, order), count in orders.items():
         if count > 1:
-            complaints.append(f"Order {order} of terminal {terminal} exists {count} times at Payroc.")
+            complaints.append(
+                f"Order {printable(order)} of terminal {printable(terminal)} exists {count} times at Payroc."
+            )
     known = {refund["refundId"]: refund for refund in theirs}
     for row in rows:
         refund = known.get(row.payroc_refund_id or "")
         if row.payroc_refund_id and refund is None:
             complaints.append(
-                f"Order {row.order_id} is {row.status} in the ledger as {row.payroc_refund_id}, which Payroc does not know."
+                f"Order {printable(row.order_id)} is {row.status} in the ledger as {printable(row.payroc_refund_id)}, "
+                "which Payroc does not know."
             )
         elif refund and (refund["orderId"], refund["amount"], refund["currency"]) != (
             row.order_id,
@@ -161,11 +171,11 @@ def compare_with_payroc(rows: list[Row], theirs: list[dict[str, Any]]) -> list[s
             row.currency,
         ):
             complaints.append(
-                f"Order {row.order_id} is another order or amount at Payroc, as {row.payroc_refund_id}."
+                f"Order {printable(row.order_id)} is another order or amount at Payroc, as {printable(row.payroc_refund_id)}."
             )
     ours = {row.payroc_refund_id for row in rows}
     complaints += [
-        f"Payroc has a refund {refund} that the ledger does not know."
+        f"Payroc has a refund {printable(refund)} that the ledger does not know."
         for refund in known
         if refund not in ours
     ]

@@ -21,6 +21,7 @@ from demo.result import (
 )
 from demo.stack import Stack, telling_lines
 from demo.state import State
+from include.refunds.printable import printable
 
 DAG = "payroc_refunds"
 
@@ -193,11 +194,11 @@ def _show_result(stack: Stack, *, succeeded: bool, received_before: int) -> int:
         say(f"[green]✓[/] {exist}, none twice. Each is in the ledger with the same order and amount.")
     for row in held:
         say(
-            f"[yellow]•[/] {row.order_id} is held, {money(row.amount, row.currency)}, until a person releases or cancels it."
+            f"[yellow]•[/] {printable(row.order_id)} is held, {money(row.amount, row.currency)}, until a person releases or cancels it."
         )
     if open_refunds:
         say(
-            f"[bold yellow]•[/] {len(open_refunds)} refunds have not ended: {', '.join(row.order_id for row in open_refunds)}."
+            f"[bold yellow]•[/] {len(open_refunds)} refunds have not ended: {', '.join(printable(row.order_id) for row in open_refunds)}."
         )
     if not succeeded:
         log = max(stack.state.logs.glob("run-*.log"), key=lambda log: log.stat().st_mtime)

@@ -26,6 +26,7 @@ from demo.environment import HANG_SECONDS, TOKEN_SECONDS, connections, environme
 from demo.errors import DemoError
 from demo.postgres import HOST, PostgresServer, free_port, port_is_free
 from demo.state import ROOT, State
+from include.refunds.printable import visible
 
 AIRFLOW_DATABASE = "airflow"
 LEDGER_DATABASE = "refunds"
@@ -299,7 +300,7 @@ def telling_lines(log: Path) -> str:
     with suppress(FileNotFoundError):
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         errors = [line for line in lines if re.search(r"\[(error|critical) *\]", line)]
-        return "\n".join(errors[-4:] or lines[-15:])
+        return "\n".join(map(visible, errors[-4:] or lines[-15:]))
     return "(it is empty)"
 
 

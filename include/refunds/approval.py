@@ -7,6 +7,7 @@ from typing import Any
 
 from include.refunds.limits import Totals
 from include.refunds.money import money, sums
+from include.refunds.printable import printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class Question:
         ]
         return "\n".join(
             [
-                f"The run `{run_id}` would release these refunds to Payroc:",
+                f"The run `{printable(run_id)}` would release these refunds to Payroc:",
                 "",
                 "| Currency | Refunds | Total | Largest refund |",
                 "| --- | ---: | ---: | ---: |",

@@ -7,10 +7,12 @@ import csv
 import getpass
 import json
 import secrets
+import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from enum import StrEnum
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -18,9 +20,9 @@ import typer
 from cryptography.fernet import Fernet
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 from sqlalchemy.exc import DBAPIError
 
 from include.payroc.errors import PayrocConfigurationError, PayrocError
@@ -36,8 +38,9 @@ from include.refunds.ledger.connection import DATABASE_ERRORS
 from include.refunds.ledger_url import UrlError, ledger_url, source_url
 from include.refunds.limits import LIMITS, Limits
 from include.refunds.money import money
+from include.refunds.printable import printable, visible
 from include.refunds.reissue import reissue as reissue_refund
-from include.refunds.report import details, status_report
+from include.refunds.report import Match, details, find, status_report
 from include.refunds.resolve import resolve as resolve_refund
 from include.refunds.restored import Restored
 from include.refunds.restored import restored as after_restore
@@ -128,10 +131,10 @@ def migrate(
         revision = migrate_ledger(ledger_url(url))
     except NewerLedger as error:
         _fail(str(error))
-    console.print(f"The ledger is at revision {revision}.")
+    _say(f"The ledger is at revision {revision}.")
     if demo:
         demo_source.create_table(source_url(source))
-        console.print("The source has the table public.refund_requests.")
+        _say("The source has the table public.refund_requests.")
 
 
 @app.command("import")
@@ -159,10 +162,8 @@ def import_csv(
         task = progress.add_task("Importing", total=len(lines))
         result = demo_source.import_lines(source_url(source), lines, advance=lambda: progress.advance(task))
     for number, error in result.errors.items():
-        console.print(f"Line {number}: {error}", style="red", highlight=False)
-    console.print(
-        f"{result.imported} imported, {result.known} there already, {len(result.errors)} with errors."
-    )
+        _say(f"Line {number}: {error}", red=True)
+    _say(f"{result.imported} imported, {result.known} there already, {len(result.errors)} with errors.")
     if result.errors:
         raise typer.Exit(EXIT_TROUBLE)
 
@@ -174,9 +175,10 @@ def status(
     """Show totals per status, what waits, and what needs people."""
     report = _with_engine(url, lambda engine: status_report(engine, get_settings().source))
     if as_json:
-        typer.echo(json.dumps(report.as_dict()))
+        _json(report.as_dict())
     else:
-        typer.echo(str(report))
+        for line in str(report).splitlines():
+            _say(line)
     if report.unfinished:
         raise typer.Exit(EXIT_TROUBLE)
 
@@ -186,21 +188,33 @@ def show(
     which: Annotated[
         str, typer.Argument(help="The ledger's id, an order id, a source_ref or Payroc's refund id.")
     ],
+    by_id: Annotated[bool, typer.Option("--id", help="WHICH is the ledger's id, and nothing else.")] = False,
     url: LedgerUrl = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show one refund with its attempts and its history."""
-    found = _with_engine(url, lambda engine: details(engine, get_settings().source, which))
-    if found is None:
+    """Show one refund with its attempts and its history. Exit code 2 when it may be one of several, which are listed."""
+
+    async def work(engine: LedgerEngine) -> tuple[list[Match], dict[str, Any] | None]:
+        matches = await find(engine, get_settings().source, which, by_id=by_id, limit=_MOST_MATCHES)
+        return matches, await details(engine, matches[0].id) if len(matches) == 1 else None
+
+    matches, found = _with_engine(url, work)
+    if not matches:
         _fail(
-            f"The ledger holds no refund {which!r}: give its id, order id, source_ref or Payroc's refund id."
+            f"The ledger holds no refund {printable(which)}: give its id, order id, source_ref or Payroc's refund id."
+        )
+    if found is None:
+        _print_matches(matches, as_json=as_json)
+        most = "at least " if len(matches) == _MOST_MATCHES else ""
+        _fail(
+            f"{printable(which)} may be {most}{len(matches)} refunds: give the ledger's id of one of them, as `show ID --id`."
         )
     if as_json:
-        typer.echo(json.dumps(found))
+        _json(found)
         return
-    console.print(_facts(found))
-    console.print(_attempts(found["attempts"]))
-    console.print(_events(found["events"]))
+    _print(_facts(found))
+    _print(_attempts(found["attempts"]))
+    _print(_events(found["events"]))
 
 
 @app.command()
@@ -212,7 +226,7 @@ def pause(
 ) -> None:
     """Stop the sending, at once and for every worker; what is in flight at Payroc can't be called back."""
     _with_ledger(url, by, lambda ledger: ledger.pause(terminal or EVERYTHING, reason))
-    console.print(f"The sending is paused{f' for terminal {terminal}' if terminal else ''}.")
+    _say(f"The sending is paused{f' for terminal {terminal}' if terminal else ''}.")
 
 
 @app.command()
@@ -227,7 +241,7 @@ def resume(
         _fail(
             f"The sending was not paused{f' for terminal {terminal}' if terminal else ''}; `status` shows what is."
         )
-    console.print(f"The sending goes on{f' for terminal {terminal}' if terminal else ''}.")
+    _say(f"The sending goes on{f' for terminal {terminal}' if terminal else ''}.")
 
 
 @app.command()
@@ -237,9 +251,9 @@ def limits(
     """Show the limits of the sending. All are unset at first, and what is unset lets pass."""
     found = _with_ledger(url, "limits", lambda ledger: ledger.limits())
     if as_json:
-        typer.echo(json.dumps(asdict(found)))
+        _json(asdict(found))
         return
-    console.print(_limits(found))
+    _print(_limits(found))
 
 
 @app.command()
@@ -261,10 +275,7 @@ def limit(
         raise typer.BadParameter("must be a whole number or none.", param_hint="VALUE")
     number = None if value == "none" else int(value)
     _with_ledger(url, by, lambda ledger: ledger.set_limit(name.value, number, reason))
-    console.print(
-        f"The limit {name.value} is {'taken away' if number is None else _limit(name.value, number)}.",
-        highlight=False,
-    )
+    _say(f"The limit {name.value} is {'taken away' if number is None else _limit(name.value, number)}.")
 
 
 @app.command()
@@ -275,17 +286,14 @@ def release(refund_id: RefundId, reason: Why, by: By, url: LedgerUrl = None) -> 
     Whoever requested the refund can't release it.
     """
     _with_ledger(url, by, lambda ledger: ledger.release_hold(refund_id, reason))
-    console.print(
-        f"Refund {refund_id} is approved again; the next run of payroc_refunds takes it through the door.",
-        highlight=False,
-    )
+    _say(f"Refund {refund_id} is approved again; the next run of payroc_refunds takes it through the door.")
 
 
 @app.command()
 def cancel(refund_id: RefundId, reason: Why, by: By, url: LedgerUrl = None) -> None:
     """End a refund that was not sent, held or not. It is never sent; pay it by a new row with a source_ref of its own."""
     _with_ledger(url, by, lambda ledger: ledger.cancel(refund_id, reason))
-    console.print(f"Refund {refund_id} is cancelled.", highlight=False)
+    _say(f"Refund {refund_id} is cancelled.")
 
 
 class Outcome(StrEnum):
@@ -328,9 +336,9 @@ def resolve(
         ),
     )
     if resolution.note:
-        typer.echo(f"Note: {resolution.note}")
+        _say(f"Note: {resolution.note}")
     if done:
-        typer.echo(f"Refund {refund_id} is {resolution.status}.")
+        _say(f"Refund {refund_id} is {resolution.status}.")
         return
     found = resolution.decision.get("payroc_refund_id")
     _proposed(
@@ -360,7 +368,7 @@ def reissue(
     )
     if new is None:
         _proposed(f"reissue {refund_id}")
-    typer.echo(f"Refund {new} replaces refund {refund_id}; the next run of payroc_refunds sends it.")
+    _say(f"Refund {new} replaces refund {refund_id}; the next run of payroc_refunds sends it.")
 
 
 @app.command()
@@ -374,7 +382,7 @@ def reverse(
         conn_id,
         lambda ledger, gateway: reverse_refund(refund_id, reason, ledger=ledger, gateway=gateway),
     )
-    typer.echo(result.sentence)
+    _say(result.sentence)
     if not result.done:
         raise typer.Exit(EXIT_TROUBLE)
 
@@ -410,7 +418,7 @@ def verify(
 
     found = _with_payroc(url, "verify", conn_id, work)
     if as_json:
-        typer.echo(json.dumps(found.as_dict()))
+        _json(found.as_dict())
     else:
         _compared(found)
     if found.differences:
@@ -462,20 +470,18 @@ def restored(
         )
 
     found = _with_payroc(url, by, conn_id, work)
-    typer.echo(
+    _say(
         f"The sending is paused. What happened since {found.since:%Y-%m-%d %H:%M %Z} may be forgotten, and was looked for."
     )
-    typer.echo(
-        f"{found.pulled.new} refunds were pulled anew; {len(found.taken_over)} were taken over from Payroc."
-    )
+    _say(f"{found.pulled.new} refunds were pulled anew; {len(found.taken_over)} were taken over from Payroc.")
     for source_ref in sorted({*found.pulled.invalid, *found.pulled.changed}):
-        typer.echo(
+        _say(
             f"  Source row {source_ref} is {'invalid' if source_ref in found.pulled.invalid else 'changed'}; the next report says how."
         )
     for item in found.taken_over:
-        typer.echo(f"  {item}")
+        _say(f"  {item}")
     _compared(found.comparison)
-    typer.echo(
+    _say(
         "What no comparison brings back, look at it before you resume: limits, pauses, holds, cancellations and resolutions since then. "
         "`python -m include.refunds resume` lets the sending go on."
     )
@@ -503,11 +509,11 @@ def check_audit(
     found = _with_engine(url, lambda engine: verify_audit(engine, known))
     if as_json:
         head = str(found.head) if found.head else None
-        typer.echo(json.dumps({"events": found.events, "head": head, "findings": found.findings}))
+        _json({"events": found.events, "head": head, "findings": found.findings})
     else:
         for finding in found.findings:
-            typer.echo(finding)
-        typer.echo(
+            _say(finding)
+        _say(
             f"{found.events} events, head {found.head or 'none'}: "
             + (f"{len(found.findings)} findings." if found.findings else "intact.")
         )
@@ -537,11 +543,11 @@ def rotate_keys(url: LedgerUrl = None) -> None:
 
     rotated, by_key = _with_ledger(url, "rotate-keys", work)
     for sentence in rotated.unreadable:
-        console.print(sentence, style="red", highlight=False)
-    console.print(f"{rotated.done} requests were encrypted anew with the key {first}.", highlight=False)
+        _say(sentence, red=True)
+    _say(f"{rotated.done} requests were encrypted anew with the key {first}.")
     for key, count in by_key.items():
         role = "the first" if key == first else "another one that is set" if key in others else "not set here"
-        console.print(f"  key {key} ({role}): {count} requests", highlight=False)
+        _say(f"  key {key} ({role}): {count} requests")
     if set(by_key) - {first}:
         raise typer.Exit(EXIT_TROUBLE)
 
@@ -549,12 +555,16 @@ def rotate_keys(url: LedgerUrl = None) -> None:
 @app.command("generate-keys")
 def generate_keys() -> None:
     """Print fresh keys for PAYROC_REFUNDS_ENCRYPTION_KEYS and PAYROC_REFUNDS_FINGERPRINT_KEY. Keep them outside the database."""
-    typer.echo(f"PAYROC_REFUNDS_ENCRYPTION_KEYS={Fernet.generate_key().decode()}")
-    typer.echo(f"PAYROC_REFUNDS_FINGERPRINT_KEY={secrets.token_urlsafe(48)}")
+    _say(f"PAYROC_REFUNDS_ENCRYPTION_KEYS={Fernet.generate_key().decode()}")
+    _say(f"PAYROC_REFUNDS_FINGERPRINT_KEY={secrets.token_urlsafe(48)}")
 
 
 def main() -> None:
     """Run the command line; trouble that has a sentence ends with it and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            # A terminal that knows only some characters shows the others by their numbers.
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except (
@@ -607,7 +617,7 @@ def _with_payroc(
 
 
 def _proposed(command: str) -> NoReturn:
-    typer.echo(
+    _say(
         f"Proposed. It takes two: a different person has to run `python -m include.refunds {command} --by … --reason …`."
     )
     raise typer.Exit(EXIT_TROUBLE)
@@ -639,9 +649,12 @@ def _limits(found: Limits) -> Table:
     for name in ("name", "value", "what it means"):
         table.add_column(name, overflow="fold")
     for name, value in asdict(found).items():
-        table.add_row(name, "unset" if value is None else _limit(name, value), _MEANING[name])
+        _add(table, name, "unset" if value is None else _limit(name, value), _MEANING[name])
     return table
 
+
+# Nobody reads more of them.
+_MOST_MATCHES = 20
 
 # What people look for first stands first; the rest follows.
 _FIRST = (
@@ -658,17 +671,13 @@ _FIRST = (
 
 
 def _compared(found: Comparison) -> None:
-    console.print(_sums(found))
+    _print(_sums(found))
     for currency, total in sorted(found.elsewhere.items()):
         amount = money(total.payroc_amount, currency)
-        console.print(
-            f"Made elsewhere, not by this project: {total.payroc_count} refunds, {amount}.", highlight=False
-        )
+        _say(f"Made elsewhere, not by this project: {total.payroc_count} refunds, {amount}.")
     for item in found.differences:
-        typer.echo(item.sentence)
-    typer.echo(
-        f"{len(found.differences)} differences." if found.differences else "The ledger and Payroc agree."
-    )
+        _say(item.sentence)
+    _say(f"{len(found.differences)} differences." if found.differences else "The ledger and Payroc agree.")
 
 
 def _sums(found: Comparison) -> Table:
@@ -679,7 +688,7 @@ def _sums(found: Comparison) -> Table:
         table.add_column(name, justify="left" if name == "status" else "right")
     for (currency, status), total in sorted(found.sums.items()):
         ledger, payroc = money(total.ledger_amount, currency), money(total.payroc_amount, currency)
-        table.add_row(status, str(total.ledger_count), ledger, str(total.payroc_count), payroc)
+        _add(table, status, total.ledger_count, ledger, total.payroc_count, payroc)
     return table
 
 
@@ -692,8 +701,12 @@ def _facts(found: dict[str, Any]) -> Table:
     facts |= {"amount": money(found["amount"], found["currency"]), "attempts so far": len(found["attempts"])}
     table = Table(title=f"Refund {found['id']}", title_justify="left", box=SIMPLE_HEAD, show_header=False)
     for name in sorted(facts, key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST)):
-        value = _instant(facts[name]) if name.endswith(("_at", "_until")) else str(facts[name])
-        table.add_row(name.replace("_", " "), value)
+        value = facts[name]
+        if isinstance(value, list):
+            value = ", ".join(value)
+        elif name.endswith(("_at", "_until")):
+            value = _instant(value)
+        _add(table, name.replace("_", " "), value)
     return table
 
 
@@ -702,12 +715,10 @@ def _attempts(attempts: list[dict[str, Any]]) -> Table:
     for name in ("", "began", "ended", "outcome", "HTTP", "problem", "run"):
         table.add_column(name, overflow="fold")
     for row in attempts:
-        outcome, status = row["outcome"] or "none recorded", str(row["http_status"] or "")
-        place = f"{row['run_id']} [{row['map_index']}] try {row['try_number']}"
+        place = f"{row['run_id']}, task {row['map_index']}, try {row['try_number']}"
         began, ended = _instant(row["started_at"]), _instant(row["finished_at"])[-8:]
-        table.add_row(
-            str(row["attempt"]), began, ended, outcome, status, row["problem_type"] or "", escape(place)
-        )
+        outcome = row["outcome"] or "none recorded"
+        _add(table, row["attempt"], began, ended, outcome, row["http_status"], row["problem_type"], place)
     return table
 
 
@@ -717,7 +728,7 @@ def _events(events: list[dict[str, Any]]) -> Table:
         table.add_column(name, overflow="fold")
     for row in events:
         what = row["to_status"] if row["event"] == "status" else row["event"]
-        table.add_row(_instant(row["at"]), what, escape(row["actor"]), escape(row["reason"] or ""))
+        _add(table, _instant(row["at"]), what, row["actor"], row["reason"])
     return table
 
 
@@ -725,6 +736,41 @@ def _instant(value: str | None) -> str:
     return value[:19].replace("T", " ") if value else ""
 
 
+def _print_matches(matches: list[Match], *, as_json: bool) -> None:
+    if as_json:
+        _json({"matches": [asdict(match) for match in matches]})
+        return
+    table = Table(title="Refunds that may be meant", title_justify="left", box=SIMPLE_HEAD)
+    for name in ("id", "order id", "source_ref", "terminal", "amount", "status"):
+        table.add_column(name, overflow="fold")
+    for match in matches:
+        amount = money(match.amount, match.currency)
+        place = match.order_id, match.source_ref, match.processing_terminal_id
+        _add(table, match.id, *place, amount, match.status)
+    _print(table)
+
+
+# Everything that is printed leaves by one of these five.
+
+
+def _say(sentence: str, *, red: bool = False) -> None:
+    typer.secho(visible(sentence), fg="red" if red else None)
+
+
+def _json(value: dict[str, Any]) -> None:
+    """Print JSON in ASCII: what is in it is not changed, and can do nothing to a terminal."""
+    typer.echo(json.dumps(value))
+
+
+def _print(table: Table) -> None:
+    console.print(table)
+
+
+def _add(table: Table, *cells: object) -> None:
+    # A cell that is no Text would be read as rich's markup.
+    table.add_row(*(Text(printable(cell)) for cell in cells))
+
+
 def _fail(message: str) -> NoReturn:
-    Console(stderr=True, soft_wrap=True).print(message, style="red", highlight=False)
+    typer.secho(visible(message), fg="red", err=True)
     raise SystemExit(EXIT_UNUSABLE)

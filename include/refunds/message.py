@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from include.refunds.approval import Question
 from include.refunds.money import money, sums
+from include.refunds.printable import printable, visible
 from include.refunds.report import Report, Total
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def approval_needed(question: Question, run_id: str, url: str) -> Message:
         sentences.insert(
             1, f"Beside these, {question.basis['again']:,} that were released before and not sent."
         )
-    title = f"Refund run {run_id} waits for approval"
+    title = f"Refund run {printable(run_id)} waits for approval"
     return _message(
         ["approval needed", sums(totals)], title, "#175cd3", sentences, [], [], "Answer the question", url
     )
@@ -94,7 +95,7 @@ def deadline_missed(report: Report | None, run_id: str, *, due: datetime, now: d
     ]
     if report is None:
         sentences.append("The ledger could not be read.")
-    title = f"Refund run {run_id} has not finished by its deadline"
+    title = f"Refund run {printable(run_id)} has not finished by its deadline"
     totals = report.totals if report else []
     return _message(
         ["run not finished by its deadline"], title, "#b54708", sentences, totals, [], "Open the run", url
@@ -164,9 +165,14 @@ def _message(
     shown = list(notes[:_MOST_NOTES])
     if len(notes) > len(shown):
         shown.append(f"{len(notes) - len(shown)} more notes stand in the log of the task report.")
-    parts: dict[str, Any] = {"title": title, "sentences": sentences, "totals": totals, "notes": shown}
+    parts: dict[str, Any] = {
+        "title": visible(title),
+        "sentences": [*map(visible, sentences)],
+        "totals": totals,
+        "notes": [*map(visible, shown)],
+    }
     html = environment().get_template("message.html").render(**parts, color=color, link=link, url=url)
-    return Message(f"Payroc refunds: {', '.join(words)}", _text(**parts, url=url), html, url)
+    return Message(visible(f"Payroc refunds: {', '.join(words)}"), _text(**parts, url=url), html, url)
 
 
 def _text(

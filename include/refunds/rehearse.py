@@ -6,6 +6,7 @@ from include.refunds.cipher import Cipher
 from include.refunds.ledger import Candidate, Ledger
 from include.refunds.limits import Door
 from include.refunds.params import RunParams
+from include.refunds.printable import printable
 from include.refunds.pull import pull
 from include.refunds.report import Line, Report, totals_of, warning_notes
 from include.refunds.settings import Settings
@@ -36,12 +37,13 @@ async def rehearse(
     report.invalid = pulled.invalid
     report.notes = [question.why] if question else []
     report.notes += [
-        f"Source row {source_ref} changed after it was pulled ({', '.join(names)}); give it a new source_ref."
+        f"Source row {printable(source_ref)} changed after it was pulled ({printable(', '.join(names))}); "
+        "give it a new source_ref."
         for source_ref, names in pulled.changed.items()
     ]
     report.notes += warning_notes(pulled.warnings)
     report.notes += [
-        f"The sending is paused for {'everything' if scope == '*' else scope}: {why}"
+        f"The sending is paused for {'everything' if scope == '*' else printable(scope)}: {printable(why)}"
         for scope, why in pauses.items()
     ]
     return report

@@ -13,12 +13,16 @@ from include.refunds.business_days import business_days_between
 from include.refunds.ledger.connection import Connection, LedgerEngine, Row
 from include.refunds.ledger.write_backs import NEWEST
 from include.refunds.money import money, sums
+from include.refunds.printable import printable, visible
 from include.refunds.states import IN_DOUBT
 
 # A report stays readable: of more refunds than this, only those that did not go as expected are listed.
 _MOST_LINES = 500
 _EXPECTED = ("accepted", "settled")
 _MOST_NOTES = 50
+
+# Characters of a cell of the report's table: an order id has 24, a long text would push the columns after it away.
+_CELL = 60
 
 # Accepted is normal for this many business days, pending and not looked at for that many; then people are told.
 _ACCEPTED_DAYS = 5
@@ -111,7 +115,8 @@ class Report:
         if self.invalid:
             parts += ["Invalid source rows:"]
             parts += [
-                f"  {ref}: " + "; ".join(f"{name} {what}" for name, what in errors.items())
+                f"  {printable(ref)}: "
+                + "; ".join(f"{printable(name)} {printable(what)}" for name, what in errors.items())
                 for ref, errors in self.invalid.items()
             ]
             parts += [""]
@@ -129,7 +134,7 @@ class Report:
         parts += [f"Unfinished: {what}" for what in self.unfinished]
         if self.audit_head:
             parts += [f"Audit trail: {self.audit_head.position} events, head {self.audit_head}"]
-        return "\n".join(parts)
+        return "\n".join(map(visible, parts))
 
 
 # One branch per index: a single OR over them would read the whole ledger.
@@ -151,7 +156,7 @@ async def run_report(engine: LedgerEngine, source: str, run_id: str) -> Report:
             "SELECT * FROM refund_ledger.refund_runs WHERE run_id = :id", {"id": run_id}
         )
         row = run.one_or_none()
-        report = Report(f"Refund run {run_id}")
+        report = Report(f"Refund run {printable(run_id)}")
         since = row["started_at"] if row else None
         report.refunds = await _lines(connection, _OF_RUN, {"source": source, "run_id": run_id})
         report.totals = totals_of(report.refunds)
@@ -205,30 +210,56 @@ async def _ledger_report(engine: LedgerEngine, source: str, *, following: bool) 
         return report
 
 
-async def details(engine: LedgerEngine, source: str, which: str) -> dict[str, Any] | None:
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A refund that a text given to ``show`` may mean."""
+
+    id: int
+    order_id: str
+    source_ref: str
+    processing_terminal_id: str
+    amount: int
+    currency: str
+    status: str
+
+
+async def find(
+    engine: LedgerEngine, source: str, which: str, *, by_id: bool = False, limit: int
+) -> list[Match]:
     """
-    Return a refund with its attempts and events, without its request. Instants are in UTC.
+    Return the refunds that a text may mean, by their ids.
 
     :param which: the ledger's id, the order id, the source_ref or Payroc's refund id.
+    :param by_id: it is the ledger's id and nothing else.
+    :param limit: return at most so many.
     """
+    others = "false" if by_id else "order_id = :which OR source_ref = :which OR payroc_refund_id = :which"
+    query = f"""
+        SELECT {", ".join(Match.__slots__)} FROM refund_ledger.refunds_masked
+        WHERE source = :source AND (id = :id OR {others}) ORDER BY id LIMIT :limit"""
+    refund_id = int(which) if re.fullmatch("[1-9][0-9]{0,17}", which) else None
+    values = {"source": source, "which": which, "id": refund_id, "limit": limit}
+    if any("\ud800" <= char <= "\udfff" for char in which):
+        # Bytes of a command line that are no UTF-8: Postgres can't store them, so no refund has them.
+        return []
+    async with engine.connect() as connection:
+        return [Match(**row) for row in await connection.execute(query, values)]
+
+
+async def details(engine: LedgerEngine, refund_id: int) -> dict[str, Any]:
+    """Return a refund with its attempts and events, without its request. Instants are in UTC."""
     async with engine.begin() as connection:
         await connection.execute("SET LOCAL TIME ZONE 'UTC'")
         query = """
             SELECT to_jsonb(r) - 'payee_fingerprint' - 'has_request' - 'request_key' FROM refund_ledger.refunds_masked AS r
-            WHERE source = :source AND (id = :id OR order_id = :which OR source_ref = :which OR payroc_refund_id = :which)
-            ORDER BY (id = :id) IS TRUE DESC, id LIMIT 1"""
-        refund_id = int(which) if re.fullmatch("[1-9][0-9]{0,17}", which) else None
-        found = (
-            await connection.execute(query, {"source": source, "which": which, "id": refund_id})
-        ).scalar_one_or_none()
-        if found is None:
-            return None
+            WHERE id = :id"""
+        found: dict[str, Any] = (await connection.execute(query, {"id": refund_id})).scalar_one()
         for name, order in (("refund_attempts", "attempt"), ("refund_events", "id")):
             rows = f"SELECT to_jsonb(t) - 'refund_id' FROM refund_ledger.{name} AS t WHERE refund_id = :id ORDER BY {order}"
             found[name.removeprefix("refund_")] = list(
-                (await connection.execute(rows, {"id": found["id"]})).scalars()
+                (await connection.execute(rows, {"id": refund_id})).scalars()
             )
-        return dict(found)
+        return found
 
 
 async def _lines(connection: Connection, condition: str, values: dict[str, Any]) -> list[Line]:
@@ -259,11 +290,11 @@ def totals_of(lines: Iterable[Line]) -> list[Total]:
 
 def _note_approval(report: Report, run: Row) -> None:
     if run["approved_by"]:
-        report.notes.append(f"{run['approved_by']} approved the run.")
+        report.notes.append(f"{printable(run['approved_by'])} approved the run.")
     if run["rejected_by"]:
         report.rejected = True
         report.notes.append(
-            f"{run['rejected_by']} rejected the run: nothing was sent, {sums(run['candidate_totals'])} stay approved."
+            f"{printable(run['rejected_by'])} rejected the run: nothing was sent, {sums(run['candidate_totals'])} stay approved."
         )
     elif run["released"] is None and run["approval_needed"] and not run["approved_by"]:
         report.unfinished.append(
@@ -276,26 +307,31 @@ def _note_approval(report: Report, run: Row) -> None:
 def _note_findings(report: Report, findings: dict[str, Any]) -> None:
     for source_ref, names in findings.get("changed", {}).items():
         report.notes.append(
-            f"Source row {source_ref} changed after it was pulled ({', '.join(names)}); give it a new source_ref."
+            f"Source row {printable(source_ref)} changed after it was pulled ({printable(', '.join(names))}); "
+            "give it a new source_ref."
         )
     for refund_id, what in findings.get("withdrawn", {}).items():
-        report.notes.append(f"Refund {refund_id} was not released. {what}")
+        report.notes.append(f"Refund {printable(refund_id)} was not released. {printable(what)}")
     for cap, waiting in findings.get("waiting", {}).items():
         report.waiting = True
         report.notes.append(
-            f"Waiting: {sums(waiting)}. The limit {cap} leaves no room; the next runs go on, oldest first, "
+            f"Waiting: {sums(waiting)}. The limit {printable(cap)} leaves no room; the next runs go on, oldest first, "
             "and what is larger than the limit itself waits until it is raised."
         )
     report.notes += warning_notes(findings.get("warnings", {}))
     for source_ref in findings.get("untouched", []):
         report.notes.append(
-            f"Source row {source_ref} was not written back: the UPDATE of write_back.sql touched no row."
+            f"Source row {printable(source_ref)} was not written back: the UPDATE of write_back.sql touched no row."
         )
 
 
 def warning_notes(warnings: Mapping[str, Sequence[str]]) -> list[str]:
     """Return the warnings about source rows as notes, by source_ref; of very many only the first."""
-    notes = [f"Source row {source_ref}: {what}" for source_ref, said in warnings.items() for what in said]
+    notes = [
+        f"Source row {printable(source_ref)}: {printable(what)}"
+        for source_ref, said in warnings.items()
+        for what in said
+    ]
     if len(notes) > _MOST_NOTES:
         notes[_MOST_NOTES:] = [f"{len(notes) - _MOST_NOTES} more warnings like these."]
     return notes
@@ -306,8 +342,8 @@ async def pause_sentences(connection: Connection) -> list[str]:
     query = "SELECT scope, pause_reason, paused_by FROM refund_ledger.refund_control WHERE paused_at IS NOT NULL ORDER BY scope"
     sentences = []
     for row in await connection.execute(query):
-        scope = "The sending" if row.scope == "*" else f"The sending for terminal {row.scope}"
-        sentences.append(f"{scope} is paused by {row.paused_by}: {row.pause_reason}")
+        scope = "The sending" if row.scope == "*" else f"The sending for terminal {printable(row.scope)}"
+        sentences.append(f"{scope} is paused by {printable(row.paused_by)}: {printable(row.pause_reason)}")
     return sentences
 
 
@@ -337,7 +373,7 @@ async def _note_state(
                payroc_seen_at, clock_timestamp() AS now FROM refund_ledger.refunds_masked
         WHERE source = :source AND status IN ('accepted', 'sending', 'unknown') ORDER BY id"""
     late = [
-        f"Refund {row.id} (order {row.order_id}) {what}."
+        f"Refund {row.id} (order {printable(row.order_id)}) {what}."
         for row in await connection.execute(open_, {"source": source})
         if (what := _late(row))
     ]
@@ -392,13 +428,13 @@ def _late(row: Any) -> str | None:
 def _table(lines: Sequence[Line]) -> list[str]:
     rows = [("order id", "amount", "last4", "status", "refund id", "attempts", "reason")] + [
         (
-            line.order_id,
+            printable(line.order_id, limit=_CELL),
             money(line.amount, line.currency),
-            line.payee_last4 or "token",
+            printable(line.payee_last4 or "token", limit=_CELL),
             line.status,
-            line.payroc_refund_id or "",
+            printable(line.payroc_refund_id, limit=_CELL),
             str(line.attempts),
-            line.reason or "",
+            printable(line.reason),
         )
         for line in lines
     ]

@@ -137,10 +137,15 @@ def _totals(totals: list[tuple[str, str, int, int]]) -> str:
     return "".join(items)
 
 
+def _shown(text: str) -> str:
+    """Return a text of a request as HTML, and what can't be seen in it, such as a change of the writing's direction, by its number."""
+    return escape("".join(char if char.isprintable() else f"\u27e8U+{ord(char):04X}\u27e9" for char in text))
+
+
 def _row(refund: Refund, requests: int) -> str:
     status = escape(refund.status)
     return (
-        f'<tr><td class="id">{escape(refund.order_id)}</td><td class="number">{escape(money(refund.amount, refund.currency))}</td>'
+        f'<tr><td class="id">{_shown(refund.order_id)}</td><td class="number">{escape(money(refund.amount, refund.currency))}</td>'
         f'<td class="id">····{escape(refund.last4)}</td><td><span class="status {status}">{status}</span></td>'
         f'<td class="id">{refund.refund_id}</td><td>{instant(refund.created_at).replace("T", " ")[:-1]}</td>'
         f'<td class="number">{requests}</td></tr>'

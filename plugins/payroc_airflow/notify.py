@@ -10,18 +10,22 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextvars import copy_context
+from contextlib import contextmanager
+from contextvars import ContextVar, copy_context
 from datetime import UTC, datetime
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 from zoneinfo import ZoneInfo
 
 from airflow.sdk import BaseNotifier
+from airflow.sdk.log import mask_secret
 
+from include.refunds.printable import printable, visible
 from payroc_airflow.links import question_url, run_url
 
 if TYPE_CHECKING:
@@ -53,6 +57,13 @@ _VARIABLE = "PAYROC_REFUNDS_NOTIFIERS"
 _EXAMPLE = (
     '[{"notifier": "airflow.providers.smtp.notifications.smtp.SmtpNotifier", "to": "finance@example.com"}]'
 )
+
+
+# A part of a value of the setting that may be a secret, such as one between two slashes of an address: twelve characters or more, a digit
+# among them, outside of templates. An address of mail is none.
+_TEMPLATE = re.compile(r"\{\{.*?\}\}|\{%.*?%\}", re.DOTALL)
+_PART = re.compile(r"""[^\s/?&=:,;'"()]+""")
+_MAY_BE_SECRET = re.compile(r"(?=.*[0-9])[^@]{12,}")
 
 
 class NotifierMistake(Exception):
@@ -116,9 +127,8 @@ class RunEnded(_OurNotifier):
             try:
                 report = _read(run_id, following=self.following)
             except _Unread as error:
-                report = Report(
-                    f"{'Follow-up' if self.following else 'Refund run'} {run_id}", unfinished=[str(error)]
-                )
+                title = f"{'Follow-up' if self.following else 'Refund run'} {printable(run_id)}"
+                report = Report(title, unfinished=[str(error)])
             report.unfinished.insert(0, _why("report", context.get("exception")))
         what = "follow-up" if self.following else "run"
         return run_ended(report, what=what, failed=self.failed, url=run_url(context["ti"].dag_id, run_id))
@@ -147,7 +157,9 @@ class SummaryFailed(_OurNotifier):
         from include.refunds.report import Report
 
         run_id = context["run_id"]
-        report = Report(f"Daily summary {run_id}", unfinished=[_why("summary", context.get("exception"))])
+        report = Report(
+            f"Daily summary {printable(run_id)}", unfinished=[_why("summary", context.get("exception"))]
+        )
         return run_ended(report, what="summary", failed=True, url=run_url(context["ti"].dag_id, run_id))
 
 
@@ -218,6 +230,8 @@ def tell(message: Message, context: Context) -> None:
                 seconds,
                 message.subject,
             )
+        elif isinstance(error, NotifierMistake):
+            log.error("A message was not sent (%s): %s", message.subject, error)
         elif error is not None:
             log.error(
                 "%s failed (%s), so a message was not sent: %s. Check its connection.",
@@ -249,8 +263,53 @@ class _Handing(threading.Thread):
 
     def _hand_over(self) -> None:
         # Not by calling it, which logs the text of an error: that may quote an address with a secret in it.
-        self._notifier.render_template_fields(self._known)
-        self._notifier.notify(self._known)
+        with _templates_unlogged():
+            _render(self._notifier, self._known)
+            self._notifier.notify(self._known)
+
+
+def _render(notifier: BaseNotifier, known: Any) -> None:
+    """
+    Render a notifier's templates, as its ``render_template_fields`` does, which logs the text of the one that it can't render.
+
+    :raises NotifierMistake: when one can't be rendered; it names the argument.
+    """
+    from jinja2 import StrictUndefined
+
+    environment = notifier.get_template_env(dag=known.get("dag"))
+    # What a template misspells would be empty otherwise: a mail to nobody.
+    environment.undefined = StrictUndefined
+    for name in notifier.template_fields:
+        template = getattr(notifier, name, None)
+        try:
+            setattr(notifier, name, notifier.render_template(template, known, environment))
+        except Exception as error:  # noqa: BLE001 - a template may call anything
+            raise NotifierMistake(
+                f"the argument `{name}` of {type(notifier).__name__} can't be rendered ({type(error).__name__}): "
+                f"correct its template in {_VARIABLE}."
+            ) from None
+
+
+# Set while Airflow must not log the templates that it works on.
+_unlogged: ContextVar[bool] = ContextVar("unlogged", default=False)
+
+
+@contextmanager
+def _templates_unlogged() -> Iterator[None]:
+    """Keep Airflow from logging a template that it can't render, or the name of a template's file that it can't find."""
+    before = _unlogged.set(True)
+    try:
+        yield
+    finally:
+        _unlogged.reset(before)
+
+
+class _TemplatesUnlogged(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not _unlogged.get()
+
+
+logging.getLogger(BaseNotifier.render_template.__module__).addFilter(_TemplatesUnlogged())
 
 
 def mistakes() -> list[str]:
@@ -278,15 +337,30 @@ def _configured() -> Iterator[tuple[BaseNotifier | None, str]]:
         )
         return
     for number, entry in enumerate(entries, start=1):
+        _mask(entry)
         try:
             yield _made(dict(entry)), ""
         except NotifierMistake as error:
             yield None, f"{_VARIABLE}, entry {number}: {error}"
 
 
+def _mask(value: Any, name: str = "") -> None:
+    """Let Airflow mask in all its logs what may be a secret: a notifier's own may quote the address that it calls."""
+    match value:
+        case dict():
+            for name, item in value.items():
+                _mask(item, name)
+        case list():
+            for item in value:
+                _mask(item, name)
+        case str() if name != "notifier" and not name.endswith("conn_id"):
+            for part in _PART.findall(_TEMPLATE.sub(" ", value)):
+                if _MAY_BE_SECRET.fullmatch(part):
+                    mask_secret(part)
+
+
 def _made(arguments: dict[str, Any]) -> BaseNotifier:
     import inspect
-    import re
     from importlib import import_module
 
     path = arguments.pop("notifier")
@@ -295,11 +369,11 @@ def _made(arguments: dict[str, Any]) -> BaseNotifier:
         kind = getattr(import_module(module), name)
     except Exception as error:  # noqa: BLE001 - a module may raise anything when it is imported
         raise NotifierMistake(
-            f"{path} can't be imported ({type(error).__name__}): correct the path, or install the provider that has it."
+            f"{printable(path)} can't be imported ({type(error).__name__}): correct the path, or install the provider that has it."
         ) from None
     if not (inspect.isclass(kind) and issubclass(kind, BaseNotifier)):
         raise NotifierMistake(
-            f"{path} is no notifier: give the path of a class that is an airflow.sdk.BaseNotifier."
+            f"{printable(path)} is no notifier: give the path of a class that is an airflow.sdk.BaseNotifier."
         )
     accepted = inspect.signature(kind).parameters
     given = {
@@ -308,7 +382,8 @@ def _made(arguments: dict[str, Any]) -> BaseNotifier:
         if name in accepted and name in kind.template_fields
     }
     try:
-        return kind(**given | arguments)
+        with _templates_unlogged():
+            return kind(**given | arguments)
     except Exception as error:  # noqa: BLE001 - a notifier may raise anything
         # Python's own words about arguments name no value.
         names_no_value = isinstance(error, TypeError) and re.search(
@@ -358,7 +433,7 @@ def _why(task_id: str, error: BaseException | str | None) -> str:
         return f"The task {task_id} was ended from outside before it could report."
     # Our own errors are sentences for people; the text of any other one may quote what nobody should read in a mail.
     ours = type(error).__module__.partition(".")[0] in ("include", "payroc_airflow")
-    return f"The task {task_id} failed: {error if ours else type(error).__name__}"
+    return f"The task {task_id} failed: {visible(str(error)) if ours else type(error).__name__}"
 
 
 def _frames(error: BaseException) -> str:

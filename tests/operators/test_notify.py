@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from airflow.configuration import conf
 from airflow.sdk import BaseNotifier
+from airflow.sdk.log import redact
 
 from include.refunds.report import Report, Total
 from include.refunds.settings import get_settings
@@ -20,7 +21,7 @@ from payroc_airflow.links import question_url, run_url
 from payroc_airflow.notify import ALL_SECONDS, EACH_SECONDS, REPORT, DeadlineMissed, RunEnded, mistakes
 from tests.dags.conftest import Runner
 from tests.dags.conftest import run_dag as run_dag
-from tests.receivers import Mailbox, body_of
+from tests.receivers import Mailbox, Refusing, body_of
 from tests.refunds.conftest import World
 from tests.refunds.conftest import world as world
 
@@ -48,6 +49,19 @@ class Broken(BaseNotifier):
 
     def notify(self, context: Any) -> None:
         raise OSError("https://chat.example/hook/s3cret-t0ken refused")
+
+
+class Mistaken(BaseNotifier):
+    """A notifier whose constructor quotes what it was given."""
+
+    def __init__(self, *, to: str) -> None:
+        raise ValueError(f"{to} is not usable")
+
+
+class Files(Chat):
+    """A notifier that takes texts from files."""
+
+    template_ext = (".txt",)
 
 
 class Hanging(BaseNotifier):
@@ -211,6 +225,66 @@ def test_at_level_debug_the_log_has_the_way_to_an_error_and_not_its_text(
     ended(red(), failed=True)
     assert re.search(r"test_notify\.py, line \d+, in notify", caplog.text)
     assert "s3cret" not in caplog.text
+
+
+# What a template of the setting may look like that can't be rendered, and holds a secret.
+TEMPLATES = {
+    "a name that does not exist": "{{ refunds.nosuch }} https://chat.example/s3cret-t0ken",
+    "an expression that is not closed": "https://chat.example/s3cret-t0ken {{ refunds.subject",
+    "an error in an expression": "https://chat.example/s3cret-t0ken {{ 1 / 0 }}",
+    "a filter that does not exist": "{{ 's3cret-t0ken' | nosuch }}",
+}
+
+
+@pytest.mark.parametrize("case", TEMPLATES)
+def test_of_a_template_that_cannot_be_rendered_only_the_field_is_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, case: str
+) -> None:
+    caplog.set_level("DEBUG")
+    configure(
+        monkeypatch,
+        {"notifier": f"{HERE}.Chat", "channel": TEMPLATES[case]},
+        {"notifier": SMTP, "to": TEMPLATES[case]},
+        {"notifier": f"{HERE}.Chat", "channel": ["a", {"b": TEMPLATES[case]}]},
+        {"notifier": f"{HERE}.Chat", "channel": "told"},
+    )
+    ended(red(), failed=True)
+    assert caplog.text.count("the argument `channel` of Chat can't be rendered (") == 2
+    assert "the argument `to` of SmtpNotifier can't be rendered (" in caplog.text
+    assert "s3cret" not in caplog.text
+    assert [channel for channel, _ in Chat.said] == ["told"]
+
+
+def test_a_file_of_a_template_that_is_missing_is_not_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    configure(monkeypatch, {"notifier": f"{HERE}.Files", "channel": ["s3cret-t0ken.txt"]})
+    ended(red(), failed=True)
+    assert "s3cret" not in caplog.text
+
+
+def test_a_constructor_that_quotes_a_secret_is_logged_by_the_name_of_its_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    configure(monkeypatch, {"notifier": f"{HERE}.Mistaken", "to": "https://chat.example/s3cret-t0ken"})
+    ended(red(), failed=True)
+    assert "Mistaken does not take these arguments (ValueError)" in caplog.text
+    assert "s3cret" not in caplog.text
+
+
+def test_airflow_masks_the_secret_part_of_an_address_that_a_service_quotes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    with Refusing() as service:
+        monkeypatch.setenv("AIRFLOW_CONN_HTTP_DEFAULT", service.url)
+        http = "airflow.providers.http.notifications.http.HttpNotifier"
+        configure(monkeypatch, {"notifier": http, "endpoint": "hooks/s3cret-t0ken?to={{ refunds.subject }}"})
+        ended(red(), failed=True)
+    assert "POST /hooks/s3cret-t0ken" in caplog.text
+    assert "s3cret" not in redact(caplog.text)
 
 
 def test_a_notifier_that_hangs_is_left_behind_and_the_others_are_told(

@@ -16,8 +16,10 @@ from sqlalchemy import URL
 from include.payroc.errors import PayrocConfigurationError
 from include.refunds.ledger import LedgerError, LedgerUnavailable
 from include.refunds.ledger_url import UrlError
+from include.refunds.send import Result, Sent
 from include.refunds.settings import SettingsError, get_settings
 from payroc_airflow.exceptions import RefundsInDoubt, RefundsNotPaid, RefundsStopped
+from payroc_airflow.operators import refund
 from payroc_airflow.operators.refund import PayrocRefundOperator
 from payroc_airflow.retry_policy import PayrocRetryPolicy
 from tests.dags.conftest import airflow_connection
@@ -230,6 +232,17 @@ def test_an_unreadable_request_stops_its_own_refund_and_not_the_others_of_the_li
     assert [world.attempts(unreadable), world.attempts(fine)] == [[], ["accepted"]]
     assert world.row(unreadable)["status"] == "released"
     assert world.paused() == {}
+
+
+def test_a_label_and_an_exception_are_one_line_without_markup_whatever_an_order_is_called() -> None:
+    # The ledger may have such orders from before it refused them.
+    nasty = "\x1b[2K\r\nTotals:\u202e<!channel>"
+    clean = "⟨U+001B⟩⟦2K⟨U+000D⟩⟨U+000A⟩Totals:⟨U+202E⟩‹!channel›"
+    assert refund._label([nasty]) == clean
+    assert len(refund._label(["\x1b" * 5000] * 5)) == 250
+    with pytest.raises(RefundsNotPaid) as caught:
+        refund._raise_for([Result(1, nasty, Sent.REJECTED, nasty)])
+    assert str(caught.value) == f"Order {clean}: {clean}"
 
 
 def test_the_label_is_there_before_anything_is_asked_of_payroc(

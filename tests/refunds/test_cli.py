@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
@@ -19,6 +20,7 @@ from include.refunds.connect import NoGateway, connect
 from include.refunds.settings import Settings
 from tests.conftest import ROOT, NewDatabase
 from tests.refunds.conftest import World
+from tests.refunds.test_ledger_rules import force
 
 
 def cli(
@@ -157,7 +159,51 @@ def test_status_exits_with_1_when_something_needs_people(world: World, ledger_ur
 def test_show_of_an_unknown_refund_says_so(ledger_url: URL) -> None:
     missing = cli("show", "no-such", ledger=ledger_url)
     assert missing.returncode == 2
-    assert "The ledger holds no refund 'no-such'" in missing.stderr
+    assert "The ledger holds no refund no-such: give" in missing.stderr
+
+
+# What is given to `show` of the first refund, and where the second one has the same.
+AMBIGUOUS = {
+    "an id that is also an order id": ("id", "order_id"),
+    "an id that is also a source_ref": ("id", "source_ref"),
+    "a source_ref that is also an order id": ("source_ref", "order_id"),
+}
+
+
+@pytest.mark.parametrize("case", AMBIGUOUS)
+def test_show_names_the_refunds_that_may_be_meant(case: str, world: World, ledger_url: URL) -> None:
+    given, elsewhere = AMBIGUOUS[case]
+    ids = first, second = world.released(), world.released(processing_terminal_id="7701002")
+    which = str(world.row(first)[given])
+    force(world, second, f"{elsewhere} = '{which}'")
+    shown = show(which, url=ledger_url, exit_code=2)
+    for row in map(world.row, ids):
+        place = (str(row["id"]), row["order_id"], row["source_ref"], row["processing_terminal_id"])
+        assert re.search(r"\s+".join((*place, "49.99 USD", "released")), shown)
+    assert f"{which} may be 2 refunds: give the ledger's id of one of them, as `show ID --id`." in shown
+    for refund_id in ids:
+        assert f"Refund {refund_id} " in show(str(refund_id), "--id", url=ledger_url)
+
+
+def test_show_names_the_terminals_of_an_order_id_that_two_have(world: World, ledger_url: URL) -> None:
+    first, second = (
+        world.released(order_id="SO-1", processing_terminal_id=terminal)
+        for terminal in ("7701001", "7701002")
+    )
+    shown = show("SO-1", url=ledger_url, exit_code=2)
+    assert "7701001" in shown
+    assert "7701002" in shown
+    matches = json.loads(show("SO-1", "--json", url=ledger_url, exit_code=2).splitlines()[0])["matches"]
+    assert [match["id"] for match in matches] == [first, second]
+    assert "no refund SO-1" in show("SO-1", "--id", url=ledger_url, exit_code=2)
+
+
+def show(*arguments: str, url: URL, exit_code: int = 0) -> str:
+    """Run the command in this process, and return what it printed on both streams."""
+    environment = {"COLUMNS": "200", "PAYROC_REFUNDS_LEDGER_URL": url.render_as_string(hide_password=False)}
+    done = CliRunner().invoke(app, ["show", *arguments], env=environment)
+    assert done.exit_code == exit_code, (done.output, done.exception)
+    return done.output
 
 
 def test_pause_and_resume_stop_the_sending_and_let_it_go_on(world: World, ledger_url: URL) -> None:

@@ -153,17 +153,3 @@ def test_a_refund_that_was_adopted_without_ever_being_sent_is_reported_like_any_
     assert (world.row(refund_id)["status"], world.row(refund_id)["first_sent_at"]) == ("accepted", None)
     for report in (status_report, follow_up_report):
         assert str(world.run(report(world.ledger.engine, world.settings.source)))
-
-
-def test_show_prefers_the_ledgers_id_to_a_source_ref_of_the_same_digits(world: World) -> None:
-    from include.refunds.report import details
-
-    first, second = world.released(), world.released()
-    with world.ledger_engine.begin() as connection:
-        connection.exec_driver_sql("SET session_replication_role = replica")
-        connection.exec_driver_sql(
-            f"UPDATE refund_ledger.refunds SET source_ref = '{second}' WHERE id = {first}"
-        )
-    found = world.run(details(world.ledger.engine, world.settings.source, str(second)))
-    assert found is not None
-    assert found["id"] == second

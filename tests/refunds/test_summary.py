@@ -128,7 +128,7 @@ def test_the_page_shows_all_of_it_without_a_script_a_picture_or_anything_to_load
     summary = summary_of(world)
     summary.runs[0] = Run("run-1", summary.runs[0].started_at, "1 refund, 49.99 USD", "failed")
     html = html_of(summary)
-    for words in ("2,500.00 USD", "review", "a limit holds them", "a &lt;terminal&gt; of trouble", "failed"):
+    for words in ("2,500.00 USD", "review", "a limit holds them", "a ‹terminal› of trouble", "failed"):
         assert words in html
     assert re.findall(r"<(?:script|img|svg|link|iframe)|url\(|@import", html) == []
     assert set(re.findall(r'(?:src|href)="([^"]+)"', html)) == {

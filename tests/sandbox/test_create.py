@@ -76,6 +76,13 @@ def test_account_and_routing_numbers_are_never_shown(sandbox: RunningSandbox, pa
         assert "123456789" not in text
 
 
+def test_the_page_shows_an_order_id_as_text_with_what_is_unseen_by_its_number(
+    sandbox: RunningSandbox, payroc: Client
+) -> None:
+    assert payroc.create(body(order__orderId="<b>1\u202e\x1b[2K&amp;")).status_code == 201
+    assert "&lt;b&gt;1⟨U+202E⟩⟨U+001B⟩[2K&amp;amp;" in sandbox.text("/")
+
+
 def test_unknown_properties_are_tolerated(payroc: Client) -> None:
     assert (
         payroc.create(body(surprise={"a": 1}, order__surprise=2, refundMethod__surprise=3)).status_code == 201

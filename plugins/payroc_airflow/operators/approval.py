@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from airflow.providers.standard.operators.hitl import ApprovalOperator
 from airflow.sdk.timezone import utcnow
 
+from include.refunds.printable import printable
 from payroc_airflow.databases import LEDGER_CONN_ID, open_ledger
 from payroc_airflow.exceptions import RunNotApproved
 from payroc_airflow.notify import QUESTION, ApprovalNeeded
@@ -130,7 +131,7 @@ class ApproveRunOperator(ApprovalOperator):
         except LedgerUnavailable as error:
             # A retry would ask again, and who has answered would not know.
             raise RunNotApproved(
-                f"The answer of {by} was not noted, so nothing is sent; clear {self.task_id} to ask again. {error}"
+                f"The answer of {printable(by)} was not noted, so nothing is sent; clear {self.task_id} to ask again. {error}"
             ) from None
 
     def _who(self, user: dict[str, Any] | None) -> str:
@@ -143,7 +144,7 @@ class ApproveRunOperator(ApprovalOperator):
         # Airflow asks this too, but for SimpleAuthManager with all admins.
         if self.approvers and user.get("id") not in self.approvers:
             raise RunNotApproved(
-                f"{name} is none of the approvers, so nothing is sent; clear {self.task_id} to ask again."
+                f"{printable(name)} is none of the approvers, so nothing is sent; clear {self.task_id} to ask again."
             )
         return str(name)
 
@@ -157,7 +158,7 @@ class ApproveRunOperator(ApprovalOperator):
         ]
         if self.approvers and not askable:
             raise RunNotApproved(
-                f"{triggered_by} triggered this run and is its only approver: another person has to trigger it."
+                f"{printable(triggered_by)} triggered this run and is its only approver: another person has to trigger it."
             )
         return askable
 

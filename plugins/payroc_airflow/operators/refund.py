@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import BaseOperator
 
+from include.refunds.printable import printable
 from payroc_airflow.databases import LEDGER_CONN_ID, open_ledger
 from payroc_airflow.exceptions import RefundsInDoubt, RefundsNotPaid, RefundsStopped
 from payroc_airflow.retry_policy import PayrocRetryPolicy
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 
     from include.refunds.send import Result
     from include.refunds.settings import Settings
+
+
+# Airflow's column for the label of a mapped task.
+_LONGEST_LABEL = 250
 
 
 class PayrocRefundOperator(BaseOperator):
@@ -72,7 +77,7 @@ class PayrocRefundOperator(BaseOperator):
             else [result for result in results if result.sent is not Sent.ACCEPTED]
         )
         for result in told:
-            self.log.info("%s: %s. %s", _name(result), result.sent, result.reason)
+            self.log.info("%s: %s. %s", _name(result), result.sent, printable(result.reason))
         if told is not results:
             self.log.info(
                 "%d accepted, orders %s.", len(accepted), _label([result.order_id for result in accepted])
@@ -105,13 +110,14 @@ class PayrocRefundOperator(BaseOperator):
 
 
 def _label(order_ids: Sequence[str]) -> str:
-    if len(order_ids) <= 3:
-        return ", ".join(order_ids)
-    return f"{order_ids[0]} to {order_ids[-1]} ({len(order_ids)})"
+    few = len(order_ids) <= 3
+    shown = [printable(order_id) for order_id in (order_ids if few else (order_ids[0], order_ids[-1]))]
+    label = ", ".join(shown) if few else f"{' to '.join(shown)} ({len(order_ids)})"
+    return label[:_LONGEST_LABEL]
 
 
 def _name(result: Result) -> str:
-    return f"Order {result.order_id}" if result.order_id else f"Refund {result.refund_id}"
+    return f"Order {printable(result.order_id)}" if result.order_id else f"Refund {result.refund_id}"
 
 
 def _raise_for(results: Sequence[Result]) -> None:
@@ -123,7 +129,7 @@ def _raise_for(results: Sequence[Result]) -> None:
     if worst is None or worst.sent is Sent.ACCEPTED:
         return
     same = [result for result in results if result.sent is worst.sent]
-    message = f"{_name(worst)}: {worst.reason}" + (
+    message = f"{_name(worst)}: {printable(worst.reason)}" + (
         f" ({len(same) - 1} more like it)" if len(same) > 1 else ""
     )
     if worst.sent is Sent.CONFIGURATION:
