@@ -64,7 +64,7 @@ from include.refunds.migrations import migrate  # noqa: E402
 from include.refunds.revision import REVISION  # noqa: E402
 from include.refunds.settings import get_settings  # noqa: E402
 
-pytest_plugins = ["tests.support.mariadb"]
+pytest_plugins = ["tests.support.mariadb", "tests.support.pgbouncer", "tests.support.tls"]
 
 _WITHOUT_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 

@@ -14,6 +14,7 @@ from include.refunds.ledger import WriteBack
 from include.refunds.source_errors import SourceError as SourceError
 from include.refunds.source_errors import SourceUnavailable as SourceUnavailable
 from include.refunds.source_errors import failed
+from include.refunds.source_session import prepare_transactions
 from include.refunds.source_update import PARAMETERS, run_update
 from include.refunds.sql_files import in_words, read_sql
 
@@ -67,7 +68,7 @@ class SqlSource:
         select_approved: Path = SQL_FOLDER / "select_approved.sql",
         write_back: Path = SQL_FOLDER / "write_back.sql",
     ) -> None:
-        self._engine = engine
+        self._engine = prepare_transactions(engine)
         self._select = select_approved
         self._update = write_back
 
@@ -90,7 +91,8 @@ class SqlSource:
     def _run_select(self) -> list[SourceRow]:
         query = read_sql(self._select, self._engine.dialect.name)
         try:
-            with self._engine.connect() as connection:
+            # Begun here, so that the cursor is made by a connection that is prepared.
+            with self._engine.begin() as connection:
                 result = connection.execute(text(query.text))
                 places = _places(query.name, result.keys() if result.returns_rows else ())
                 return [{name: row[place] for name, place in places.items()} for row in result]

@@ -150,7 +150,8 @@ class MariaDbServer:
                 f"--init-file={self.folder / 'accounts.sql'}",
                 *self._arguments(),
             ],
-            env={name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
+            # A server's own time zone, with daylight-saving time, must not matter to anyone.
+            env={"PATH": os.environ["PATH"], "TZ": "America/New_York"},
             log=self.log,
             cwd=self.folder,
         )
