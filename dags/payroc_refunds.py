@@ -60,10 +60,10 @@ PARAMS = {
     ),
     "source_refs": Param(
         [],
-        type="array",
+        type=["array", "null"],
         items={"type": "string"},
         title="Only these source_refs",
-        description="One per line, as they stand in the source. Empty means all.",
+        description="One per line, as they stand in the source. Empty means all. What matches nothing is in the report.",
     ),
     "processing_terminal_id": Param(
         None,
@@ -116,6 +116,7 @@ with DAG(
     async def pull_approved() -> dict[str, list[int]]:
         """Store new refunds from the source, and hand on the ids of what this run is about."""
         from include.refunds.pull import pull
+        from include.refunds.unmatched import unmatched
         from payroc_airflow.hooks.payroc import PayrocHook
 
         context = get_current_context()
@@ -134,6 +135,7 @@ with DAG(
             pulled = await pull(source, ledger, cipher, settings)
             candidates = await ledger.candidates(params.selection(), standing=pulled.standing)
             findings = {"changed": pulled.changed, "withdrawn": pulled.withdrawn, "warnings": pulled.warnings}
+            findings["unmatched"] = await unmatched(params, pulled, candidates, ledger)
             await ledger.begin_run(
                 context["run_id"], params.model_dump(mode="json"), candidates, findings, pulled.at
             )

@@ -11,6 +11,7 @@ from include.refunds.pull import pull
 from include.refunds.report import Line, Report, totals_of, warning_notes
 from include.refunds.settings import Settings
 from include.refunds.source import Source
+from include.refunds.unmatched import unmatched
 
 # A name that no run of Airflow has; its row is rolled back.
 _RUN = "dry run"
@@ -28,6 +29,7 @@ async def rehearse(
         pulled = await pull(source, rehearsal, cipher, settings)
         candidates = await rehearsal.candidates(params.selection(), standing=pulled.standing)
         await rehearsal.begin_run(_RUN, params.model_dump(mode="json"), candidates, {}, pulled.at)
+        missing = await unmatched(params, pulled, candidates, rehearsal)
         question = await rehearsal.ask_approval(_RUN)
         door = await rehearsal.at_the_door([item.id for item in candidates])
         pauses = await rehearsal.pauses()
@@ -36,6 +38,7 @@ async def rehearse(
     report.totals = totals_of(report.refunds)
     report.invalid = pulled.invalid
     report.notes = [question.why] if question else []
+    report.notes += missing
     report.notes += [
         f"Source row {printable(source_ref)} changed after it was pulled ({printable(', '.join(names))}); "
         "give it a new source_ref."

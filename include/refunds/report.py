@@ -305,6 +305,7 @@ def _note_approval(report: Report, run: Row) -> None:
 
 
 def _note_findings(report: Report, findings: dict[str, Any]) -> None:
+    report.notes += findings.get("unmatched", [])
     for source_ref, names in findings.get("changed", {}).items():
         report.notes.append(
             f"Source row {printable(source_ref)} changed after it was pulled ({printable(', '.join(names))}); "

@@ -114,6 +114,58 @@ def test_params_say_what_a_manual_run_is_about(
     assert len(mapped) == (2 if "batch_size" in params else len(expected))
 
 
+def test_source_refs_that_a_run_is_not_about_are_named_in_its_report(world: World, run_dag: Runner) -> None:
+    good, other = world.approve(), world.approve(processing_terminal_id="7701002")
+    bad, ended = world.approve(routing_number="123456789"), world.approve()
+    world.pull()
+    world.run(world.ledger.cancel(world.row(ended)["id"], "A test."))
+    asked = [good, f"{good} ", "no-such", "no-such", bad, ended, other]
+    run = run_dag(source_refs=asked, processing_terminal_id="7701001")
+    assert run.state == "success"
+    notes = [note for note in run.result["notes"] if note.startswith("source_refs: ")]
+    assert [note.partition(" ")[2].partition(" ")[2] for note in notes] == [
+        "is neither in the source nor in the ledger; without the blanks around it, it is.",
+        "is neither in the source nor in the ledger.",
+        "is an invalid row of the source.",
+        "is cancelled.",
+        "is approved, and paused or left out by another param.",
+    ]
+    assert [name in note for name, note in zip([good, "no-such", bad, ended, other], notes, strict=True)]
+    assert world.row(good)["status"] == "accepted"
+
+
+def test_a_dry_run_names_the_source_refs_that_it_is_not_about(world: World, run_dag: Runner) -> None:
+    good = world.approve()
+    run = run_dag(dry_run=True, source_refs=[good, "no-such"])
+    assert run.state == "success"
+    assert run.result["notes"] == ["source_refs: no-such is neither in the source nor in the ledger."]
+
+
+def test_of_very_many_unmatched_source_refs_the_first_are_named(world: World, run_dag: Runner) -> None:
+    run = run_dag(dry_run=True, source_refs=[f"no-{number}" for number in range(1000)])
+    assert run.state == "success"
+    assert len(run.result["notes"]) == 51
+    assert run.result["notes"][-1] == "950 more source_refs that the run is not about."
+
+
+def test_a_terminal_without_a_refund_is_named_in_the_report(world: World, run_dag: Runner) -> None:
+    world.approve()
+    run = run_dag(dry_run=True, processing_terminal_id="7701001 ")
+    assert run.state == "success"
+    (note,) = run.result["notes"]
+    assert note.startswith("processing_terminal_id: no approved refund is at 7701001")
+
+
+@pytest.mark.parametrize("source_refs", [None, []])
+def test_source_refs_of_null_or_of_none_mean_all(
+    world: World, run_dag: Runner, source_refs: list[str] | None
+) -> None:
+    ref = world.approve()
+    run = run_dag(source_refs=source_refs)
+    assert (run.state, run.result["notes"]) == ("success", [])
+    assert world.row(ref)["status"] == "accepted"
+
+
 def test_an_unknown_param_fails_before_anything_is_written(world: World, run_dag: Runner) -> None:
     world.approve()
     run = run_dag(dryrun=True)

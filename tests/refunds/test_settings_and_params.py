@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 import pytest
 
 from include.refunds.cipher import Cipher, UnreadableRequest
@@ -65,18 +67,68 @@ def test_keys_show_in_no_repr() -> None:
     assert str(settings.fingerprint_key and settings.fingerprint_key.get_secret_value()) not in shown
 
 
-def test_an_unknown_param_is_named() -> None:
-    with pytest.raises(ParamsError, match=r"unknown params \(dryrun\); known are dry_run, limit"):
-        RunParams.check({}, {"dryrun": True})
+@pytest.mark.parametrize("name", ["dryrun", "Limit", "limit ", "\x1b[2Jlimit", "x" * 500])
+def test_an_unknown_param_is_named(name: str) -> None:
+    with pytest.raises(ParamsError, match=r"unknown params \(.{1,60}\); known are dry_run, limit") as refused:
+        RunParams.check({}, {name: True})
+    assert str(refused.value).isprintable()
+
+
+WRONG: dict[str, list[object]] = {
+    "dry_run": [None, 1, 0, "true", "false", [], {}],
+    "limit": [None, 0, -1, 100_001, True, 1.5, float("nan"), float("inf"), "5", [5], {}, 10**400],
+    "source_refs": ["RF-1", [1], [None], [["RF-1"]], {"RF-1": 1}, 5, True, ["RF\x001"], ["\ud83d"]],
+    "processing_terminal_id": ["", "123", "7" * 51, 7701001, ["7701001"], {}, True, "7701\x00", "7701\ud83d"],
+    "approved_before": [
+        "2026-11-20T09:00:00",
+        "2026-11-20",
+        "yesterday",
+        "1700000000",
+        1700000000,
+        "0001-01-01T00:00:00+14:00",
+        "9999-12-31T23:59:59-14:00",
+        "infinity",
+        True,
+        ["2026-11-20T09:00:00Z"],
+    ],
+    "batch_size": [0, -5, True, 2.5, "2", [2], {}],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name in WRONG for value in WRONG[name]])
+def test_an_unusable_param_is_named_with_what_to_give(name: str, value: object) -> None:
+    with pytest.raises(ParamsError, match=f"^Param {name} is not usable; give [^;]*[.]$"):
+        RunParams.check({name: value})
+
+
+def test_several_unusable_params_are_all_named() -> None:
+    with pytest.raises(
+        ParamsError, match=r"^Param limit is not usable; .*Param approved_before is not usable"
+    ):
+        RunParams.check({"limit": 0, "approved_before": "yesterday", "batch_size": 1})
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("limit", 0), ("approved_before", "2026-11-20T09:00:00"), ("batch_size", 0), ("source_refs", [1])],
+    ("given", "found"),
+    [
+        ({"source_refs": None}, {"source_refs": ()}),
+        ({"source_refs": [" a ", "a", "a"]}, {"source_refs": (" a ", "a", "a")}),
+        ({"limit": 5.0, "batch_size": None}, {"limit": 5, "batch_size": None}),
+        ({"batch_size": 10**6}, {"batch_size": 100_000}),
+        (
+            {"approved_before": "2026-11-20t09:00:00.5-05:00"},
+            {"approved_before": datetime(2026, 11, 20, 14, 0, 0, 500_000, tzinfo=UTC)},
+        ),
+    ],
 )
-def test_an_unusable_param_is_named(name: str, value: object) -> None:
-    with pytest.raises(ParamsError, match=f"Param {name} is not usable"):
-        RunParams.check({name: value})
+def test_a_param_means_what_it_says(given: dict[str, object], found: dict[str, object]) -> None:
+    params = RunParams.check(given, given)
+    assert {name: getattr(params, name) for name in found} == found
+
+
+def test_a_conf_that_is_no_object_is_refused() -> None:
+    with pytest.raises(ParamsError, match="conf is not usable; give a JSON object"):
+        RunParams.check({}, ["limit"])  # type: ignore[arg-type]  # what a caller of the API may send
 
 
 @pytest.mark.parametrize(
