@@ -163,6 +163,12 @@ def ledger_url(shared_ledger: URL, postgres: PostgresServer) -> URL:
             "refund_ledger.refund_event_chain, refund_ledger.refund_control, refund_ledger.invalid_rows RESTART IDENTITY"
         )
         connection.execute("INSERT INTO refund_ledger.refund_control (scope) VALUES ('*')")
+        # Logins belong to the server: those that another test gave to operators would make this one's people need two.
+        connection.execute(
+            "DO $$ DECLARE name text; BEGIN FOR name IN SELECT member::regrole::text FROM pg_auth_members AS m JOIN pg_roles AS r "
+            "ON r.oid = m.member WHERE m.roleid = 'refunds_operator'::regrole AND r.rolcanlogin AND NOT r.rolsuper "
+            "LOOP EXECUTE format('REVOKE refunds_operator FROM %s', name); END LOOP; END $$"
+        )
         connection.execute("UPDATE refund_ledger.schema_version SET version_num = %s", [REVISION])
     return shared_ledger
 
@@ -177,20 +183,21 @@ def source_url(shared_source: URL, postgres: PostgresServer) -> URL:
     return shared_source
 
 
-Login = Callable[[URL, str], URL]
+Login = Callable[..., URL]
 
 
 @pytest.fixture(scope="session")
 def login(postgres: PostgresServer) -> Login:
-    """A function that returns a database's URL for a login that is granted one of the roles, and nothing else."""
+    """A function that returns a database's URL for a login that is granted one of the roles, and nothing else; it may be named."""
     made: set[str] = set()
 
-    def url_of(url: URL, role: str) -> URL:
-        name = f"{role}_login"
-        if name not in made:
-            with postgres.connect() as connection:
-                connection.execute(f"CREATE ROLE {name} LOGIN PASSWORD '{name}' IN ROLE {role}")
-            made.add(name)
+    def url_of(url: URL, role: str, name: str = "") -> URL:
+        name = name or f"{role}_login"
+        with postgres.connect() as connection:
+            if name not in made:
+                connection.execute(f"CREATE ROLE {name} LOGIN PASSWORD '{name}'")
+                made.add(name)
+            connection.execute(f"GRANT {role} TO {name}")
         return url.set(username=name, password=name)
 
     return url_of

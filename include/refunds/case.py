@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from include.refunds.printable import printable
 from include.refunds.refund import Refund
 
 # A proposal is about what its author saw; after a week somebody has to look again.
@@ -23,11 +24,14 @@ class Proposal:
 
     :param decision: what was decided.
     :param by: who proposed it.
+    :param same_login: it was written with the database login that is at work now, though operators have logins of their own: then one
+        person may have typed both names.
     """
 
     decision: Mapping[str, str]
     by: str
     at: datetime
+    same_login: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +61,7 @@ def is_confirmed(case: Case, decision: Mapping[str, str], by: str) -> bool:
     """
     Tell whether this is the second person's yes to what another one proposed; ``False`` makes it a proposal, in place of any other.
 
-    :raises DecisionRefused: when the same person says the same again.
+    :raises DecisionRefused: when the same person says the same again, or does so by another name.
     """
     proposal = case.proposal
     if (
@@ -68,7 +72,12 @@ def is_confirmed(case: Case, decision: Mapping[str, str], by: str) -> bool:
         return False
     if same_person(proposal.by, by):
         raise DecisionRefused(
-            f"{proposal.by} proposed this already; a different person has to run the same command."
+            f"{printable(proposal.by)} proposed this already; a different person has to run the same command."
+        )
+    if proposal.same_login:
+        raise DecisionRefused(
+            f"{printable(proposal.by)} proposed this with the same database login; a different person has to run the same command "
+            "with a login of their own."
         )
     return True
 

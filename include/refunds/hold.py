@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from include.refunds.case import DecisionRefused, same_person
+from include.refunds.printable import printable
 from include.refunds.refund import Refund
 from include.refunds.states import Status
 
@@ -13,20 +14,24 @@ _WAYS = {
 }
 
 
-def check_hold(refund: Refund, requested_by: str, by: str) -> None:
+def check_hold(refund: Refund, requested_by: str, by: str, login: str | None = None) -> None:
     """
     Make sure that a person may release the holds of a refund.
 
     :param requested_by: who requested the refund.
     :param by: who would release it.
+    :param login: the operator's database login, ``None`` when all operators share one.
     :raises DecisionRefused: when it is not held, or the same person requested it.
     """
     if refund.status is not Status.HELD:
         raise DecisionRefused(f"Refund {refund.id} is {refund.status}, not held.")
-    if same_person(requested_by, by):
-        raise DecisionRefused(
-            f"{by.strip()} requested refund {refund.id} and can't release it; another person has to."
-        )
+    # A login is often the first part of an address: ann of ann@example.com.
+    names_of_login = (requested_by, requested_by.partition("@")[0])
+    for operator, names in ((by, (requested_by,)), (login, names_of_login)):
+        if operator is not None and any(same_person(name, operator) for name in names):
+            raise DecisionRefused(
+                f"{printable(operator.strip())} requested refund {refund.id} and can't release it; another person has to."
+            )
 
 
 def way_to_cancelled(refund: Refund) -> tuple[Status, ...]:

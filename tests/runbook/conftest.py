@@ -192,9 +192,10 @@ def shell(shop: Shop, login: Login, tmp_path: Path) -> Iterator[Shell]:
 
 
 def use_ledger(shell: Shell, ledger: URL, login: Login) -> None:
-    """Set the three addresses of the ledger that operations.md tells to set, each with the rights that it names."""
+    """Set the addresses of the ledger that operations.md tells to set, each with the rights that it names."""
     logins = {
         "PAYROC_REFUNDS_LEDGER_URL": login(ledger, OPERATOR),
+        "BOBS_URL": login(ledger, OPERATOR, "bob"),
         "ROTATOR_URL": login(ledger, KEY_ROTATOR),
         "OWNER_URL": ledger,
     }

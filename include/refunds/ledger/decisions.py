@@ -14,6 +14,14 @@ from include.refunds.reissue import Reissue, check_replaceable
 from include.refunds.resolve import Resolution, check_case
 from include.refunds.states import Status
 
+# True when operators have database logins of their own: some login may act as an operator here that neither owns the ledger nor is a
+# superuser. Then two people have two logins; what a command was told with --by proves nothing.
+OPERATORS_HAVE_LOGINS = """EXISTS (
+    SELECT FROM pg_catalog.pg_roles AS login
+    WHERE login.rolcanlogin AND NOT login.rolsuper AND pg_has_role(login.oid, 'refunds_operator', 'MEMBER')
+      AND NOT pg_has_role(login.oid, 'refunds_migrator', 'MEMBER')
+      AND has_database_privilege(login.oid, current_database(), 'CONNECT'))"""
+
 
 class Decisions(Control):
     """Decisions, each checked again and carried out under the row's lock. The ledger's actor is the person who decides."""
@@ -137,7 +145,11 @@ class Decisions(Control):
             WHERE id = :id"""
         async with self._transaction() as (connection, now):
             refund = await select_refund(connection, refund_id, for_update=True)
-            check_hold(refund, await self._requested_by(connection, refund_id), self._actor)
+            query = f"""
+                SELECT requested_by, CASE WHEN {OPERATORS_HAVE_LOGINS} THEN session_user END AS login
+                FROM refund_ledger.refunds WHERE id = :id"""
+            found = (await connection.execute(query, {"id": refund_id})).one()
+            check_hold(refund, found.requested_by, self._actor, found.login)
             await connection.execute(
                 update, {"id": refund_id, "reason": f"Released by {self._actor}: {reason}", "now": now}
             )
@@ -163,10 +175,6 @@ class Decisions(Control):
                 await connection.execute(update, values)
             if refund.replaces is not None:
                 await connection.execute(touch, {"id": refund.replaces, "now": now})
-
-    async def _requested_by(self, connection: Connection, refund_id: int) -> str:
-        query = "SELECT requested_by FROM refund_ledger.refunds WHERE id = :id"
-        return str((await connection.execute(query, {"id": refund_id})).scalar_one())
 
     async def intend_reverse(self, refund_id: int, reason: str) -> Refund:
         """
@@ -205,8 +213,10 @@ class Decisions(Control):
                    EXISTS (SELECT FROM refund_ledger.refund_events WHERE refund_id = :id AND event = 'contradiction') AS contradicted,
                    (SELECT id FROM refund_ledger.refunds WHERE replaces = :id) AS reissue,
                    refund_ledger.first_source_ref(:id) AS first_source_ref"""
-        proposal = """
-            SELECT actor, at, detail FROM refund_ledger.refund_events AS e
+        # The database wrote the login itself.
+        proposal = f"""
+            SELECT actor, at, detail, COALESCE(login, session_user) = session_user AND {OPERATORS_HAVE_LOGINS} AS same_login
+            FROM refund_ledger.refund_events AS e
             WHERE refund_id = :id AND event = 'proposal'
               AND NOT EXISTS (SELECT FROM refund_ledger.refund_events AS later
                               WHERE later.refund_id = :id AND later.event = 'status' AND later.id > e.id)
@@ -221,7 +231,7 @@ class Decisions(Control):
                 (at for at in (row.last_attempt_at, refund.lease_until) if at is not None), default=None
             ),
             chain_unpaid=row.chain_unpaid,
-            proposal=Proposal(found.detail, found.actor, found.at) if found else None,
+            proposal=Proposal(found.detail, found.actor, found.at, found.same_login) if found else None,
             reissue=row.reissue,
             first_source_ref=row.first_source_ref,
             now=now,
