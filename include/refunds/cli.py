@@ -156,7 +156,7 @@ def import_csv(
     except (csv.Error, UnicodeDecodeError):
         # The reader's own words may quote a line.
         raise demo_source.ImportFailed(
-            f"{file.name} is not a CSV file in UTF-8 that can be read: is a closing quote missing?"
+            f"{printable(file.name)} is not a CSV file in UTF-8 that can be read: is a closing quote missing?"
         ) from None
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("Importing", total=len(lines))
@@ -226,7 +226,7 @@ def pause(
 ) -> None:
     """Stop the sending, at once and for every worker; what is in flight at Payroc can't be called back."""
     _with_ledger(url, by, lambda ledger: ledger.pause(terminal or EVERYTHING, reason))
-    _say(f"The sending is paused{f' for terminal {terminal}' if terminal else ''}.")
+    _say(f"The sending is paused{f' for terminal {printable(terminal)}' if terminal else ''}.")
 
 
 @app.command()
@@ -239,9 +239,9 @@ def resume(
     """Let the sending go on after a pause."""
     if not _with_ledger(url, by, lambda ledger: ledger.resume(terminal or EVERYTHING, reason)):
         _fail(
-            f"The sending was not paused{f' for terminal {terminal}' if terminal else ''}; `status` shows what is."
+            f"The sending was not paused{f' for terminal {printable(terminal)}' if terminal else ''}; `status` shows what is."
         )
-    _say(f"The sending goes on{f' for terminal {terminal}' if terminal else ''}.")
+    _say(f"The sending goes on{f' for terminal {printable(terminal)}' if terminal else ''}.")
 
 
 @app.command()
@@ -475,9 +475,8 @@ def restored(
     )
     _say(f"{found.pulled.new} refunds were pulled anew; {len(found.taken_over)} were taken over from Payroc.")
     for source_ref in sorted({*found.pulled.invalid, *found.pulled.changed}):
-        _say(
-            f"  Source row {source_ref} is {'invalid' if source_ref in found.pulled.invalid else 'changed'}; the next report says how."
-        )
+        state = "invalid" if source_ref in found.pulled.invalid else "changed"
+        _say(f"  Source row {printable(source_ref)} is {state}; the next report says how.")
     for item in found.taken_over:
         _say(f"  {item}")
     _compared(found.comparison)

@@ -46,6 +46,6 @@ def way_to_cancelled(refund: Refund) -> tuple[Status, ...]:
         )
     if refund.payroc_refund_id is not None:
         raise DecisionRefused(
-            f"Refund {refund.id} exists at Payroc as {refund.payroc_refund_id}, so it can't be cancelled."
+            f"Refund {refund.id} exists at Payroc as {printable(refund.payroc_refund_id)}, so it can't be cancelled."
         )
     return _WAYS[refund.status]

@@ -131,6 +131,25 @@ def test_every_notifier_of_the_setting_is_told_once(
     assert "held            1        7,000.00 USD" in whole[1]
 
 
+def test_a_mail_and_a_chat_show_foreign_text_in_its_line_and_without_markup(
+    monkeypatch: pytest.MonkeyPatch, mailbox: Mailbox
+) -> None:
+    monkeypatch.setenv("AIRFLOW_CONN_REFUNDS_LEDGER", "postgres://refunds@127.0.0.1:9/refunds")
+    configure(
+        monkeypatch, {"notifier": SMTP, "to": "a@example.com"}, {"notifier": f"{HERE}.Chat", "channel": "a"}
+    )
+    run_id = "run\r\nBcc: eve@example.com\r\n\r\nTotals:\u202e <!channel> @here <b>x</b> `x` [x](https://x.example)"
+    context: Any = {"ti": SimpleNamespace(dag_id="payroc_refunds"), "run_id": run_id, "params": {}}
+    RunEnded(failed=True)(context)
+    shown = "run⟨U+000D⟩⟨U+000A⟩Bcc: eve@example.com⟨U+000D⟩⟨U+000A⟩⟨U+000D⟩⟨U+000A⟩Totals:⟨U+202E⟩ ‹!channel› ＠here ‹b›x‹/b› "
+    shown += "‵x‵ ⟦x⟧(https∶//x.example)"
+    (mail,) = mailbox.mails
+    assert (mail["bcc"], mail["subject"]) == (None, "Payroc refunds: run failed")
+    assert f"Refund run {shown}<" in body_of(mail)
+    ((_, text),) = Chat.said
+    assert text.split("\n")[0] == f"Refund run {shown}"
+
+
 @pytest.mark.parametrize(
     ("report", "subject"),
     [

@@ -16,11 +16,12 @@ from typer.testing import CliRunner
 from demo.postgres import PostgresServer
 from demo.result import compare_with_payroc, read_rows, table_of, totals_of
 from include.refunds.approval import Question
-from include.refunds.cli import app
+from include.refunds.cli import _compared, app
 from include.refunds.message import Message, approval_needed, deadline_missed, run_ended
 from include.refunds.printable import visible
 from include.refunds.report import Report, follow_up_report, run_report, status_report
 from include.refunds.summary import as_message, read_summary
+from include.refunds.verify import Comparison, Difference
 from tests.conftest import ROOT, NewDatabase
 from tests.refunds.conftest import World
 from tests.refunds.test_cli import cli
@@ -163,6 +164,14 @@ def test_the_commands_show_foreign_text_in_its_line_and_without_markup(spoilt: W
     ids = [row["id"] for row in spoilt.rows("SELECT id FROM refund_ledger.refunds ORDER BY id")]
     for refund_id in ids:
         is_clean(printed("show", str(refund_id)))
+
+
+def test_a_comparison_with_payroc_shows_a_difference_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    now = datetime.now(UTC)
+    _compared(Comparison(now, now, differences=[Difference(f"Refund 1 (order {CANARY}) differs.")]))
+    lines = capsys.readouterr().out.split("\n")
+    assert [line for line in lines if visible(line) != line] == []
+    assert [line for line in lines if line.startswith(("Totals:", "Audit trail:"))] == []
 
 
 def test_what_is_printed_as_json_is_faithful_and_of_ascii(spoilt: World, ledger: None) -> None:

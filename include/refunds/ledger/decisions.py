@@ -9,6 +9,7 @@ from include.refunds.hold import check_hold, way_to_cancelled
 from include.refunds.ledger.connection import Connection
 from include.refunds.ledger.control import Control
 from include.refunds.ledger.rows import select_refund, standing_elsewhere
+from include.refunds.printable import printable
 from include.refunds.refund import Refund
 from include.refunds.reissue import Reissue, check_replaceable
 from include.refunds.resolve import Resolution, check_case
@@ -59,7 +60,7 @@ class Decisions(Control):
                 connection, {case.refund.id: found.payroc_refund_id}
             ):
                 raise DecisionRefused(
-                    f"Payroc's refund {found.payroc_refund_id} stands at another refund of the ledger."
+                    f"Payroc's refund {printable(found.payroc_refund_id)} stands at another refund of the ledger."
                 )
             confirmed = is_confirmed(case, resolution.decision, self._actor)
             if case.may_have_moved and not confirmed:
@@ -129,7 +130,7 @@ class Decisions(Control):
             stored: int | None = (await connection.execute(insert, values)).scalar_one_or_none()
             if stored is None:
                 raise DecisionRefused(
-                    f"The ledger holds a refund {new.source_ref!r} that the source made itself: pay this one anew there."
+                    f"The ledger holds a refund {printable(new.source_ref)} that the source made itself: pay this one anew there."
                 )
             return stored
 

@@ -28,6 +28,7 @@ from include.refunds.limits import (
     totals,
     who_to_ask,
 )
+from include.refunds.printable import printable
 from include.refunds.states import Status
 
 # A release is good for so long; what was not sent by then has to pass the door again.
@@ -205,7 +206,7 @@ class Runs(Control):
             if run.question not in (None, body):
                 # Airflow goes on showing the first question of a task, whatever is asked after it was cleared.
                 raise LedgerError(
-                    f"Run {run_id} asked a person about something else before, and Airflow would show that question again: "
+                    f"Run {printable(run_id)} asked a person about something else before, and Airflow would show that question again: "
                     "trigger a new run, which asks about what is approved now."
                 )
             await connection.execute(ask, {"run_id": run_id, "question": body})
@@ -222,7 +223,8 @@ class Runs(Control):
         """
         if triggered_by is not None and same_person(by, triggered_by):
             raise DecisionRefused(
-                f"{by} triggered run {run_id} and can't approve it, so nothing is sent: clear approve_run, and let another person answer."
+                f"{printable(by)} triggered run {printable(run_id)} and can't approve it, so nothing is sent: "
+                "clear approve_run, and let another person answer."
             )
         update = """
             UPDATE refund_ledger.refund_runs SET approved_by = :by, approved_at = :now, approved_hash = candidates_hash,
@@ -252,8 +254,8 @@ class Runs(Control):
             run = await self._run(connection, run_id)
             if await connection.change(update, {"run_id": run_id, "by": by, "now": now}) == 0:
                 raise LedgerError(
-                    f"Run {run_id} has other candidates than those that {by} was asked about, so the answer counts for nothing: "
-                    "trigger a new run, which asks about what is approved now."
+                    f"Run {printable(run_id)} has other candidates than those that {printable(by)} was asked about, "
+                    "so the answer counts for nothing: trigger a new run, which asks about what is approved now."
                 )
             if also is not None:
                 await connection.execute(also, {"run_id": run_id, "by": by})
@@ -369,7 +371,7 @@ class Runs(Control):
     ) -> None:
         if run.approved_hash != hash_of_ids(candidate_ids):
             raise LedgerError(
-                f"Run {run.run_id} holds no approval of exactly these {len(candidate_ids)} refunds, so none is released: "
+                f"Run {printable(run.run_id)} holds no approval of exactly these {len(candidate_ids)} refunds, so none is released: "
                 "clear pull_approved and let the run go on from there."
             )
         if run.approved_by is None:
@@ -377,7 +379,7 @@ class Runs(Control):
             today = await self._released_without_a_person(connection, run, now)
             if why := await _why_ask(connection, limits, today, run):
                 raise LedgerError(
-                    f"{why} That was not so when run {run.run_id} was let pass: clear approve_run, and it asks a person."
+                    f"{why} That was not so when run {printable(run.run_id)} was let pass: clear approve_run, and it asks a person."
                 )
 
     async def _open_door(
@@ -457,7 +459,7 @@ class _State:
 
 def _no_run(run_id: str) -> LedgerError:
     return LedgerError(
-        f"The ledger holds no candidates of run {run_id}: clear pull_approved and let the run go on from there."
+        f"The ledger holds no candidates of run {printable(run_id)}: clear pull_approved and let the run go on from there."
     )
 
 
