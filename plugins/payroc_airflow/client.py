@@ -20,10 +20,9 @@ from include.payroc.errors import (
     PayrocUnexpectedAnswer,
 )
 from include.payroc.models import AccessToken, Problem, Refund, RefundPage, explain
-from include.refunds.settings import get_settings
 from payroc_airflow.connection import PayrocConnection
 from payroc_airflow.metrics import timed
-from payroc_airflow.token_cache import FileTokenCache, MemoryTokenCache, TokenCache, shared_folder
+from payroc_airflow.token_cache import TokenCache, token_cache
 from payroc_airflow.transport import Answer, Transport
 
 MAX_TOKEN_SECONDS = 24 * 60 * 60
@@ -151,9 +150,7 @@ class PayrocClient:
 
     @cached_property
     def _token_cache(self) -> TokenCache:
-        if not get_settings().token_cache:
-            return MemoryTokenCache()
-        return FileTokenCache(shared_folder(), self._connection, lock_seconds=2 * self._timeout)
+        return token_cache(self._connection, lock_seconds=2 * self._timeout)
 
     def _refund_url(self, refund_id: str) -> str:
         return f"{self._refunds_url}/{quote(refund_id, safe='')}"

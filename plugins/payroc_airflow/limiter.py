@@ -18,12 +18,11 @@ import struct
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from pathlib import Path
 from uuid import uuid4
 
-from include.payroc.errors import PayrocConfigurationError
-from payroc_airflow.token_cache import own_folder
+from payroc_airflow.token_cache import usable
 
 log = logging.getLogger(__name__)
 
@@ -55,13 +54,13 @@ class Limiter:
     A 429 halves the places of this process and lets no turn begin on the host until the pause is over; each other answer gives a
     little back. Where the folder can't be used, the process is limited by itself.
 
-    :param folder: with owner-only rights, shared by the processes of the host.
+    :param folder: with owner-only rights, shared by the processes of the host; ``None`` when there is none.
     :param account: what may stand in a file's name; those with another one are limited apart.
     :param in_flight: turns of the host; each process has at least one.
     :param per_second: refunds that may enter the queues of the host in a second; ``None`` for no limit.
     """
 
-    def __init__(self, folder: Path, account: str, in_flight: int, per_second: float | None) -> None:
+    def __init__(self, folder: Path | None, account: str, in_flight: int, per_second: float | None) -> None:
         self._host = _Host(folder, account, in_flight, per_second)
         self._in_flight = in_flight
         self._allowed = float(in_flight)
@@ -184,7 +183,7 @@ class _Place(AbstractAsyncContextManager[None]):
 class _Host:
     """What the processes of the host share."""
 
-    def __init__(self, folder: Path, account: str, in_flight: int, per_second: float | None) -> None:
+    def __init__(self, folder: Path | None, account: str, in_flight: int, per_second: float | None) -> None:
         self._folder = folder
         self._account = account
         self._interval = 1 / per_second if per_second else 0.0
@@ -210,7 +209,7 @@ class _Host:
         ):
             return self._count
         self._join()
-        if self._own is not None:
+        if self._own is not None and self._folder is not None:
             self._counted_at = now
             self._count = 1 + sum(
                 _alive(path)
@@ -246,7 +245,8 @@ class _Host:
         if self._own is not None:
             path, handle = self._own
             if self._pid == os.getpid():
-                path.unlink(missing_ok=True)
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
             os.close(handle)
         if self._shared is not None:
             os.close(self._shared)
@@ -295,17 +295,18 @@ class _Host:
         self.leave()
         self._pid = os.getpid()
         self._counted_at = 0.0
+        self._count = 1
+        # It may be another one's since another process looked at it.
+        if self._folder is None or usable(self._folder) is None:
+            return
         try:
-            own_folder(self._folder)
             self._own = _locked_file(self._folder, self._account)
             self._shared = _open(self._folder / f"{self._account}.pace")
         except OSError as error:
             self._give_up(error.strerror or "unknown")
-        except PayrocConfigurationError as error:
-            self._give_up(str(error))
 
     def _give_up(self, why: str) -> None:
-        log.warning("The limits hold for this process alone, not for the host: %s.", why.rstrip("."))
+        log.warning("The limits hold for this process alone, not for the host: %s in %s.", why, self._folder)
         self.leave()
         self._pid = os.getpid()
         self._count = 1
@@ -340,8 +341,12 @@ def _alive(path: Path) -> bool:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
+    except OSError:
+        return False
     else:
-        path.unlink(missing_ok=True)
+        # Left by a dead process; on a file system that has become read-only it stays.
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
         return False
     finally:
         os.close(handle)

@@ -20,6 +20,7 @@ import stat
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -27,7 +28,6 @@ from cryptography.fernet import Fernet, InvalidToken
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from include.payroc.errors import PayrocConfigurationError
 from include.payroc.models import AccessToken
 from include.refunds.settings import get_settings
 
@@ -116,10 +116,10 @@ class FileTokenCache:
     is held while a token is fetched, so that processes which start together ask Payroc once. A file that can't be read,
     decrypted or understood counts as no file.
 
-    :param folder: created with owner-only rights if missing.
+    :param folder: one that :func:`trouble_with` finds no fault with; it is looked at again before a token is written.
     :param connection: gives the entry's name and key.
-    :param lock_seconds: how long to wait for another process that fetches a token; then this one fetches its own and keeps it to itself.
-    :raises PayrocConfigurationError: the folder is a link, belongs to another user or is open to others.
+    :param lock_seconds: how long to wait for another process that fetches a token; then this one fetches its own and
+        keeps it to itself.
     """
 
     def __init__(self, folder: Path, connection: PayrocConnection, *, lock_seconds: float) -> None:
@@ -131,9 +131,9 @@ class FileTokenCache:
         self._entry_path = folder / f"{name}.token"
         self._lock_path = folder / f"{name}.lock"
         self._last: tuple[tuple[int, int, int] | None, CachedToken | None] = None, None
-        # What could not be written.
+        # What could not be written, and what could not be removed.
         self._unshared: CachedToken | None = None
-        own_folder(folder)
+        self._evicted: AccessToken | None = None
 
     async def get(
         self, fetch: Callable[[], Awaitable[AccessToken]], *, younger_than: float | None = None
@@ -159,15 +159,24 @@ class FileTokenCache:
         async with self._locked() as locked:
             # Without the lock a newer token might be written between reading and removing.
             if locked and self._holds(token):
-                self._entry_path.unlink(missing_ok=True)
+                self._evicted = token
+                try:
+                    self._entry_path.unlink(missing_ok=True)
+                except OSError as error:
+                    log.warning("%s can't be removed (%s).", self._entry_path, error.strerror)
 
     def _holds(self, token: AccessToken) -> bool:
         entry = self._read_file()
         return entry is not None and _same(entry.token, token)
 
     def _read(self) -> CachedToken | None:
-        entries = [entry for entry in (self._read_file(), self._unshared) if entry is not None]
+        entries = [
+            entry for entry in (self._read_file(), self._unshared) if entry and not self._is_evicted(entry)
+        ]
         return max(entries, key=lambda entry: entry.received_at, default=None)
+
+    def _is_evicted(self, entry: CachedToken) -> bool:
+        return self._evicted is not None and _same(entry.token, self._evicted)
 
     def _read_file(self) -> CachedToken | None:
         try:
@@ -193,6 +202,9 @@ class FileTokenCache:
         token = entry.token.model_dump() | {"access_token": entry.token.access_token.get_secret_value()}
         content = {"token": token, "received_at": entry.received_at}
         sealed = self._fernet.encrypt(json.dumps(content).encode())
+        # It may have been removed, and made again by another user.
+        if usable(self._entry_path.parent) is None:
+            return False
         try:
             # mkstemp makes files that only the owner can open.
             handle, name = tempfile.mkstemp(dir=self._entry_path.parent, prefix=".new-")
@@ -246,35 +258,79 @@ async def _lock_within(handle: int, seconds: float) -> bool:
                 )
                 return False
             await asyncio.sleep(LOCK_POLL_SECONDS)
+        except OSError as error:
+            # Some network file systems have no locks.
+            log.warning("Tokens are not shared: the file system locks no file (%s).", error.strerror)
+            return False
         else:
             return True
 
 
-def own_folder(folder: Path) -> None:
+def token_cache(connection: PayrocConnection, *, lock_seconds: float) -> TokenCache:
     """
-    Make a folder that only this user can open.
+    Return the cache that the settings ask for; one in memory when the folder for a shared one can't be used.
 
-    :raises PayrocConfigurationError: it is a link, belongs to another user or is open to others.
+    :param connection: gives a shared cache's name and key.
+    :param lock_seconds: see :class:`FileTokenCache`.
     """
-    remedy = "set PAYROC_REFUNDS_TOKEN_CACHE_DIR to a folder of this user's with rights 0700, or PAYROC_REFUNDS_TOKEN_CACHE to false."
+    folder = shared_folder() if get_settings().token_cache else None
+    return (
+        MemoryTokenCache()
+        if folder is None
+        else FileTokenCache(folder, connection, lock_seconds=lock_seconds)
+    )
+
+
+def trouble_with(folder: Path) -> str | None:
+    """Make a folder that only this user can open, or return what keeps a folder from being used."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        # What is there in its place is named below.
+        if not os.path.lexists(folder):
+            return f"can't be made ({error.strerror})"
+    try:
         found = folder.lstat()
     except OSError as error:
-        raise PayrocConfigurationError(
-            f"The token cache folder {folder} can't be used ({error.strerror}); {remedy}"
-        ) from None
+        return f"can't be looked at ({error.strerror})"
     if stat.S_ISLNK(found.st_mode):
-        raise PayrocConfigurationError(f"The token cache folder {folder} is a symbolic link; {remedy}")
+        return "is a symbolic link"
+    if not stat.S_ISDIR(found.st_mode):
+        return "is not a folder"
     if found.st_uid != os.geteuid():
-        raise PayrocConfigurationError(f"The token cache folder {folder} belongs to another user; {remedy}")
+        return "belongs to another user"
     if stat.S_IMODE(found.st_mode) & 0o077:
-        raise PayrocConfigurationError(f"The token cache folder {folder} is open to other users; {remedy}")
+        return "is open to other users"
+    return None
 
 
-def shared_folder() -> Path:
-    """Return the folder in which the processes of this host share what they know of Payroc: the one that is set, or the default one."""
-    return get_settings().token_cache_dir or default_folder()
+def usable(folder: Path) -> Path | None:
+    """Return a folder that only this user can open, made when missing; warn and return ``None`` for any other."""
+    if (trouble := trouble_with(folder)) is None:
+        return folder
+    _warn(folder, trouble)
+    return None
+
+
+@lru_cache(maxsize=16)
+def _warn(folder: Path, trouble: str) -> None:
+    """Warn of a folder, once in each process."""
+    log.warning(
+        "%s %s, so tasks of this host share no tokens and each keeps to PAYROC_REFUNDS_REQUESTS_IN_FLIGHT and "
+        "PAYROC_REFUNDS_REQUESTS_PER_SECOND by itself: set PAYROC_REFUNDS_TOKEN_CACHE_DIR to a folder of this user's "
+        "own with rights 0700.",
+        folder,
+        trouble,
+    )
+
+
+def shared_folder() -> Path | None:
+    """
+    Return the folder in which the processes of this host share what they know of Payroc.
+
+    :returns: the one that is set, else the default one; ``None``, after a warning, when it can't be used.
+    """
+    return usable(get_settings().token_cache_dir or default_folder())
 
 
 def default_folder() -> Path:

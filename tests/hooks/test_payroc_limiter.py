@@ -452,7 +452,7 @@ def test_a_folder_that_can_not_be_used_stops_no_refund_and_is_told_once(tmp_path
         limiter.refused(None)
         assert 0.9 < limiter._host.pause_left() <= 1
         assert [record.levelname for record in caplog.records] == ["WARNING"]
-        assert "The limits hold for this process alone" in caplog.text
+        assert "each keeps to PAYROC_REFUNDS_REQUESTS_IN_FLIGHT" in caplog.text
 
 
 def test_a_gateway_that_sends_nothing_leaves_no_trace(hook, payroc, folder) -> None:
