@@ -18,11 +18,11 @@ up: $(READY) ## The same in Airflow's web interface, until Ctrl-C
 
 .PHONY: down
 down: ## Stop what `make up` or `make demo` started in another terminal, or left over
-	@$(find_python); "$$python" -m demo down
+	@$(find_any_python); "$$python" -m demo down
 
 .PHONY: clean
 clean: ## Remove the demo's data, .venv and all caches
-	@$(find_python); "$$python" -m demo clean
+	@$(find_any_python); "$$python" -m demo clean
 	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build plugins/*.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	@echo "Removed .venv and the caches of Python, pytest, mypy, ruff and Hypothesis."
@@ -30,7 +30,7 @@ clean: ## Remove the demo's data, .venv and all caches
 ENV_FILE := .env
 .PHONY: env
 env: ## Write the secrets that docker-compose.yaml needs into .env, each drawn afresh; one that is there is left alone
-	@$(find_python); "$$python" docker/env.py $(ENV_FILE)
+	@$(find_any_python); "$$python" docker/env.py $(ENV_FILE)
 
 .PHONY: test
 test: $(READY) ## Run all tests
@@ -79,8 +79,7 @@ lock: ## Renew constraints.txt after a change of requirements*.txt
 
 # --- .venv --------------------------------------------------------------------------------------------------------------
 
-# The first of these that is Python 3.11 to 3.13 and can make virtual environments. A name alone says little: it may be a
-# placeholder of a version manager, and Debian keeps the module that installs pip in a package of its own.
+# A name alone says little: it may be a placeholder of a version manager.
 CANDIDATES := python3 python3.13 python3.12 python3.11 python /usr/bin/python3
 
 ifeq ($(CURDIR),$(shell cat $(READY) 2>/dev/null))
@@ -90,12 +89,25 @@ else
 .PHONY: $(READY)
 endif
 
-define find_python
-python=; for candidate in $(CANDIDATES); do \
-  if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; \
-  then python=$$candidate; break; fi; done; \
+# The first candidate that can run the code in $(1), or an empty name.
+first_python = python=; for candidate in $(CANDIDATES); do \
+  if "$$candidate" -c '$(1)' 2>/dev/null; then python=$$candidate; break; fi; done
+
+# For what needs the standard library alone.
+ANY_PYTHON := import sys; sys.exit(sys.version_info < (3, 9))
+define find_any_python
+$(call first_python,$(ANY_PYTHON)); \
 if [ -z "$$python" ]; then \
-  if python3 -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then \
+  echo "This needs Python 3.9 or newer, and none was found. Install one so that python3 starts it." >&2; exit 1; fi
+endef
+
+# For the packages: Debian keeps the module that installs pip in a package of its own.
+RIGHT_PYTHON := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
+VENV_PYTHON := import venv, ensurepip; $(RIGHT_PYTHON)
+define find_python
+$(call first_python,$(VENV_PYTHON)); \
+if [ -z "$$python" ]; then $(call first_python,$(RIGHT_PYTHON)); \
+  if [ -n "$$python" ]; then \
     echo "Python is here, but it cannot make virtual environments. On Debian and Ubuntu: sudo apt install python3-venv" >&2; \
   else \
     echo "This project needs Python 3.11, 3.12 or 3.13, and none was found. Install one so that python3 or python3.12 starts it." >&2; \

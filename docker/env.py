@@ -1,20 +1,23 @@
 """
 ``make env``: write the secrets of a deployment, each drawn afresh, into a file that only its owner can read.
 
-It needs nothing but Python, so that it runs before anything is installed.
+It needs the standard library alone, so that it runs before anything is installed.
 """
 
 from __future__ import annotations
 
 import base64
+import difflib
 import json
 import os
+import re
 import secrets
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 FILE = Path(".env")
+COMPOSE_FILE = Path(__file__).resolve().parent.parent / "docker-compose.yaml"
 
 _HEAD = """\
 # Secrets and settings of docker-compose.yaml, written by `make env`. Keep a copy where your other secrets are: without the two keys of the
@@ -42,7 +45,7 @@ _SETTINGS = """
 
 def main(arguments: list[str]) -> int:
     """
-    Write the file.
+    Write the file; of one that is there already, name what nothing reads.
 
     :param arguments: the file, else ``.env`` in the working folder.
     :return: the exit code: 1 when the file is there already. It may hold the only copy of the ledger's keys.
@@ -53,13 +56,41 @@ def main(arguments: list[str]) -> int:
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         sys.stderr.write(
-            f"{file} is there already, and its keys may be the only ones: nothing was written. Move it away for a new one.\n"
+            f"{file} is there already, and its keys may be the only ones: nothing was written. "
+            "Move it away for a new one.\n"
         )
+        for sentence in complaints(file):
+            sys.stderr.write(f"{sentence}\n")
+        return 1
+    except OSError as error:
+        sys.stderr.write(f"{file} can't be written ({error.strerror}): give another with ENV_FILE=….\n")
         return 1
     with os.fdopen(descriptor, "w", encoding="utf-8") as written:
         written.write(content())
     sys.stdout.write(f"Wrote {file} with fresh secrets. Keep a copy of it in a safe place.\n")
     return 0
+
+
+def complaints(file: Path) -> list[str]:
+    """Return a sentence for each setting that Compose hands on to no service, and one for line ends of Windows."""
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        return [f"{file} can't be read ({error.strerror})."]
+    known = sorted(set(re.findall("PAYROC_REFUNDS_[A-Z_]+[A-Z]", COMPOSE_FILE.read_text(encoding="utf-8"))))
+    lines = content.decode("utf-8", "replace").lstrip("\ufeff").splitlines()
+    names = [re.match(r"\s*(?:export\s+)?(PAYROC_REFUNDS_\w{0,60})", line, re.IGNORECASE) for line in lines]
+    found = [
+        f"{name[1]} in {file} is handed on to nobody; the nearest is "
+        f"{difflib.get_close_matches(name[1].upper(), known, n=1, cutoff=0)[0]}."
+        for name in names
+        if name and name[1] not in known
+    ]
+    if b"\r\n" in content:
+        found.append(
+            f"{file} has line ends of Windows, which some readers take for a part of each value: convert it."
+        )
+    return found
 
 
 def content() -> str:
