@@ -347,6 +347,23 @@ def port_is_free(port: int) -> bool:
         return True
 
 
+@contextmanager
+def claimed_port(usual: int) -> Iterator[int]:
+    """
+    Yield a TCP port of the loopback interface for a server that starts later: the usual one unless somebody has it.
+
+    Between the look and the server's start another demo may look, too. So the UDP port of the same number, which
+    nobody needs, is held meanwhile; the system frees it when this process ends, however it ends.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as claim:
+        try:
+            claim.bind((HOST, usual))
+            port = usual if port_is_free(usual) else free_port()
+        except OSError:
+            port = free_port()
+        yield port
+
+
 def _account_for_root() -> tuple[int, int]:
     try:
         entry = pwd.getpwnam(ACCOUNT_FOR_ROOT)

@@ -35,7 +35,6 @@ POOL = "payroc_api"
 POOL_SLOTS = "4"
 SAMPLE = ROOT / "demo" / "sample_refunds.csv"
 
-_USUAL_SANDBOX_PORT = 8089
 _SANDBOX_SECONDS = 30
 WITHOUT_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -228,7 +227,8 @@ class Stack:
         # A ledger belongs to one Payroc, known by its address, so the port of the first run stays.
         noted = self.state.note("sandbox_port")
         if noted is None:
-            port = _USUAL_SANDBOX_PORT if port_is_free(_USUAL_SANDBOX_PORT) else free_port()
+            usual = self.state.sandbox_port
+            port = usual if port_is_free(usual) else free_port()
             self.state.set_note("sandbox_port", str(port))
             return port
         port = int(noted)
@@ -243,8 +243,10 @@ class Stack:
     def _start_sandbox(self) -> None:
         arguments = ["--port", str(self.sandbox_port), "--state", str(self.state.sandbox)]
         times = ["--token-seconds", str(TOKEN_SECONDS), "--hang-seconds", str(HANG_SECONDS)]
+        # It takes no other key: a demo that is led astray to it can't pay there.
+        env = self.environment() | {"PAYROC_SANDBOX_API_KEY": self.keys.payroc_api_key}
         self._sandbox = sandbox = self.start(
-            "sandbox", "include.sandbox", *arguments, *times, death_signal=signal.SIGTERM
+            "sandbox", "include.sandbox", *arguments, *times, env=env, death_signal=signal.SIGTERM
         )
         processes.wait_until(
             lambda: processes.has_ended(sandbox) or self._sandbox_answers(), seconds=_SANDBOX_SECONDS
@@ -255,9 +257,11 @@ class Stack:
             )
 
     def _sandbox_answers(self) -> bool:
-        with suppress(urllib.error.URLError, OSError, ValueError):
-            self.sandbox_get("/_sandbox/health")
-            return True
+        """Return whether our own local Payroc answers: another server may have taken its port a moment ago."""
+        with suppress(urllib.error.URLError, OSError, ValueError, LookupError, TypeError):
+            return (
+                self._sandbox is not None and self.sandbox_get("/_sandbox/health")["pid"] == self._sandbox.pid
+            )
         return False
 
     def _close_interrupted_runs(self) -> None:

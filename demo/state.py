@@ -69,6 +69,9 @@ class State:
         self.airflow = folder / "airflow"
         self.logs = folder / "logs"
         self.sandbox = folder / "sandbox.sqlite"
+        # Each folder has a port of its own, so that demos of several checkouts can run at once; it is below those that
+        # systems give to clients, one of which might have it when the demo comes back.
+        self.sandbox_port = 20_000 + int(hashlib.sha256(os.fsencode(folder)).hexdigest()[:8], 16) % 10_000
         self._keys = folder / "keys.json"
         self._notes = folder / "notes.json"
         self._lock = folder / "lock"

@@ -16,7 +16,7 @@ from demo import processes
 from demo.console import say, step
 from demo.errors import DemoError
 from demo.files import write_private
-from demo.postgres import HOST, free_port, port_is_free
+from demo.postgres import HOST, claimed_port
 from demo.result import count_by_status, money
 from demo.stack import AIRFLOW_DATABASE, WITHOUT_PROXY, Stack, telling_lines
 from demo.state import State
@@ -40,8 +40,7 @@ _COMPONENTS = {
 
 def up(state: State) -> int:
     """Run a local Airflow until Ctrl-C or `make down`."""
-    with state.locked("make up"), Stack(state) as stack:
-        port = _USUAL_PORT if port_is_free(_USUAL_PORT) else free_port()
+    with state.locked("make up"), Stack(state) as stack, claimed_port(_USUAL_PORT) as port:
         address = f"http://{HOST}:{port}"
         passwords = _passwords(state)
         env = _environment(stack, address, port)

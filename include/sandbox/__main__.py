@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import sqlite3
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from include.sandbox.triggers import as_text
 
 DEFAULT_PORT = 8089
 DEFAULT_KEY = "sandbox-key"
+KEY_VARIABLE = "PAYROC_SANDBOX_API_KEY"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="KEY",
-        help="accept this API key; repeatable (default: every key but wrong…)",
+        help=f"accept this API key, and the one in {KEY_VARIABLE}; repeatable (default: every key but wrong…)",
     )
     described.add_argument(
         "--token-seconds",
@@ -75,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     :return: the exit code: 0 after Ctrl+C, 2 when it cannot start, with one sentence on standard error.
     """
     asked = parser().parse_args(arguments)
+    # By the environment a key gets in that must not stand in the list of processes.
+    keys = frozenset([*asked.api_key, *filter(None, [os.environ.get(KEY_VARIABLE)])])
     if not (is_loopback(asked.host) or asked.allow_remote):
         return _cannot_start(
             f"{asked.host} can be reached by other machines and the sandbox protects nothing: add --allow-remote to do it."
@@ -100,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
 
     options = Options(
-        api_keys=frozenset(asked.api_key),
+        api_keys=keys,
         token_seconds=asked.token_seconds,
         hang_seconds=asked.hang_seconds,
         demand_sec_code=not asked.schema_only,
@@ -111,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"  page with its refunds: {url}/")
     print(f"  state: {asked.state or 'in memory, gone when it stops'}")
     print("  to point Airflow to it:")
-    print(connection_line(url, "<your API key>" if asked.api_key else DEFAULT_KEY), flush=True)
+    print(connection_line(url, "<your API key>" if keys else DEFAULT_KEY), flush=True)
     try:
         Server(Sandbox(store, options)).run(sockets=[bound])
     except KeyboardInterrupt:

@@ -6,6 +6,7 @@ They have no authentication: the sandbox is a tool for the loopback interface an
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -59,7 +60,13 @@ def admin_routes(sandbox: Sandbox) -> APIRouter:
 
     @router.get("/health")
     async def health() -> dict[str, Any]:
-        return {"status": "ok", "now": _exact(store.now()), "refunds": store.count_refunds()}
+        # The process id tells whoever started a sandbox that it is this one which has the port.
+        return {
+            "status": "ok",
+            "now": _exact(store.now()),
+            "refunds": store.count_refunds(),
+            "pid": os.getpid(),
+        }
 
     @router.get("/refunds")
     async def refunds(orderId: str | None = None) -> dict[str, Any]:
