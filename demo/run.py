@@ -6,6 +6,8 @@ import subprocess
 import time
 from collections.abc import Callable
 
+from rich.markup import escape
+
 from demo import processes
 from demo.console import console, say, step
 from demo.errors import DemoError
@@ -92,7 +94,7 @@ def _command(stack: Stack, name: str, *arguments: str) -> None:
 def _run_dag(stack: Stack, number: int) -> bool:
     log = f"run-{number}"
     say()
-    say(f"Airflow runs the DAG [bold]{DAG}[/]. Its full log: {stack.log(log)}")
+    say(f"Airflow runs the DAG [bold]{DAG}[/]. Its full log: {escape(str(stack.log(log)))}")
     begin = time.monotonic()
     process = stack.start(log, "airflow", "dags", "test", DAG)
     try:
@@ -202,7 +204,7 @@ def _show_result(stack: Stack, *, succeeded: bool, received_before: int) -> int:
         )
     if not succeeded:
         log = max(stack.state.logs.glob("run-*.log"), key=lambda log: log.stat().st_mtime)
-        say(f"[bold yellow]•[/] Airflow marked the last run as failed. From its log ({log}):")
+        say(f"[bold yellow]•[/] Airflow marked the last run as failed. From its log ({escape(str(log))}):")
         console.print(telling_lines(log), markup=False)
     say()
     _show_next_steps(stack)
@@ -219,4 +221,6 @@ def _show_next_steps(stack: Stack) -> None:
     say("  make demo    runs it again: every refund is known by now, so nothing is sent twice")
     say("  make up      opens the same in Airflow's web interface")
     say("  make clean   removes the demo's data, so that it starts afresh")
-    say(f"  demo/sample_refunds.csv holds the refunds, docs/ explains them. Logs: {stack.state.logs}")
+    say(
+        f"  demo/sample_refunds.csv holds the refunds, docs/ explains them. Logs: {escape(str(stack.state.logs))}"
+    )

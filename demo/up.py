@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from demo import processes
 from demo.console import say, step
 from demo.errors import DemoError
@@ -209,7 +211,7 @@ def _welcome(stack: Stack, address: str, passwords: dict[str, str]) -> None:
     for user, password in passwords.items():
         say(f"  Login             [bold]{user}[/]  password [bold]{password}[/]")
     say(f"  Local Payroc      {stack.sandbox_url}  (a page with the refunds that exist there)")
-    say(f"  Logs              {stack.state.logs}")
+    say(f"  Logs              {escape(str(stack.state.logs))}")
     say()
     say("[bold]What to do[/]")
     say(f"  1. Open {address}/dags/{DAGS[0]} and log in as {one}.")

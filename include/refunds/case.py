@@ -24,8 +24,8 @@ class Proposal:
 
     :param decision: what was decided.
     :param by: who proposed it.
-    :param same_login: it was written with the database login that is at work now, though operators have logins of their own: then one
-        person may have typed both names.
+    :param same_login: it was written with the database login that is at work now, though operators have logins of
+        their own: then one person may have typed both names.
     """
 
     decision: Mapping[str, str]
@@ -76,8 +76,8 @@ def is_confirmed(case: Case, decision: Mapping[str, str], by: str) -> bool:
         )
     if proposal.same_login:
         raise DecisionRefused(
-            f"{printable(proposal.by)} proposed this with the same database login; a different person has to run the same command "
-            "with a login of their own."
+            f"{printable(proposal.by)} proposed this with the same database login; a different person has to run "
+            "the same command with a login of their own."
         )
     return True
 

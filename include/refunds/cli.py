@@ -564,6 +564,9 @@ def main() -> None:
         if isinstance(stream, TextIOWrapper):
             # A terminal that knows only some characters shows the others by their numbers.
             stream.reconfigure(errors="backslashreplace")
+    # Python hands on such bytes as half characters, which no database stores.
+    if any("\ud800" <= char <= "\udfff" for argument in sys.argv for char in argument):
+        _fail("An argument holds bytes that are no text in UTF-8: write it anew.")
     try:
         app()
     except (

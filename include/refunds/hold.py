@@ -30,7 +30,8 @@ def check_hold(refund: Refund, requested_by: str, by: str, login: str | None = N
     for operator, names in ((by, (requested_by,)), (login, names_of_login)):
         if operator is not None and any(same_person(name, operator) for name in names):
             raise DecisionRefused(
-                f"{printable(operator.strip())} requested refund {refund.id} and can't release it; another person has to."
+                f"{printable(operator.strip())} requested refund {refund.id} and can't release it; "
+                "another person has to."
             )
 
 

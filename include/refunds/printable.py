@@ -1,16 +1,19 @@
 """
 Foreign text, made safe to show: on a terminal, in a log, a mail, a chat, in Markdown and in HTML.
 
-Foreign is everything that this project did not write itself: the source's columns, reasons and names that people typed, Payroc's words,
-run ids, logins, names of files and columns, and so every text that is read from the ledger.
+Foreign is everything that this project did not write itself: the source's columns, reasons and names that
+people typed, Payroc's words, run ids, logins, names of files and columns, and so every text that is read from
+the ledger.
 
 The form is the same for all outputs, and shows what it replaces:
 
-- a character that can't be seen, moves the cursor, ends the line or turns the direction of writing is shown as ``⟨U+202E⟩``;
-- a character that some output takes for markup is shown as one that looks like it (``<!channel>`` as ``‹!channel›``).
+- a character that can't be seen, moves the cursor, ends the line or turns the direction of writing is shown
+  as ``⟨U+202E⟩``;
+- a character that some output takes for markup is shown as one that looks like it (``<!channel>`` as
+  ``‹!channel›``).
 
-Where such a look-alike, or ``⟨``, is in the text itself, it is shown as ``⟨U+2039⟩``: so nothing can be forged, and no two texts are
-shown alike, short of their cut-off ends.
+Where such a look-alike, or ``⟨``, is in the text itself, it is shown as ``⟨U+2039⟩``: so nothing can be forged,
+and no two texts are shown alike, short of their cut-off ends.
 """
 
 from __future__ import annotations
@@ -38,7 +41,8 @@ LOOK_ALIKES = {
 }
 """What each character of markup is shown as. None of these is made a character of ASCII again by NFC."""
 
-# Some of them are markup only where they stand: an underscore inside a word, the @ of an address or the colon of a time is not.
+# Some of them are markup only where they stand: an underscore inside a word, the @ of an address or the colon of
+# a time is not.
 _MARKUP = re.compile(
     r"""[<>\[\]`*~|]
       | \b_+ | _+\b
@@ -50,7 +54,7 @@ _MARKUP = re.compile(
 )
 # A blank at an end can't be seen, and several in a row could be taken for the gap between two columns.
 _BLANK = re.compile(r"^\ |\ (?=\ )|\ $")
-# Characters that Python calls printable and nobody sees: they join letters, fill a syllable or choose a glyph.
+# Characters that Python calls printable and nobody sees: they join letters, fill a syllable, choose a glyph.
 _UNSEEN = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0e\uffa0\U000e0100-\U000e01ef]"
 )
@@ -61,10 +65,10 @@ def printable(value: object, *, limit: int = LONGEST) -> str:
     """
     Return a foreign value as text for any output, in one line and without markup.
 
-    It is for one value, once: what is put around it, such as a sentence of ours, keeps its backticks and line ends.
+    It is for one value, once: what is put around it, such as a sentence of ours, keeps its backticks.
 
     :param value: the value; ``None`` is shown as nothing.
-    :param limit: characters of it that are shown. How many more there are stands at the end, as ``⟨12 more⟩``.
+    :param limit: characters of it that are shown. A longer one ends with how many more there are, as ``⟨12 more⟩``.
     """
     whole = "" if value is None else str(value)
     text = whole[:limit]
@@ -81,7 +85,8 @@ def visible(line: str) -> str:
     """
     Return a line with every character that can't be seen, or could end the line, shown as ``⟨U+000A⟩``.
 
-    It is for what is put together already, right before it is shown: it changes no markup, and nothing the second time.
+    It is for what is put together already, right before it is shown: it changes no markup, and nothing the
+    second time.
     """
     if not line.isprintable():
         line = "".join(char if char.isprintable() else _code(char) for char in line)

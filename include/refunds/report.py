@@ -21,7 +21,7 @@ _MOST_LINES = 500
 _EXPECTED = ("accepted", "settled")
 _MOST_NOTES = 50
 
-# Characters of a cell of the report's table: an order id has 24, a long text would push the columns after it away.
+# Characters of a cell of the report's table. An order id has 24; a long text would push the next columns away.
 _CELL = 60
 
 # Accepted is normal for this many business days, pending and not looked at for that many; then people are told.
@@ -239,9 +239,6 @@ async def find(
         WHERE source = :source AND (id = :id OR {others}) ORDER BY id LIMIT :limit"""
     refund_id = int(which) if re.fullmatch("[1-9][0-9]{0,17}", which) else None
     values = {"source": source, "which": which, "id": refund_id, "limit": limit}
-    if any("\ud800" <= char <= "\udfff" for char in which):
-        # Bytes of a command line that are no UTF-8: Postgres can't store them, so no refund has them.
-        return []
     async with engine.connect() as connection:
         return [Match(**row) for row in await connection.execute(query, values)]
 
@@ -294,7 +291,8 @@ def _note_approval(report: Report, run: Row) -> None:
     if run["rejected_by"]:
         report.rejected = True
         report.notes.append(
-            f"{printable(run['rejected_by'])} rejected the run: nothing was sent, {sums(run['candidate_totals'])} stay approved."
+            f"{printable(run['rejected_by'])} rejected the run: nothing was sent, "
+            f"{sums(run['candidate_totals'])} stay approved."
         )
     elif run["released"] is None and run["approval_needed"] and not run["approved_by"]:
         report.unfinished.append(

@@ -59,8 +59,8 @@ _EXAMPLE = (
 )
 
 
-# A part of a value of the setting that may be a secret, such as one between two slashes of an address: twelve characters or more, a digit
-# among them, outside of templates. An address of mail is none.
+# A part of a value of the setting that may be a secret, such as one between two slashes of an address: twelve
+# characters or more, a digit among them, outside of templates. An address of mail is none.
 _TEMPLATE = re.compile(r"\{\{.*?\}\}|\{%.*?%\}", re.DOTALL)
 _PART = re.compile(r"""[^\s/?&=:,;'"()]+""")
 _MAY_BE_SECRET = re.compile(r"(?=.*[0-9])[^@]{12,}")
@@ -270,7 +270,7 @@ class _Handing(threading.Thread):
 
 def _render(notifier: BaseNotifier, known: Any) -> None:
     """
-    Render a notifier's templates, as its ``render_template_fields`` does, which logs the text of the one that it can't render.
+    Render a notifier's templates, as its ``render_template_fields`` does, which logs the one that it can't render.
 
     :raises NotifierMistake: when one can't be rendered; it names the argument.
     """
@@ -296,7 +296,7 @@ _unlogged: ContextVar[bool] = ContextVar("unlogged", default=False)
 
 @contextmanager
 def _templates_unlogged() -> Iterator[None]:
-    """Keep Airflow from logging a template that it can't render, or the name of a template's file that it can't find."""
+    """Keep Airflow from logging a template that it can't render, or the name of a file that it can't find."""
     before = _unlogged.set(True)
     try:
         yield
@@ -345,7 +345,7 @@ def _configured() -> Iterator[tuple[BaseNotifier | None, str]]:
 
 
 def _mask(value: Any, name: str = "") -> None:
-    """Let Airflow mask in all its logs what may be a secret: a notifier's own may quote the address that it calls."""
+    """Let Airflow mask what may be a secret in its logs: a notifier's may quote the address that it calls."""
     match value:
         case dict():
             for name, item in value.items():
@@ -369,7 +369,8 @@ def _made(arguments: dict[str, Any]) -> BaseNotifier:
         kind = getattr(import_module(module), name)
     except Exception as error:  # noqa: BLE001 - a module may raise anything when it is imported
         raise NotifierMistake(
-            f"{printable(path)} can't be imported ({type(error).__name__}): correct the path, or install the provider that has it."
+            f"{printable(path)} can't be imported ({type(error).__name__}): correct the path, or install the provider "
+            "that has it."
         ) from None
     if not (inspect.isclass(kind) and issubclass(kind, BaseNotifier)):
         raise NotifierMistake(

@@ -234,7 +234,7 @@ def test_an_unreadable_request_stops_its_own_refund_and_not_the_others_of_the_li
     assert world.paused() == {}
 
 
-def test_a_label_and_an_exception_are_one_line_without_markup_whatever_an_order_is_called() -> None:
+def test_a_label_and_an_exception_show_an_order_id_in_one_line_without_markup() -> None:
     # The ledger may have such orders from before it refused them.
     nasty = "\x1b[2K\r\nTotals:\u202e<!channel>"
     clean = "⟨U+001B⟩⟦2K⟨U+000D⟩⟨U+000A⟩Totals:⟨U+202E⟩‹!channel›"

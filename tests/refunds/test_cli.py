@@ -162,6 +162,15 @@ def test_show_of_an_unknown_refund_says_so(ledger_url: URL) -> None:
     assert "The ledger holds no refund no-such: give" in missing.stderr
 
 
+@pytest.mark.parametrize("arguments", [("show", "SO-\udcff"), ("pause", "--by", "ann", "--reason", "\udcff")])
+def test_an_argument_that_is_no_text_is_refused_in_one_sentence(
+    arguments: tuple[str, ...], ledger_url: URL
+) -> None:
+    refused = cli(*arguments, ledger=ledger_url)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr == "An argument holds bytes that are no text in UTF-8: write it anew.\n"
+
+
 # What is given to `show` of the first refund, and where the second one has the same.
 AMBIGUOUS = {
     "an id that is also an order id": ("id", "order_id"),

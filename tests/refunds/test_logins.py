@@ -1,4 +1,4 @@
-"""Two people have two logins where operators have logins of their own: what a command was told with --by proves nothing then."""
+"""Two people have two logins where operators have logins of their own; names given with --by prove nothing then."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Decide = Callable[[str, str], Any]
 
 @pytest.fixture
 def ledger_of(world: World, ledger_url: URL, login: Login) -> Callable[[str, str], Ledger]:
-    """Return the ledger for a name that is given with --by, and the login with which it is given; ``owner`` owns the ledger."""
+    """Return the ledger for a name given with --by, and the login that gives it; ``owner`` owns the ledger."""
 
     def ledger(by: str, name: str) -> Ledger:
         url = ledger_url if name == "owner" else login(ledger_url, OPERATOR, name)
@@ -66,7 +66,7 @@ def reissuing(world: World, ledger_of: Callable[[str, str], Ledger]) -> Decide:
 
 @pytest.fixture(params=[resolving, reissuing])
 def decide(request: pytest.FixtureRequest, world: World, ledger_of: Callable[[str, str], Ledger]) -> Decide:
-    """Return what decides about a refund, with a name and a login; it returns whether the decision is carried out."""
+    """Return what decides about a refund with a name and a login, and tells whether that was carried out."""
     made: Decide = request.param(world, ledger_of)
     return made
 

@@ -1,4 +1,4 @@
-"""Foreign text in every column of a ledger: no command, report, message or summary lets it forge, style or alarm anything."""
+"""Foreign text in every column of a ledger forges, styles and alarms nothing in any output."""
 
 from __future__ import annotations
 
@@ -26,10 +26,12 @@ from tests.conftest import ROOT, NewDatabase
 from tests.refunds.conftest import World
 from tests.refunds.test_cli import cli
 
-# An amount that is overwritten, forged lines of a report, a direction that is turned, and the markup of each output.
+# An overwritten amount, forged lines of a report, a turned direction of writing, and the markup of each output.
 CANARY = (
-    "\x1b[2K\rPaid 12.00\r\nTotals:\nAudit trail: 1 events\x85Note: x\u2028Unfinished: x\v\f\u202e[/bold][red]<!channel><@U123><b>x</b>"
-    "@everyone @here `x` **x** ~~x~~ ||x|| {{ 1 }} &#8238; :fire: ::group::x https://x.example [x](https://x.example)    5.00 USD  \ufeff"
+    "\x1b[2K\rPaid 12.00\r\nTotals:\nAudit trail: 1 events\x85Note: x\u2028Unfinished: x\v\f\u202e"
+    "[/bold][red]<!channel><@U123><b>x</b>"
+    "@everyone @here `x` **x** ~~x~~ ||x|| {{ 1 }} &#8238; :fire: ::group::x https://x.example "
+    "[x](https://x.example)    5.00 USD  \ufeff"
 )
 MARKUP = (
     "[/",

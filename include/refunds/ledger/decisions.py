@@ -15,8 +15,8 @@ from include.refunds.reissue import Reissue, check_replaceable
 from include.refunds.resolve import Resolution, check_case
 from include.refunds.states import Status
 
-# True when operators have database logins of their own: some login may act as an operator here that neither owns the ledger nor is a
-# superuser. Then two people have two logins; what a command was told with --by proves nothing.
+# True when operators have database logins of their own: some login may act as an operator here that neither owns
+# the ledger nor is a superuser. Then two people have two logins; the names given with --by prove nothing.
 OPERATORS_HAVE_LOGINS = """EXISTS (
     SELECT FROM pg_catalog.pg_roles AS login
     WHERE login.rolcanlogin AND NOT login.rolsuper AND pg_has_role(login.oid, 'refunds_operator', 'MEMBER')
@@ -130,7 +130,8 @@ class Decisions(Control):
             stored: int | None = (await connection.execute(insert, values)).scalar_one_or_none()
             if stored is None:
                 raise DecisionRefused(
-                    f"The ledger holds a refund {printable(new.source_ref)} that the source made itself: pay this one anew there."
+                    f"The ledger holds a refund {printable(new.source_ref)} that the source made itself: "
+                    "pay this one anew there."
                 )
             return stored
 
@@ -216,7 +217,8 @@ class Decisions(Control):
                    refund_ledger.first_source_ref(:id) AS first_source_ref"""
         # The database wrote the login itself.
         proposal = f"""
-            SELECT actor, at, detail, COALESCE(login, session_user) = session_user AND {OPERATORS_HAVE_LOGINS} AS same_login
+            SELECT actor, at, detail,
+                   COALESCE(login, session_user) = session_user AND {OPERATORS_HAVE_LOGINS} AS same_login
             FROM refund_ledger.refund_events AS e
             WHERE refund_id = :id AND event = 'proposal'
               AND NOT EXISTS (SELECT FROM refund_ledger.refund_events AS later
