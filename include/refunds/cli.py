@@ -38,6 +38,7 @@ from include.refunds.ledger.connection import DATABASE_ERRORS
 from include.refunds.ledger_url import UrlError, ledger_url, source_url
 from include.refunds.limits import LIMITS, Limits
 from include.refunds.money import money
+from include.refunds.postgres_parameters import refusal
 from include.refunds.printable import printable, visible
 from include.refunds.reissue import reissue as reissue_refund
 from include.refunds.report import Match, details, find, status_report
@@ -585,7 +586,9 @@ def main() -> None:
     ) as error:
         _fail(str(error))
     except (DBAPIError, *DATABASE_ERRORS) as error:
-        _fail(f"The database can't be used: {describe(error)}; check its URL, its rights, and that it runs.")
+        blamed = refusal(error.orig) if isinstance(error, DBAPIError) and error.orig else None
+        trouble = blamed or f"{describe(error)}; check its URL, its rights, and that it runs"
+        _fail(f"The database can't be used: {trouble}.")
 
 
 @asynccontextmanager

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from airflow.sdk import BaseHook
-from airflow.sdk.exceptions import AirflowException, AirflowNotFoundException
+from airflow.sdk.exceptions import AirflowNotFoundException
 
-from include.refunds.ledger_url import UrlError, as_ledger_url, url_of_connection
+from include.refunds.ledger_url import NO_URL, UrlError, as_ledger_url, url_of_connection
+from include.refunds.postgres_parameters import UnusableParameter
 from payroc_airflow.task_context import outside_of_tasks
 
 if TYPE_CHECKING:
@@ -35,10 +36,14 @@ def ledger_url_of(conn_id: str = LEDGER_CONN_ID) -> URL:
         name: getattr(connection, name)
         for name in ("conn_type", "host", "port", "login", "password", "schema", "extra")
     }
+    place = f"Airflow connection {conn_id!r}"
     try:
-        return as_ledger_url(url_of_connection(fields))
-    except UrlError as error:
-        raise UrlError(f"Airflow connection {conn_id!r}: {error}") from None
+        url = url_of_connection(fields)
+    except UnusableParameter as error:
+        raise UrlError(f"{place}: {error}.") from None
+    except NO_URL:
+        raise UrlError(f"{place} has fields or extras that are none: the extras are a JSON object.") from None
+    return as_ledger_url(url, place)
 
 
 @asynccontextmanager
@@ -84,22 +89,16 @@ def source_of(conn_id: str = SOURCE_CONN_ID) -> SqlSource:
     """
     Return the source behind an Airflow connection of any type that has a SQL hook.
 
-    :raises SourceError: when the connection is missing, or its type has no SQLAlchemy engine.
+    :raises SourceError: when the connection is missing, its type has no SQL hook, or one of its extras can't be used.
     """
-    from include.refunds.quiet import QUIET
     from include.refunds.source import SourceError, SqlSource
+    from payroc_airflow.source_connection import source_engine
 
     try:
         connection = _connection(conn_id, "a connection to the database in which refunds are approved")
-        hook: Any = connection.get_hook()  # type: ignore[no-untyped-call]  # Airflow does not type it
-        return SqlSource(hook.get_sqlalchemy_engine(engine_kwargs=dict(QUIET)))
     except UrlError as error:
         raise SourceError(str(error)) from None
-    except (AirflowException, AttributeError, NotImplementedError) as error:
-        raise SourceError(
-            f"Airflow connection {conn_id!r} has no SQL hook ({type(error).__name__}): give it the type of a SQL database "
-            "whose provider is installed."
-        ) from None
+    return SqlSource(source_engine(connection))
 
 
 def connect_source(conn_id: str) -> SqlSource:

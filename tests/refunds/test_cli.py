@@ -78,14 +78,17 @@ def test_the_ledger_is_found_by_airflows_connection_variable(ledger_url: URL, fo
             {},
             "No ledger database: give --ledger-url, or set PAYROC_REFUNDS_LEDGER_URL or AIRFLOW_CONN_REFUNDS_LEDGER.",
         ),
-        ({"PAYROC_REFUNDS_LEDGER_URL": "sqlite:///x.db"}, "The ledger must be a Postgres database"),
+        (
+            {"PAYROC_REFUNDS_LEDGER_URL": "sqlite:///x.db"},
+            "PAYROC_REFUNDS_LEDGER_URL names no Postgres database",
+        ),
         (
             {"PAYROC_REFUNDS_LEDGER_URL": "postgresql://h/x?channel_binding=require"},
-            "has the parameter 'channel_binding'",
+            "`channel_binding` can't be used here: remove it",
         ),
         (
             {"PAYROC_REFUNDS_LEDGER_URL": "postgresql://h/x?connect_timeout=soon"},
-            "has a connect_timeout that is no number",
+            "`connect_timeout` is no whole number: give seconds",
         ),
         ({"PAYROC_REFUNDS_LEDGER_URL": "no url"}, "PAYROC_REFUNDS_LEDGER_URL is not a database URL"),
         ({"PAYROC_REFUNDS_LEDGER_URL": "postgresql://u:hunter2@127.0.0.1:1/x"}, "127.0.0.1:1 can't be used"),

@@ -21,6 +21,7 @@ from sqlalchemy import URL
 from demo import processes
 from demo.postgres import HOST, free_port
 from tests.conftest import SCRATCH
+from tests.support.certificates import Authority
 
 USER = "shop"
 _START_SECONDS = 60
@@ -184,11 +185,13 @@ def why_not() -> str | None:
 
 
 @pytest.fixture(scope="session")
-def mariadb() -> Iterator[MariaDbServer]:
-    """A MariaDB server for the whole session."""
+def mariadb(authority: Authority) -> Iterator[MariaDbServer]:
+    """A MariaDB server for the whole session. It takes TLS from who wants it; its certificate is for ``localhost`` alone."""
     if reason := why_not():
         pytest.skip(reason)
-    with MariaDbServer(SCRATCH / "mariadb") as server:
+    certificate, key = authority.sign("mariadb-server", "localhost")
+    options = {"ssl-ca": authority.file, "ssl-cert": str(certificate), "ssl-key": str(key)}
+    with MariaDbServer(SCRATCH / "mariadb", options) as server:
         yield server
 
 
@@ -203,7 +206,7 @@ AirflowMySql = Callable[..., None]
 
 @pytest.fixture
 def mysql_source(mysql_url: URL, monkeypatch: pytest.MonkeyPatch) -> AirflowMySql:
-    """A function that makes ``mysql_url`` the Airflow connection ``refunds_source``, with the extras it is given."""
+    """A function that makes ``mysql_url`` the Airflow connection ``refunds_source``, with the extras that it is given."""
 
     def connect(**extra: object) -> None:
         fields = {

@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
+import socket
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager, nullcontext, suppress
 from functools import cache
 from typing import Any, Literal
+from urllib.parse import urlencode
 
 import asyncpg
 from sqlalchemy import URL
+
+from include.refunds.ledger_url import UrlError, addresses
+from include.refunds.postgres_parameters import refusal
 
 # asyncpg calls it an internal error when a server dies in the middle of a message.
 DATABASE_ERRORS = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
@@ -26,6 +32,14 @@ _CONNECT_SECONDS = 10
 _CLOSE_SECONDS = 2
 # A little longer than the server lets a statement of a transaction take. A server that has lost its power says nothing, not even that.
 _STATEMENT_SECONDS = 330
+
+_KEEPALIVE = {
+    "keepalives": (socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+    # 16 on macOS, which calls it TCP_KEEPALIVE.
+    "keepalives_idle": (socket.IPPROTO_TCP, getattr(socket, "TCP_KEEPIDLE", 16)),
+    "keepalives_interval": (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL),
+    "keepalives_count": (socket.IPPROTO_TCP, socket.TCP_KEEPCNT),
+}
 
 # `:name` but not the cast `::type`.
 _PARAMETER = re.compile(r"(?<!:):([a-z][a-z0-9_]*)")
@@ -187,13 +201,41 @@ class LedgerEngine:
         if self._idle:
             fitting = (place for place, (used_for, _) in enumerate(self._idle) if used_for == purpose)
             return self._idle.pop(next(fitting, -1))[1]
-        dsn, timeout = _address(self.url)
-        driver = await asyncpg.connect(
-            dsn, timeout=timeout, command_timeout=_STATEMENT_SECONDS, record_class=Row
-        )
+        driver = await self._connected()
         await driver.set_type_codec("json", schema="pg_catalog", encoder=str, decoder=json.loads)
         await driver.set_type_codec("jsonb", schema="pg_catalog", encoder=str, decoder=json.loads)
         return driver
+
+    async def _connected(self) -> asyncpg.Connection:
+        """Return a connection to the first host that takes one. The driver's own list of hosts has one time limit for all of them."""
+        query = {name: str(value) for name, value in self.url.query.items() if name not in ("host", "port")}
+        timeout = float(query.pop("connect_timeout", _CONNECT_SECONDS)) or None
+        keepalive = {name: int(query.pop(name)) for name in [*query] if name in _KEEPALIVE}
+        wanted = query.pop("target_session_attrs", "any")
+        failure: Exception | None = None
+        for attributes in ("standby", "any") if wanted == "prefer-standby" else (wanted,):
+            for host, port in addresses(self.url):
+                try:
+                    driver = await asyncpg.connect(
+                        f"postgresql://?{urlencode(query)}",
+                        host=host,
+                        port=port,
+                        user=self.url.username,
+                        password=self.url.password,
+                        database=self.url.database,
+                        target_session_attrs=attributes,
+                        timeout=timeout,
+                        command_timeout=_STATEMENT_SECONDS,
+                        record_class=Row,
+                    )
+                except DATABASE_ERRORS as error:
+                    failure = error
+                else:
+                    _keep_alive(driver, keepalive)
+                    return driver
+        if sentence := refusal(failure or OSError()):
+            raise UrlError(f"The ledger's connection: {sentence}.") from None
+        raise failure or OSError("no host")
 
 
 def as_array(values: Iterable[object]) -> str:
@@ -201,18 +243,16 @@ def as_array(values: Iterable[object]) -> str:
     return f"{{{','.join(map(str, values))}}}"
 
 
-def _address(url: URL) -> tuple[str, float | None]:
-    """Return a URL as asyncpg takes it, and the seconds to connect within; ``None`` for no limit."""
-    query = dict(url.query)
-    timeout = float(str(query.pop("connect_timeout", _CONNECT_SECONDS)))
-    if not url.host or url.host.startswith("/"):
-        # A socket's folder, or hosts that are a parameter: in the place of a host asyncpg takes the one for a path and the other for none.
-        query |= {"host": url.host} if url.host else {}
-        query |= {"port": str(url.port)} if url.port else {}
-        url = URL.create("postgresql", url.username, url.password, database=url.database)
-    return url.set(drivername="postgresql", query=query).render_as_string(
-        hide_password=False
-    ), timeout or None
+def _keep_alive(driver: asyncpg.Connection, settings: Mapping[str, int]) -> None:
+    """Set what libpq does by itself."""
+    transport = driver._transport
+    if not settings or transport.get_extra_info("socket").family == socket.AF_UNIX:
+        return
+    # uvloop's socket lets nobody set options; a second one for the same connection does.
+    with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as same:
+        for name, value in {"keepalives": 1, **settings}.items():
+            level, option = _KEEPALIVE[name]
+            same.setsockopt(level, option, value)
 
 
 async def _close(driver: asyncpg.Connection) -> None:
