@@ -78,7 +78,7 @@ PARAMS = {
         type=["string", "null"],
         format="date-time",
         title="Approved before",
-        description="Only refunds that were approved before this instant, with its time zone.",
+        description="Only refunds that were approved before this date and time, with its time zone.",
     ),
     "batch_size": Param(
         None,

@@ -271,12 +271,26 @@ def get_settings() -> Settings:
     """
     sentences = _unknown_names()
     try:
-        settings = Settings()
-    except ValidationError as error:
-        sentences += _sentences(error)
+        settings = read_settings()
+    except SettingsError as error:
+        sentences.append(str(error))
     if sentences:
         raise SettingsError(" ".join(sentences))
     return settings
+
+
+def read_settings(**values: str) -> Settings:
+    """
+    Return the settings of the environment.
+
+    :param values: by name, what takes the place of what the environment says.
+    :raises SettingsError: when a value is unusable; the message names all of them, and quotes none.
+    """
+    try:
+        return Settings(**values)  # type: ignore[arg-type]  # text, as in an environment
+    except ValidationError as error:
+        sentences = _sentences(error)
+    raise SettingsError(" ".join(sentences))
 
 
 def check_names() -> None:

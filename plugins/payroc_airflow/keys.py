@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from airflow.sdk.configuration import get_custom_secret_backend
 from airflow.sdk.log import mask_secret
 
 from include.refunds.cipher import Cipher
-from include.refunds.settings import ENV_PREFIX, Settings, SettingsError
+from include.refunds.settings import ENV_PREFIX, Settings, SettingsError, read_settings
 
 _KEYS = ("encryption_keys", "fingerprint_key")
 
@@ -31,10 +29,12 @@ def cipher_of(settings: Settings) -> Cipher:
     }
     if not names:
         return Cipher(settings)
-    found: dict[str, Any] = {
-        key: _from_backend(name, f"{ENV_PREFIX}{key}_SECRET".upper()) for key, name in names.items()
-    }
-    return Cipher(Settings(**found))
+    found = {key: _from_backend(name, f"{ENV_PREFIX}{key}_SECRET".upper()) for key, name in names.items()}
+    try:
+        settings = read_settings(**found)
+    except SettingsError as error:
+        raise SettingsError(f"{error} It is in Airflow's secrets backend.") from None
+    return Cipher(settings)
 
 
 def _from_backend(name: str, variable: str) -> str:

@@ -117,6 +117,37 @@ def test_a_backend_that_fails_is_told_in_a_sentence_without_its_own_words(
     assert caught.value.__suppress_context__
 
 
+@pytest.mark.parametrize("around", ["{}\n", '"{}"', " {}"])
+def test_a_fingerprint_key_of_the_backend_with_something_around_it_is_refused_without_being_shown(
+    vault: None, monkeypatch: pytest.MonkeyPatch, around: str
+) -> None:
+    from vault_of_the_tests import Vault
+
+    key = KEYS["refunds/fingerprint"]
+    monkeypatch.setattr(Vault, "get_config", lambda self, name: around.format(self.kept[name]))
+    monkeypatch.delenv("PAYROC_REFUNDS_ENCRYPTION_KEYS_SECRET")
+    monkeypatch.setenv("PAYROC_REFUNDS_ENCRYPTION_KEYS", KEYS["refunds/encryption"])
+    with pytest.raises(SettingsError) as caught:
+        cipher_of(get_settings())
+    said = str(caught.value)
+    assert said.startswith("PAYROC_REFUNDS_FINGERPRINT_KEY is not usable; give the key alone")
+    assert said.endswith(" It is in Airflow's secrets backend.")
+    assert key not in said
+    assert caught.value.__suppress_context__
+
+
+def test_line_ends_around_encryption_keys_of_the_backend_are_left_out(
+    vault: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vault_of_the_tests import Vault
+
+    expected = cipher_of(get_settings()).key_ids
+    monkeypatch.setattr(
+        Vault, "get_config", lambda self, name: self.kept[name] + "\r\n" * ("encryption" in name)
+    )
+    assert cipher_of(get_settings()).key_ids == expected
+
+
 def test_a_run_sends_and_the_commands_rotate_with_keys_of_the_backend_and_no_log_shows_them(
     world: World, run_dag: Runner, ledger_url: URL, vault: None
 ) -> None:
