@@ -63,6 +63,7 @@ from include.refunds.demo_source import create_table  # noqa: E402
 from include.refunds.migrations import migrate  # noqa: E402
 from include.refunds.revision import REVISION  # noqa: E402
 from include.refunds.settings import get_settings  # noqa: E402
+from tests.patience import PATIENCE_SECONDS, eventually  # noqa: E402
 
 pytest_plugins = ["tests.support.mariadb", "tests.support.pgbouncer", "tests.support.tls"]
 
@@ -253,7 +254,7 @@ class Sandbox:
         self._call(urllib.request.Request(self.url + path, method="DELETE"))
 
     def _call(self, request: urllib.request.Request) -> Any:
-        with _WITHOUT_PROXY.open(request, timeout=10) as answer:
+        with _WITHOUT_PROXY.open(request, timeout=PATIENCE_SECONDS) as answer:
             text = answer.read()
         return json.loads(text) if text else None
 
@@ -274,7 +275,7 @@ def running_sandbox(log: Path, *options: str) -> Iterator[Sandbox]:
             found[:] = re.findall(r"http://127\.0\.0\.1:\d+", log.read_text())
             return bool(found) or process.poll() is not None
 
-        processes.wait_until(said_its_address, seconds=30)
+        eventually(said_its_address, "the sandbox says its address")
         assert found, f"the sandbox did not say its address: {log.read_text()}"
         yield Sandbox(found[0])
     finally:
@@ -283,8 +284,12 @@ def running_sandbox(log: Path, *options: str) -> Iterator[Sandbox]:
 
 @pytest.fixture(scope="session")
 def sandbox() -> Iterator[Sandbox]:
-    """A local Payroc for the whole session. Tests tell their refunds apart by order id."""
-    with running_sandbox(SCRATCH / "sandbox.log") as sandbox:
+    """
+    A local Payroc for the whole session. Tests tell their refunds apart by order id.
+
+    It ends by itself what hangs, so that the tests' own time-outs can be longer than a busy machine is slow.
+    """
+    with running_sandbox(SCRATCH / "sandbox.log", "--hang-seconds", "1") as sandbox:
         yield sandbox
 
 

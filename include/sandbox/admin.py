@@ -137,8 +137,8 @@ def admin_routes(sandbox: Sandbox) -> APIRouter:
         return {"id": sandbox.faults.add(fault)}
 
     @router.delete("/faults", status_code=204)
-    async def clear_faults() -> None:
-        sandbox.faults.clear()
+    async def clear_faults(orderId: str | None = None) -> None:
+        sandbox.faults.clear(orderId)
 
     @router.get("/settings")
     async def settings() -> dict[str, Any]:

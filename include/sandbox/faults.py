@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+from contextlib import suppress
 from http import HTTPStatus
 from typing import Literal
 
@@ -98,6 +100,7 @@ class FaultQueue:
     def __init__(self) -> None:
         self._ids = itertools.count(1)
         self._queued: dict[int, tuple[QueuedFault, int]] = {}
+        self._delayed: dict[asyncio.Event, str | None] = {}
 
     def add(self, fault: QueuedFault) -> int:
         """Queue a fault and return its number."""
@@ -127,9 +130,32 @@ class FaultQueue:
             for number, (fault, left) in self._queued.items()
         ]
 
-    def clear(self) -> None:
-        """Forget all of them."""
-        self._queued.clear()
+    async def delay(self, fault: Fault, order_id: str | None) -> None:
+        """
+        Delay a slow request, until its fault is cleared at the latest.
+
+        :param order_id: the order id that the request is about, None when it names none.
+        """
+        cleared = asyncio.Event()
+        self._delayed[cleared] = order_id
+        try:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(cleared.wait(), fault.delay_seconds)
+        finally:
+            del self._delayed[cleared]
+
+    def clear(self, order_id: str | None = None) -> None:
+        """
+        Forget queued faults, and let delayed requests continue.
+
+        :param order_id: only those about this order id, None for all.
+        """
+        for number, (fault, _) in list(self._queued.items()):
+            if order_id in (None, fault.order_id):
+                del self._queued[number]
+        for cleared, about in self._delayed.items():
+            if order_id in (None, about):
+                cleared.set()
 
 
 def _phrase(status: int) -> str:

@@ -17,7 +17,6 @@ Assumptions, since Payroc does not say:
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import re
@@ -140,7 +139,7 @@ async def serve(
     if fault is not None:
         call.entry.behaviour = "queued"
     if early is not None and early.kind == "slow":
-        return await _process(sandbox, call, work, delay_seconds=early.delay_seconds)
+        return await _process(sandbox, call, work, delay=early)
     if early is not None:
         return _commit(sandbox, call, lambda _: answer_of(sandbox, early, operation.success))
     return await _process(sandbox, call, work)
@@ -155,18 +154,18 @@ def answer_of(sandbox: Sandbox, fault: Fault, normal_status: int) -> Answer:
     )
 
 
-async def _process(sandbox: Sandbox, call: Call, work: Work, *, delay_seconds: float = 0.0) -> Response:
+async def _process(sandbox: Sandbox, call: Call, work: Work, *, delay: Fault | None = None) -> Response:
     try:
         _check_headers(sandbox.store, call)
         with _own_key(sandbox, call):
-            if delay_seconds:
-                await asyncio.sleep(delay_seconds)
+            if delay is not None:
+                await sandbox.faults.delay(delay, call.entry.order_id)
             response = _commit(sandbox, call, lambda call: _once_per_key(sandbox.store, call, work))
     except Refusal as refused:
         answer = refused.answer
         return _commit(sandbox, call, lambda _: answer)
     if call.late is not None and call.late.kind == "slow":
-        await asyncio.sleep(call.late.delay_seconds)
+        await sandbox.faults.delay(call.late, call.entry.order_id)
     return response
 
 

@@ -15,6 +15,10 @@ from typing import IO, Any
 
 import requests
 
+from tests.patience import PATIENCE_SECONDS
+
+# How long a request hangs when nothing else is said.
+USUAL_HANG_SECONDS = 60
 REPO = Path(__file__).resolve().parents[2]
 
 # Payroc's own sample request; its account number ends in none of the triggers.
@@ -83,13 +87,13 @@ class RunningSandbox:
 
     def text(self, path: str) -> str:
         """The body of what is at a path of the sandbox."""
-        response = self._session.get(self.url + path, timeout=10)
+        response = self._session.get(self.url + path, timeout=PATIENCE_SECONDS)
         response.raise_for_status()
         return response.text
 
     def admin(self, method: str, path: str, **content: Any) -> Any:
         response = self._session.request(
-            method, f"{self.url}/_sandbox/{path}", json=content or None, timeout=10
+            method, f"{self.url}/_sandbox/{path}", json=content or None, timeout=PATIENCE_SECONDS
         )
         response.raise_for_status()
         return response.json() if response.content else None
@@ -120,14 +124,14 @@ class RunningSandbox:
         if self.process.poll() is None:
             self.process.terminate()
             try:
-                self.process.wait(5)
+                self.process.wait(PATIENCE_SECONDS)
             except subprocess.TimeoutExpired:
                 self.process.kill()
-                self.process.wait(5)
+                self.process.wait(PATIENCE_SECONDS)
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait(5)
+        self.process.wait(PATIENCE_SECONDS)
 
 
 class Client:
@@ -140,7 +144,9 @@ class Client:
         self.token = self.authorize(api_key).json()["access_token"]
 
     def authorize(self, api_key: str) -> requests.Response:
-        return self.session.post(f"{self.url}/authorize", headers={"x-api-key": api_key}, timeout=10)
+        return self.session.post(
+            f"{self.url}/authorize", headers={"x-api-key": api_key}, timeout=PATIENCE_SECONDS
+        )
 
     def send(
         self,
@@ -148,7 +154,7 @@ class Client:
         path: str,
         *,
         headers: dict[str, Any] | None = None,
-        timeout: float = 10,
+        timeout: float = PATIENCE_SECONDS,
         **more: Any,
     ) -> requests.Response:
         """Send with the token; a header of None is left out."""
@@ -157,7 +163,11 @@ class Client:
         return self.session.request(method, url, headers=with_token, timeout=timeout, **more)
 
     def create(
-        self, content: dict[str, Any] | None = None, *, key: str | None = None, timeout: float = 10
+        self,
+        content: dict[str, Any] | None = None,
+        *,
+        key: str | None = None,
+        timeout: float = PATIENCE_SECONDS,
     ) -> requests.Response:
         content = BODY if content is None else content
         return self.send(
@@ -169,7 +179,7 @@ class Client:
         )
 
     def create_ending_in(
-        self, digits: str, *, key: str | None = None, timeout: float = 10
+        self, digits: str, *, key: str | None = None, timeout: float = PATIENCE_SECONDS
     ) -> requests.Response:
         return self.create(body(refundMethod__accountNumber=f"123456{digits}"), key=key, timeout=timeout)
 
@@ -218,7 +228,7 @@ def running_sandbox(*arguments: str) -> Iterator[RunningSandbox]:
         finally:
             if process.poll() is None:
                 process.kill()
-                process.wait(5)
+                process.wait(PATIENCE_SECONDS)
             if process.stdout is not None:
                 process.stdout.close()
 

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
 
+from tests.patience import PATIENCE_SECONDS, eventually
 from tests.sandbox.running import Client, RunningSandbox, body, new_key, new_session, parameters, problem_type
 
 DAY = 24 * 3600
@@ -130,14 +130,15 @@ def test_a_key_is_kept_for_seven_days_and_then_pays_a_second_time(
 
 
 def test_a_key_whose_first_request_is_in_flight_is_in_use(sandbox: RunningSandbox, payroc: Client) -> None:
-    sandbox.fault("create", "slow", seconds=0.6)
+    sandbox.fault("create", "slow", seconds=3600)
     key, answers = new_key(), []
     slow = threading.Thread(target=lambda: answers.append(Client(sandbox.url).create(key=key)))
     slow.start()
-    deadline = time.monotonic() + 5
-    while sandbox.admin("GET", "faults")["faults"] and time.monotonic() < deadline:
-        time.sleep(0.01)
+    eventually(
+        lambda: not sandbox.admin("GET", "faults")["faults"], "the first request is in flight", pause=0.01
+    )
     meanwhile = payroc.create(key=key)
+    sandbox.admin("DELETE", "faults")
     slow.join()
     assert meanwhile.status_code == 409
     assert problem_type(meanwhile) == "idempotency-key-in-use"
@@ -153,7 +154,7 @@ def test_forty_concurrent_requests_with_one_key_pay_once(sandbox: RunningSandbox
     def create(_: int) -> requests.Response:
         with new_session() as session:
             return session.post(
-                f"{payroc.api}/bank-transfer-refunds", json=body(), headers=headers, timeout=10
+                f"{payroc.api}/bank-transfer-refunds", json=body(), headers=headers, timeout=PATIENCE_SECONDS
             )
 
     with ThreadPoolExecutor(20) as pool:

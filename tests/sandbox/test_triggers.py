@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +8,7 @@ import requests
 
 from include.sandbox import triggers
 from include.sandbox.__main__ import parser
+from tests.patience import PATIENCE_SECONDS, eventually
 from tests.sandbox.running import REPO, Client, RunningSandbox, body, new_key, parameters, problem_type
 
 NO_ANSWER_SECONDS = 0.4
@@ -67,7 +67,7 @@ def test_9003_pays_without_an_answer_and_a_repeat_is_replayed_even_while_the_fir
 ) -> None:
     key = new_key()
     with hanging_create(payroc, "9003", key):
-        wait_for(lambda: len(sandbox.refunds()) == 1)
+        eventually(lambda: len(sandbox.refunds()) == 1)
         assert_repeat_is_replayed(sandbox, lambda: payroc.create_ending_in("9003", key=key))
     assert sandbox.journal("operation=create")[0]["status"] is None
 
@@ -234,7 +234,7 @@ class hanging_create:
             headers={"Authorization": f"Bearer {payroc.token}", "Idempotency-Key": key},
         ).prepare()
         host, port = payroc.url.removeprefix("http://").split(":")
-        self._socket = socket.create_connection((host, int(port)), timeout=5)
+        self._socket = socket.create_connection((host, int(port)), timeout=PATIENCE_SECONDS)
 
     def __enter__(self) -> None:
         head = f"POST {self._request.path_url} HTTP/1.1\r\nHost: sandbox\r\n"
@@ -244,10 +244,3 @@ class hanging_create:
 
     def __exit__(self, *_: object) -> None:
         self._socket.close()
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
