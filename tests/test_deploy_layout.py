@@ -78,7 +78,6 @@ def run(script: str, folder: Path) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=100,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -117,7 +116,7 @@ def install(python: Path, what: list[str], folder: Path) -> None:
     environment = {
         name: value for name, value in os.environ.items() if name != "PYTHONPATH"
     } | without_isolation()
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -132,9 +131,7 @@ def look(python: Path, home: Path, **variables: str) -> dict[str, Any]:
     }
     # -P: the folder in which a process was started is not on the path of Airflow's processes either.
     command = [str(python), "-P", "-c", PROBE]
-    done = subprocess.run(
-        command, cwd=home, env=environment | variables, capture_output=True, text=True, timeout=100
-    )
+    done = subprocess.run(command, cwd=home, env=environment | variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.partition("FOUND")[2])
     return found
@@ -392,7 +389,6 @@ def test_the_job_of_the_kubernetes_page_migrates_a_ledger(
         env=os.environ | {variable: url},
         capture_output=True,
         text=True,
-        timeout=100,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("The ledger is at revision")

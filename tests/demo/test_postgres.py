@@ -15,10 +15,10 @@ import psutil
 import psycopg
 import pytest
 
-from demo import processes
 from demo.errors import DemoError
 from demo.postgres import HOST, USER, PostgresServer, free_port, port_is_free
 from tests.conftest import ROOT, SCRATCH
+from tests.patience import eventually
 
 
 @pytest.fixture
@@ -119,14 +119,15 @@ def test_it_does_not_outlive_a_killed_demo() -> None:
         assert demo.stdout is not None
         pid = int(demo.stdout.readline())
         demo.kill()
-    assert processes.wait_until(lambda: not psutil.pid_exists(pid), seconds=20)
+    eventually(lambda: not psutil.pid_exists(pid), "the server has ended")
 
 
 def test_a_left_over_server_is_found_by_its_data_and_ended(server: PostgresServer) -> None:
     pid = server.pid
     assert PostgresServer(server.folder).end_left_over()
-    assert processes.wait_until(
-        lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie", seconds=5
+    eventually(
+        lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE,
+        "the server has ended",
     )
     assert not PostgresServer(server.folder).end_left_over()
 

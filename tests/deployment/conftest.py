@@ -14,7 +14,7 @@ from tests.deployment.compose import read_env_file
 def make_env(file: Path) -> subprocess.CompletedProcess[str]:
     """Run `make env` for another file than the checkout's ``.env``, which may be a person's."""
     command = ["make", "--no-print-directory", "--directory", str(ROOT), "env", f"ENV_FILE={file}"]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="session")

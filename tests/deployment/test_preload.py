@@ -60,7 +60,6 @@ def _airflow(
         cwd=home,
         capture_output=True,
         text=True,
-        timeout=100,
         check=False,
     )
     assert done.returncode == 0, done.stderr

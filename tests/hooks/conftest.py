@@ -202,6 +202,12 @@ def connect(monkeypatch) -> Callable[..., None]:
 @pytest.fixture
 def hook(payroc, connect) -> PayrocHook:
     connect(host=f"{payroc.url}/v1", extra={"identity_url": payroc.url})
+    return PayrocHook(timeout_seconds=60)
+
+
+@pytest.fixture
+def hasty(hook) -> PayrocHook:
+    """A hook that does not wait long, for servers that give no answer."""
     return PayrocHook(timeout_seconds=0.5)
 
 

@@ -11,7 +11,6 @@ import pickle
 import socket
 import ssl
 import struct
-import time
 
 import pytest
 from airflow.providers.http.hooks.http import HttpHook
@@ -340,18 +339,22 @@ def test_retry_after_as_a_date_to_come_is_read_as_seconds_from_now(create, payro
     payroc.on("POST", PATH, reply(503, problem("api-error", 503), PROBLEM_JSON | {"Retry-After": when}))
     with pytest.raises(PayrocProblem) as caught:
         create()
-    assert caught.value.retry_after == pytest.approx(100, abs=3)
+    # It is a little less each moment.
+    assert 0 < caught.value.retry_after <= 100
 
 
 # --- no answer ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_silent_server_is_left_after_the_timeout(create, payroc, reply) -> None:
-    payroc.on("POST", PATH, reply(raw=lambda handler: payroc.stopped.wait(5)))
-    started = time.monotonic()
+@pytest.fixture
+def create_hastily(hasty, token, key):
+    return lambda: hasty.create_refund(BODY, idempotency_key=key, token=token)
+
+
+def test_a_silent_server_is_left_after_the_timeout(create_hastily, payroc, reply) -> None:
+    payroc.on("POST", PATH, reply(raw=lambda handler: payroc.stopped.wait()))
     with pytest.raises(PayrocNoAnswer, match=r"no answer within 0.5 s"):
-        create()
-    assert time.monotonic() - started < 1.5
+        create_hastily()
 
 
 @pytest.mark.parametrize(
@@ -359,28 +362,26 @@ def test_a_silent_server_is_left_after_the_timeout(create, payroc, reply) -> Non
     [b"HTTP/1.1 201 Cre", b"HTTP/1.1 201 Created\r\nContent-Length: 1000\r\n\r\n{"],
     ids=["headers", "body"],
 )
-def test_a_server_that_sends_a_byte_now_and_then_holds_nobody(create, payroc, reply, start) -> None:
+def test_a_server_that_sends_a_byte_now_and_then_holds_nobody(create_hastily, payroc, reply, start) -> None:
     def drip(handler) -> None:
         handler.wfile.write(start)
         while not payroc.stopped.wait(0.1):
             handler.wfile.write(b"a")
 
     payroc.on("POST", PATH, reply(raw=drip))
-    started = time.monotonic()
     with pytest.raises(PayrocNoAnswer, match="no complete answer within 1 s") as caught:
-        create()
-    assert time.monotonic() - started < 2
+        create_hastily()
     assert caught.value.http_status is None
 
 
-def test_a_body_that_stops_is_left_after_the_timeout(create, payroc, reply) -> None:
+def test_a_body_that_stops_is_left_after_the_timeout(create_hastily, payroc, reply) -> None:
     def stop(handler) -> None:
         handler.wfile.write(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 1000\r\n\r\n{")
-        payroc.stopped.wait(5)
+        payroc.stopped.wait()
 
     payroc.on("POST", PATH, reply(raw=stop))
     with pytest.raises(PayrocNoAnswer, match=r"the answer stopped for 0.5 s before its end"):
-        create()
+        create_hastily()
 
 
 def test_a_body_that_breaks_off_is_no_answer(create, payroc, reply, refund_body) -> None:
@@ -434,7 +435,7 @@ def test_a_refused_connection_is_no_answer(connect, token, key) -> None:
 def test_an_unknown_host_is_no_answer(connect, token) -> None:
     connect(host="https://payroc.invalid/v1", extra={"identity_url": "https://payroc.invalid"})
     with pytest.raises(PayrocNoAnswer, match="the host name can't be resolved"):
-        PayrocHook(timeout_seconds=2).get_refund("CD3HN88U9F", token=token)
+        PayrocHook(timeout_seconds=60).get_refund("CD3HN88U9F", token=token)
 
 
 @pytest.mark.parametrize("announced", [True, False], ids=["with its length", "chunked"])
@@ -537,7 +538,7 @@ def test_https_to_a_server_that_speaks_http_is_no_answer(payroc, connect, token)
     url = payroc.url.replace("http:", "https:")
     connect(host=f"{url}/v1", extra={"identity_url": url})
     with pytest.raises(PayrocNoAnswer, match="TLS could not be set up"):
-        PayrocHook(timeout_seconds=2).get_refund("CD3HN88U9F", token=token)
+        PayrocHook(timeout_seconds=60).get_refund("CD3HN88U9F", token=token)
 
 
 # --- get and reverse ------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import pytest
 import requests
 
 from payroc_airflow.pools import pool_exists
+from tests.patience import PATIENCE_SECONDS
 
 ROOT = Path(__file__).parents[2]
 PATH = "/payroc-refunds/pools/payroc_api"
@@ -102,7 +103,7 @@ def test_a_real_api_server_tells_whether_the_pool_exists(tmp_path, monkeypatch) 
     )
     monkeypatch.setenv("AIRFLOW__API__BASE_URL", base)
     airflow = str(Path(sys.executable).with_name("airflow"))
-    subprocess.run([airflow, "db", "migrate"], env=env, check=True, capture_output=True, timeout=60)
+    subprocess.run([airflow, "db", "migrate"], env=env, check=True, capture_output=True)
     with (tmp_path / "server.log").open("wb") as log:
         server = subprocess.Popen(
             [airflow, "api-server"], env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -123,9 +124,11 @@ def test_a_real_api_server_tells_whether_the_pool_exists(tmp_path, monkeypatch) 
         assert pool_exists("payroc_api") is True
         # Nothing else is told to whoever asks without a login.
         assert pool_exists("default_pool") is None
-        assert requests.post(f"{base}{PATH}", timeout=5).status_code == 404
+        assert requests.post(f"{base}{PATH}", timeout=PATIENCE_SECONDS).status_code == 404
         # Airflow can describe the plugin, which its UI does.
-        plugins = requests.get(f"{base}/api/v2/plugins", headers=_login(base), timeout=5).json()["plugins"]
+        plugins = requests.get(
+            f"{base}/api/v2/plugins", headers=_login(base), timeout=PATIENCE_SECONDS
+        ).json()["plugins"]
         assert "payroc_refunds" in {plugin["name"] for plugin in plugins}
     finally:
         os.killpg(server.pid, signal.SIGTERM)
@@ -137,5 +140,5 @@ def test_a_real_api_server_tells_whether_the_pool_exists(tmp_path, monkeypatch) 
 
 
 def _login(base: str) -> dict[str, str]:
-    token = requests.get(f"{base}/auth/token", timeout=5).json()["access_token"]
+    token = requests.get(f"{base}/auth/token", timeout=PATIENCE_SECONDS).json()["access_token"]
     return {"Authorization": f"Bearer {token}"}

@@ -134,11 +134,7 @@ def test_in_a_list_configuration_wins_then_doubt_then_what_people_must_look_at(
     send: Operator,
     endings: tuple[str, ...],
     exception: type[Exception],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # On a busy machine a connection takes longer than the second that the others wait for.
-    monkeypatch.setenv("PAYROC_REFUNDS_HTTP_TIMEOUT_SECONDS", "10")
-    get_settings.cache_clear()
     refund_ids = released(world, *endings)
     with pytest.raises(exception) as caught:
         send(*refund_ids)

@@ -223,7 +223,7 @@ def world(
         "extra": {"identity_url": sandbox.url},
     }
     monkeypatch.setenv("AIRFLOW_CONN_PAYROC_DEFAULT", json.dumps(connection))
-    monkeypatch.setenv("PAYROC_REFUNDS_HTTP_TIMEOUT_SECONDS", "1")
+    monkeypatch.setenv("PAYROC_REFUNDS_HTTP_TIMEOUT_SECONDS", "60")
     get_settings.cache_clear()
     world = World(ledger_url, source_url, sandbox)
     yield world

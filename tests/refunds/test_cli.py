@@ -37,7 +37,6 @@ def cli(
         env=env,
         capture_output=True,
         text=True,
-        timeout=60,
         check=False,
     )
 
@@ -354,7 +353,6 @@ def test_a_connection_in_airflows_own_database_is_found(
         env=dict(os.environ),
         capture_output=True,
         text=True,
-        timeout=100,
         check=False,
     )
     assert added.returncode == 0, added.stderr

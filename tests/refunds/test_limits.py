@@ -14,6 +14,7 @@ from include.refunds.limits import LIMITS, Limits
 from include.refunds.params import RunParams
 from include.refunds.rehearse import rehearse
 from include.refunds.report import run_report
+from tests.patience import PATIENCE_SECONDS
 from tests.refunds.conftest import World
 
 ACCOUNT = "556670012345"
@@ -289,7 +290,7 @@ def test_a_pause_waits_neither_for_a_run_at_the_door_nor_for_a_dry_run(world: Wo
             await rehearsal.release(
                 "run-1", [item.id for item in candidates], [item.id for item in candidates], {}
             )
-            await asyncio.wait_for(ledger.pause("*", "The bank called."), timeout=5)
+            await asyncio.wait_for(ledger.pause("*", "The bank called."), timeout=PATIENCE_SECONDS)
 
     world.run(pause_beside_a_dry_run_at_the_door())
     assert world.paused() == {"*": "The bank called."}

@@ -71,7 +71,6 @@ class Backup:
             env=env,
             check=True,
             capture_output=True,
-            timeout=60,
         )
 
 

@@ -7,13 +7,10 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
-import pytest
-
 from tests.simulation.exhaustive import Case, every_case, try_every_point
 from tests.simulation.mutants import MUTANTS
 
 
-@pytest.mark.timeout(600)
 def test_wherever_a_worker_dies_fails_or_freezes_and_whatever_payroc_does_each_refund_is_paid_once(
     record_property: Callable[[str, object], None],
 ) -> None:
