@@ -115,11 +115,6 @@ def figures(record_property: Callable[[str, object], None]) -> Callable[..., Non
     return tell
 
 
-def one_task_each(run_id: str, refund_ids: Sequence[int]) -> list[Try]:
-    """Return the first tries of a run's send tasks, one refund each, as a run has them by default."""
-    return in_lists(run_id, refund_ids, 1)
-
-
 def in_lists(run_id: str, refund_ids: Sequence[int], *sizes: int) -> list[Try]:
     """Return the first tries of a run's send tasks, with so many refunds, in turn."""
     rest, sizes_in_turn, tries = iter(refund_ids), itertools.cycle(sizes), []
@@ -134,14 +129,18 @@ def open_run(world: World, run_id: str) -> list[int]:
     return [*world.release(run_id), *world.run(world.ledger.due())]
 
 
-def bring_to_an_end(world: World, scheduler: Scheduler) -> None:
-    """Let runs follow each other, undisturbed, until none has anything left to send; then follow up and write back."""
+def bring_to_an_end(world: World, scheduler: Scheduler, each: int = 1) -> None:
+    """
+    Let undisturbed runs follow each other until nothing is left to send; then follow up and write back.
+
+    :param each: how many refunds a task has.
+    """
     for number in range(1, 10):
         run_id = f"undisturbed-{number}"
         refund_ids = open_run(world, run_id)
         if not refund_ids:
             break
-        scheduler.run(one_task_each(run_id, refund_ids))
+        scheduler.run(in_lists(run_id, refund_ids, each))
         paid = world.sandbox.get("/_sandbox/refunds")["refundsPerOrder"]
         assert set(paid.values()) <= {1}, (
             f"paid more than once: {[order_id for order_id, times in paid.items() if times > 1]}"

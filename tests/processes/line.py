@@ -15,6 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
+from tests.patience import PATIENCE_SECONDS
+
 # What a test does to an answer: it gets the handler, and a function that lets Payroc act and returns its whole answer,
 # ``None`` when Payroc closed the connection without one.
 Fault = Callable[["Handler", Callable[[], bytes | None]], None]
@@ -124,9 +126,12 @@ class Handler(BaseHTTPRequestHandler):
                 fault(self, lambda: self._answer_of_payroc(body))
                 return
             answer = self._answer_of_payroc(body)
-        if answer is None:
-            self.close_connection = True
-        else:
+        self.hand_on(answer)
+
+    def hand_on(self, answer: bytes | None) -> None:
+        """Hand a whole answer on, and keep the connection; close it when Payroc has given none."""
+        self.close_connection = answer is None
+        if answer is not None:
             self.wfile.write(answer)
 
     do_GET = do_POST = answer
@@ -136,7 +141,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer_of_payroc(self, body: bytes) -> bytes | None:
         payroc = http.client.HTTPConnection(
-            self.line.target.hostname or "", self.line.target.port, timeout=30
+            self.line.target.hostname or "", self.line.target.port, timeout=PATIENCE_SECONDS
         )
         # Host stays ours: Payroc makes its links from it.
         payroc.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)

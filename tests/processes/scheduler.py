@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -22,7 +21,6 @@ _processes.set_forkserver_preload(["tests.processes.worker"])
 
 KILLED = Ending("killed", retried=True)
 
-KillAfter = Callable[[Try], float | None]
 SignalNow = Callable[[Try], int | None]
 
 
@@ -31,7 +29,16 @@ class _Running:
     this: Try
     process: BaseProcess
     answer: Connection
-    kill_at: float
+
+    def signal(self, number: int) -> bool:
+        """Send a signal, and tell whether the process was still there to get it."""
+        if self.process.pid is None:
+            return False
+        try:
+            os.kill(self.process.pid, number)
+        except ProcessLookupError:
+            return False
+        return True
 
 
 class Scheduler:
@@ -47,6 +54,7 @@ class Scheduler:
         self.slots = slots
         self.log = log
         self.retry_delay = retry_delay
+        self._running: list[_Running] = []
         # Wait for the imports now, so that the first workers take no longer than the others.
         first = _processes.Process(target=int)
         first.start()
@@ -57,8 +65,8 @@ class Scheduler:
         tries: Sequence[Try],
         *,
         retries: int = 5,
-        kill_after: KillAfter = lambda _: None,
         signal_now: SignalNow = lambda _: None,
+        dies_unreported: Callable[[Try], bool] = lambda _: False,
         on_death: Callable[[Try], None] = lambda _: None,
         meanwhile: Callable[[], None] = lambda: None,
     ) -> list[tuple[Try, Ending]]:
@@ -66,28 +74,24 @@ class Scheduler:
         Run send tasks until each has succeeded, failed for good or used up its retries.
 
         :param retries: how often a task is tried again.
-        :param kill_after: after how many seconds the process of a try is killed; ``None`` for never.
         :param signal_now: asked again and again which signal the process of a try gets now; ``None`` for none.
+        :param dies_unreported: whether a process is killed when it has done its work, before it can report.
         :param on_death: called when a process was killed before it had ended by itself.
         :param meanwhile: called again and again while workers run.
         :returns: every try with its ending, in the order in which they ended.
         """
         order = itertools.count()
         waiting = [(0.0, next(order), this) for this in tries]
-        running: list[_Running] = []
+        running = self._running
         ended: list[tuple[Try, Ending]] = []
         try:
             while waiting or running:
                 while waiting and len(running) < self.slots and waiting[0][0] <= time.monotonic():
-                    running.append(self._start(heapq.heappop(waiting)[2], kill_after))
+                    running.append(self._start(heapq.heappop(waiting)[2], dies_unreported))
                 for item in running:
-                    if time.monotonic() >= item.kill_at:
-                        item.process.kill()
-                    signal = signal_now(item.this)
-                    if signal is not None and item.process.pid is not None:
-                        # It may have ended just now.
-                        with suppress(ProcessLookupError):
-                            os.kill(item.process.pid, signal)
+                    number = signal_now(item.this)
+                    if number is not None:
+                        item.signal(number)
                 meanwhile()
                 wait([item.process.sentinel for item in running], timeout=0.01)
                 for item in [item for item in running if item.process.exitcode is not None]:
@@ -105,18 +109,29 @@ class Scheduler:
             for item in running:
                 item.process.kill()
                 item.process.join()
+            running.clear()
         return ended
 
-    def _start(self, this: Try, kill_after: KillAfter) -> _Running:
+    def signal(self, run_id: str, map_index: int, number: int) -> bool:
+        """
+        Send a signal to the process of a task, from any thread.
+
+        :returns: whether there was one.
+        """
+        return any(
+            item.signal(number)
+            for item in list(self._running)
+            if (item.this.run_id, item.this.map_index) == (run_id, map_index)
+        )
+
+    def _start(self, this: Try, dies_unreported: Callable[[Try], bool]) -> _Running:
         answer, to_us = _processes.Pipe(duplex=False)
-        process = _processes.Process(target=work, args=(dict(os.environ), this, to_us, self.log), daemon=True)
+        arguments = (dict(os.environ), this, to_us, self.log, dies_unreported(this))
+        process = _processes.Process(target=work, args=arguments, daemon=True)
         process.start()
         # Otherwise a worker that died would leave us waiting for its answer.
         to_us.close()
-        seconds = kill_after(this)
-        return _Running(
-            this, process, answer, float("inf") if seconds is None else time.monotonic() + seconds
-        )
+        return _Running(this, process, answer)
 
     def _ending(self, item: _Running) -> Ending:
         item.process.join()

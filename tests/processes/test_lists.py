@@ -18,6 +18,7 @@ from enum import StrEnum
 import pytest
 from sqlalchemy import text
 
+from tests.patience import PATIENCE_SECONDS
 from tests.processes.books import attempts_of, check_books
 from tests.processes.conftest import bring_to_an_end, open_run
 from tests.processes.line import Handler, Line
@@ -78,7 +79,7 @@ class Held:
             return
         whole = answer() if stop in (Stop.ACCEPTED, Stop.ANSWERED) else None
         self._here.add(order_id)
-        (self._answers if stop is Stop.ANSWERED else self._on_the_way).wait(60)
+        (self._answers if stop is Stop.ANSWERED else self._on_the_way).wait(PATIENCE_SECONDS)
         if stop in (Stop.LOOK_UP, Stop.ON_THE_WAY):
             whole = answer()
         with suppress(OSError):
@@ -87,8 +88,8 @@ class Held:
 
 @pytest.fixture
 def timeout_seconds() -> float:
-    """Long enough for all refunds of a list to come to their stops."""
-    return 2.0
+    """Long enough for all refunds of a list to come to their stops; the lease gets three times as long."""
+    return 6.0
 
 
 def held_list(world: World, line: Line, stops: list[Stop]) -> tuple[tuple[int, ...], Held]:
@@ -121,7 +122,6 @@ def a_record_waits(world: World) -> bool:
     return bool(world.rows(query)[0]["n"])
 
 
-@pytest.mark.timeout(300)
 def test_a_worker_that_is_killed_in_the_middle_of_its_list_pays_none_of_it_twice_and_loses_none(
     world: World, line: Line, scheduler: Scheduler, figures: Callable[..., None]
 ) -> None:
@@ -167,7 +167,6 @@ def test_a_worker_that_is_killed_in_the_middle_of_its_list_pays_none_of_it_twice
     )
 
 
-@pytest.mark.timeout(300)
 def test_a_worker_that_stands_still_in_the_middle_of_its_list_and_wakes_up_late_pays_none_of_it_twice(
     world: World, line: Line, scheduler: Scheduler, figures: Callable[..., None]
 ) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+from tests.patience import PATIENCE_SECONDS
 from tests.processes.books import check_books
 from tests.processes.conftest import bring_to_an_end, open_run
-from tests.processes.line import Line
+from tests.processes.line import Handler, Line
 from tests.processes.scheduler import Scheduler
 from tests.processes.worker import Try
 from tests.refunds.conftest import World
@@ -20,7 +23,18 @@ from tests.refunds.conftest import World
 ENDINGS = ["4321"] * 17 + ["9005", "9009", "9020"]
 
 
-@pytest.mark.timeout(1200)
+@pytest.fixture
+def timeout_seconds() -> float:
+    """Longer than all workers take to start."""
+    return 60.0
+
+
+def attempts_by_run(world: World) -> list[dict[str, Any]]:
+    return world.rows(
+        "SELECT run_id, count(*) AS n FROM refund_ledger.refund_attempts GROUP BY run_id ORDER BY run_id"
+    )
+
+
 def test_two_runs_whose_workers_all_send_the_same_refunds_pay_each_once(
     world: World,
     line: Line,
@@ -38,6 +52,20 @@ def test_two_runs_whose_workers_all_send_the_same_refunds_pay_each_once(
     refund_ids = open_run(world, "run-0")
     assert len(refund_ids) == refunds
 
+    both_have_begun = threading.Event()
+
+    def hold(handler: Handler, answer: Callable[[], bytes | None]) -> None:
+        # Until both runs have begun to send, none gets any further.
+        if handler.headers.get("Idempotency-Key"):
+            both_have_begun.wait(PATIENCE_SECONDS)
+        handler.hand_on(answer())
+
+    def let_go_when_both_have_begun() -> None:
+        if not both_have_begun.is_set() and len(attempts_by_run(world)) == 2:
+            line.fault = None
+            both_have_begun.set()
+
+    line.fault = hold
     # Every worker gets all refunds, in an order of its own.
     tries = [
         Try(run_id, index, tuple(chance.sample(refund_ids, refunds)))
@@ -46,7 +74,7 @@ def test_two_runs_whose_workers_all_send_the_same_refunds_pay_each_once(
     ]
     began = time.monotonic()
     scheduler.slots = len(tries)
-    ended = scheduler.run(tries)
+    ended = scheduler.run(tries, meanwhile=let_go_when_both_have_begun)
     seconds = time.monotonic() - began
     outcomes = Counter(ending.outcome for _, ending in ended)
     assert set(outcomes) <= {"success", "RefundsInDoubt"}, [ending for _, ending in ended]
@@ -58,9 +86,7 @@ def test_two_runs_whose_workers_all_send_the_same_refunds_pay_each_once(
             FROM refund_ledger.refund_attempts) AS attempts
         WHERE attempt > 1 AND (last_finished_at IS NULL OR last_finished_at > started_at)""")
     assert not overlapping
-    both = world.rows(
-        "SELECT run_id, count(*) AS n FROM refund_ledger.refund_attempts GROUP BY run_id ORDER BY run_id"
-    )
+    both = attempts_by_run(world)
     assert [row["run_id"] for row in both] == ["run-1", "run-2"]
 
     bring_to_an_end(world, scheduler)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -57,14 +58,18 @@ class Ending:
     peak_mb: float = 0.0
 
 
-def work(environment: dict[str, str], this: Try, answer: Connection, log: Path) -> None:
-    """Do one try and tell how it ended. A worker that is killed tells nothing."""
+def work(
+    environment: dict[str, str], this: Try, answer: Connection, log: Path, dies_unreported: bool
+) -> None:
+    """Do one try and report how it ended. A worker that is killed reports nothing."""
     os.environ.clear()
     os.environ.update(environment)
     with log.open("ab") as output:
         for stream in (1, 2):
             os.dup2(output.fileno(), stream)
     outcome, message, retried, delay = _send(this)
+    if dies_unreported:
+        os.kill(os.getpid(), signal.SIGKILL)
     answer.send(
         Ending(outcome, message, retried, delay, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     )
