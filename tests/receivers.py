@@ -8,7 +8,6 @@ import json
 import re
 import socketserver
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from email.message import EmailMessage
@@ -78,7 +77,7 @@ class Mailbox:
             "disable_ssl": True,
             "disable_tls": True,
             "from_email": "airflow@merchant.example",
-            "timeout": 10,
+            "timeout": 60,
             "retry_limit": 1,
         }
         return json.dumps(
@@ -150,12 +149,3 @@ def receivers() -> Iterator[tuple[Mailbox, StatsD]]:
     """Yield a mailbox and a StatsD server."""
     with Mailbox() as mailbox, StatsD() as statsd:
         yield mailbox, statsd
-
-
-def eventually(condition: Any, *, seconds: float = 30) -> Any:
-    """Wait until something is true, and return it."""
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.1)
-    return found

@@ -10,7 +10,7 @@ from playwright.sync_api import Browser, Locator, expect
 from tests.scheduler.client import AirflowClient
 
 # What a page may take on a busy machine; an answer that is missing after it is missing.
-PATIENCE_SECONDS = 20
+PATIENCE_SECONDS = 120
 _WINDOW = {"width": 1280, "height": 860}
 
 expect.set_options(timeout=PATIENCE_SECONDS * 1000)

@@ -22,7 +22,6 @@ from tests.scheduler.conftest import Merchant
 from tests.scheduler.deployment import DAG
 
 pytestmark = [
-    pytest.mark.timeout(240),
     # A build that has no browser by mistake must not pass for one that has tested the pages.
     pytest.mark.skipif(not CHROMIUM and not os.environ.get("CI"), reason="there is no chromium on the PATH"),
 ]
@@ -232,9 +231,9 @@ def run(olivia: Person, frank: Person, merchant: Merchant) -> PaidRun:
     client = merchant.airflow.client
     client.question(DAG, unquote(run_id))
     asked = client.task_instances(DAG, unquote(run_id))["approve_run", -1]
-    # An answer that comes earlier may be lost (https://github.com/apache/airflow/issues/67287); people are slower.
+    # An answer that comes earlier is lost; people are slower.
     merchant.wait_until(
-        lambda: not merchant.airflow.is_at_work_on(asked), "the asking process ends", pause=0.3
+        lambda: merchant.airflow.knows_the_end_of(asked), "the asking process has ended", pause=0.3
     )
     frank.page.get_by_role("button", name="Browse").click()
     frank.page.get_by_role("menuitem", name="Required Actions").click()

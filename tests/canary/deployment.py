@@ -7,9 +7,9 @@ from pathlib import Path
 
 from sqlalchemy import URL, make_url
 
-from demo import processes
 from demo.postgres import PostgresServer
 from tests.conftest import ROOT, Sandbox
+from tests.patience import eventually
 from tests.scheduler.deployment import DAG, Deployment
 
 FOLLOW_UP_DAG = "payroc_refunds_followup"
@@ -90,9 +90,7 @@ class TalkativeDeployment(Deployment):
     def start(self) -> None:
         """Start everything, and create the connections in Airflow's database, as people do."""
         super().start()
-        assert processes.wait_until(lambda: self.client.is_ready(FOLLOW_UP_DAG, LOUD_DAG), seconds=60), (
-            "not all DAGs are there"
-        )
+        eventually(lambda: self.client.is_ready(FOLLOW_UP_DAG, LOUD_DAG), "all DAGs are there")
         for conn_id, fields in self.connections.items():
             extra = {"extra": json.dumps(fields["extra"])} if "extra" in fields else {}
             self.client._request("POST", "/connections", json={"connection_id": conn_id} | fields | extra)

@@ -14,13 +14,13 @@ from typing import Any
 import httpx
 from psycopg.rows import dict_row
 
-from demo import processes
 from demo.postgres import PostgresServer
 from tests.canary import rows
 from tests.canary.api import everything_told
 from tests.canary.deployment import FOLLOW_UP_DAG, LOUD_DAG, TalkativeDeployment
 from tests.canary.payees import Mint
 from tests.conftest import ROOT
+from tests.patience import PATIENCE_SECONDS, eventually
 from tests.processes.line import Handler, Line
 from tests.scheduler.deployment import DAG, OVERLAPPING_DAG
 
@@ -124,13 +124,10 @@ class Story:
             (LOUD_DAG, client.trigger(LOUD_DAG, source_refs=rows.SINGLE_REFS, batch_size=3)),
             (OVERLAPPING_DAG, client.trigger(OVERLAPPING_DAG, dry_run=True)),
         ]
-        assert processes.wait_until(self.has_sent, seconds=150, pause=0.5), "nothing is sent"
+        eventually(self.has_sent, "a refund is sent", pause=0.5)
         for fault in rows.FAULTS:
             self.fault("authorize", fault)
-        is_rejected = processes.wait_until(
-            lambda: self.refund(rows.REJECTED)["status"] == "rejected", seconds=150, pause=1
-        )
-        assert is_rejected, self.refund(rows.REJECTED)
+        eventually(lambda: self.refund(rows.REJECTED)["status"] == "rejected", "it is rejected", pause=1)
         rejected = self.refund(rows.REJECTED)["id"]
         self.commands(
             [("reissue", f"{rejected}", *WHO[who]) for who in ("ann", "bob")],
@@ -174,16 +171,12 @@ class Story:
                 client.as_user("frank").answer(dag_id, run_id, "Approve")
             return state in ("success", "failed")
 
-        assert processes.wait_until(is_read, seconds=100, pause=2), "the answer is not read"
+        eventually(is_read, "the answer is read", pause=2)
 
     def wait_for(self, runs: list[tuple[str, str]]) -> None:
         client = self.airflow.client
-        ended = processes.wait_until(
-            lambda: all(client.run_state(*run) in ("success", "failed") for run in runs),
-            seconds=200,
-            pause=0.5,
-        )
-        assert ended, f"{runs} have not ended: {[client.task_instances(*run) for run in runs]}"
+        for run in runs:
+            client.wait_for_run(*run, "success", "failed")
         self.runs += runs
 
     def refund(self, source_ref: str) -> dict[str, Any]:
@@ -215,7 +208,7 @@ class Story:
             env=self.airflow.env,
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=PATIENCE_SECONDS,
             check=False,
         )
         said = f"exit code {done.returncode}\n{done.stdout}{done.stderr}"

@@ -23,8 +23,6 @@ from tests.canary.story import Story, keep_tokens
 from tests.conftest import SCRATCH, NewDatabase, running_sandbox
 from tests.processes.line import running
 
-pytestmark = pytest.mark.timeout(600)
-
 Measured = Callable[[str, object], None]
 
 # So short that many tokens are issued.

@@ -12,6 +12,7 @@ from demo import processes
 from tests.conftest import Sandbox
 from tests.deployment.client import FreshClient
 from tests.deployment.native import NativeDeployment, Running
+from tests.patience import eventually
 from tests.scheduler.client import TaskInstance
 
 DAG = "payroc_refunds"
@@ -33,9 +34,7 @@ class Cluster:
 
     def wait_until_ready(self) -> None:
         """Wait until Airflow knows the DAG, and let it run."""
-        assert processes.wait_until(lambda: self.client.is_ready(DAG), seconds=60), (
-            "Airflow does not know the DAG"
-        )
+        eventually(lambda: self.client.is_ready(DAG), "Airflow knows the DAG")
         self.client.unpause(DAG)
 
     def add_worker(self) -> str:
@@ -55,11 +54,13 @@ class Cluster:
         assert len(found) == 1, f"process {ti.pid} of {ti.task_id} {ti.map_index} belongs to no worker"
         return found[0]
 
+    def tasks_begun_by(self, name: str) -> int:
+        """Return how many tasks a worker says that it has received."""
+        return self._said_of_tasks(name, "received")
+
     def tasks_done_by(self, name: str) -> int:
         """Return how many tasks a worker says that it has ended well."""
-        return len(
-            re.findall(r"Task execute_workload\[\S+\] succeeded", self._workers()[name].log.read_text())
-        )
+        return self._said_of_tasks(name, "succeeded")
 
     def kill(self, name: str) -> None:
         """Kill a worker and everything below it, with no chance to say so."""
@@ -73,6 +74,9 @@ class Cluster:
         assert broker is not None
         processes.stop(broker, first=signal.SIGKILL)
         self.deployment.wait_until_healthy(self.deployment.start("broker"))
+
+    def _said_of_tasks(self, name: str, word: str) -> int:
+        return len(re.findall(rf"Task execute_workload\[\S+\] {word}", self._workers()[name].log.read_text()))
 
     def _workers(self) -> dict[str, Running]:
         return {name: each for name, each in self.deployment.running.items() if each.service.name == "worker"}

@@ -25,7 +25,7 @@ SETTINGS = {
     "AIRFLOW_EXECUTOR": "CeleryExecutor",
     "AIRFLOW__CELERY__WORKER_CONCURRENCY": "2",
     "PAYROC_REFUNDS_UNKNOWN_WAIT_SECONDS": "6",
-    # Longer than the test lets Payroc take over one answer, so that the process is found before it gives up; the margin is thrice that.
+    # Long enough to find and kill the worker whose create Payroc has received; the margin is thrice that.
     "PAYROC_REFUNDS_HTTP_TIMEOUT_SECONDS": "15",
     "PAYROC_REFUNDS_LEASE_MARGIN_SECONDS": "45",
     "PAYROC_REFUNDS_RETRY_DELAY_SECONDS": "2",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from demo import processes
 from tests.deployment.native import NativeDeployment
 from tests.scheduler.client import AirflowClient
 
@@ -27,14 +26,6 @@ class FreshClient(AirflowClient):
     def is_paused(self, dag_id: str) -> bool:
         """Tell whether a DAG waits for a person to let it run."""
         return bool(self._request("GET", f"/dags/{dag_id}").json()["is_paused"])
-
-    def end_of_run(self, dag_id: str, run_id: str, *, seconds: float) -> str:
-        """Wait until a run has ended, and return how."""
-        ended = ("success", "failed")
-        assert processes.wait_until(
-            lambda: self.run_state(dag_id, run_id) in ended, seconds=seconds, pause=0.5
-        ), f"{run_id} has not ended within {seconds} s: {self.task_instances(dag_id, run_id)}"
-        return self.run_state(dag_id, run_id)
 
     def pool_slots(self, name: str) -> int:
         """Return the size of a pool."""

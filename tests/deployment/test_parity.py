@@ -16,14 +16,12 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from demo import processes
 from demo.postgres import HOST
 from tests.conftest import ROOT, SCRATCH, Sandbox
 from tests.deployment.client import FreshClient
 from tests.deployment.compose import read
 from tests.deployment.native import NativeDeployment
-
-pytestmark = pytest.mark.timeout(600)
+from tests.patience import eventually
 
 DAG = "payroc_refunds"
 # Settings that a person may write into .env: short times, so that what takes minutes in earnest happens while a test waits.
@@ -51,7 +49,7 @@ def airflow(deployment: NativeDeployment, variables: dict[str, str]) -> Iterator
     """The REST API, as the user that init has made."""
     client = FreshClient(deployment, variables["AIRFLOW_ADMIN_PASSWORD"])
     # The DAG processor is healthy before it has read the first DAG.
-    assert processes.wait_until(lambda: client.is_ready(DAG), seconds=60), "Airflow does not know the DAG"
+    eventually(lambda: client.is_ready(DAG), "Airflow knows the DAG")
     yield client
     client.close()
 
@@ -96,7 +94,7 @@ def test_the_sample_is_paid_with_the_payers_rights_once_a_person_has_unpaused_th
     begin = time.monotonic()
     airflow.unpause(DAG)
     run_id = airflow.trigger(DAG, batch_size=12)
-    assert airflow.end_of_run(DAG, run_id, seconds=300) == "success", airflow.errors(DAG, run_id)
+    airflow.wait_for_run(DAG, run_id, "success")
     record_property("the run of the sample, seconds", round(time.monotonic() - begin))
 
     rows = ledger.execute(
@@ -220,7 +218,7 @@ def test_a_ledger_whose_database_was_lost_is_restored_as_the_page_says(
     def program(name: str, *arguments: str) -> None:
         options = ["--host", HOST, "--port", str(server.port), "--username", "postgres"]
         env = {"PGPASSWORD": variables["POSTGRES_PASSWORD"]}
-        subprocess.run([str(server.program(name)), *options, *arguments], check=True, env=env, timeout=60)
+        subprocess.run([str(server.program(name)), *options, *arguments], check=True, env=env)
 
     dump = str(tmp_path / "refunds.dump")
     program("pg_dump", "--format=custom", "--file", dump, "refunds")

@@ -15,7 +15,8 @@ from include.refunds.ledger import LedgerEngine
 from include.refunds.states import Status
 from payroc_airflow import metrics
 from payroc_airflow.metered_ledger import MeteredLedger
-from tests.receivers import StatsD, eventually
+from tests.patience import eventually
+from tests.receivers import StatsD
 from tests.refunds.conftest import World
 from tests.refunds.conftest import world as world
 

@@ -14,7 +14,6 @@ import httpx
 import pytest
 from sqlalchemy import URL
 
-from demo import processes
 from demo.postgres import PostgresServer
 from demo.stack import SAMPLE
 from include.refunds.audit import verify_audit
@@ -23,6 +22,7 @@ from include.refunds.ledger import Selection
 from include.refunds.roles import KEY_ROTATOR, OPERATOR
 from include.refunds.settings import get_settings
 from tests.conftest import ROOT, SCRATCH, Login, Sandbox, running_sandbox
+from tests.patience import eventually
 from tests.runbook.console import Section, Shell, blocks_of
 from tests.scheduler.conftest import Merchant
 from tests.scheduler.deployment import USERS, Deployment
@@ -46,9 +46,7 @@ class TwoDags(Deployment):
 
     def start(self) -> None:
         super().start()
-        assert processes.wait_until(lambda: self.client.is_ready(FOLLOW_UP_DAG), seconds=60), (
-            f"{FOLLOW_UP_DAG} is not there"
-        )
+        eventually(lambda: self.client.is_ready(FOLLOW_UP_DAG), f"{FOLLOW_UP_DAG} is there")
 
     def environment(self, programs: Path) -> dict[str, str]:
         """
@@ -127,13 +125,11 @@ class Shop(Merchant):
             client.fail_open_runs()
             return not client.has_open_runs() and not self.airflow.task_processes()
 
-        self.wait_until(nothing_is_left, "all runs and task processes have ended", seconds=40, pause=0.2)
+        self.wait_until(nothing_is_left, "all runs and task processes have ended", pause=0.2)
 
     def wait_for_runs(self) -> None:
         """Wait until no run of Airflow's is open, as a person does."""
-        self.wait_until(
-            lambda: not self.airflow.client.has_open_runs(), "all runs have ended", seconds=100, pause=0.3
-        )
+        self.wait_until(lambda: not self.airflow.client.has_open_runs(), "all runs have ended", pause=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +164,6 @@ def shop(
     # For what the tests themselves do.
     for name, value in {
         "TOKEN_CACHE": "false",
-        "HTTP_TIMEOUT_SECONDS": "1",
         "UNKNOWN_WAIT_SECONDS": "1",
     }.items():
         monkeypatch.setenv(f"PAYROC_REFUNDS_{name}", value)

@@ -14,12 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.patience import PATIENCE_SECONDS
+
 ANYTHING = "…"
 
 _FENCE = re.compile(r"^( *)```(\w*)$")
 _HEADING = re.compile(r"^## (.+)$")
 # An Airflow command imports for seconds, and a run that is waited for may meet a busy machine.
-_COMMAND_SECONDS = 150
 
 
 @dataclass(frozen=True)
@@ -161,13 +162,13 @@ class Shell:
 
     def _output_of(self, command: str) -> str:
         assert self._process.stdout is not None
-        deadline = time.monotonic() + _COMMAND_SECONDS
+        deadline = time.monotonic() + PATIENCE_SECONDS
         printed = b""
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
             while self._mark.encode() not in printed:
                 assert selector.select(max(0, deadline - time.monotonic())), (
-                    f"after {_COMMAND_SECONDS} s still at {command}: {printed!r}"
+                    f"after {PATIENCE_SECONDS} s still at {command}: {printed!r}"
                 )
                 read = os.read(self._process.stdout.fileno(), 65536)
                 assert read, f"the shell ended in {command}:\n{printed!r}"

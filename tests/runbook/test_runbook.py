@@ -27,8 +27,6 @@ from tests.runbook.console import ANYTHING, Section, Shell, blocks_of, differenc
 from tests.scheduler.deployment import DAG
 
 # A command of Airflow's imports for seconds, and the machine may be busy.
-pytestmark = pytest.mark.timeout(600)
-
 
 # -- running.md ------------------------------------------------------------------------------------------------------------
 
@@ -58,10 +56,9 @@ def test_pay_with_another_person_s_approval(shop: Shop, logged_in: None, section
     shop.limit(approval_total=100_000)
     section.step()
     shop.airflow.client.question(DAG, "pay")
-    # Airflow loses an answer that comes sooner (https://github.com/apache/airflow/issues/67287); people are not that quick.
+    # Airflow loses an answer that comes sooner; people are not that quick.
     asking = shop.airflow.client.task_instances(DAG, "pay")["approve_run", -1]
-    shop.wait_until(lambda: not shop.airflow.is_at_work_on(asking), "the supervisor has ended", pause=0.3)
-    time.sleep(0.3)
+    shop.wait_until(lambda: shop.airflow.knows_the_end_of(asking), "the asking process has ended", pause=0.3)
     section.rest()
     shop.assert_paid_once("RF-2201", "RF-2202", "RF-2203", "RF-2204")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
@@ -11,9 +10,9 @@ from typing import Any
 
 import httpx
 
+from tests.patience import PATIENCE_SECONDS, eventually
+
 _ENDED = ("success", "failed")
-# A refund whose worker was killed waits for the end of its lease, and the machine may be busy.
-_RUN_SECONDS = 150
 _run_numbers = itertools.count(1)
 
 
@@ -49,7 +48,7 @@ class AirflowClient:
         self.passwords = passwords
         self._user = user
         # A proxy for the internet has no part in calls to this machine.
-        self._http = httpx.Client(base_url=address, trust_env=False, timeout=20)
+        self._http = httpx.Client(base_url=address, trust_env=False, timeout=PATIENCE_SECONDS)
         self._token = ""
 
     def as_user(self, user: str) -> AirflowClient:
@@ -104,13 +103,14 @@ class AirflowClient:
 
     def wait_for_run(self, dag_id: str, run_id: str, *expected: str) -> str:
         """Wait until a run has ended, in one of the expected states, and return its state."""
-        deadline = time.monotonic() + _RUN_SECONDS
-        while (state := self.run_state(dag_id, run_id)) not in _ENDED:
-            if time.monotonic() > deadline:
-                raise AssertionError(
-                    f"{dag_id} {run_id} is {state} after {_RUN_SECONDS} s: {self.task_instances(dag_id, run_id)}"
-                )
-            time.sleep(0.2)
+        try:
+            eventually(
+                lambda: self.run_state(dag_id, run_id) in _ENDED, f"{dag_id} {run_id} has ended", pause=0.2
+            )
+        except AssertionError as error:
+            error.add_note(str(self.task_instances(dag_id, run_id)))
+            raise
+        state = self.run_state(dag_id, run_id)
         assert state in expected, f"{dag_id} {run_id} has ended as {state}:\n{self.errors(dag_id, run_id)}"
         return state
 
@@ -190,15 +190,21 @@ class AirflowClient:
 
     # -- the approval of a run -------------------------------------------------------------------------------------
 
-    def question(self, dag_id: str, run_id: str, *, seconds: float = 60) -> dict[str, Any]:
+    def question(self, dag_id: str, run_id: str) -> dict[str, Any]:
         """Wait until a run asks for its approval, and return the question."""
-        deadline = time.monotonic() + seconds
-        while (state := self.task_instances(dag_id, run_id)["approve_run", -1].state) != "awaiting_input":
-            waits = state not in ("success", "failed", "upstream_failed") and time.monotonic() < deadline
-            assert waits, (
+
+        def is_asked() -> bool:
+            state = self.task_instances(dag_id, run_id)["approve_run", -1].state
+            assert state not in ("success", "failed", "upstream_failed"), (
                 f"{dag_id} {run_id} does not ask: approve_run is {state}. {self.errors(dag_id, run_id)}"
             )
-            time.sleep(0.3)
+            return state == "awaiting_input"
+
+        eventually(is_asked, f"{dag_id} {run_id} asks", pause=0.3)
+        return self.asked(dag_id, run_id)
+
+    def asked(self, dag_id: str, run_id: str) -> dict[str, Any]:
+        """Return the question that a run asks or has asked."""
         return dict(self._request("GET", self._question_path(dag_id, run_id)).json())
 
     def answer(self, dag_id: str, run_id: str, option: str) -> int:

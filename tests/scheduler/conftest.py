@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import itertools
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
 import pytest
 
-from demo import processes
 from demo.postgres import PostgresServer
 from include.refunds.settings import get_settings
 from tests.conftest import SCRATCH, NewDatabase, running_sandbox
+from tests.patience import eventually
 from tests.refunds.conftest import World
 from tests.scheduler.client import TaskInstance
 from tests.scheduler.deployment import DAG, TOKEN_SECONDS, Deployment
+
+# No worker waits so long for an answer.
+HELD_SECONDS = 3600
 
 
 class Merchant(World):
@@ -35,6 +37,14 @@ class Merchant(World):
             "/_sandbox/faults",
             {"operation": "create", "kind": kind, "orderId": self.order_id(source_ref), **more},
         )
+
+    def hold(self, source_ref: str) -> None:
+        """Let the local Payroc keep the next create of a refund unprocessed until :meth:`let_go`."""
+        self.trouble(source_ref, "slow", seconds=HELD_SECONDS)
+
+    def let_go(self, source_ref: str) -> None:
+        """Let the local Payroc process what it keeps."""
+        self.sandbox.delete(f"/_sandbox/faults?orderId={self.order_id(source_ref)}")
 
     def order_id(self, source_ref: str) -> str:
         return str(self.source_row(source_ref)["order_id"])
@@ -61,34 +71,34 @@ class Merchant(World):
         """Return the task instance of the refund's last attempt, as it is now."""
         attempt = self.attempt_row(source_ref)
         assert attempt is not None, f"{source_ref} was never claimed"
-        return self.airflow.client.task_instances(dag_id, attempt["run_id"])[
-            "send_refund", attempt["map_index"]
-        ]
+        return self.airflow.task_instance(dag_id, attempt["run_id"], "send_refund", attempt["map_index"])
 
-    def wait_until(
-        self, condition: Callable[[], Any], what: str, *, seconds: float = 60, pause: float = 0.05
-    ) -> None:
+    def wait_until(self, condition: Callable[[], Any], what: str, *, pause: float = 0.05) -> None:
         """Wait until something is true; fail with the ledger's refunds that have not ended."""
-        if not processes.wait_until(lambda: bool(condition()), seconds=seconds, pause=pause):
-            query = "SELECT source_ref, status, attempts, lease_until, reason FROM refund_ledger.refunds WHERE status <> 'accepted'"
-            raise AssertionError(f"{what}: not within {seconds} s. {self.rows(query)}")
+        try:
+            eventually(condition, what, pause=pause)
+        except AssertionError as error:
+            query = """
+                SELECT source_ref, status, attempts, lease_until, reason FROM refund_ledger.refunds
+                WHERE status <> 'accepted'"""
+            error.add_note(str(self.rows(query)))
+            raise
 
-    def strike(self, source_refs: Sequence[str], blow: Callable[[str], None], *, seconds: float = 60) -> None:
+    def strike(self, source_refs: Sequence[str], blow: Callable[[str], None]) -> None:
         """
         Deal a blow to each refund's worker, at the moment at which Payroc has received its create and has not answered.
 
         :param source_refs: refunds whose next create is troubled, so that it takes long.
         """
         left = {source_ref: self.troubles_left(source_ref) for source_ref in source_refs}
-        deadline = time.monotonic() + seconds
-        while left:
-            assert time.monotonic() < deadline, (
-                f"the creates of {list(left)} did not reach Payroc within {seconds} s"
-            )
+
+        def all_are_struck() -> bool:
             for source_ref in [ref for ref, troubles in left.items() if self.troubles_left(ref) < troubles]:
                 blow(source_ref)
                 del left[source_ref]
-            time.sleep(0.02)
+            return not left
+
+        self.wait_until(all_are_struck, f"the creates of {list(left)} reach Payroc", pause=0.02)
 
     # -- afterwards ------------------------------------------------------------------------------------------------
 
@@ -166,7 +176,7 @@ def nothing_left_over(merchant: Merchant) -> Iterator[None]:
         client.fail_open_runs()
         return not client.has_open_runs() and not merchant.airflow.task_processes()
 
-    merchant.wait_until(nothing_is_left, "all runs and task processes have ended", seconds=40)
+    merchant.wait_until(nothing_is_left, "all runs and task processes have ended")
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from email.message import EmailMessage
 from typing import Any
@@ -15,17 +16,15 @@ from uuid import uuid4
 
 import psutil
 import pytest
-from sqlalchemy import text
 
 from demo.postgres import PostgresServer
 from tests.canary.payees import WORD_LENGTH, Mint
 from tests.canary.scanner import Scanner, texts
 from tests.conftest import ROOT, SCRATCH, NewDatabase, running_sandbox
-from tests.receivers import Mailbox, StatsD, body_of, eventually, receivers
+from tests.patience import PATIENCE_SECONDS, eventually
+from tests.receivers import Mailbox, StatsD, body_of, receivers
 from tests.scheduler.conftest import Merchant
 from tests.scheduler.deployment import DAG, TOKEN_SECONDS, Deployment
-
-pytestmark = pytest.mark.timeout(240, func_only=True)
 
 # The same DAG, whose tasks are not tried again.
 FRAIL_DAG = "payroc_refunds_frail"
@@ -124,7 +123,7 @@ def trigger_dated(merchant: Merchant, dag_id: str = DAG) -> str:
 def let_its_deadline_pass(merchant: Merchant, postgres: PostgresServer, run_id: str) -> None:
     """Move the deadline of a run into the past, and wait until Airflow has called back."""
     run = "FROM dag_run AS r WHERE r.id = d.dagrun_id AND r.run_id = %s"
-    with postgres.connect(f"airflow_of_{merchant.airflow.folder.name}") as metadata:
+    with postgres.connect(merchant.airflow.metadata_database) as metadata:
         moved = metadata.execute(f"UPDATE deadline AS d SET deadline_time = now() {run}", [run_id]).rowcount
         metadata.commit()
         assert moved == 1, "the run has no deadline"
@@ -177,7 +176,7 @@ def test_a_green_run_tells_no_people_but_metrics_and_other_dags_which_a_dry_run_
         {"status": status, "currency": "USD", "count": n, "amount": n * 4999}
         for status, n in (("accepted", 3), ("rejected", 1))
     ]
-    eventually(lambda: {"dag_id": DAG, "run_id": run_id, "totals": totals} in followed(), seconds=60)
+    eventually(lambda: {"dag_id": DAG, "run_id": run_id, "totals": totals} in followed())
     assert dry not in [event["run_id"] for event in followed()]
     assert mailbox.about(run_id) == mailbox.about(dry) == []
 
@@ -273,24 +272,39 @@ def test_a_run_that_waits_for_approval_tells_once_with_a_link_to_the_question_an
     assert len(mailbox.about(run_id)) == 2
 
 
+@contextmanager
+def reports_wait(merchant: Merchant) -> Iterator[None]:
+    """Keep each report waiting when it notes the end of its run."""
+    install = """
+        CREATE FUNCTION wait_for_the_test() RETURNS trigger LANGUAGE plpgsql AS
+            'BEGIN PERFORM pg_advisory_xact_lock(1); RETURN NEW; END';
+        CREATE TRIGGER wait_for_the_test BEFORE UPDATE OF finished_at ON refund_ledger.refund_runs
+            FOR EACH ROW EXECUTE FUNCTION wait_for_the_test();"""
+    with merchant.ledger_engine.connect() as connection:
+        connection.exec_driver_sql(install)
+        connection.exec_driver_sql("SELECT pg_advisory_lock(1)")
+        connection.commit()
+        try:
+            yield
+        finally:
+            connection.exec_driver_sql("SELECT pg_advisory_unlock(1)")
+            connection.exec_driver_sql("DROP FUNCTION wait_for_the_test CASCADE")
+            connection.commit()
+
+
 def test_a_report_that_was_killed_is_told_by_the_dag_processor(merchant: Merchant, mailbox: Mailbox) -> None:
     client = merchant.airflow.client
     merchant.approve()
-    run_id = client.trigger(FRAIL_DAG)
-
-    def state(task_id: str) -> str | None:
-        return client.task_instances(FRAIL_DAG, run_id)[task_id, -1].state
-
-    merchant.wait_until(lambda: state("write_back") == "success", "the refunds are written back")
-    with merchant.ledger_engine.begin() as connection:
-        # The report, which begins about now, notes the run's end and has to wait.
-        connection.execute(text("LOCK TABLE refund_ledger.refund_runs IN EXCLUSIVE MODE"))
-        merchant.wait_until(lambda: state("report") == "running", "report runs")
+    with reports_wait(merchant):
+        run_id = client.trigger(FRAIL_DAG)
+        merchant.wait_until(
+            lambda: client.task_instances(FRAIL_DAG, run_id)["report", -1].state == "running", "report runs"
+        )
         ti = client.task_instances(FRAIL_DAG, run_id)["report", -1]
         killed = [merchant.airflow.supervisor(ti), merchant.airflow.task_process(ti)]
         for process in killed:
             process.kill()
-        psutil.wait_procs(killed, timeout=5)
+        psutil.wait_procs(killed, timeout=PATIENCE_SECONDS)
     client.wait_for_run(FRAIL_DAG, run_id, "failed")
     # Seen once on a busy machine: two mails about the one dead task, which Airflow may find by its executor and by its missing heartbeat.
     for mail in eventually(lambda: mailbox.about(run_id)):
@@ -324,5 +338,5 @@ def test_a_deadline_makes_no_new_version_of_the_dag_each_time_that_it_is_parsed(
             versions()[-1]["created_at"]
         ) + timedelta(seconds=5)
 
-    eventually(parsed_later, seconds=40)
+    eventually(parsed_later)
     assert [version["version_number"] for version in versions()] == [1]
