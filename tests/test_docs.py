@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import URL, bindparam, create_engine, text
 
 from include.refunds.revision import REVISION
 from include.refunds.source import SqlSource
+from include.refunds.source_update import PARAMETERS
+from include.refunds.sql_files import read_sql
 from tests.conftest import ROOT
 from tests.dags.conftest import Runner, run_dag, world  # noqa: F401 - fixtures
 from tests.refunds.conftest import World
@@ -76,6 +78,38 @@ def test_the_example_of_the_hook_counts_refunds_by_status(
     assert bag.import_errors == {}
     task = bag.dags["refunds_of_the_week"].get_task("count_by_status")
     assert task.python_callable(params={"processing_terminal_id": "2201001"})["ready"] >= 1
+
+
+def test_the_update_of_the_worked_example_finds_its_row_by_the_key(source_url: URL, tmp_path: Path) -> None:
+    table, _, update = blocks(ROOT / "README.md", "sql")
+    (tmp_path / "write_back.sql").write_text(update)
+    sql = read_sql(tmp_path / "write_back.sql", "postgresql", PARAMETERS, required="source_ref")
+    with create_engine(source_url).begin() as connection:
+        connection.execute(text(table))
+        connection.execute(
+            text(
+                "INSERT INTO returns (return_no, store_terminal, refund_total, payee, payee_kind, aba, account, "
+                "clerk) SELECT n, '7701001', 1, 'a', 'person', 'b', 'c', 'd' FROM generate_series(1, 20000) AS n"
+            )
+        )
+        connection.execute(text("ANALYZE returns"))
+        values: dict[str, Any] = dict.fromkeys(sql.parameters, "return-7001") | {
+            "updated_at": datetime.now(UTC)
+        }
+        explain = text(f"EXPLAIN {sql.text}").bindparams(*(bindparam(*value) for value in values.items()))
+        plan = connection.execute(explain).scalars().all()
+    assert any("Index Scan using returns_pkey" in line for line in plan), plan
+
+
+def test_the_worked_example_rounds_cents_of_floating_point() -> None:
+    _, select, _ = blocks(ROOT / "README.md", "sql")
+    (expression,) = re.findall(r"^ *(.*?) +AS amount,", select, re.M)
+    query = text(f"SELECT {expression} FROM (SELECT :total AS refund_total)")
+    with create_engine("sqlite://").connect() as connection:
+        found = [
+            connection.execute(query, {"total": total}).scalar_one() for total in (0.29, 1.15, 64.10, 74.5)
+        ]
+    assert found == [29, 115, 6410, 7450]
 
 
 def test_the_worked_example_of_the_readme_pulls_from_and_writes_back_to_a_table_with_other_names(

@@ -35,9 +35,12 @@ LEDGER_PARAMETERS = (
     "sslrootcert",
     "target_session_attrs",
 )
-"""The parameters of libpq that both drivers of the ledger can use: asyncpg, and psycopg for its migrations."""
+"""
+The parameters of libpq that both drivers of the ledger can use: asyncpg, and psycopg for its migrations.
+"""
 
-# Extras of Airflow's Postgres hook about how that hook reads rows, and which driver SQLAlchemy takes. The ledger has drivers of its own.
+# Extras of Airflow's Postgres hook about how that hook reads rows, and which driver SQLAlchemy takes. The
+# ledger has drivers of its own.
 _WITHOUT_MEANING = ("cursor", "sqlalchemy_scheme")
 
 NO_URL = (ArgumentError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
@@ -52,7 +55,8 @@ class UrlError(Exception):
 
 def ledger_url(given: str | None = None) -> URL:
     """
-    Return the ledger's URL: ``given``, else ``PAYROC_REFUNDS_LEDGER_URL``, else ``AIRFLOW_CONN_REFUNDS_LEDGER``.
+    Return the ledger's URL: ``given``, else ``PAYROC_REFUNDS_LEDGER_URL``, else
+    ``AIRFLOW_CONN_REFUNDS_LEDGER``.
 
     :raises UrlError: when none is set, or it is unusable, as :func:`as_ledger_url` says.
     """
@@ -62,10 +66,11 @@ def ledger_url(given: str | None = None) -> URL:
 
 def source_url(given: str | None = None) -> URL:
     """
-    Return the source's URL: ``given``, else ``PAYROC_REFUNDS_SOURCE_URL``, else ``AIRFLOW_CONN_REFUNDS_SOURCE``.
+    Return the source's URL: ``given``, else ``PAYROC_REFUNDS_SOURCE_URL``, else
+    ``AIRFLOW_CONN_REFUNDS_SOURCE``.
 
-    :raises UrlError: when none is set, or it is no Postgres database (the commands work with a table in Postgres only), or has a
-        parameter that libpq does not know or can't use.
+    :raises UrlError: when none is set, or it is no Postgres database (the commands work with a table in
+        Postgres only), or has a parameter that libpq does not know or can't use.
     """
     place, url = _from_environment(given, "SOURCE")
     if url.get_backend_name() not in _POSTGRES:
@@ -75,11 +80,12 @@ def source_url(given: str | None = None) -> URL:
 
 def as_ledger_url(url: URL, place: str = "The ledger's URL") -> URL:
     """
-    Return the URL of a ledger, as SQLAlchemy takes it for the migrations; :mod:`~include.refunds.ledger.connection` takes it apart.
+    Return the URL of a ledger, as SQLAlchemy takes it for the migrations;
+    :mod:`~include.refunds.ledger.connection` takes it apart.
 
     :param place: where it comes from, for messages.
-    :raises UrlError: when it is not Postgres (the ledger's safety rests on its locks and triggers), names no database, or has a parameter
-        that is not known or can't be used.
+    :raises UrlError: when it is not Postgres (the ledger's safety rests on its locks and triggers), names no
+        database, or has a parameter that is not known or can't be used.
     """
     if url.get_backend_name() not in _POSTGRES:
         raise UrlError(f"{place} names no Postgres database, which the ledger must be: use postgresql://….")
@@ -92,7 +98,8 @@ def as_ledger_url(url: URL, place: str = "The ledger's URL") -> URL:
 
 def addresses(url: URL) -> list[tuple[str | None, int | None]]:
     """
-    Return the hosts of a URL with their ports, in the order in which they are tried; ``None`` for the driver's default.
+    Return the hosts of a URL with their ports, in the order in which they are tried; ``None`` for the
+    driver's default.
 
     A host that begins with a slash is the folder of a socket.
 
@@ -114,7 +121,7 @@ def addresses(url: URL) -> list[tuple[str | None, int | None]]:
 
 
 def source_parameters() -> list[str]:
-    """Return the parameters that libpq knows, but for the character set: sessions with the source set their own."""
+    """Return the parameters that libpq knows, except the character set, which sessions with the source set."""
     from psycopg import pq
 
     names = [option.keyword.decode() for option in pq.Conninfo.get_defaults()]
@@ -127,8 +134,8 @@ def url_of_connection(fields: Mapping[str, Any]) -> URL:
     """
     Return the URL of an Airflow connection given as its fields, its extras as parameters.
 
-    :param fields: ``conn_type``, ``host``, ``port``, ``login``, ``password``, ``schema`` (the database) and ``extra``
-        (a mapping, or JSON text).
+    :param fields: ``conn_type``, ``host``, ``port``, ``login``, ``password``, ``schema`` (the database) and
+        ``extra`` (a mapping, or JSON text).
     :raises UnusableParameter: when an extra is neither text nor a number.
     :raises ValueError: and other errors of Python, when they are no connection.
     """
@@ -154,7 +161,10 @@ def url_of_connection(fields: Mapping[str, Any]) -> URL:
 
 
 def _checked(url: URL, place: str, known: Collection[str], *, system_authorities: bool) -> URL:
-    """Return a URL of Postgres whose parameters can be used, with several hosts in the one form that both drivers take."""
+    """
+    Return a URL of Postgres whose parameters can be used, with several hosts in the one form that both
+    drivers take.
+    """
     try:
         hosts = addresses(url)
         query = {name: value for name, value in url.query.items() if name not in ("host", "port")}

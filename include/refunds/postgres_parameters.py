@@ -1,8 +1,9 @@
 """
 The parameters of a connection to Postgres, as libpq names them: checked before a driver sees them.
 
-libpq and asyncpg drop some that they can't use, a missing client certificate for example, and report others in ways that look like a
-server that does not answer. https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS
+libpq and asyncpg drop some that they can't use, a missing client certificate for example, and report others
+in ways that look like a server that does not answer.
+https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS
 """
 
 from __future__ import annotations
@@ -47,17 +48,21 @@ _REFUSALS = (
     ),
     (
         r"private key file|could not read certificate file|PEM lib|KEY_VALUES_MISMATCH",
-        "`sslcert` and `sslkey` are refused: check both files, `sslpassword`, and that others may not read the key",
+        "`sslcert` and `sslkey` are refused: check both files, `sslpassword`, and that nobody else may "
+        "read the key",
     ),
     (
-        r"unrecognized configuration parameter|invalid command-line argument|permission denied to set parameter",
+        r"unrecognized configuration parameter|invalid command-line argument|permission denied to set param",
         "`options` has a setting that the server refuses: correct or remove it",
     ),
 )
 
 
 class UnusableParameter(Exception):
-    """A parameter can't be used; the message names it, never its value, and says what to give. It has no full stop."""
+    """
+    A parameter can't be used; the message names it, never its value, and says what to give. It has no full
+    stop.
+    """
 
 
 def checked(
@@ -85,7 +90,10 @@ def checked(
 
 
 def shown(name: str) -> str:
-    """Return the name of a parameter for a message: of a URL that is written wrong, it may be a part of the password."""
+    """
+    Return the name of a parameter for a message: of a URL that is written wrong, it may be a part of the
+    password.
+    """
     return (
         f"`{name}`" if re.fullmatch(r"[A-Za-z][A-Za-z_-]{1,39}", name) else "a parameter whose name is none"
     )
@@ -133,7 +141,8 @@ def _check_files(texts: Mapping[str, str], *, system_authorities: bool) -> None:
             context.load_cert_chain(texts["sslcert"], texts["sslkey"], lambda: texts.get("sslpassword", ""))
         except (OSError, ValueError):
             raise UnusableParameter(
-                "`sslcert` and `sslkey` name no certificate and key in PEM form that belong together: check both files and `sslpassword`"
+                "`sslcert` and `sslkey` name no certificate and key in PEM form that belong together: "
+                "check both files and `sslpassword`"
             ) from None
     for name in ("sslcert", "sslkey", "passfile"):
         if name in texts:

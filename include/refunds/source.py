@@ -1,4 +1,4 @@
-"""The merchant's database: approved refunds come from it, and what became of them goes back, by two SQL files."""
+"""The merchant's database: approved refunds come from it and outcomes go back, by two SQL files."""
 
 from __future__ import annotations
 
@@ -106,7 +106,8 @@ class SqlSource:
 
 def _places(file: str, returned: Iterable[str]) -> dict[str, int]:
     """
-    Return which column of a result is which of :data:`COLUMNS`, in any case: Oracle and Snowflake fold names to capitals.
+    Return which column of a result is which of :data:`COLUMNS`, in any case: Oracle and Snowflake fold names
+    to capitals.
 
     :raises SourceError: when one is missing, or comes twice: then nobody knows which of them was meant.
     """
@@ -115,7 +116,8 @@ def _places(file: str, returned: Iterable[str]) -> dict[str, int]:
         raise SourceError(f"{file} returns no rows: give a SELECT.")
     if twice := [name for name in COLUMNS if names.count(name) > 1]:
         raise SourceError(
-            f"{file} returns {in_words(twice)} more than once: keep one of each, by naming the columns in place of a *."
+            f"{file} returns {in_words(twice)} more than once: keep one of each, by naming the columns in "
+            "place of a *."
         )
     if missing := [name for name in COLUMNS if name not in names]:
         plural = "s" if len(missing) > 1 else ""

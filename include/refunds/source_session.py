@@ -1,7 +1,9 @@
 """
-What is set in each transaction with a source: whatever changes how values are read, and how long anything waits.
+What is set in each transaction with a source: whatever changes how values are read, and how long anything
+waits.
 
-It is set in the transaction and not in the session, because behind a transaction pooler the next transaction may run in another session.
+It is set in the transaction and not in the session, because behind a transaction pooler the next transaction
+may run in another session.
 """
 
 from __future__ import annotations
@@ -28,15 +30,18 @@ _POSTGRES = {
     "lock_timeout": f"{LOCK_SECONDS}s",
     "statement_timeout": f"{STATEMENT_SECONDS}s",
 }
-# The server's other modes stay: the merchant's statements may rely on them. CHAR is not padded, and a text that does not fit
-# is refused, not cut. Fractions of a second that a column can't hold are cut, not rounded: `updated_at` rounded up would be
-# later than the same value when it is written again.
+# The server's other modes stay: the merchant's statements may rely on them. CHAR is not padded, and a text
+# that does not fit is refused, not cut. Fractions of a second that a column can't hold are cut, not rounded:
+# `updated_at` rounded up would be later than the same value when it is written again.
 _MYSQL_MODES_OFF = ("PAD_CHAR_TO_FULL_LENGTH", "NO_BACKSLASH_ESCAPES", "TIME_ROUND_FRACTIONAL")
 _MYSQL_MODES_ON = ("STRICT_ALL_TABLES",)
 
 
 def prepare_transactions(engine: Engine) -> Engine:
-    """Return the engine with every transaction prepared for a source; its connections are shared with the engine that is given."""
+    """
+    Return the engine with every transaction prepared for a source; its connections are shared with the engine
+    that is given.
+    """
     prepared = engine.execution_options()
     event.listen(prepared, "begin", _prepare)
     return prepared
@@ -59,7 +64,8 @@ def _prepare_postgres(connection: Connection) -> None:
 
     driver = connection.connection.driver_connection
     if isinstance(driver, psycopg.Connection):
-        # A transaction pooler gives the next transaction another session, which knows no statement of this one.
+        # A transaction pooler gives the next transaction another session, which knows no statement of this
+        # one.
         driver.prepare_threshold = None
         load_any_value(driver)
     settings = ", ".join(f"set_config('{name}', '{value}', true)" for name, value in _POSTGRES.items())

@@ -1,8 +1,8 @@
 """
 Values of a source that its driver can't turn into Python's: they arrive as what the database sent.
 
-A driver raises at the first of them, so that a date of `infinity` in one row would stop all rows. Whether a value makes a refund is judged
-row by row, in the pull.
+A driver raises at the first of them, so that a date of `infinity` in one row would stop all rows. Whether a
+value makes a refund is judged row by row, in the pull.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def _or_as_sent(loader: type[Loader], *, as_text: bool) -> type[Loader]:
     return OrAsSent
 
 
-# Text for a date that Python's datetime has not; bytes for JSON, which as text might be taken for what it is not.
+# Text for a date that Python's datetime has not; bytes for JSON, which as text might be taken for what it is
+# not.
 _LOADERS = {
     "date": _or_as_sent(dates.DateLoader, as_text=True),
     "time": _or_as_sent(dates.TimeLoader, as_text=True),
@@ -48,7 +49,7 @@ def load_any_value(connection: psycopg.Connection[Any]) -> None:
 
 
 def load_any_mysql_value(connection: Any) -> None:
-    """Let a date such as 0000-00-00 of a connection of mysqlclient arrive as its text; the driver makes it NULL."""
+    """Let a date such as 0000-00-00 arrive as its text from mysqlclient, which makes it NULL."""
     from MySQLdb.constants import FIELD_TYPE
     from MySQLdb.times import Date_or_None, DateTime_or_None
 

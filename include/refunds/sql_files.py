@@ -1,4 +1,4 @@
-"""The two SQL files of a source, ``select_approved.sql`` and ``write_back.sql``: one statement each, in UTF-8."""
+"""The two SQL files, ``select_approved.sql`` and ``write_back.sql``: one statement each, in UTF-8."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class SqlFile:
     A statement that was read from a file.
 
     :param name: the file's name, for messages.
-    :param text: the statement as :func:`sqlalchemy.text` takes it; anything but its parameters reaches the database as it is.
+    :param text: the statement as :func:`sqlalchemy.text` takes it; anything but its parameters reaches the
+        database as it is.
     :param parameters: the names of its parameters.
     """
 
@@ -67,7 +68,8 @@ def read_sql(
             f"add a condition such as WHERE your_reference = :{required}."
         )
     text = "".join(
-        # The blank keeps a cast away from it, `:name ::type`, for text() does not see a parameter before a colon.
+        # The blank keeps a cast away from it, `:name ::type`, for text() does not see a parameter before a
+        # colon.
         f":{piece.name} " if isinstance(piece, Parameter) else _NOT_AS_IT_IS.sub(r"\\\g<0>", piece)
         for piece in statement
     )

@@ -1,8 +1,8 @@
 """
 The parts of an SQL statement, as far as it takes to tell parameters from colons that mean something else.
 
-A colon in a literal, a quoted name or a comment is no parameter, and how those begin and end differs between databases. The
-rules below are those of their manuals:
+A colon in a literal, a quoted name or a comment is no parameter, and how those begin and end differs between
+databases. The rules below are those of their manuals:
 
 - Postgres: https://www.postgresql.org/docs/current/sql-syntax-lexical.html
 - MySQL and MariaDB: https://dev.mysql.com/doc/refman/8.4/en/string-literals.html and …/comments.html
@@ -23,7 +23,7 @@ class SqlTextError(Exception):
 
 
 class Part(Enum):
-    """What a piece of a statement is; :attr:`ESCAPED` is a literal in which a backslash escapes what follows it."""
+    """A part of a statement; in a literal that is :attr:`ESCAPED` a backslash escapes what follows it."""
 
     CODE = auto()
     COMMENT = auto()
@@ -46,7 +46,8 @@ class Parameter:
 Statement = tuple[str | Parameter, ...]
 """A statement in its order: text that goes to the database as it is, and parameters."""
 
-# Where SQLAlchemy's text() sees a parameter, so that a colon which it leaves alone needs no remedy here; and before a cast.
+# Where SQLAlchemy's text() sees a parameter, so that a colon which it leaves alone needs no remedy here; and
+# before a cast.
 _PARAMETER = re.compile(r"(?<![:\w\\]):(\w+)(?!\w)(?!:(?!:))")
 
 _QUOTES = r"'(?:[^']|'')*+'"
@@ -59,7 +60,10 @@ _NO_NAME_BEFORE = r"(?<![\w$\x80-\U0010ffff])"
 
 @dataclass(frozen=True)
 class _Rules:
-    """How a family of databases writes what holds no parameter: a pattern for each part, and for one that stays open."""
+    """
+    How a family of databases writes what holds no parameter: a pattern for each part, and for one that stays
+    open.
+    """
 
     comment: str
     quoted: str
@@ -117,12 +121,13 @@ def read_statement(sql: str, dialect: str) -> Statement:
     r"""
     Return the one statement of a text, without a semicolon at its end.
 
-    A backslash before a colon makes it a plain colon and is taken away, except in literals whose backslashes are the database's.
-    A colon before a number is never a parameter: ``tags[:1]``.
+    A backslash before a colon makes it a plain colon and is taken away, except in literals whose backslashes
+    are the database's. A colon before a number is never a parameter: ``tags[:1]``.
 
-    :param dialect: SQLAlchemy's name of the database. One that is not known here may read the text by the rules of any of
-        those that are, so they have to agree on it.
-    :raises SqlTextError: when it holds no statement, several, a quote or comment that is never closed, or characters that are no SQL.
+    :param dialect: SQLAlchemy's name of the database. One that is not known here may read the text by the
+        rules of any of those that are, so they have to agree on it.
+    :raises SqlTextError: when it holds no statement, several, a quote or comment that is never closed, or
+        characters that are no SQL.
     """
     rules = (_BY_DIALECT[dialect],) if dialect in _BY_DIALECT else (_POSTGRES, _MYSQL, _SQLITE)
     readings: list[Statement] = []
@@ -170,7 +175,10 @@ def _parameters(sql: str, begin: int, end: int) -> Iterator[str | Parameter]:
 
 
 def _joined(pieces: list[str | Parameter]) -> Statement:
-    """Join what is text next to one another, so that two readings which differ in nothing but their pieces are equal."""
+    """
+    Join what is text next to one another, so that two readings which differ in nothing but their pieces are
+    equal.
+    """
     joined: list[str | Parameter] = []
     for piece in pieces:
         if isinstance(piece, str) and joined and isinstance(joined[-1], str):
@@ -202,8 +210,8 @@ def _refuse_invisible(sql: str, begin: int, end: int) -> None:
         category = unicodedata.category(sql[at])
         if category in ("Cc", "Cf", "Zs", "Zl", "Zp"):
             raise SqlTextError(
-                f"has a character in line {line_of(sql, at)} that is no SQL outside of quotes (U+{ord(sql[at]):04X}): "
-                + ("write a plain blank" if category == "Zs" else "remove it")
+                f"has a character in line {line_of(sql, at)} that is no SQL outside of quotes "
+                f"(U+{ord(sql[at]):04X}): " + ("write a plain blank" if category == "Zs" else "remove it")
             )
 
 
@@ -211,11 +219,13 @@ def _ambiguous(sql: str, readings: list[Statement]) -> str:
     found = [piece for reading in readings for piece in reading if isinstance(piece, Parameter)]
     doubtful = {parameter for parameter in found if found.count(parameter) < len(readings)}
     if not doubtful:
-        return "has a backslash before a colon in a literal that databases read in different ways: take the backslash away"
+        return "has a backslash before a colon that databases read in different ways: take the backslash away"
     first = min(doubtful, key=lambda parameter: parameter.at)
+    word = f":{first.name[:40]}"
     return (
-        f"has :{first.name[:40]} in line {line_of(sql, first.at)}, which is a parameter or part of a literal or comment, depending on "
-        f"the database: write `\\:{first.name[:40]}` for a colon that is meant as such, or the literal without backslashes"
+        f"has {word} in line {line_of(sql, first.at)}, which is a parameter or part of a literal or comment, "
+        f"depending on the database: write `\\{word}` for a colon that is meant as such, or the literal "
+        "without backslashes"
     )
 
 

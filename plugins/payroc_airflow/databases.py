@@ -51,7 +51,8 @@ async def open_ledger(
     context: Context, settings: Settings, conn_id: str = LEDGER_CONN_ID
 ) -> AsyncIterator[MeteredLedger]:
     """
-    Yield the ledger, once it is known to be reachable and migrated. What is changed is the doing of the DAG run.
+    Yield the ledger, once it is known to be reachable and migrated. What is changed is the doing of the DAG
+    run.
 
     :param context: the task's context.
     :param conn_id: Airflow connection of type ``postgres``.
@@ -75,7 +76,8 @@ async def ledger_as(
     from include.refunds.ledger import LedgerEngine
     from payroc_airflow.metered_ledger import MeteredLedger
 
-    # A task needs one for each kind of call that refunds share, and one more; the rest of a long list waits for its turn.
+    # A task needs one for each kind of call that refunds share, and one more; the rest of a long list waits
+    # for its turn.
     engine = LedgerEngine(ledger_url_of(conn_id), pool_size=5)
     try:
         ledger = MeteredLedger(engine, settings, actor=actor)
@@ -89,7 +91,8 @@ def source_of(conn_id: str = SOURCE_CONN_ID) -> SqlSource:
     """
     Return the source behind an Airflow connection of any type that has a SQL hook.
 
-    :raises SourceError: when the connection is missing, its type has no SQL hook, or one of its extras can't be used.
+    :raises SourceError: when the connection is missing, its type has no SQL hook, or one of its extras can't
+        be used.
     """
     from include.refunds.source import SourceError, SqlSource
     from payroc_airflow.source_connection import source_engine
@@ -103,7 +106,8 @@ def source_of(conn_id: str = SOURCE_CONN_ID) -> SqlSource:
 
 def connect_source(conn_id: str) -> SqlSource:
     """
-    Return the source behind an Airflow connection: how the commands of ``include/`` reach it, by an entry point.
+    Return the source behind an Airflow connection: how the commands of ``include/`` reach it, by an entry
+    point.
 
     :raises SourceError: as :func:`source_of` does.
     """

@@ -1,8 +1,9 @@
 """
 How the source is connected to: as the hook of its connection's type connects, with no extra lost on the way.
 
-A hook's SQLAlchemy engine is made of a URL, which drops extras without a word, those about TLS among them. So the engines here take
-their connections from what the hook itself uses, and an extra that would not reach the driver is refused by name.
+A hook's SQLAlchemy engine is made of a URL, which drops extras without a word, those about TLS among them. So
+the engines here take their connections from what the hook itself uses, and an extra that would not reach the
+driver is refused by name.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
 _CONNECT_SECONDS = 10
 
-# A connection is opened for one use: a pool's would belong to the thread that opened it, and nobody would close it.
+# A connection is opened for one use: a pool's would belong to the thread that opened it, and nobody would
+# close it.
 _OPTIONS: dict[str, Any] = {"poolclass": NullPool, **QUIET}
 
 # Extras that the Postgres hook takes itself, for a login by a token of AWS or Azure.
@@ -50,7 +52,8 @@ _SQLITE = ("mode", "cache", "immutable", "nolock", "psow", "vfs", "modeof")
 # https://dev.mysql.com/doc/mysql-errors/8.4/en/client-error-reference.html
 _MYSQL_TLS = 2026
 
-# What drivers raise for an argument that they don't know or can't use, and hooks for an extra or a package that is missing.
+# What drivers raise for an argument that they don't know or can't use, and hooks for an extra or a package
+# that is missing.
 _UNUSABLE = (TypeError, ValueError, LookupError, AttributeError, ImportError, RuntimeError, AirflowException)
 
 
@@ -58,8 +61,9 @@ def source_engine(connection: Connection) -> Engine:
     """
     Return the engine of a source.
 
-    :param connection: an Airflow connection of any type that has a SQL hook. For ``postgres``, ``mysql`` and ``sqlite`` every extra
-        reaches the driver or is refused; for another type the hook's own engine is taken.
+    :param connection: an Airflow connection of any type that has a SQL hook. For ``postgres``, ``mysql`` and
+        ``sqlite`` every extra reaches the driver or is refused; for another type the hook's own engine is
+        taken.
     :raises SourceError: when the connection can't be used; the message names the extra.
     """
     place = f"Airflow connection {connection.conn_id!r}"
@@ -78,7 +82,8 @@ def source_engine(connection: Connection) -> Engine:
         raise SourceError(f"{place}: {error}.") from None
     except _UNUSABLE as error:
         raise SourceError(
-            f"{place} has no SQL hook ({type(error).__name__}): give it the type of a SQL database whose provider is installed."
+            f"{place} has no SQL hook ({type(error).__name__}): give it the type of a SQL database whose "
+            "provider is installed."
         ) from None
     return create_engine(url, creator=lambda: _connected(connect, place, extras), **_OPTIONS)
 
@@ -126,7 +131,8 @@ def _mysqlclient(arguments: Mapping[str, Any]) -> Any:
     import MySQLdb
     from MySQLdb.constants.CLIENT import FOUND_ROWS
 
-    # The hook gives no flags. Without this one an update that changes nothing touches nothing, and its row would be called missing.
+    # The hook gives no flags. Without this one an update that changes nothing touches nothing, and its row
+    # would be called missing.
     return MySQLdb.connect(**arguments, client_flag=FOUND_ROWS, connect_timeout=_CONNECT_SECONDS)
 
 
@@ -160,7 +166,8 @@ def _connected(connect: Callable[[], Any], place: str, extras: Mapping[str, Any]
     """
     Return a new connection of the driver.
 
-    :raises SourceError: when a setting is to blame. What may pass by itself is left to who uses the connection.
+    :raises SourceError: when a setting is to blame. What may pass by itself is left to who uses the
+        connection.
     """
     try:
         return connect()
@@ -203,7 +210,7 @@ def _hook_with(connection: Connection, extras: Mapping[str, Any]) -> Any:
 
 
 def _extras(connection: Connection) -> dict[str, Any]:
-    """Return what the extras say, without the empty ones of Airflow's form and those without a meaning here."""
+    """Return the extras without the empty ones of Airflow's form and those without a meaning here."""
     extras = _object("extra", connection.extra or "{}")
     return {
         name: value

@@ -191,11 +191,12 @@ def extras_of_the_source_arrive_or_are_refused(drivers: dict[str, Any], conn_typ
 
 PIECES = st.sampled_from(
     [
-        "postgresql://", "postgres://", "mysql://", "u:", f"{SECRET}@", f"u:{SECRET}@", "h", "h1,h2", ":5432", ":x", "/refunds", "/", "?",
-        "sslmode=require", "&", "host=a:1", "host=/tmp", "port=1,2", "foo=1", "#", "[::1]", "%", "{", "}", '"', "__extra__=", "\ud800",
-        '{"conn_type": "postgres"}', '{"conn_type": "postgres", "schema": "s", "extra": ', "null", "[" * 50,
+        *("postgresql://", "postgres://", "mysql://", "u:", f"{SECRET}@", f"u:{SECRET}@", "h", "h1,h2"),
+        *(":5432", ":x", "/refunds", "/", "?", "&", "#", "[::1]", "%", "{", "}", '"', "null", "[" * 50),
+        *("sslmode=require", "host=a:1", "host=/tmp", "port=1,2", "foo=1", "__extra__=", "\ud800"),
+        *('{"conn_type": "postgres"}', '{"conn_type": "postgres", "schema": "s", "extra": '),
     ]
-)  # fmt: skip
+)
 URLS = st.lists(PIECES | st.text(max_size=5), max_size=9).map("".join)
 
 
@@ -234,7 +235,7 @@ def test_any_url_is_one_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     any_url_is_one_or_refused(monkeypatch)
 
 
-# -- planted mistakes -----------------------------------------------------------------------------------------------
+# -- planted mistakes --------------------------------------------------------------------------------------
 
 
 def test_the_ledgers_property_finds_a_planted_mistake(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,15 @@ from typing import Any
 import pytest
 from sqlalchemy import URL
 
-from include.refunds.ledger import LedgerEngine
+from demo.postgres import PostgresServer
+from include.refunds.ledger import Ledger, LedgerEngine, LedgerUnavailable
 from include.refunds.ledger_url import UrlError, as_ledger_url, ledger_url, source_url
 from include.refunds.migrations import migrate
+from include.refunds.settings import get_settings
 from payroc_airflow.databases import ledger_url_of
+from tests.conftest import SCRATCH
 from tests.refunds.test_cli import cli
+from tests.support.pgbouncer import pooled
 from tests.support.tls import TlsPostgres
 
 Connect = Callable[..., None]
@@ -25,7 +30,9 @@ Connect = Callable[..., None]
 
 @pytest.fixture
 def connect(ledger_url: URL, monkeypatch: pytest.MonkeyPatch) -> Connect:
-    """A function that makes the empty ledger the connection refunds_ledger, with changed fields and with extras."""
+    """
+    A function that makes the empty ledger the connection refunds_ledger, with changed fields and with extras.
+    """
 
     def connect(fields: dict[str, Any] | None = None, **extra: Any) -> None:
         connection = {
@@ -173,7 +180,7 @@ def test_keepalives_are_set_on_the_loop_that_tasks_run_on(connect: Connect, ledg
         assert runner.run(asked(LedgerEngine(ledger_url_of(), pool_size=0), "SELECT 1")) == 1
 
 
-# -- several hosts --------------------------------------------------------------------------------------------------
+# -- several hosts -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -191,6 +198,13 @@ def test_hosts_are_tried_in_their_order_by_both_drivers(
     connect(fields, port=port.format(port=ledger_url.port))
     assert answer() == 1
     assert migrate(ledger_url_of())
+
+
+def test_a_ledger_that_can_not_be_reached_is_named_with_all_its_hosts(connect: Connect) -> None:
+    connect({"host": "127.0.0.1,localhost", "port": None}, port="1,2")
+    ledger = Ledger(LedgerEngine(ledger_url_of(), pool_size=0), get_settings(), actor="test")
+    with pytest.raises(LedgerUnavailable, match=r"at 127\.0\.0\.1:1, localhost:2 can't be used"):
+        asyncio.run(ledger.check())
 
 
 def test_a_host_that_says_nothing_leaves_time_for_the_next(connect: Connect, ledger_url: URL) -> None:
@@ -211,7 +225,36 @@ def test_a_host_of_another_kind_is_left_for_the_next(connect: Connect, ledger_ur
     assert answer() == 1
 
 
-# -- refused --------------------------------------------------------------------------------------------------------
+def test_a_ledger_that_only_reads_is_tried_again_later(
+    connect: Connect, postgres: PostgresServer, ledger_url: URL
+) -> None:
+    connect(target_session_attrs="read-write")
+    with postgres.connect() as connection:
+        connection.execute(f"ALTER DATABASE {ledger_url.database} SET default_transaction_read_only = on")
+    try:
+        ledger = Ledger(LedgerEngine(ledger_url_of(), pool_size=0), get_settings(), actor="test")
+        with pytest.raises(LedgerUnavailable):
+            asyncio.run(ledger.check())
+    finally:
+        with postgres.connect() as connection:
+            connection.execute(f"ALTER DATABASE {ledger_url.database} RESET default_transaction_read_only")
+    asyncio.run(ledger.check())
+
+
+def test_a_pooler_of_sessions_may_be_in_front_of_the_ledger(
+    connect: Connect, postgres: PostgresServer
+) -> None:
+    if not shutil.which("pgbouncer"):
+        pytest.skip("pgbouncer is not installed: `apt-get install pgbouncer`")
+    with pooled(postgres, SCRATCH / "session-pooler", "session") as port:
+        connect({"port": port})
+        ledger = Ledger(LedgerEngine(ledger_url_of(), pool_size=0), get_settings(), actor="test")
+        for _ in range(3):
+            asyncio.run(ledger.check())
+            asyncio.run(ledger.now())
+
+
+# -- refused -----------------------------------------------------------------------------------------------
 
 UNUSABLE = {
     "an unknown one": (
@@ -267,7 +310,8 @@ def test_a_setting_that_the_server_has_not_is_refused(connect: Connect) -> None:
 def test_extras_that_are_no_object_are_refused(connect: Connect, extra: str) -> None:
     connect({"extra": extra})
     assert refusal() == (
-        "Airflow connection 'refunds_ledger' has fields or extras that are none: the extras are a JSON object."
+        "Airflow connection 'refunds_ledger' has fields or extras that are none: "
+        "the extras are a JSON object."
     )
 
 
@@ -277,7 +321,7 @@ def test_a_parameter_that_is_given_twice_is_refused() -> None:
         as_ledger_url(url)
 
 
-# -- the source of the commands -------------------------------------------------------------------------------------
+# -- the source of the commands ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,8 @@ CREATE TABLE refund_requests (
 
 
 INSERT = (
-    "INSERT INTO refund_requests (source_ref, processing_terminal_id, amount, currency, requested_by) "
+    "INSERT INTO refund_requests (source_ref, processing_terminal_id, amount, "
+    "currency, requested_by) "
     "VALUES ('RF-1', '7701001', 4999, 'USD', 'ann')"
 )
 
@@ -70,7 +71,8 @@ def test_approved_refunds_are_read(table: URL) -> None:
     with create_engine(table).begin() as connection:
         connection.execute(
             text(
-                "INSERT INTO refund_requests (source_ref, processing_terminal_id, amount, currency, name_on_account, "
+                "INSERT INTO refund_requests (source_ref, processing_terminal_id, amount, "
+                "currency, name_on_account, "
                 "requested_by, approved_by, approved_at) VALUES "
                 "('RF-1', '7701001', 4999, 'USD', 'José 😀', 'ann', 'bob', '2026-11-02 09:30:00')"
             )
@@ -132,7 +134,8 @@ def test_a_date_of_zeros_arrives_as_text_and_its_neighbours_as_dates(mysql_url: 
 def test_a_text_arrives_whole_from_any_character_set(mysql_url: URL, tmp_path: Path) -> None:
     run(
         mysql_url.update_query_dict({"charset": "utf8mb4"}),
-        "CREATE TABLE t (a varchar(20) CHARACTER SET latin1, b varchar(20) CHARACTER SET utf8mb4, c varbinary(20))",
+        "CREATE TABLE t (a varchar(20) CHARACTER SET latin1, b varchar(20) CHARACTER SET utf8mb4, "
+        "c varbinary(20))",
         "INSERT INTO t VALUES ('Größe', 'Größe 😀', x'ff00')",
     )
     latin1 = mysql_url.update_query_dict({"charset": "latin1"})
@@ -140,7 +143,8 @@ def test_a_text_arrives_whole_from_any_character_set(mysql_url: URL, tmp_path: P
     assert found == ["Größe", "Größe 😀", b"\xff\x00"]
 
 
-# Before, in the middle of and behind the hour that New York's clocks leave out, and the one that they show twice.
+# Before, in the middle of and behind the hour that New York's clocks leave out, and the one that they show
+# twice.
 CHANGES_OF_CLOCKS = [
     datetime(2026, 3, 8, 6, 59, 59, tzinfo=UTC),
     datetime(2026, 3, 8, 7, 0, tzinfo=UTC),
@@ -159,7 +163,8 @@ def test_instants_survive_both_changes_of_clocks(table: URL, tmp_path: Path, kin
         for number, at in enumerate(CHANGES_OF_CLOCKS):
             connection.execute(
                 text(
-                    "INSERT INTO refund_requests (source_ref, processing_terminal_id, amount, currency, requested_by, "
+                    "INSERT INTO refund_requests (source_ref, processing_terminal_id, amount, "
+                    "currency, requested_by, "
                     "approved_at) VALUES (:ref, '7701001', 4999, 'USD', 'ann', :at)"
                 ),
                 {"ref": f"RF-{number}", "at": at.replace(tzinfo=None)},

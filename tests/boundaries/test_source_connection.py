@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from sqlalchemy import URL, text
 
-from include.refunds.source import SourceError, SourceUnavailable
+from demo.postgres import PostgresServer
+from include.refunds.source import COLUMNS, SourceError, SourceUnavailable
 from payroc_airflow.databases import source_of
 from tests.support.certificates import Authority
 from tests.support.mariadb import AirflowMySql
@@ -20,7 +21,9 @@ from tests.support.tls import TlsPostgres
 
 @pytest.fixture
 def connect(source_url: URL, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """A function that makes the empty source the connection refunds_source, with changed fields and with extras."""
+    """
+    A function that makes the empty source the connection refunds_source, with changed fields and with extras.
+    """
 
     def connect(fields: dict[str, Any] | None = None, **extra: Any) -> None:
         connection = {
@@ -53,7 +56,7 @@ def driver_of_source() -> Any:
         return connection.connection.driver_connection.info.get_parameters()
 
 
-# -- Postgres -------------------------------------------------------------------------------------------------------
+# -- Postgres ----------------------------------------------------------------------------------------------
 
 
 def test_a_source_with_the_certificate_that_is_demanded_is_read(
@@ -70,8 +73,8 @@ def test_a_source_with_another_certificate_is_refused(
     server = {"host": "localhost", "port": tls_postgres.port}
     connect(server, sslmode="verify-full", sslrootcert=tls_postgres.other.file)
     assert refusal() == (
-        "Airflow connection 'refunds_source': the server's certificate is not signed by the authority in `sslrootcert`: "
-        "give the right one."
+        "Airflow connection 'refunds_source': the server's certificate is not signed by the authority in "
+        "`sslrootcert`: give the right one."
     )
 
 
@@ -206,7 +209,46 @@ def test_a_server_that_does_not_answer_is_tried_again_later(connect: Callable[..
         asyncio.run(source_of().select_approved())
 
 
-# -- SQLite ---------------------------------------------------------------------------------------------------------
+def test_a_server_that_only_reads_is_tried_again_later(
+    connect: Callable[..., None], postgres: PostgresServer, source_url: URL
+) -> None:
+    connect(target_session_attrs="read-write")
+    with postgres.connect() as connection:
+        connection.execute(f"ALTER DATABASE {source_url.database} SET default_transaction_read_only = on")
+    try:
+        with pytest.raises(SourceUnavailable):
+            asyncio.run(source_of().select_approved())
+    finally:
+        with postgres.connect() as connection:
+            connection.execute(f"ALTER DATABASE {source_url.database} RESET default_transaction_read_only")
+    assert asyncio.run(source_of().select_approved()) == []
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_a_database_in_sql_ascii_works_as_far_as_it_holds_utf_8(
+    connect: Callable[..., None], postgres: PostgresServer, encoding: str
+) -> None:
+    with postgres.connect() as connection:
+        connection.execute("DROP DATABASE IF EXISTS old_shop WITH (FORCE)")
+        connection.execute(
+            "CREATE DATABASE old_shop TEMPLATE template0 ENCODING 'SQL_ASCII' LOCALE_PROVIDER libc LOCALE 'C'"
+        )
+    with postgres.connect("old_shop") as connection:
+        columns = ", ".join(f"{name} text" for name in (*COLUMNS, "withdrawn_at", "status"))
+        connection.execute(f"CREATE TABLE refund_requests ({columns})")
+        connection.execute(
+            "INSERT INTO refund_requests (source_ref, approved_at, name_on_account) "
+            f"VALUES ('RF-1', '-', convert_from('\\x{'Größe'.encode(encoding).hex()}', 'SQL_ASCII'))"
+        )
+    connect({"schema": "old_shop"})
+    if encoding == "utf-8":
+        (row,) = asyncio.run(source_of().select_approved())
+        assert row["name_on_account"] == "Größe"
+    else:
+        assert refusal().startswith("select_approved.sql failed on the connection refunds_source:")
+
+
+# -- SQLite ------------------------------------------------------------------------------------------------
 
 
 def test_the_extras_of_sqlite_reach_it(connect: Callable[..., None], tmp_path: Path) -> None:
@@ -249,7 +291,7 @@ def test_another_extra_of_sqlite_is_refused(
     assert refusal().startswith(f"Airflow connection 'refunds_source': {sentence}")
 
 
-# -- MySQL ----------------------------------------------------------------------------------------------------------
+# -- MySQL -------------------------------------------------------------------------------------------------
 
 
 def encrypted() -> str:
@@ -257,7 +299,8 @@ def encrypted() -> str:
         return str(connection.exec_driver_sql("SHOW STATUS LIKE 'Ssl_cipher'").one()[1])
 
 
-# The client of MariaDB reaches `localhost` by a socket; by TCP it is 127.0.0.1, for which the certificate is not.
+# The client of MariaDB reaches `localhost` by a socket; by TCP it is 127.0.0.1, for which the certificate is
+# not.
 def tls(client: str, ca: str, *, host: bool) -> dict[str, Any]:
     if client == "mysqlclient":
         return {"ssl": {"ca": ca}, "ssl_mode": "VERIFY_IDENTITY" if host else "REQUIRED"}
@@ -334,7 +377,7 @@ def test_an_extra_that_the_driver_of_mysql_refuses_is_named(mysql_source: Airflo
     )
 
 
-# -- other types ----------------------------------------------------------------------------------------------------
+# -- other types -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("conn_type", ["http", "no_such_type"])

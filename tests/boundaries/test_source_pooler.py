@@ -1,4 +1,6 @@
-"""A source behind a transaction pooler: a transaction may run in any session, and a session may be anybody's."""
+"""
+A source behind a transaction pooler: a transaction may run in any session, and a session may be anybody's.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ def engine(pooled_source: URL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engi
     with engine.begin() as connection:
         connection.execute(
             text(
-                "INSERT INTO refund_requests (source_ref, processing_terminal_id, amount, currency, requested_by, "
+                "INSERT INTO refund_requests (source_ref, processing_terminal_id, amount, "
+                "currency, requested_by, "
                 "approved_by, approved_at) SELECT 'RF-' || n, '7701001', 4999, 'USD', 'ann', 'bob', now() "
                 "FROM generate_series(1, 30) AS n"
             )

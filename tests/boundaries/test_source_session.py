@@ -1,4 +1,7 @@
-"""A session with a Postgres source: values arrive whatever the database is set to, and nothing waits without end."""
+"""
+A session with a Postgres source: values arrive whatever the database is set to, and nothing waits without
+end.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,9 @@ from sqlalchemy import URL, create_engine
 from sqlalchemy.pool import NullPool
 
 from demo.postgres import PostgresServer
-from include.refunds.source import COLUMNS, SourceError, SqlSource
+from include.refunds.source import COLUMNS, SourceError, SourceUnavailable, SqlSource
+from tests.refunds.conftest import World
+from tests.refunds.conftest import world as world
 
 Read = Callable[[str], list[Any]]
 
@@ -160,27 +165,7 @@ def test_nothing_of_it_outlives_the_transaction(database: URL, tmp_path: Path) -
         assert connection.exec_driver_sql("SHOW lock_timeout").scalar_one() == "0"
 
 
-@pytest.mark.parametrize(
-    "content", ["Größe 😀".encode(), "Größe".encode("latin-1")], ids=["utf-8", "latin-1"]
-)
-def test_a_database_in_sql_ascii_works_as_far_as_it_holds_utf_8(
-    postgres: PostgresServer, tmp_path: Path, content: bytes
-) -> None:
-    with postgres.connect() as connection:
-        connection.execute("DROP DATABASE IF EXISTS old_shop WITH (FORCE)")
-        connection.execute(
-            "CREATE DATABASE old_shop TEMPLATE template0 ENCODING 'SQL_ASCII' LOCALE_PROVIDER libc LOCALE 'C'"
-        )
-    url = postgres.url("old_shop").update_query_dict({"client_encoding": "utf8"})
-    query = f"SELECT convert_from('\\x{content.hex()}'::bytea, 'SQL_ASCII') AS description"
-    if content.decode(errors="ignore") == "Größe 😀":
-        assert descriptions(url, tmp_path, query) == ["Größe 😀"]
-    else:
-        with pytest.raises(SourceError, match=r"select_approved\.sql .*(UTF-8|22021)"):
-            descriptions(url, tmp_path, query)
-
-
-# -- SQLite ---------------------------------------------------------------------------------------------------------
+# -- SQLite ------------------------------------------------------------------------------------------------
 
 
 def test_a_text_of_sqlite_that_is_no_utf_8_arrives_as_bytes_beside_good_ones(tmp_path: Path) -> None:
@@ -191,3 +176,41 @@ def test_a_text_of_sqlite_that_is_no_utf_8_arrives_as_bytes_beside_good_ones(tmp
 def test_a_lock_on_sqlite_is_waited_for_no_longer_than_on_others(tmp_path: Path) -> None:
     query = "SELECT timeout AS description FROM pragma_busy_timeout"
     assert descriptions(URL.create("sqlite"), tmp_path, query) == [10_000]
+
+
+def test_a_lock_on_sqlite_that_stays_is_reported_as_passing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("include.refunds.source_session.LOCK_SECONDS", 0)
+    url = URL.create("sqlite", database=str(tmp_path / "shop.db"))
+    with create_engine(url).connect() as connection:
+        connection.exec_driver_sql("CREATE TABLE t (description)")
+        connection.exec_driver_sql("BEGIN EXCLUSIVE")
+        with pytest.raises(SourceUnavailable):
+            descriptions(url, tmp_path, "SELECT description FROM t")
+
+
+# -- in a pull ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["'infinity'", "'-infinity'", "'0044-03-15 BC'", "'10000-01-02'", "'0001-01-01 00:00:00+14'"],
+)
+def test_a_row_with_a_date_python_has_not_is_named_and_its_neighbours_are_pulled(
+    postgres: PostgresServer, world: World, value: str
+) -> None:
+    name = world.source_engine.url.database
+    with postgres.connect() as connection:
+        connection.execute(f"ALTER DATABASE {name} SET timezone = 'Asia/Tokyo'")
+    try:
+        before, bad, after = world.approve(), world.approve(), world.approve()
+        world.change_source(bad, f"approved_at = {value}")
+        pulled = world.pull()
+    finally:
+        with postgres.connect() as connection:
+            connection.execute(f"ALTER DATABASE {name} RESET timezone")
+    assert (pulled.new, set(pulled.invalid)) == (2, {bad})
+    assert "approved_at" in pulled.invalid[bad]
+    assert world.row(before)["approved_at"] == world.source_row(before)["approved_at"]
+    assert world.row(after)["status"] == "approved"

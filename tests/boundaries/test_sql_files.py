@@ -19,7 +19,8 @@ from tests.refunds.conftest import world as world
 
 def select(column: str, more: str = "") -> str:
     """Return a query of one row with every wanted column, NULL but for this description."""
-    return f"SELECT {column} AS description, {', '.join(f'NULL AS {n}' for n in COLUMNS if n != 'description')}{more}"
+    others = ", ".join(f"NULL AS {name}" for name in COLUMNS if name != "description")
+    return f"SELECT {column} AS description, {others}{more}"
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def refused(engine: Engine, folder: Path, query: str | bytes) -> str:
     return str(caught.value)
 
 
-# -- colons ---------------------------------------------------------------------------------------------------------
+# -- colons ------------------------------------------------------------------------------------------------
 
 LITERALS = {
     """'{"ok":true}'""": '{"ok":true}',
@@ -124,8 +125,8 @@ def test_sqlite_literals_and_comments_hold_no_parameters(tmp_path: Path, literal
 def test_a_word_after_a_colon_in_the_query_is_refused_with_the_remedy(engine: Engine, tmp_path: Path) -> None:
     refusal = refused(engine, tmp_path, select("'a'", "\nWHERE 'x' <> :terminal"))
     assert refusal == (
-        "select_approved.sql names the parameter :terminal in line 2, but it takes none: write the value, or `\\:terminal` "
-        "for a colon that is meant as such."
+        "select_approved.sql names the parameter :terminal in line 2, but it takes none: write the value, "
+        "or `\\:terminal` for a colon that is meant as such."
     )
 
 
@@ -141,8 +142,10 @@ def test_a_slice_up_to_a_column_is_refused_with_the_remedy_which_works(
     "update",
     [
         "-- it's :terminal\nUPDATE refund_requests SET status = :status WHERE source_ref = :source_ref",
-        "UPDATE refund_requests SET status = :status, reason = '{\"ok\":true}' WHERE source_ref = :source_ref;\n-- :x",
-        "UPDATE refund_requests SET status = :status, updated_at = :updated_at::text::timestamptz WHERE source_ref=:source_ref",
+        "UPDATE refund_requests SET status = :status, reason = '{\"ok\":true}'\n"
+        "WHERE source_ref = :source_ref;\n-- :x",
+        "UPDATE refund_requests SET status = :status, updated_at = :updated_at::text::timestamptz\n"
+        "WHERE source_ref=:source_ref",
     ],
 )
 def test_the_update_takes_parameters_in_its_code_alone(world: World, tmp_path: Path, update: str) -> None:
@@ -157,8 +160,9 @@ def test_an_unknown_parameter_of_the_update_is_named_with_the_known_ones(
     with pytest.raises(SourceError) as caught:
         written(engine, tmp_path, "UPDATE t SET a = :state\nWHERE r = :source_ref AND tags[:n] = 'x'")
     assert str(caught.value) == (
-        "write_back.sql names the unknown parameters :state and :n: it may use :source_ref, :status, :payroc_refund_id, "
-        ":payroc_status, :reason and :updated_at; write `\\:state` for a colon that is meant as such."
+        "write_back.sql names the unknown parameters :state and :n: it may use :source_ref, :status, "
+        ":payroc_refund_id, :payroc_status, :reason and :updated_at; write `\\:state` for a colon that "
+        "is meant as such."
     )
 
 
@@ -167,7 +171,7 @@ def test_an_update_without_the_reference_is_refused(engine: Engine, tmp_path: Pa
         written(engine, tmp_path, "UPDATE t SET a = :status WHERE r = ':source_ref' -- :source_ref")
 
 
-# -- the file -------------------------------------------------------------------------------------------------------
+# -- the file ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
@@ -235,7 +239,7 @@ def test_a_statement_that_returns_no_rows_is_refused(engine: Engine, tmp_path: P
     )
 
 
-# -- columns --------------------------------------------------------------------------------------------------------
+# -- columns -----------------------------------------------------------------------------------------------
 
 
 def test_a_wanted_column_that_comes_twice_is_refused_before_a_row_is_used(
@@ -276,7 +280,7 @@ def test_a_missing_column_is_named(engine: Engine, tmp_path: Path) -> None:
     )
 
 
-# -- databases that are not known here -----------------------------------------------------------------------------
+# -- databases that are not known here ---------------------------------------------------------------------
 
 
 def test_an_unknown_database_takes_what_all_known_ones_read_alike() -> None:

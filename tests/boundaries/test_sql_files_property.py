@@ -52,7 +52,7 @@ def any_file_is_a_statement_or_a_refusal(folder: Path) -> None:
     check()
 
 
-# -- literals -------------------------------------------------------------------------------------------------------
+# -- literals ----------------------------------------------------------------------------------------------
 
 values = st.lists(
     st.sampled_from([*SYNTAX, ":x", ":status", r"\:x", r"\\:", "::text", "it's", "--", "/*"])
@@ -63,7 +63,10 @@ Expression = tuple[str, str]
 
 
 def plain(value: str) -> str:
-    """Return what a literal without backslash escapes means: a backslash before a colon is the file's own escape."""
+    """
+    Return what a literal without backslash escapes means: a backslash before a colon is the file's own
+    escape.
+    """
     return value.replace("\\:", ":")
 
 
@@ -92,10 +95,8 @@ def name_in(quotes: str) -> Callable[[str], Expression]:
     def named(value: str) -> Expression:
         name = re.sub(r"[^ -~]|[\\.]", "", value.replace(quotes[-1], quotes[-1] * 2)).strip()
         name = name if quotes != "[]" else name.replace("]", "")
-        return (
-            f"(SELECT {quotes[0]}n{name}{quotes[-1]} FROM (SELECT 'v' AS {quotes[0]}n{name}{quotes[-1]}) AS t)",
-            "v",
-        )
+        quoted = f"{quotes[0]}n{name}{quotes[-1]}"
+        return f"(SELECT {quoted} FROM (SELECT 'v' AS {quoted}) AS t)", "v"
 
     return named
 
@@ -175,7 +176,7 @@ def test_literals_reach_sqlite_as_they_are(on_sqlite: Connection, tmp_path: Path
     literals_reach_the_database_as_they_are(on_sqlite, tmp_path)
 
 
-# -- planted mistakes -----------------------------------------------------------------------------------------------
+# -- planted mistakes --------------------------------------------------------------------------------------
 
 
 POSTGRES = sql_text._BY_DIALECT["postgresql"]

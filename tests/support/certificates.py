@@ -1,4 +1,7 @@
-"""Certificates made for one test session: two certification authorities, and servers' certificates that they sign."""
+"""
+Certificates made for one test session: two certification authorities, and servers' certificates that they
+sign.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ PASSWORD = "of the key"
 
 @dataclass(frozen=True)
 class Authority:
-    """A certification authority with its files in a folder: ``ca.pem``, and one pair for each certificate it signs."""
+    """
+    A certification authority with its files in a folder: ``ca.pem``, and one pair for each certificate it
+    signs.
+    """
 
     folder: Path
     key: ec.EllipticCurvePrivateKey

@@ -1,4 +1,7 @@
-"""A MariaDB server of Debian's for the tests of a source in MySQL: fixtures that start it, and skip where it is missing."""
+"""
+A MariaDB server of Debian's for the tests of a source in MySQL: fixtures that start it, and skip where it is
+missing.
+"""
 
 from __future__ import annotations
 
@@ -186,7 +189,10 @@ def why_not() -> str | None:
 
 @pytest.fixture(scope="session")
 def mariadb(authority: Authority) -> Iterator[MariaDbServer]:
-    """A MariaDB server for the whole session. It takes TLS from who wants it; its certificate is for ``localhost`` alone."""
+    """
+    A MariaDB server for the whole session. It takes TLS from who wants it; its certificate is for
+    ``localhost`` alone.
+    """
     if reason := why_not():
         pytest.skip(reason)
     certificate, key = authority.sign("mariadb-server", "localhost")
@@ -206,7 +212,10 @@ AirflowMySql = Callable[..., None]
 
 @pytest.fixture
 def mysql_source(mysql_url: URL, monkeypatch: pytest.MonkeyPatch) -> AirflowMySql:
-    """A function that makes ``mysql_url`` the Airflow connection ``refunds_source``, with the extras that it is given."""
+    """
+    A function that makes ``mysql_url`` the Airflow connection ``refunds_source``, with the extras that it is
+    given.
+    """
 
     def connect(**extra: object) -> None:
         fields = {

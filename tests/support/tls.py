@@ -1,4 +1,7 @@
-"""A Postgres that speaks TLS: a proxy in front of the tests' server, whose build has none, with a certificate made for the session."""
+"""
+A Postgres that speaks TLS: a proxy in front of the tests' server, whose build has none, with a certificate
+made for the session.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ from demo.postgres import HOST, PostgresServer
 from tests.conftest import SCRATCH
 from tests.support.certificates import Authority, new_authority
 
-# The first message of a client that asks for encryption, https://www.postgresql.org/docs/current/protocol-message-formats.html.
+# The first message of a client that asks for encryption,
+# https://www.postgresql.org/docs/current/protocol-message-formats.html.
 _SSL_REQUEST = bytes.fromhex("0000000804d2162f")
 _GSS_REQUEST = bytes.fromhex("0000000804d21630")
 
@@ -50,7 +54,9 @@ def other_authority() -> Authority:
 def tls_postgres(
     postgres: PostgresServer, authority: Authority, other_authority: Authority
 ) -> Iterator[TlsPostgres]:
-    """The tests' Postgres with TLS, which it demands; it looks at a client's certificate when there is one."""
+    """
+    The tests' Postgres with TLS, which it demands; it looks at a client's certificate when there is one.
+    """
     certificate, key = authority.sign("postgres-server", "localhost")
     with terminated(postgres.port, certificate, key, authority) as port:
         yield TlsPostgres(port, authority, other_authority)

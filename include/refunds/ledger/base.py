@@ -93,7 +93,7 @@ class LedgerBase:
         if getattr(error, "sqlstate", None) in _NO_SUCH_TABLE:
             return _not_migrated(None)
         failure = describe(error)
-        place = f"The ledger database at {self.engine.url.host}:{self.engine.url.port}"
+        place = f"The ledger database at {self.engine.place}"
         if failure.kind.is_transient:
             return LedgerUnavailable(
                 f"{place} can't be used: {failure}; {failure.remedy}. Its connection is refunds_ledger."

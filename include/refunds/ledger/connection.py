@@ -1,8 +1,8 @@
 """
 Connections to the ledger's database, over asyncpg.
 
-What a worker computes for a refund is mostly what a statement costs it, so there is nothing between a statement and the driver but its
-parameters' names and the rows' attributes.
+What a worker computes for a refund is mostly what a statement costs it, so there is nothing between a
+statement and the driver but its parameters' names and the rows' attributes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ DATABASE_ERRORS = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.Intern
 
 _CONNECT_SECONDS = 10
 _CLOSE_SECONDS = 2
-# A little longer than the server lets a statement of a transaction take. A server that has lost its power says nothing, not even that.
+# A little longer than the server lets a statement of a transaction take. A server that has lost its power
+# says nothing, not even that.
 _STATEMENT_SECONDS = 330
 
 _KEEPALIVE = {
@@ -94,8 +95,9 @@ class Connection:
     """
     A connection as the ledger's statements use it.
 
-    Values are given by name, ``:name`` in the statement; JSON goes in as text and comes out as what it says. An array as a value costs
-    each new connection a query about its type, of several milliseconds: what every refund needs takes text instead (:func:`as_array`).
+    Values are given by name, ``:name`` in the statement; JSON goes in as text and comes out as what it says.
+    An array as a value costs each new connection a query about its type, of several milliseconds: what every
+    refund needs takes text instead (:func:`as_array`).
     """
 
     def __init__(self, driver: asyncpg.Connection) -> None:
@@ -122,7 +124,8 @@ class Connection:
         self, isolation: Literal["repeatable_read"] | None = None, *, readonly: bool = False
     ) -> AsyncIterator[None]:
         """
-        Commit what happens within, or roll it back when an error leaves it; inside of another one it is a savepoint.
+        Commit what happens within, or roll it back when an error leaves it; inside of another one it is a
+        savepoint.
 
         :param isolation: ``repeatable_read`` for one snapshot of all that is read.
         """
@@ -144,11 +147,13 @@ class LedgerEngine:
     """
     The ledger's database, and the connections to it that are kept.
 
-    asyncpg's own pool belongs to one event loop and resets a connection each time it comes back, which is a round trip; what is set here
-    ends with its transaction.
+    asyncpg's own pool belongs to one event loop and resets a connection each time it comes back, which is a
+    round trip; what is set here ends with its transaction.
 
-    :param url: the database, with the parameters of libpq that :mod:`~include.refunds.ledger_url` lets through.
-    :param pool_size: connections at most, of which each is kept for the next who asks. 0: as many as are asked for, and none is kept.
+    :param url: the database, with the parameters of libpq that :mod:`~include.refunds.ledger_url` lets
+        through.
+    :param pool_size: connections at most, of which each is kept for the next who asks. 0: as many as are
+        asked for, and none is kept.
     """
 
     def __init__(self, url: URL, *, pool_size: int = 5) -> None:
@@ -157,13 +162,19 @@ class LedgerEngine:
         self._idle: list[tuple[str, asyncpg.Connection]] = []
         self._places = asyncio.Semaphore(pool_size) if pool_size else None
 
+    @property
+    def place(self) -> str:
+        """Hosts and ports, for messages."""
+        return ", ".join(f"{host}:{port}" for host, port in addresses(self.url))
+
     @asynccontextmanager
     async def connect(self, purpose: str = "") -> AsyncIterator[Connection]:
         """
         Yield a connection, on which each statement commits by itself.
 
-        :param purpose: what it is for. A new connection learns each statement and the triggers behind it once, which takes as long as a
-            dozen refunds; so of the idle ones the one that was last used for the same is taken.
+        :param purpose: what it is for. A new connection learns each statement and the triggers behind it
+            once, which takes as long as a dozen refunds; so of the idle ones the one that was last used for
+            the same is taken.
         :raises OSError: and others of :data:`DATABASE_ERRORS`, when the database can't be reached.
         """
         async with self._places or nullcontext():
@@ -187,7 +198,10 @@ class LedgerEngine:
         readonly: bool = False,
         purpose: str = "",
     ) -> AsyncIterator[Connection]:
-        """Yield a connection in a transaction (see :meth:`Connection.transaction`); for the rest as :meth:`connect`."""
+        """
+        Yield a connection in a transaction (see :meth:`Connection.transaction`); for the rest as
+        :meth:`connect`.
+        """
         async with self.connect(purpose) as connection, connection.transaction(isolation, readonly=readonly):
             yield connection
 
@@ -207,7 +221,10 @@ class LedgerEngine:
         return driver
 
     async def _connected(self) -> asyncpg.Connection:
-        """Return a connection to the first host that takes one. The driver's own list of hosts has one time limit for all of them."""
+        """
+        Return a connection to the first host that takes one. The driver's own list of hosts has one time
+        limit for all of them.
+        """
         query = {name: str(value) for name, value in self.url.query.items() if name not in ("host", "port")}
         timeout = float(query.pop("connect_timeout", _CONNECT_SECONDS)) or None
         keepalive = {name: int(query.pop(name)) for name in [*query] if name in _KEEPALIVE}
