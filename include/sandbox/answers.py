@@ -20,7 +20,7 @@ class Answer:
     """
 
     status: int | None
-    body: str = ""
+    body: str | bytes = ""
     media_type: str = JSON
     headers: Mapping[str, str] = field(default_factory=dict)
     problem: str | None = None

@@ -8,7 +8,7 @@ from contextlib import suppress
 from http import HTTPStatus
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Base64Bytes, BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
 from include.sandbox.answers import HTML, Answer
@@ -28,11 +28,12 @@ class Fault(BaseModel):
 
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, frozen=True, extra="forbid")
 
-    kind: Literal["problem", "status", "hang", "close", "garbage", "empty", "slow"]
+    kind: Literal["problem", "status", "hang", "close", "garbage", "empty", "body", "slow"]
     when: Literal["before", "after"] = "before"
     problem: str = Field("api-error", description="problem: fragment of the problem type.")
     parameter: str | None = Field(None, description="problem: the parameter that errors[] names.")
     resource: str | None = Field(None, description="problem: the resource member, as on a 403.")
+    content: Base64Bytes | None = Field(None, description="body: the bytes of the answer, in base64.")
     status: int | None = Field(None, ge=200, le=599, description="HTTP status; status and problem only.")
     retry_after_seconds: int | None = Field(
         None, ge=0, description="Retry-After header; a 429 has one anyway."
@@ -45,7 +46,8 @@ class Fault(BaseModel):
         """
         Give the answer that the client gets instead of the normal one.
 
-        :param normal_status: HTTP status of the answer that this one replaces; garbage and empty keep it.
+        :param normal_status: HTTP status of the answer that this one replaces; garbage, empty and body keep
+            it.
         :param hang_seconds: how long a hang lasts when the fault does not say it.
         :param retry_after_seconds: Retry-After of a 429 when the fault does not say it.
         """
@@ -77,6 +79,8 @@ class Fault(BaseModel):
                 return Answer(normal_status, _html("Welcome"), HTML, headers)
             case "empty":
                 return Answer(normal_status, headers=headers)
+            case "body":
+                return Answer(normal_status, self.content or b"", headers=headers)
             case "slow":
                 raise ValueError("A slow request gets its normal answer.")
 
