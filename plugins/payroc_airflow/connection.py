@@ -8,12 +8,14 @@ import json
 import logging
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urlsplit
 
+from yarl import URL
+
 from include.payroc.errors import PayrocConfigurationError
 from include.payroc.hosts import HOSTS
+from payroc_airflow.trust import NoCertificates, trusted
 
 if TYPE_CHECKING:
     from airflow.sdk import Connection
@@ -210,6 +212,8 @@ class _Reader:
         try:
             parts = urlsplit(proxy)
             usable = parts.scheme in PORTS and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+            # As the transport will read it.
+            usable = usable and _VISIBLE_ASCII.fullmatch(proxy) is not None and bool(URL(proxy).host)
         except ValueError:
             usable = False
         if not usable:
@@ -218,8 +222,11 @@ class _Reader:
 
     def _ca_bundle(self) -> str | None:
         path = self._text("ca_bundle")
-        if path is not None and not Path(path).exists():
-            self.refuse("extra ca_bundle", f"{path} does not exist on this host.")
+        if path is not None:
+            try:
+                trusted(path)
+            except NoCertificates as error:
+                self.refuse("extra ca_bundle", f"{path} {error}")
         return path
 
 

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ssl
 import weakref
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from functools import lru_cache
 from math import inf
-from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlencode
 
 import aiohttp
-import certifi
 from aiohttp.http import HttpProcessingError
 from yarl import URL
 
 from include.payroc.errors import PayrocNoAnswer, PayrocUnexpectedAnswer
+from payroc_airflow.trust import trusted
 
 if TYPE_CHECKING:
     from aiohttp import ClientHandlerType, ClientRequest, ClientResponse, ClientSession
@@ -179,7 +176,7 @@ async def _session_of_the_loop(
     urls = (connection.api_url, connection.identity_url, connection.proxy or "")
     connector = _Connector(
         # Reading the certificates takes as long as a hundred requests.
-        ssl=_trusted(connection.ca_bundle) if any(url.startswith("https:") for url in urls) else True,
+        ssl=trusted(connection.ca_bundle) if any(url.startswith("https:") for url in urls) else True,
         # How many go out at a time is the limiter's: what is claimed must not wait here.
         limit=0,
         keepalive_timeout=IDLE_SECONDS,
@@ -196,16 +193,6 @@ async def _session_of_the_loop(
         middlewares=[_once],
     ) as session:
         yield session
-
-
-@lru_cache
-def _trusted(ca_bundle: str | None) -> ssl.SSLContext:
-    path = Path(ca_bundle or certifi.where())
-    # Not ssl.create_default_context, which reads the environment: trusted certificates, and a file to write session keys to.
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.load_verify_locations(**{"capath" if path.is_dir() else "cafile": str(path)})
-    context.set_alpn_protocols(["http/1.1"])
-    return context
 
 
 class _Connector(aiohttp.TCPConnector):

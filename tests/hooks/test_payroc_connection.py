@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import hashlib
 import json
 from urllib.parse import quote
 
 import pytest
 from airflow.sdk import Connection
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from include.payroc.errors import PayrocConfigurationError
 from payroc_airflow.connection import read_connection
@@ -201,7 +205,13 @@ def test_a_uri_with_only_a_key_and_an_environment_is_enough(connect, api_key) ->
         ({"extra": '["canary-password"]'}, "extra", "JSON object"),
         ({"extra": {"proxy": "canary-password:3128"}}, "extra proxy", "must be a URL"),
         ({"extra": {"proxy": "http://proxy.example:x"}}, "extra proxy", "must be a URL"),
+        ({"extra": {"proxy": "http://canary-password proxy:3128"}}, "extra proxy", "must be a URL"),
+        ({"extra": {"proxy": "http://pröxy.example:3128"}}, "extra proxy", "must be a URL"),
+        ({"extra": {"proxy": "http://:3128"}}, "extra proxy", "must be a URL"),
+        ({"extra": {"proxy": "socks5://canary-password@proxy.example"}}, "extra proxy", "must be a URL"),
         ({"extra": {"ca_bundle": "/no/such/file.pem"}}, "extra ca_bundle", "does not exist"),
+        ({"extra": {"ca_bundle": "/dev/zero"}}, "extra ca_bundle", "neither a file nor a folder"),
+        ({"extra": {"ca_bundle": "/proc/self/mem"}}, "extra ca_bundle", "can't be read"),
     ],
 )
 def test_a_connection_that_can_not_be_used_is_named_with_its_field_and_the_remedy(
@@ -214,6 +224,54 @@ def test_a_connection_that_can_not_be_used_is_named_with_its_field_and_the_remed
     assert sentence.startswith(f"Airflow connection 'my_payroc', {field}: ")
     assert words in sentence
     assert "canary-password" not in sentence
+
+
+def certificate() -> x509.Certificate:
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.oid.NameOID.COMMON_NAME, "a test")])
+    now = dt.datetime.now(dt.UTC)
+    builder = x509.CertificateBuilder(
+        name, name, key.public_key(), x509.random_serial_number(), now, now + dt.timedelta(days=1)
+    )
+    return builder.sign(key, hashes.SHA256())
+
+
+PEM = certificate().public_bytes(serialization.Encoding.PEM)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"<html>Sign in</html>",
+        certificate().public_bytes(serialization.Encoding.DER),
+        PEM + b"-----BEGIN CERTIFICATE-----\nabc\n-----END CERTIFICATE-----\n",
+        PEM.replace(b"CERTIFICATE", b"PRIVATE KEY"),
+    ],
+    ids=["empty", "HTML", "DER", "the second one broken", "a key"],
+)
+def test_a_ca_bundle_without_certificates_is_named_before_anything_is_sent(
+    connect, tmp_path, content
+) -> None:
+    (tmp_path / "ca.pem").write_bytes(content)
+    connect(extra={"ca_bundle": str(tmp_path / "ca.pem")})
+    with pytest.raises(
+        PayrocConfigurationError,
+        match=r"'payroc_default', extra ca_bundle: .* holds no certificate in PEM form",
+    ):
+        PayrocHook().get_token()
+
+
+def test_a_ca_bundle_may_be_a_folder_of_certificates_named_by_their_hash(connect, tmp_path) -> None:
+    connect(extra={"ca_bundle": str(tmp_path)})
+    with pytest.raises(PayrocConfigurationError, match="run `openssl rehash` on this folder"):
+        _ = PayrocHook().api_url
+    (tmp_path / "ca.pem").write_bytes(PEM)
+    (tmp_path / "0a1b2c3d.0").write_bytes(b"<html>")
+    with pytest.raises(PayrocConfigurationError, match="run `openssl rehash` on this folder"):
+        _ = PayrocHook().api_url
+    (tmp_path / "0a1b2c3d.1").write_bytes(PEM)
+    assert PayrocHook().api_url
 
 
 @pytest.mark.parametrize("allow", [True, "true", "True"])
