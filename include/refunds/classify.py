@@ -87,6 +87,11 @@ _STATUS_OF_WORD = {
 
 _SHARED_KEY = "Another shop with the same PAYROC_REFUNDS_SOURCE at this Payroc account may have sent it."
 
+# What a body is refused for as a whole: too large, or not to be processed.
+_ABOUT_THIS_REQUEST = frozenset({413, 422})
+
+NO_SUCH_ADDRESS = "Payroc has no refunds at this address: check host and extra environment of the connection"
+
 # Answers that say nothing about whether the request was acted on, whatever their body says.
 _TRANSIENT = frozenset({408, 429})
 
@@ -187,8 +192,29 @@ def judge_error(error: PayrocError, refund: Refund, history: History) -> Verdict
             return _configuration(error, EVERYTHING)
     if status == 400 and not any(name.endswith("processingTerminalId") for name in error.parameters):
         return _judge_refusal(error, history)
-    about_terminal = status == 400 or (status == 403 and error.resource is not None)
-    return _configuration(error, refund.processing_terminal_id if about_terminal else EVERYTHING)
+    if status in _ABOUT_THIS_REQUEST:
+        # Payroc does not document these for refunds, so they refuse nothing definitively; but no other refund
+        # has this body.
+        return _verdict(
+            Outcome.REVIEW,
+            f"{error}; Payroc does not document this answer for refunds.",
+            error,
+            look_up_first=True,
+        )
+    if status == 404 and not is_about_terminal(error):
+        return _configuration(error, EVERYTHING, NO_SUCH_ADDRESS)
+    return _configuration(error, refund.processing_terminal_id if is_about_terminal(error) else EVERYTHING)
+
+
+def is_about_terminal(error: PayrocError) -> bool:
+    """Return whether a problem document concerns the processing terminal of a request, and no other one."""
+    return (
+        error.problem_type == problems.CAPABILITIES_MISSING
+        or any(name.endswith("processingTerminalId") for name in error.parameters)
+        # The resource of a 403 is what may not be used; that of a 404 is what was not found.
+        or (error.http_status == 403 and error.resource is not None)
+        or (error.http_status == 404 and "terminal" in (error.resource or "").lower())
+    )
 
 
 def judge_look_up(found: list[models.Refund], refund: Refund) -> Verdict | None:
@@ -235,11 +261,11 @@ def _judge_unauthorized(error: PayrocError, history: History) -> Verdict:
     )
 
 
-def _configuration(error: PayrocError, scope: str) -> Verdict:
+def _configuration(error: PayrocError, scope: str, advice: str | None = None) -> Verdict:
     about = ", ".join(error.parameters)
     return _verdict(
         Outcome.CONFIGURATION,
-        f"{error}{f', about {about}' if about else ''}.",
+        f"{error}{f', about {about}' if about else ''}{f'; {advice}' if advice else ''}.",
         error,
         pause=scope,
         not_processed=True,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from include.payroc.errors import PayrocError
+from include.payroc.errors import PayrocError, PayrocIncompleteList
 from include.payroc.models import AccessToken
 from include.refunds.cipher import Cipher
-from include.refunds.classify import EVERYTHING
+from include.refunds.classify import EVERYTHING, NO_SUCH_ADDRESS, is_about_terminal
 from include.refunds.gateway import Gateway
 from include.refunds.ledger import Ledger, Selection
 from include.refunds.pull import source_changes
@@ -20,7 +20,7 @@ class PreflightFailed(Exception):
 
 
 class PreflightRefused(PreflightFailed):
-    """Payroc refused a harmless request, so nothing is released until people have mended the configuration."""
+    """Payroc refused a harmless request, or something else answered it: fix the configuration first."""
 
 
 async def release(
@@ -68,9 +68,12 @@ async def preflight(terminals: set[str], ledger: Ledger, gateway: Gateway) -> No
     """
     Ask Payroc for one refund of each terminal, so that a bad configuration shows before the first POST.
 
-    A terminal that Payroc refuses is paused, and the others go on.
+    A terminal that Payroc refuses is paused, and the others go on. An answer counts only when it is Payroc's
+    own token or list, read as the answers to the POSTs will be read: what would make each of them unknown
+    stops before the first one.
 
-    :raises PreflightRefused: when Payroc refuses the API key, or in a way that concerns more than one terminal; that pauses everything.
+    :raises PreflightRefused: when Payroc refuses the API key, when a 2xx is not Payroc's, or in a way that
+        concerns more than one terminal; that pauses everything.
     :raises PreflightFailed: when no usable answer came.
     """
     token = await _token(gateway)
@@ -85,39 +88,59 @@ async def preflight(terminals: set[str], ledger: Ledger, gateway: Gateway) -> No
                 token = await _token(gateway, younger_than=0)
                 await _list_one(terminal, token, gateway)
         except PayrocError as error:
-            await _judge_preflight(error, terminal, ledger)
+            await _judge_preflight(error, terminal, ledger, gateway)
 
 
 async def _token(gateway: Gateway, *, younger_than: float | None = None) -> AccessToken:
     try:
         return await gateway.token(younger_than=younger_than)
     except PayrocError as error:
+        if _is_not_payrocs(error):
+            raise PreflightRefused(_not_payrocs(error, gateway)) from None
         if error.http_status in (401, 403):
             raise PreflightRefused(f"{error}; nothing was released: {_CHECK_THE_KEY}.") from None
         raise PreflightFailed(f"{error}; nothing was released, try again later.") from None
 
 
 async def _list_one(terminal: str, token: AccessToken, gateway: Gateway) -> None:
-    async for _ in gateway.list_refunds(token, processing_terminal_id=terminal, limit=1):
+    try:
+        async for _ in gateway.list_refunds(token, processing_terminal_id=terminal, limit=1):
+            return
+    except PayrocIncompleteList:
+        # The list is Payroc's. That an object of somebody else's can't be understood says nothing about our
+        # configuration.
         return
 
 
-async def _judge_preflight(error: PayrocError, terminal: str, ledger: Ledger) -> None:
+def _is_not_payrocs(error: PayrocError) -> bool:
+    return error.http_status is not None and 200 <= error.http_status < 300
+
+
+def _not_payrocs(error: PayrocError, gateway: Gateway) -> str:
+    return (
+        f"{error}; nothing was released: check host, extra identity_url and extra proxy of "
+        f"{gateway.connection}, because what answers there is not Payroc."
+    )
+
+
+async def _judge_preflight(error: PayrocError, terminal: str, ledger: Ledger, gateway: Gateway) -> None:
     status = error.http_status
-    if status is not None and 200 <= status < 300:
-        # Payroc let us read. That an object of somebody else's can't be understood says nothing about our configuration.
-        return
+    if _is_not_payrocs(error):
+        raise PreflightRefused(_not_payrocs(error, gateway)) from None
     if status == 401:
         raise PreflightRefused(
             f"{error}, with a new token too; nothing was released: {_CHECK_THE_KEY}."
         ) from None
     if status is None or status >= 500 or status in (408, 429):
         raise PreflightFailed(f"{error}; nothing was released, try again later.") from None
-    if error.problem_type and (status in (400, 404) or error.resource is not None):
+    if error.problem_type and (status == 400 or is_about_terminal(error)):
         await ledger.pause(terminal, f"{error}, before anything was sent.")
         return
-    await ledger.pause(EVERYTHING, f"{error}, for terminal {terminal}, before anything was sent.")
-    raise PreflightRefused(f"{error}; the sending is paused and nothing was released.") from None
+    advice = f"; {NO_SUCH_ADDRESS}" if status == 404 else ""
+    await ledger.pause(EVERYTHING, f"{error}, for terminal {terminal}, before anything was sent{advice}.")
+    raise PreflightRefused(
+        f"{error}; the sending is paused and nothing was released{advice} ({gateway.connection})."
+    ) from None
 
 
 _CHECK_THE_KEY = "check the API key and the environment of the connection to Payroc"

@@ -35,6 +35,7 @@ class HookGateway:
     def __init__(self, hook: PayrocHook) -> None:
         self._hook = hook
         self._client = hook.client
+        self.connection = f"Airflow connection {hook.payroc_conn_id!r}"
         self.environment = hook.api_url
         self.sent_with = hook.sent_with
         settings = get_settings()

@@ -256,14 +256,18 @@ STOP_ALL_AND_DOUBT = (Outcome.CONFIGURATION, "*", False, False)
         (problem(403, "forbidden", resource="bankTransferRefund"), NOTHING_BEFORE, STOP_TERMINAL),
         (problem(403, "forbidden", resource="bankTransferRefund"), UNRESOLVED, STOP_TERMINAL),
         (problem(404, "not-found"), NOTHING_BEFORE, STOP_ALL),
-        # Only a 403 speaks of the terminal by its resource; that of a 404 is what was not found.
+        # A 403 speaks of the terminal by its resource; that of a 404 is what was not found.
         (problem(404, "not-found", resource="bankTransferRefund"), NOTHING_BEFORE, STOP_ALL),
         (problem(406, "not-acceptable"), NOTHING_BEFORE, STOP_ALL),
         (problem(409, "cannot-be-modified"), NOTHING_BEFORE, STOP_ALL),
         (problem(409, "never-heard-of"), UNRESOLVED, STOP_ALL),
-        (problem(413, "payload-too-large"), NOTHING_BEFORE, STOP_ALL),
+        (problem(404, "not-found", resource="processingTerminal"), NOTHING_BEFORE, STOP_TERMINAL),
+        (problem(413, "payload-too-large"), NOTHING_BEFORE, LOOK_UP_ELSE_REVIEW),
+        (problem(413, "payload-too-large"), UNRESOLVED, LOOK_UP_ELSE_REVIEW),
+        (strange(413), NOTHING_BEFORE, STOP_ALL_AND_DOUBT),
         (problem(415, "unsupported-media-type"), NOTHING_BEFORE, STOP_ALL),
-        (problem(422, "never-heard-of"), NOTHING_BEFORE, STOP_ALL),
+        (problem(422, "never-heard-of"), NOTHING_BEFORE, LOOK_UP_ELSE_REVIEW),
+        (problem(422, "never-heard-of"), UNRESOLVED, LOOK_UP_ELSE_REVIEW),
         (problem(409, "idempotency-key-in-use"), NOTHING_BEFORE, LOOK_UP_ELSE_REVIEW),
         (problem(409, "idempotency-key-in-use"), UNRESOLVED, UNKNOWN),
         (problem(409, "idempotency-key-in-use"), KEY_WAS_IN_USE, LOOK_UP_ELSE_REVIEW),
@@ -336,9 +340,12 @@ def test_a_type_that_decides_does_so_under_every_status(fragment: str) -> None:
     assert verdicts([fragment], (400, *OTHER_4XX)) == {DECIDED_BY_TYPE[fragment]}
 
 
-def test_any_other_type_is_a_refusal_under_400_and_a_configuration_error_under_every_other_4xx() -> None:
+def test_any_other_type_is_a_refusal_under_400_and_else_about_the_configuration() -> None:
     assert verdicts(DECIDED_BY_STATUS, [400]) == {REJECTED}
-    assert verdicts(DECIDED_BY_STATUS, OTHER_4XX) == {STOP_ALL}
+    others = set(OTHER_4XX) - {413, 422}
+    assert verdicts(DECIDED_BY_STATUS, others) == {STOP_ALL}
+    # Payroc documents neither for refunds, and both are about what was sent.
+    assert verdicts(DECIDED_BY_STATUS, (413, 422)) == {LOOK_UP_ELSE_REVIEW}
 
 
 def test_nothing_is_a_definitive_refusal_while_an_earlier_attempt_is_unresolved() -> None:

@@ -312,13 +312,6 @@ def test_an_api_key_that_may_not_read_is_a_refusal_and_pauses_nothing(world: Wor
     assert world.paused() == {}
 
 
-def test_an_object_of_somebody_elses_that_can_not_be_read_does_not_stop_a_release(world: World) -> None:
-    world.approve()
-    world.pull()
-    world.fault(None, "garbage", "list")
-    assert len(world.release()) == 1
-
-
 @pytest.mark.parametrize(
     ("update", "sentence"),
     [

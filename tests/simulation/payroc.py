@@ -430,6 +430,7 @@ class SimulatedGateway:
         self._host = host
         self._engine = payroc.engine
         self._api_key = host.api_key
+        self.connection = "the connection to the simulated Payroc"
         self.environment = host.environment
         self.sent_with = f"{host.environment} {host.api_key}"
         turns = TURNS[int(self._engine.chance() * len(TURNS))]
