@@ -10,9 +10,10 @@ from include.payroc.errors import PayrocError
 from include.payroc.models import REFUND_KEY_FIELD, AccessToken, CustomField, RefundRequest
 from include.refunds.case import Case, DecisionRefused
 from include.refunds.cipher import Cipher, Sealed, UnreadableRequest
-from include.refunds.gateway import Gateway
+from include.refunds.gateway import Reader
 from include.refunds.keys import default_order_id, idempotency_key
 from include.refunds.look_up import look_up
+from include.refunds.reader import FreshTokenReader
 from include.refunds.refund import Refund
 from include.refunds.states import REPLACEABLE
 
@@ -43,7 +44,7 @@ class Reissue:
 
 
 async def reissue(
-    refund_id: int, reason: str, *, ledger: Ledger, gateway: Gateway, cipher: Cipher, source: str
+    refund_id: int, reason: str, *, ledger: Ledger, gateway: Reader, cipher: Cipher, source: str
 ) -> int | None:
     """
     Reissue a refund, or propose to. Who does it is the ledger's actor.
@@ -58,9 +59,10 @@ async def reissue(
     case = await ledger.case(refund_id)
     check_replaceable(case)
     await ledger.check_environment(gateway.environment)
+    reader = FreshTokenReader(gateway)
     try:
         paid = await paid_after_all(
-            await gateway.token(), [case.refund, *await ledger.replaced(refund_id)], ledger, gateway
+            await reader.token(), [case.refund, *await ledger.replaced(refund_id)], ledger, reader
         )
     except PayrocError as error:
         raise DecisionRefused(
@@ -84,7 +86,7 @@ async def reissue(
 
 
 async def paid_after_all(
-    token: AccessToken, replaced: Sequence[Refund], ledger: Ledger, gateway: Gateway
+    token: AccessToken, replaced: Sequence[Refund], ledger: Ledger, reader: Reader
 ) -> str | None:
     """
     Return a sentence when Payroc holds a refund of these that is neither declined, nor returned, nor reversed. The ledger learns it.
@@ -92,7 +94,7 @@ async def paid_after_all(
     :raises PayrocError: when Payroc did not tell.
     """
     for refund in replaced:
-        found = await look_up(token, refund, gateway)
+        found = await look_up(token, refund, reader)
         if (
             found is None
             or not found.is_hit

@@ -15,8 +15,9 @@ from include.payroc.errors import PayrocError
 from include.payroc.models import AccessToken
 from include.refunds.case import Case, DecisionRefused
 from include.refunds.classify import Sighting, Verdict, status_of, word_of
-from include.refunds.gateway import Gateway
+from include.refunds.gateway import Reader
 from include.refunds.look_up import look_up
+from include.refunds.reader import FreshTokenReader
 from include.refunds.states import PAID, Status
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ async def resolve(
     *,
     payroc_refund_id: str | None,
     ledger: Ledger,
-    gateway: Gateway,
+    gateway: Reader,
 ) -> tuple[Resolution, bool]:
     """
     End a refund's review, or propose to when it takes a second person. Who does it is the ledger's actor.
@@ -73,16 +74,17 @@ async def resolve(
     await ledger.check_environment(gateway.environment)
     case = await ledger.case(refund_id)
     check_case(case, outcome)
+    reader = FreshTokenReader(gateway)
     try:
-        token = await gateway.token()
-        listed = await look_up(token, case.refund, gateway)
+        token = await reader.token()
+        listed = await look_up(token, case.refund, reader)
         if outcome is Status.REJECTED:
-            known = await _known_object(token, case, gateway)
+            known = await _known_object(token, case, reader)
             resolution = as_rejected(listed, known)
         else:
             chosen = choose(case, listed, payroc_refund_id)
             resolution = as_accepted(
-                case, await gateway.get_refund(token, chosen), by_hand=chosen == payroc_refund_id
+                case, await reader.get_refund(token, chosen), by_hand=chosen == payroc_refund_id
             )
     except PayrocError as error:
         raise DecisionRefused(
@@ -193,6 +195,6 @@ def as_accepted(case: Case, found: models.Refund, *, by_hand: bool) -> Resolutio
     return Resolution(status, Sighting(found.refund_id, word_of(found), status))
 
 
-async def _known_object(token: AccessToken, case: Case, gateway: Gateway) -> models.Refund | None:
+async def _known_object(token: AccessToken, case: Case, reader: Reader) -> models.Refund | None:
     own = case.refund.payroc_refund_id
-    return await gateway.get_refund(token, own) if own is not None else None
+    return await reader.get_refund(token, own) if own is not None else None

@@ -10,9 +10,10 @@ from include.payroc.models import AccessToken
 from include.payroc.problems import IDEMPOTENCY_KEY_IN_USE
 from include.refunds.case import DecisionRefused
 from include.refunds.classify import judge_object, word_of
-from include.refunds.gateway import Gateway
+from include.refunds.gateway import Gateway, Reader
 from include.refunds.keys import reverse_key
 from include.refunds.ledger import Ledger
+from include.refunds.reader import FreshTokenReader
 from include.refunds.refund import Refund
 from include.refunds.states import Status
 
@@ -50,17 +51,16 @@ async def reverse(refund_id: int, reason: str, *, ledger: Ledger, gateway: Gatew
     refund = await ledger.intend_reverse(refund_id, reason)
     payroc_refund_id = refund.payroc_refund_id or ""
     refused = None
+    reader = FreshTokenReader(gateway)
     try:
-        answer = await gateway.reverse_refund(
-            token, payroc_refund_id, str(reverse_key(refund.idempotency_key))
-        )
+        answer = await _post(token, payroc_refund_id, str(reverse_key(refund.idempotency_key)), gateway)
     except PayrocError as error:
         refused = error if _is_refusal(error) else None
-        what, found = str(error), await _ask(token, payroc_refund_id, gateway)
+        what, found = str(error), await _ask(token, payroc_refund_id, reader)
     else:
         what, found = "Payroc answered, but did not call it reversed", answer
         if word_of(answer) != "reversal":
-            found = await _ask(token, payroc_refund_id, gateway) or answer
+            found = await _ask(token, payroc_refund_id, reader) or answer
     recorded = await _record(refund, found, ledger) if found is not None else refund
     if recorded.status is Status.REVERSED:
         return Reversed(True, f"Refund {refund_id} is reversed: it left the open batch, and no money moves.")
@@ -72,6 +72,20 @@ async def reverse(refund_id: int, reason: str, *, ledger: Ledger, gateway: Gatew
     return Reversed(
         False,
         f"Not known whether refund {refund_id} is reversed: {what}; {state}. Run it again, the same key does no harm.",
+    )
+
+
+async def _post(
+    token: AccessToken, payroc_refund_id: str, idempotency_key: str, gateway: Gateway
+) -> models.Refund:
+    """Ask for the reversal, and once more with a fresh token when Payroc has taken the shared one back."""
+    try:
+        return await gateway.reverse_refund(token, payroc_refund_id, idempotency_key)
+    except PayrocError as error:
+        if error.http_status != 401:
+            raise
+    return await gateway.reverse_refund(
+        await gateway.token(younger_than=0), payroc_refund_id, idempotency_key
     )
 
 
@@ -89,9 +103,9 @@ def _is_refusal(error: PayrocError) -> bool:
     )
 
 
-async def _ask(token: AccessToken, payroc_refund_id: str, gateway: Gateway) -> models.Refund | None:
+async def _ask(token: AccessToken, payroc_refund_id: str, reader: Reader) -> models.Refund | None:
     try:
-        return await gateway.get_refund(token, payroc_refund_id)
+        return await reader.get_refund(token, payroc_refund_id)
     except PayrocError:
         return None
 
