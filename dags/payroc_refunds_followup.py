@@ -47,7 +47,7 @@ with DAG(
 ) as dag:
 
     @task
-    async def follow_up() -> dict[str, int]:
+    async def follow_up() -> dict[str, Any]:
         """Look up the refunds in doubt, and compare Payroc's lists with the ledger."""
         from include.refunds.follow_up import follow_up
         from payroc_airflow.gateway import HookGateway
@@ -57,14 +57,17 @@ with DAG(
             open_ledger(get_current_context(), settings) as ledger,
             HookGateway(PayrocHook()) as gateway,
         ):
-            counts = await follow_up(ledger, gateway, settings)
+            found = await follow_up(ledger, gateway, settings)
             await ledger.tell_oldest()
+        counts = found.counts
         log.info("%s", ", ".join(f"{count} {what}" for what, count in counts.items()))
+        for name in found.not_understood:
+            log.warning("At Payroc, not understood: %s", name)
         if counts["failed"]:
             raise AirflowException(
                 f"{counts['failed']} look-ups or lists failed at Payroc; these come again, the others are done."
             )
-        return dict(counts)
+        return {**counts, "objects": found.not_understood}
 
     @task(trigger_rule=TriggerRule.ALL_DONE)
     async def write_back() -> None:
@@ -85,13 +88,20 @@ with DAG(
     )
     async def report() -> dict[str, Any]:
         """Show the whole ledger; fail when a refund is in review or late, the sending is paused, or the follow-up itself failed."""
+        from include.payroc.errors import objects_named
         from include.refunds.report import follow_up_report
 
         context = get_current_context()
         async with open_ledger(context, settings) as ledger:
             found = await follow_up_report(ledger.engine, settings.source)
         # The run's state is this task's, so what failed before it has to be told here.
-        if context["ti"].xcom_pull(task_ids="follow_up") is None:
+        followed = context["ti"].xcom_pull(task_ids="follow_up")
+        if followed and followed["objects"]:
+            objects = objects_named(followed["not understood"], followed["objects"])
+            found.notes.append(
+                f"Payroc lists {objects} that can't be understood; look at them in Payroc's portal."
+            )
+        if followed is None:
             found.unfinished.append(
                 "follow_up failed, its log says why: what became of refunds at Payroc was not asked, or not of all."
             )

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Final, Self
+
+OBJECTS_NAMED: Final = 100
+"""How many objects that can't be understood are named; all are counted."""
+
 
 class PayrocError(Exception):
     """
@@ -57,14 +63,32 @@ class PayrocUnexpectedAnswer(PayrocError):
 
 class PayrocIncompleteList(PayrocUnexpectedAnswer):
     """
-    A list was read to its end, but holds objects that can't be understood; the others were handed out before.
+    A list was read to its end, but it holds objects that can't be understood; the others were handed out
+    before.
 
-    :param missing: number of objects that were not understood.
+    :param missing: number of these objects.
+    :param objects: their names, up to :data:`OBJECTS_NAMED`: ``refund CD3HN88U9F``, ``order SO-1041`` or
+        ``object 3 of page 2``.
     """
 
-    def __init__(self, operation: str, missing: int) -> None:
+    def __init__(self, operation: str, missing: int, objects: Sequence[str]) -> None:
         self.missing = missing
-        super().__init__(operation, f"{missing} of the listed refunds can't be understood", http_status=200)
+        self.objects = tuple(objects[:OBJECTS_NAMED])
+        super().__init__(
+            operation, f"{objects_named(missing, self.objects)} can't be understood", http_status=200
+        )
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str, int, tuple[str, ...]]]:
+        """Pickle by its own arguments: other errors are made of operation and detail."""
+        return type(self), (self.operation, self.missing, self.objects)
+
+
+def objects_named(count: int, names: Sequence[str]) -> str:
+    """Return a number of objects with the names of the first ten: ``2 objects (order SO-1041, 1 more)``."""
+    shown = list(names[:10])
+    if count > len(shown):
+        shown.append(f"{count - len(shown)} more")
+    return f"{count} {'object' if count == 1 else 'objects'} ({', '.join(shown)})"
 
 
 class PayrocNoAnswer(PayrocError):

@@ -14,16 +14,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Any, Final, Literal, LiteralString
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
-    PlainValidator,
     SecretStr,
     ValidationError,
     ValidationInfo,
@@ -291,6 +291,20 @@ strict, because a wrapped validator sees JSON's strings and lists as Python's.
 """
 
 
+def _instant_or_none(value: object) -> datetime | None:
+    try:
+        found = datetime.fromisoformat(value) if isinstance(value, str) else None
+        if found is None:
+            return None
+        # Some years have no place in UTC: 0001 east of it, 9999 west of it.
+        return found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
+    except (ValueError, OverflowError):
+        return None
+
+
+Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+
+
 class _Answer(BaseModel):
     model_config = ConfigDict(
         strict=True,
@@ -309,13 +323,14 @@ class AnsweredOrder(_Answer):
     The order of a refund that exists.
 
     :param amount: minor units, positive.
+    :param date_time: in UTC; a date without a zone is taken for UTC, and one that can't be read for none.
     """
 
-    order_id: str
-    amount: int
+    order_id: Text
+    amount: Int64
     currency: str
     description: str | None = None
-    date_time: Annotated[Annotated[datetime, Field(strict=False)] | None, Unimportant] = None
+    date_time: Annotated[datetime | None, BeforeValidator(_instant_or_none)] = None
 
 
 class BankAccount(_Answer):
@@ -342,7 +357,7 @@ class TransactionResult(_Answer):
     type: str
     status: str
     response_code: str
-    authorized_amount: int | None = None
+    authorized_amount: Int64 | None = None
     currency: str | None = None
     response_message: str | None = None
     processor_response_code: str | None = None
@@ -400,14 +415,6 @@ class Refund(_Answer):
         )
 
 
-def _refund_or_none(value: object) -> Refund | None:
-    try:
-        # From JSON again, because strict models take lists and instants from JSON only.
-        return Refund.model_validate_json(json.dumps(value))
-    except ValidationError:
-        return None
-
-
 class Link(_Answer):
     """A link of a page."""
 
@@ -415,20 +422,21 @@ class Link(_Answer):
     href: str
 
 
-class RefundPage(_Answer):
+class PageFrame(_Answer):
     """
-    One page of ``GET /bank-transfer-refunds``.
+    What is around the refunds of one page of ``GET /bank-transfer-refunds``.
 
-    :param limit: largest number of items on a page.
-    :param count: items on this page.
+    :param limit: largest number of refunds on a page.
+    :param count: refunds on this page.
     :param has_more: whether a ``next`` link leads on.
-    :param data: its refunds; ``None`` stands for an object that can't be understood and must not hide the others.
+    :param data: a zero in the place of each refund; :func:`~include.payroc.answers.read_page` reads these one
+        by one.
     """
 
     limit: int
     count: int
     has_more: bool
-    data: tuple[Annotated[Refund | None, PlainValidator(_refund_or_none)], ...]
+    data: tuple[int, ...]
     links: tuple[Link, ...] = ()
 
 
@@ -445,7 +453,7 @@ class AccessToken(_Answer):
         SecretStr, _secret(lambda value: re.fullmatch(r"[!-~]+", value) is not None, "must be visible ASCII")
     ]
     expires_in: Annotated[int, Field(gt=0)]
-    token_type: str = "Bearer"  # noqa: S105 - the name of a scheme
+    token_type: Annotated[str, Field(pattern="^(?i:bearer)$")] = "Bearer"  # noqa: S105 - a scheme's name
     scope: str | None = None
 
 

@@ -443,6 +443,14 @@ def restored(
         ),
     ] = None,
     conn_id: PayrocConnId = "payroc_default",
+    accept_not_understood: Annotated[
+        bool,
+        typer.Option(
+            "--accept-not-understood",
+            help="End it though Payroc lists objects that can't be understood; "
+            "the audit trail keeps this decision with their names.",
+        ),
+    ] = False,
     source_conn_id: Annotated[
         str, typer.Option("--source-conn-id", help="Airflow connection to the source.")
     ] = "refunds_source",
@@ -468,6 +476,7 @@ def restored(
             gateway=gateway,
             cipher=cipher,
             settings=settings,
+            accept_not_understood=accept_not_understood,
         )
 
     found = _with_payroc(url, by, conn_id, work)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from include.payroc.errors import PayrocError, PayrocIncompleteList
+from include.payroc.errors import OBJECTS_NAMED, PayrocError, PayrocIncompleteList
 from include.refunds.business_days import business_days_before
 from include.refunds.classify import judge_object
-from include.refunds.gateway import Gateway
+from include.refunds.gateway import Reader
 from include.refunds.ledger import Ledger
-from include.refunds.listing import in_batches, known, pairs
+from include.refunds.listing import in_batches, known, of_terminal, pairs
 from include.refunds.look_up import look_up_in_doubt
+from include.refunds.reader import FreshTokenReader
 from include.refunds.refund import Refund
 from include.refunds.settings import Settings
 from include.refunds.transitions import is_known
@@ -29,44 +31,64 @@ _EMPTIED_AT_ONCE = 1000
 _DATE_MARGIN = timedelta(days=1)
 
 
-async def follow_up(ledger: Ledger, gateway: Gateway, settings: Settings) -> Counter[str]:
+@dataclass(frozen=True, slots=True)
+class FollowedUp:
+    """
+    What a follow-up did.
+
+    :param counts: how many refunds each of ``looked up``, ``found``, ``followed``, ``changed``, ``returned to
+        approved`` and ``emptied`` (their requests, some days after they ended) counts. A look-up or a list
+        that failed (``failed``) is left for the next time.
+    :param not_understood: names of the objects at Payroc that can't be understood, each with its terminal, up
+        to
+        :data:`~include.payroc.errors.OBJECTS_NAMED`. They are skipped, because they would fail forever, and
+            counted (``not understood``). A refund that hides behind one is reported when it was not looked at
+            for too long.
+    """
+
+    counts: Counter[str]
+    not_understood: list[str]
+
+
+async def follow_up(ledger: Ledger, gateway: Reader, settings: Settings) -> FollowedUp:
     """
     Look up the refunds in doubt, and compare the list of each terminal with the ledger.
 
     Every listed object that is ours is compared, whatever our row says: a second object for one key, or one for a refund that we call
     rejected, is recorded as the contradiction that it is.
 
-    :returns: how many refunds each of ``looked up``, ``found``, ``followed``, ``changed``, ``returned to approved`` and ``emptied``
-        (their requests, some days after they ended) counts. What failed is left for the next time: a look-up or a list (``failed``).
-        An object that can't be understood is skipped (``not understood``): it would fail for ever. A refund that hides behind one is
-        reported when it was not looked at for too long.
     :raises PayrocError: when Payroc gives no token.
     """
     counts: Counter[str] = Counter()
+    names: dict[str, None] = {}
+    reader = FreshTokenReader(gateway)
     counts["returned to approved"] = await ledger.return_stale_releases()
     counts["emptied"] = await _empty_requests(ledger, settings)
     now = await ledger.now()
     in_doubt = await ledger.in_doubt()
     followed = await ledger.followed(now - business_days_before(now, FOLLOWED_FOR_BUSINESS_DAYS))
     if not in_doubt and not followed:
-        return counts
+        return FollowedUp(counts, [])
     await ledger.check_environment(gateway.environment)
     for refund in in_doubt:
         counts["looked up"] += 1
         try:
-            counts["found"] += await _look_up(refund, ledger, gateway, settings)
+            counts["found"] += await _look_up(refund, ledger, reader, settings)
         except PayrocIncompleteList as error:
-            counts["not understood"] += error.missing
+            names |= dict.fromkeys(of_terminal(error, refund.processing_terminal_id))
         except PayrocError:
             counts["failed"] += 1
     for terminal, since in followed.items():
         try:
-            await _compare(terminal, max(since, now - _LISTED_BACK), ledger, gateway, counts)
+            await _compare(terminal, max(since, now - _LISTED_BACK), ledger, reader, counts)
         except PayrocIncompleteList as error:
-            counts["not understood"] += error.missing
+            names |= dict.fromkeys(of_terminal(error, terminal))
         except PayrocError:
             counts["failed"] += 1
-    return counts
+    # An object may be on a terminal's list and on that of a look-up.
+    if names:
+        counts["not understood"] = len(names)
+    return FollowedUp(counts, list(names)[:OBJECTS_NAMED])
 
 
 async def _empty_requests(ledger: Ledger, settings: Settings) -> int:
@@ -76,8 +98,8 @@ async def _empty_requests(ledger: Ledger, settings: Settings) -> int:
     return emptied
 
 
-async def _look_up(refund: Refund, ledger: Ledger, gateway: Gateway, settings: Settings) -> bool:
-    verdict = await look_up_in_doubt(await gateway.token(), refund, gateway, settings, await ledger.now())
+async def _look_up(refund: Refund, ledger: Ledger, reader: Reader, settings: Settings) -> bool:
+    verdict = await look_up_in_doubt(await reader.token(), refund, reader, settings, await ledger.now())
     if verdict is None:
         return False
     await ledger.record(refund.id, verdict)
@@ -85,11 +107,11 @@ async def _look_up(refund: Refund, ledger: Ledger, gateway: Gateway, settings: S
 
 
 async def _compare(
-    terminal: str, since: datetime, ledger: Ledger, gateway: Gateway, counts: Counter[str]
+    terminal: str, since: datetime, ledger: Ledger, reader: Reader, counts: Counter[str]
 ) -> None:
-    token = await gateway.token()
+    token = await reader.token()
     async for batch in in_batches(
-        gateway.list_refunds(token, processing_terminal_id=terminal, date_from=since - _DATE_MARGIN)
+        reader.list_refunds(token, processing_terminal_id=terminal, date_from=since - _DATE_MARGIN)
     ):
         rows = await known(batch, ledger)
         seen = []

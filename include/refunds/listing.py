@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from uuid import UUID
 
 from include.payroc import models
-from include.payroc.errors import PayrocError
+from include.payroc.errors import PayrocError, PayrocIncompleteList
 from include.refunds.classify import is_ours
 from include.refunds.ledger import Ledger
 from include.refunds.refund import Refund
@@ -34,6 +34,11 @@ async def in_batches(listed: AsyncIterator[models.Refund]) -> AsyncIterator[list
         yield list(batch.values())
     if failure is not None:
         raise failure
+
+
+def of_terminal(error: PayrocIncompleteList, terminal: str) -> list[str]:
+    """Return the names of a list's objects that can't be understood, each with the terminal."""
+    return [f"{name} of terminal {terminal}" for name in error.objects]
 
 
 async def known(found: Sequence[models.Refund], ledger: Ledger) -> list[Refund]:

@@ -14,15 +14,16 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from include.payroc import models
-from include.payroc.errors import PayrocIncompleteList
+from include.payroc.errors import PayrocIncompleteList, objects_named
 from include.refunds.cipher import Cipher
 from include.refunds.classify import Outcome, Verdict, judge_object
 from include.refunds.follow_up import follow_up
-from include.refunds.gateway import Gateway
+from include.refunds.gateway import Reader
 from include.refunds.keys import idempotency_key
 from include.refunds.ledger import Ledger, LedgerError
 from include.refunds.listing import in_batches, known, pairs
 from include.refunds.pull import Pulled, pull
+from include.refunds.reader import FreshTokenReader
 from include.refunds.refund import Refund
 from include.refunds.settings import Settings
 from include.refunds.source import Source
@@ -77,9 +78,10 @@ async def restored(
     terminals: Sequence[str] = (),
     source: Source,
     ledger: Ledger,
-    gateway: Gateway,
+    gateway: Reader,
     cipher: Cipher,
     settings: Settings,
+    accept_not_understood: bool = False,
 ) -> Restored:
     """
     Pause the sending, take over what Payroc has and the restored ledger does not know, and compare both.
@@ -88,10 +90,14 @@ async def restored(
 
     :param backup_at: when the backup was made.
     :param terminals: processing terminals beside those that ledger and source know.
+    :param accept_not_understood: end it though Payroc lists objects that can't be understood; the audit trail
+        then holds who decided so, why, and about which objects.
     :raises RangeError: when the backup is of the future.
     :raises PayrocError: when Payroc did not tell everything.
     :raises SourceError: when the source can't be read.
-    :raises LedgerError: when the ledger belongs to another Payroc or source, this login lacks a right, or another one is at work.
+    :raises LedgerError: when the ledger belongs to another Payroc or source, this login lacks a right, or
+        another one is at work; or when Payroc lists objects that can't be understood, and nobody has accepted
+        that.
     """
     now = await ledger.now()
     if backup_at > now:
@@ -101,26 +107,34 @@ async def restored(
     async with ledger.restore_lock():
         since = await ledger.begin_restore(backup_at, reason)
         await ledger.check_environment(gateway.environment)
+        reader = FreshTokenReader(gateway)
         pulled = await pull(source, ledger, cipher, settings)
         taken_over: list[TakenOver] = []
         lost: dict[str, str] = {}
         for terminal in sorted({*await ledger.all_terminals(), *terminals}):
-            listed = gateway.list_refunds(
-                await gateway.token(), processing_terminal_id=terminal, date_from=since - _MARGIN
+            listed = reader.list_refunds(
+                await reader.token(), processing_terminal_id=terminal, date_from=since - _MARGIN
             )
             # Of what can't be understood the comparison speaks.
             with suppress(PayrocIncompleteList):
                 async for batch in in_batches(listed):
                     taken_over += await _take_over(batch, lost, ledger)
         await _set_aside_reissued(lost, ledger, settings)
-        if failed := (await follow_up(ledger, gateway, settings))["failed"]:
+        if failed := (await follow_up(ledger, gateway, settings)).counts["failed"]:
             raise LedgerError(
                 f"{failed} look-ups or lists failed at Payroc, so not everything is known: run it again."
             )
         comparison = await verify(
             since - _MARGIN, now + _MARGIN, terminals=terminals, ledger=ledger, gateway=gateway
         )
-        await ledger.end_restore(reason)
+        if comparison.hidden and not accept_not_understood:
+            objects = objects_named(comparison.hidden, comparison.hidden_names)
+            raise LedgerError(
+                f"Payroc lists {objects} that can't be understood, and a refund that the ledger forgot may be "
+                "among them: look at them in Payroc's portal, then run `restored` again with "
+                "--accept-not-understood; until then the sending stays paused."
+            )
+        await ledger.end_restore(reason, comparison.hidden, comparison.hidden_names)
     return Restored(since, pulled, taken_over, comparison)
 
 

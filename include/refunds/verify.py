@@ -14,12 +14,20 @@ from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 from include.payroc import models
-from include.payroc.errors import PayrocError, PayrocIncompleteList, PayrocUnexpectedAnswer
+from include.payroc.errors import (
+    OBJECTS_NAMED,
+    PayrocIncompleteList,
+    PayrocProblem,
+    PayrocUnexpectedAnswer,
+    objects_named,
+)
 from include.payroc.models import AccessToken
+from include.payroc.problems import NOT_FOUND
 from include.refunds.classify import differences, is_ours, status_of, word_of
-from include.refunds.gateway import Gateway
+from include.refunds.gateway import Reader
 from include.refunds.ledger import Ledger
-from include.refunds.listing import BATCH, in_batches, known, pairs
+from include.refunds.listing import BATCH, in_batches, known, of_terminal, pairs
+from include.refunds.reader import FreshTokenReader
 from include.refunds.refund import Refund
 from include.refunds.states import PAID
 
@@ -60,6 +68,9 @@ class Comparison:
 
     :param sums: by currency and status. A refund that Payroc refused has no object there, so ``rejected`` may differ.
     :param elsewhere: refunds at Payroc that were not made by this project, by currency; they are no differences.
+    :param hidden: objects on Payroc's lists that can't be understood, and so can't be compared.
+    :param hidden_names: their names, each with its terminal, up to
+        :data:`~include.payroc.errors.OBJECTS_NAMED`.
     """
 
     start: datetime
@@ -67,6 +78,8 @@ class Comparison:
     sums: dict[tuple[str, str], Sum] = field(default_factory=dict)
     differences: list[Difference] = field(default_factory=list)
     elsewhere: dict[str, Sum] = field(default_factory=dict)
+    hidden: int = 0
+    hidden_names: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as JSON."""
@@ -81,6 +94,7 @@ class Comparison:
                 {"currency": currency, "count": total.payroc_count, "amount": total.payroc_amount}
                 for currency, total in sorted(self.elsewhere.items())
             ],
+            "not_understood": {"count": self.hidden, "objects": self.hidden_names},
             "differences": [asdict(item) for item in self.differences],
         }
 
@@ -100,7 +114,7 @@ def read_range(first: str, last: str) -> tuple[datetime, datetime]:
 
 
 async def verify(
-    start: datetime, end: datetime, *, terminals: Sequence[str] = (), ledger: Ledger, gateway: Gateway
+    start: datetime, end: datetime, *, terminals: Sequence[str] = (), ledger: Ledger, gateway: Reader
 ) -> Comparison:
     """
     Compare what was first sent from ``start`` up to ``end`` with what Payroc holds.
@@ -112,9 +126,10 @@ async def verify(
     await ledger.check_environment(gateway.environment)
     comparison = Comparison(start, end)
     compare = _Compare(comparison, ledger)
+    reader = FreshTokenReader(gateway)
     for terminal in sorted({*await ledger.all_terminals(), *terminals}):
-        listed = gateway.list_refunds(
-            await gateway.token(),
+        listed = reader.list_refunds(
+            await reader.token(),
             processing_terminal_id=terminal,
             date_from=start - _MARGIN,
             date_to=end + _MARGIN,
@@ -123,16 +138,13 @@ async def verify(
             async for batch in in_batches(listed):
                 await compare.listed(batch)
         except PayrocIncompleteList as error:
-            sentence = (
-                f"Payroc lists {error.missing} refunds of terminal {terminal} that can't be understood."
-            )
-            comparison.differences.append(Difference(sentence))
+            compare.hidden(error, terminal)
     after = 0
     while rows := await ledger.sent_between(start, end, after=after, limit=BATCH):
         for row in rows:
             if row.id not in compare.seen:
                 try:
-                    found = await _look_for(row, await gateway.token(), gateway)
+                    found = await _look_for(row, await reader.token(), reader)
                 except PayrocUnexpectedAnswer as error:
                     if error.http_status != 200:
                         raise
@@ -163,6 +175,14 @@ class _Compare:
             elif item.refund_id not in self._unknown and self._within(self._date_of(item)):
                 self._unknown.add(item.refund_id)
                 self._without_row(item)
+
+    def hidden(self, error: PayrocIncompleteList, terminal: str) -> None:
+        into = self._into
+        into.hidden += error.missing
+        into.hidden_names = [*into.hidden_names, *of_terminal(error, terminal)][:OBJECTS_NAMED]
+        objects = objects_named(error.missing, error.objects)
+        sentence = f"Payroc lists {objects} of terminal {terminal} that can't be understood."
+        into.differences.append(Difference(sentence))
 
     def not_understood(self, row: Refund) -> None:
         self._count_row(row)
@@ -235,16 +255,17 @@ class _Compare:
         total.payroc_amount += item.order.amount
 
 
-async def _look_for(row: Refund, token: AccessToken, gateway: Gateway) -> models.Refund | None:
+async def _look_for(row: Refund, token: AccessToken, reader: Reader) -> models.Refund | None:
     """Return the object of a refund that was not listed in the range: it may have been made days after the first POST."""
     if row.payroc_refund_id is not None:
         try:
-            return await gateway.get_refund(token, row.payroc_refund_id)
-        except PayrocError as error:
-            if error.http_status != 404:
+            return await reader.get_refund(token, row.payroc_refund_id)
+        except PayrocProblem as error:
+            # Somebody else's 404, such as a proxy's, says nothing about a refund.
+            if error.http_status != 404 or error.problem_type != NOT_FOUND:
                 raise
             return None
-    listed = gateway.list_refunds(
+    listed = reader.list_refunds(
         token, processing_terminal_id=row.processing_terminal_id, order_id=row.order_id
     )
     return next(iter([item async for item in listed if is_ours(item, row)]), None)

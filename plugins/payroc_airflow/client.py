@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal, TypeVar
 from urllib.parse import quote, urljoin, urlsplit
 from uuid import UUID
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
+from include.payroc import answers
 from include.payroc.errors import (
+    OBJECTS_NAMED,
     PayrocConfigurationError,
     PayrocError,
     PayrocIncompleteList,
     PayrocProblem,
     PayrocUnexpectedAnswer,
 )
-from include.payroc.models import AccessToken, Problem, Refund, RefundPage, explain
+from include.payroc.models import AccessToken, Problem, Refund
 from payroc_airflow.connection import PayrocConnection
 from payroc_airflow.metrics import timed
 from payroc_airflow.token_cache import TokenCache, token_cache
@@ -36,6 +38,7 @@ PROBLEM_JSON = "application/problem+json"
 LIST = "list refunds"
 
 Model = TypeVar("Model", bound=BaseModel)
+Result = TypeVar("Result")
 
 _UUID4 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 
@@ -143,10 +146,11 @@ class PayrocClient:
         return Pages(self, self._refunds_url, params, limit)
 
     async def list_page(
-        self, token: AccessToken, url: str, params: list[tuple[str, str]] | None
-    ) -> RefundPage:
-        """Return one page of a list."""
-        return _parse(RefundPage, LIST, await self._call(LIST, "GET", url, token, params=params), (200,))
+        self, token: AccessToken, url: str, params: list[tuple[str, str]] | None, number: int
+    ) -> answers.Page:
+        """Return one page of a list; its number is counted from 1."""
+        answer = await self._call(LIST, "GET", url, token, params=params)
+        return _read(lambda body: answers.read_page(body, number), LIST, answer, (200,))
 
     @cached_property
     def _token_cache(self) -> TokenCache:
@@ -181,7 +185,7 @@ class Pages:
     """
     A list of refunds, page by page: :meth:`fetch` one, then :meth:`advance` to the next, as long as that says that there is one.
 
-    :param limit: stop after so many refunds; ``None`` reads to the end.
+    :param limit: stop after so many objects; ``None`` reads to the end.
     """
 
     def __init__(
@@ -192,32 +196,36 @@ class Pages:
         self._params: list[tuple[str, str]] | None = params
         self._left = limit
         self._missing = 0
+        self._names: list[str] = []
         self._seen: set[str] = set()
         self._fetched = 0
-        self._page: RefundPage | None = None
+        self._page: answers.Page | None = None
 
     async def fetch(self, token: AccessToken) -> Sequence[Refund]:
         """Return the refunds of the page at which the list stands."""
-        self._page = await self._client.list_page(token, self._url, self._params)
+        self._page = await self._client.list_page(token, self._url, self._params, self._fetched + 1)
         self._fetched += 1
-        refunds = [refund for refund in self._page.data if refund is not None][: self._left]
-        self._missing += sum(refund is None for refund in self._page.data)
+        # A list may show an object on two pages.
+        new = [name for name in self._page.not_understood if name not in self._names]
+        self._missing += len(new)
+        self._names = [*self._names, *new][:OBJECTS_NAMED]
+        refunds = self._page.refunds[: self._left]
         if self._left is not None:
-            self._left -= len(refunds)
+            self._left = max(0, self._left - len(refunds) - len(self._page.not_understood))
         return refunds
 
     def advance(self) -> bool:
         """
         Tell whether the list goes on, and turn to the next page.
 
-        :raises PayrocIncompleteList: the list has ended and held objects that can't be understood.
+        :raises PayrocIncompleteList: the list has ended, and it held objects that can't be understood.
         :raises PayrocUnexpectedAnswer: the page does not lead on properly.
         """
-        if self._left == 0 or self._page is None:
+        if self._page is None:
             return False
-        if not self._page.has_more:
+        if self._left == 0 or not self._page.has_more:
             if self._missing:
-                raise PayrocIncompleteList(LIST, self._missing)
+                raise PayrocIncompleteList(LIST, self._missing, self._names)
             return False
         href = next((link.href for link in self._page.links if link.rel == "next"), None)
         if href is None:
@@ -276,6 +284,12 @@ def _next_page(href: str, first: str) -> str:
 
 
 def _parse(model: type[Model], operation: str, answer: Answer, expected: tuple[int, ...]) -> Model:
+    return _read(partial(answers.read, model), operation, answer, expected)
+
+
+def _read(
+    read: Callable[[bytes], Result], operation: str, answer: Answer, expected: tuple[int, ...]
+) -> Result:
     if answer.status >= 400:
         raise _refusal(operation, answer)
     if answer.status not in expected:
@@ -290,17 +304,16 @@ def _parse(model: type[Model], operation: str, answer: Answer, expected: tuple[i
     if not answer.body:
         raise PayrocUnexpectedAnswer(operation, "an empty body", http_status=answer.status)
     try:
-        return model.model_validate_json(answer.body)
-    except ValidationError as error:
-        fields = ", ".join(sorted(name or "the whole" for name in explain(error))[:5])
-        detail = f"the body is not what this operation returns (see {fields})"
+        return read(answer.body)
+    except answers.NotUnderstood as error:
+        detail = f"the body is not what this operation returns ({error})"
     raise PayrocUnexpectedAnswer(operation, detail, http_status=answer.status)
 
 
 def _refusal(operation: str, answer: Answer) -> PayrocError:
     try:
-        problem = Problem.model_validate_json(answer.body)
-    except ValidationError:
+        problem = answers.read(Problem, answer.body)
+    except answers.NotUnderstood:
         problem = None
     # Any server's JSON may have a "type"; without the content type it takes all of the format's members to be Payroc's.
     if problem is None or not (answer.content_type == PROBLEM_JSON or problem.complete):

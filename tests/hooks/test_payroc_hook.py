@@ -711,8 +711,30 @@ def test_one_odd_refund_hides_no_other_and_the_list_is_not_passed_off_as_whole(
     )
     listed = hook.list_refunds("1234001", token=token)
     assert [next(listed).refund_id for _ in refunds[1:]] == [refund["refundId"] for refund in refunds[1:]]
-    with pytest.raises(PayrocIncompleteList, match="1 of the listed refunds can't be understood"):
+    with pytest.raises(
+        PayrocIncompleteList, match=r"1 object \(refund REFUND0000\) can't be understood"
+    ) as caught:
         next(listed)
+    assert (caught.value.missing, caught.value.objects) == (1, ("refund REFUND0000",))
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_an_odd_object_counts_for_the_limit_of_a_list(hook, payroc, reply, refunds, token) -> None:
+    payroc.on("GET", PATH, reply(200, page([{}, *refunds], f"{PATH}?after=a")))
+    listed = hook.list_refunds("1234001", limit=2, token=token)
+    with pytest.raises(PayrocIncompleteList):
+        list(listed)
+    assert len(payroc.seen) == 1
+
+
+def test_of_very_many_odd_objects_all_are_counted_and_the_first_are_named(hook, payroc, reply, token) -> None:
+    payroc.on("GET", PATH, reply(200, page([{}] * 150, f"{PATH}?after=a")), reply(200, page([{}])))
+    with pytest.raises(
+        PayrocIncompleteList, match=r"^Payroc, list refunds: 151 objects \(object 1 of page 1,"
+    ) as caught:
+        list(hook.list_refunds("1234001", token=token))
+    assert (caught.value.missing, len(caught.value.objects)) == (151, 100)
+    assert str(caught.value).endswith("object 10 of page 1, 141 more) can't be understood (HTTP 200)")
 
 
 @pytest.mark.parametrize(
@@ -791,6 +813,29 @@ def test_the_test_button_tells_a_right_key_from_a_wrong_one(hook, payroc, reply)
         == f"Payroc refused the API key (HTTP 401): copy the key again, and check that it belongs to {payroc.url}."
     )
     assert {request.path for request in payroc.seen} == {"/authorize"}
+
+
+TOKEN = b'{"access_token": "a", "expires_in": 3600, "token_type": "Bearer"}'
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        (b"<html>Sign in</html>", "it is a web page or XML"),
+        (gzip.compress(TOKEN), "it is compressed, which was not asked for"),
+        (b"\xef\xbb\xbf" + TOKEN, "it begins with a byte order mark"),
+        (TOKEN.replace(b"Bearer", b"mac"), "see token_type"),
+        (TOKEN.replace(b'"expires_in"', b'"access_token": "b", "expires_in"'), "two members of one name"),
+        (b"[]", "see the whole"),
+        (b"3600", "see the whole"),
+    ],
+)
+def test_the_test_button_takes_no_200_that_is_not_payrocs_token(hook, payroc, reply, body, why) -> None:
+    payroc.on("POST", "/authorize", reply(200, body))
+    ok, sentence = hook.test_connection()
+    assert not ok
+    assert why in sentence
+    assert sentence.endswith(f"; asked {payroc.url}.")
 
 
 def test_the_test_button_asks_payroc_and_not_the_cache(hook, payroc) -> None:

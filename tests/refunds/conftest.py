@@ -160,7 +160,7 @@ class World:
         return int(self.row(source_ref)["id"])
 
     def follow_up(self) -> dict[str, int]:
-        return dict(self.run(follow_up(self.ledger, self.gateway, self.settings)))
+        return dict(self.run(follow_up(self.ledger, self.gateway, self.settings)).counts)
 
     def write_back(self) -> tuple[int, list[str]]:
         return self.run(write_back(self.source, self.ledger))

@@ -254,7 +254,7 @@ def test_an_object_that_can_not_be_understood_hides_no_other_and_fails_nothing(w
         async def list_refunds(self, token, **filters):
             async for item in self._gateway.list_refunds(token, **filters):
                 yield item
-            raise PayrocIncompleteList("list refunds", 1)
+            raise PayrocIncompleteList("list refunds", 1, ["order SO-1"])
 
     world.gateway = Odd(world, None)
     counts = world.follow_up()
@@ -269,7 +269,7 @@ def test_a_list_with_an_object_that_can_not_be_understood_proves_no_absence(worl
         async def list_refunds(self, token, **filters):
             async for item in self._gateway.list_refunds(token, **filters):
                 yield item
-            raise PayrocIncompleteList("list refunds", 1)
+            raise PayrocIncompleteList("list refunds", 1, ["order SO-1"])
 
     world.gateway = Odd(world, None)
     world.hours_ahead += 24 * 7

@@ -129,6 +129,7 @@ FORBIDDEN: dict[str, list[str]] = {
         new_refund("rejected", more=", replaces", values=", id"),
         event("proposal"),
         event("reverse"),
+        event("not_understood"),
         event("rotation"),
         "UPDATE refund_ledger.refund_control SET paused_at = NULL, paused_by = NULL, pause_reason = NULL",
         "UPDATE refund_ledger.refund_control SET pause_reason = 'another' WHERE paused_at IS NOT NULL",

@@ -186,10 +186,12 @@ def test_an_object_that_can_not_be_understood_is_a_difference(world: World, term
         async def list_refunds(self, token, **filters):
             async for item in self._gateway.list_refunds(token, **filters):
                 yield item
-            raise PayrocIncompleteList("list refunds", 2)
+            raise PayrocIncompleteList("list refunds", 2, ["order SO-1"])
 
     world.gateway = Odd(world, None)
-    assert sentences(world) == [f"Payroc lists 2 refunds of terminal {terminal} that can't be understood."]
+    assert sentences(world) == [
+        f"Payroc lists 2 objects (order SO-1, 1 more) of terminal {terminal} that can't be understood."
+    ]
 
 
 def test_without_payrocs_list_nothing_is_compared(world: World) -> None:

@@ -227,8 +227,8 @@ class Airflow:
 
     async def _follow_up(self) -> bool:
         d = self.deployment
-        counts = await follow_up(d.ledger, d.connect(), d.settings)
-        if counts["failed"]:
+        found = await follow_up(d.ledger, d.connect(), d.settings)
+        if found.counts["failed"]:
             raise FollowUpFailed("list refunds", "lists failed")
         return True
 

@@ -291,7 +291,7 @@ class MemoryLedger:
             if taken:
                 self.restore_free = True
 
-    def end_restore(self, reason: str) -> None:
+    def end_restore(self, reason: str, hidden: int = 0, names: Sequence[str] = ()) -> None:
         self.restored_to = None
 
     def pauses(self) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import datetime
@@ -170,10 +170,20 @@ class Control(LedgerBase):
             finally:
                 await connection.execute("SELECT pg_advisory_unlock(hashtext('refund_ledger.restored'))")
 
-    async def end_restore(self, reason: str) -> None:
-        """Note that the restored ledger was compared with Payroc; whether the sending goes on is for people to decide."""
+    async def end_restore(self, reason: str, hidden: int = 0, names: Sequence[str] = ()) -> None:
+        """
+        Note that the restored ledger was compared with Payroc; whether sending resumes is an operator's
+        decision.
+
+        :param hidden: number of objects that Payroc lists and that can't be understood. More than none is an
+            event of its own.
+        :param names: names of these objects, of very many the first.
+        """
         update = "UPDATE refund_ledger.refund_control SET restored_to = NULL WHERE scope = '*'"
         async with self._transaction() as (connection, now):
+            if hidden:
+                detail = {"count": hidden, "objects": list(names)}
+                await self._event(connection, now, "not_understood", reason=reason, detail=detail)
             await self._because(connection, now, reason)
             await connection.execute(update)
 
