@@ -27,6 +27,9 @@ from payroc_airflow.gateway import HookGateway
 from payroc_airflow.hooks.payroc import PayrocHook
 from tests.hooks.conftest import KEY, REFUND, FakePayroc, Reply, serve
 
+# A failing example of 20,000 brackets is printed to nobody.
+_of_large_examples = pytest.mark.filterwarnings("ignore:Generating overly large repr")
+
 GOOD = [REFUND | {"refundId": f"NEIGHBOUR{number}"} for number in range(2)]
 PATH = "/v1/bank-transfer-refunds"
 
@@ -187,6 +190,7 @@ def _one_object_spoils_the_page(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(answers, "_parse", parse)
 
 
+@_of_large_examples
 @pytest.mark.parametrize(
     "mistake", [_without_depth, _without_digits, _with_the_last_of_two_names, _one_object_spoils_the_page]
 )
@@ -314,6 +318,7 @@ def test_any_answer_is_an_object_of_payrocs_or_an_error_of_ours(
     every_operation_ends_properly(wire, body, status, content_type)
 
 
+@_of_large_examples
 def test_the_property_of_operations_finds_a_planted_mistake(
     wire: Wire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -349,6 +354,7 @@ def test_nothing_but_payrocs_list_passes_the_preflight(wire: Wire, body: bytes) 
     only_payrocs_list_passes_the_preflight(wire, body)
 
 
+@_of_large_examples
 def test_the_property_of_the_preflight_finds_a_planted_mistake(
     wire: Wire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
