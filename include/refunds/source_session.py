@@ -1,9 +1,8 @@
 """
-What is set in each transaction with a source: whatever changes how values are read, and how long anything
-waits.
+Settings of each transaction with a source: those that change how values are read, and those that end a wait.
 
-It is set in the transaction and not in the session, because behind a transaction pooler the next transaction
-may run in another session.
+They are set in the transaction and not in the session: behind a transaction pooler the next transaction may
+run in another session.
 """
 
 from __future__ import annotations

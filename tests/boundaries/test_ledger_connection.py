@@ -155,7 +155,7 @@ def test_a_file_of_passwords_is_used(connect: Connect, ledger_url: URL, tmp_path
     assert migrate(ledger_url_of())
 
 
-def test_the_network_is_told_to_keep_a_connection_alive(connect: Connect) -> None:
+def test_keepalives_reach_the_socket(connect: Connect) -> None:
     connect(keepalives_idle="31", keepalives_interval="7", keepalives_count="4")
 
     async def options() -> list[int]:

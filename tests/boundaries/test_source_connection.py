@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from airflow.sdk import BaseHook
 from sqlalchemy import URL, text
 
 from demo.postgres import PostgresServer
-from include.refunds.source import COLUMNS, SourceError, SourceUnavailable
+from include.refunds.source import COLUMNS, SourceError, SourceUnavailable, SqlSource
+from payroc_airflow import source_connection
 from payroc_airflow.databases import source_of
 from tests.support.certificates import Authority
 from tests.support.mariadb import AirflowMySql
@@ -384,3 +386,25 @@ def test_an_extra_that_the_driver_of_mysql_refuses_is_named(mysql_source: Airflo
 def test_a_connection_without_a_database_is_refused(connect: Callable[..., None], conn_type: str) -> None:
     connect({"conn_type": conn_type})
     assert "Airflow connection 'refunds_source' has no SQL hook" in refusal()
+
+
+def test_the_engine_of_another_hook_refuses_what_its_driver_does_not_know(
+    connect: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {"conn_type": "sqlite", "host": str(tmp_path / "shop.db"), "port": None, "login": None}
+    connect(fields | {"password": None, "schema": None})
+    connection = BaseHook.get_connection("refunds_source")
+    engine = source_connection._of_hook(connection, {"warehouse": "w"}, "Airflow connection 'refunds_source'")
+    with engine.connect() as opened:
+        assert opened.exec_driver_sql("SELECT 1").scalar_one() == 1
+
+    def connect_with_no_such(*positional: Any, **named: Any) -> Any:
+        raise TypeError("connect() got an unexpected keyword argument 'warehouse'")
+
+    monkeypatch.setattr(engine.dialect, "connect", connect_with_no_such)
+    with pytest.raises(SourceError) as caught:
+        asyncio.run(SqlSource(engine).select_approved())
+    assert str(caught.value) == (
+        "Airflow connection 'refunds_source' has the extra `warehouse`, which its driver refuses (TypeError): "
+        "check its extras."
+    )
