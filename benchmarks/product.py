@@ -119,8 +119,8 @@ async def _finish(run_id: str) -> dict[str, Any]:
     settings, context = get_settings(), _context(run_id)
     began = time.perf_counter()
     async with open_ledger(context, settings) as ledger:
-        written, untouched = await write_back(source_of(), ledger)
-        await ledger.note(run_id, {"untouched": untouched})
+        done = await write_back(source_of(), ledger)
+        done.raise_trouble()
     written_after = time.perf_counter() - began
     began = time.perf_counter()
     async with open_ledger(context, settings) as ledger:
@@ -130,7 +130,7 @@ async def _finish(run_id: str) -> dict[str, Any]:
     return {
         "write_back": written_after,
         "report": time.perf_counter() - began,
-        "written": written,
+        "written": done.written,
         "totals": {total.status: total.count for total in found.totals},
         "unfinished": found.unfinished,
     }

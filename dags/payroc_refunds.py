@@ -134,8 +134,14 @@ with DAG(
             await ledger.return_stale_releases()
             pulled = await pull(source, ledger, cipher, settings)
             candidates = await ledger.candidates(params.selection(), standing=pulled.standing)
-            findings = {"changed": pulled.changed, "withdrawn": pulled.withdrawn, "warnings": pulled.warnings}
-            findings["unmatched"] = await unmatched(params, pulled, candidates, ledger)
+            findings = {
+                "changed": pulled.changed,
+                "withdrawn": pulled.withdrawn,
+                "warnings": pulled.warnings,
+                "written_again": pulled.written_again,
+                "still_offered": pulled.still_offered,
+                "unmatched": await unmatched(params, pulled, candidates, ledger),
+            }
             await ledger.begin_run(
                 context["run_id"], params.model_dump(mode="json"), candidates, findings, pulled.at
             )
@@ -170,8 +176,12 @@ with DAG(
         return in_lists(ids, params.batch_size, conf.getint("core", "max_map_length"))
 
     @task(trigger_rule=TriggerRule.ALL_DONE)
-    async def write_back() -> None:
-        """Tell the source what became of its refunds."""
+    async def write_back() -> dict[str, int]:
+        """
+        Write the outcomes of refunds back to the source, and hand on how many rows were written.
+
+        Rows that are refused are noted, and `report` names them and fails: trying them again here would change nothing.
+        """
         from include.refunds.write_back import write_back
 
         context = get_current_context()
@@ -179,9 +189,12 @@ with DAG(
             raise AirflowSkipException("A dry run writes nothing back.")
         source = source_of()
         async with open_ledger(context, settings) as ledger:
-            written, untouched = await write_back(source, ledger)
-            await ledger.note(context["run_id"], {"untouched": untouched})
-        log.info("%d rows written back, %d touched no row.", written, len(untouched))
+            done = await write_back(source, ledger)
+            if done.doubled:
+                await ledger.note(context["run_id"], {"doubled": done.doubled})
+        log.info("%s", "\n".join(done.sentences()))
+        done.raise_trouble()
+        return done.as_dict()
 
     @result
     @task(
@@ -210,11 +223,13 @@ with DAG(
                 # The run's state is this task's. A run that was cleared has left a row behind, whatever failed this time.
                 failed = [
                     name
-                    for name in ("pull_approved", "release")
+                    for name in ("pull_approved", "release", "write_back")
                     if context["ti"].xcom_pull(task_ids=name) is None
                 ]
-                if failed and not found.rejected:
-                    found.unfinished.append(f"{failed[0]} did not finish, its log says why.")
+                # Without a pull there is no release, and a rejection skips it; the write-back runs in any case.
+                if "release" in failed and ("pull_approved" in failed or found.rejected):
+                    failed.remove("release")
+                found.unfinished += [f"{name} did not finish, its log says why." for name in failed]
         found.notes += mistakes()
         context[REPORT] = found  # type: ignore[literal-required]
         log.info("%s", found)

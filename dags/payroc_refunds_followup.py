@@ -70,14 +70,20 @@ with DAG(
         return {**counts, "objects": found.not_understood}
 
     @task(trigger_rule=TriggerRule.ALL_DONE)
-    async def write_back() -> None:
-        """Tell the source what became of its refunds."""
+    async def write_back() -> dict[str, int]:
+        """
+        Write the outcomes of refunds back to the source, and hand on how many rows were written.
+
+        Rows that are refused are noted, and `report` names them and fails: trying them again here would change nothing.
+        """
         from include.refunds.write_back import write_back
 
         source = source_of()
         async with open_ledger(get_current_context(), settings) as ledger:
-            written, untouched = await write_back(source, ledger)
-        log.info("%d rows written back, %d touched no row.", written, len(untouched))
+            done = await write_back(source, ledger)
+        log.info("%s", "\n".join(done.sentences()))
+        done.raise_trouble()
+        return done.as_dict()
 
     @result
     @task(
@@ -104,6 +110,13 @@ with DAG(
         if followed is None:
             found.unfinished.append(
                 "follow_up failed, its log says why: what became of refunds at Payroc was not asked, or not of all."
+            )
+        written_back = context["ti"].xcom_pull(task_ids="write_back")
+        if written_back is None:
+            found.unfinished.append("write_back did not finish, its log says why.")
+        elif doubled := written_back["doubled"]:
+            found.notes.append(
+                f"The UPDATE of write_back.sql touched several rows for each of {doubled} refunds; the log of write_back names them."
             )
         found.notes += mistakes()
         leave_for_notifier(found, context)

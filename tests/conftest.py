@@ -161,7 +161,8 @@ def ledger_url(shared_ledger: URL, postgres: PostgresServer) -> URL:
         connection.execute("SET session_replication_role = replica")
         connection.execute(
             "TRUNCATE refund_ledger.refunds, refund_ledger.refund_attempts, refund_ledger.refund_events, refund_ledger.refund_runs, "
-            "refund_ledger.refund_event_chain, refund_ledger.refund_control, refund_ledger.invalid_rows RESTART IDENTITY"
+            "refund_ledger.refund_event_chain, refund_ledger.refund_control, refund_ledger.invalid_rows, "
+            "refund_ledger.write_back_notes RESTART IDENTITY"
         )
         connection.execute("INSERT INTO refund_ledger.refund_control (scope) VALUES ('*')")
         # Logins belong to the server: those that another test gave to operators would make this one's people need two.

@@ -144,6 +144,8 @@ def _needs(report: Report) -> list[str]:
         for status in _TELLING
         if status in counts
     ]
+    if report.unwritten:
+        words.append(f"{report.unwritten:,} not written back")
     flags: Mapping[str, bool] = {
         "sending paused": report.paused,
         "run rejected": report.rejected,

@@ -47,6 +47,8 @@ class Pulled:
     :param changed: source_refs whose row differs from the refund it once became, each with what differs.
     :param standing: source_refs of the rows that are valid and not changed: the source stands by these refunds.
     :param withdrawn: ids of refunds that wait and that the source no longer returns, each with a sentence.
+    :param written_again: rows that are offered although their refunds have ended; what became of these is written back again.
+    :param still_offered: such rows that were written back again lately, and are offered all the same.
     :param warnings: by source_ref of a row in ``standing``, sentences about what is odd of it though no rule refuses it.
     """
 
@@ -58,6 +60,8 @@ class Pulled:
     standing: list[str] = field(default_factory=list)
     withdrawn: dict[int, str] = field(default_factory=dict)
     warnings: dict[str, list[str]] = field(default_factory=dict)
+    written_again: int = 0
+    still_offered: int = 0
 
     def __str__(self) -> str:
         counts = f"{self.new} new, {len(self.invalid)} invalid, {len(self.changed)} changed, {len(self.warnings)} with a warning"
@@ -85,6 +89,8 @@ async def pull(source: Source, ledger: Ledger, cipher: Cipher, settings: Setting
     await ledger.note_invalid(
         pulled.invalid, [refund.source_ref for refund, _ in valid if refund.source_ref not in pulled.invalid]
     )
+    offered = [*pulled.standing, *pulled.changed, *pulled.invalid]
+    pulled.written_again, pulled.still_offered = await ledger.write_again(offered)
     pulled.warnings = warnings(rows, frozenset(pulled.standing))
     aside = await ledger.set_aside(pulled.standing)
     named = {*pulled.changed, *pulled.invalid}

@@ -15,6 +15,12 @@ from include.refunds.ledger.write_backs import NEWEST
 from include.refunds.money import money, sums
 from include.refunds.printable import printable, visible
 from include.refunds.states import IN_DOUBT
+from include.refunds.unwritten import (
+    doubled_sentence,
+    first_of,
+    other_unwritten_rows,
+    unwritten_refunds,
+)
 
 # A report stays readable: of more refunds than this, only those that did not go as expected are listed.
 _MOST_LINES = 500
@@ -70,6 +76,7 @@ class Report:
     :param rejected: a person rejected the run, so that nothing was released.
     :param waiting: refunds wait for room under a limit.
     :param paused: the sending is paused, for all or for a terminal.
+    :param unwritten: rows of refunds in the source that could not be written.
     :param audit_head: the end of the audit trail, for people to keep.
     """
 
@@ -82,6 +89,7 @@ class Report:
     rejected: bool = False
     waiting: bool = False
     paused: bool = False
+    unwritten: int = 0
     audit_head: Head | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -92,6 +100,7 @@ class Report:
                 for t in self.totals
             ],
             "invalid_rows": len(self.invalid),
+            "unwritten_rows": self.unwritten,
             "notes": self.notes,
             "unfinished": self.unfinished,
             "audit_head": str(self.audit_head) if self.audit_head else None,
@@ -318,10 +327,28 @@ def _note_findings(report: Report, findings: dict[str, Any]) -> None:
             "and what is larger than the limit itself waits until it is raised."
         )
     report.notes += warning_notes(findings.get("warnings", {}))
-    for source_ref in findings.get("untouched", []):
-        report.notes.append(
-            f"Source row {printable(source_ref)} was not written back: the UPDATE of write_back.sql touched no row."
+    report.notes += written_again_notes(findings.get("written_again", 0), findings.get("still_offered", 0))
+    doubled = [doubled_sentence(ref, touched) for ref, touched in findings.get("doubled", {}).items()]
+    report.notes += first_of(doubled, _MOST_NOTES, "more source rows like these")
+
+
+def written_again_notes(written_again: int, still_offered: int) -> list[str]:
+    """Return notes about rows that the source offers although their refunds have ended."""
+    notes = []
+    if written_again:
+        notes.append(
+            f"{_rows(written_again)} offered again although the refund has ended; the outcome is written back again."
         )
+    if still_offered:
+        notes.append(
+            f"{_rows(still_offered)} still offered although the refund has ended and this was written back twice: "
+            "let select_approved.sql leave out ended refunds."
+        )
+    return notes
+
+
+def _rows(count: int) -> str:
+    return "1 source row is" if count == 1 else f"{count} source rows are"
 
 
 def warning_notes(warnings: Mapping[str, Sequence[str]]) -> list[str]:
@@ -331,9 +358,7 @@ def warning_notes(warnings: Mapping[str, Sequence[str]]) -> list[str]:
         for source_ref, said in warnings.items()
         for what in said
     ]
-    if len(notes) > _MOST_NOTES:
-        notes[_MOST_NOTES:] = [f"{len(notes) - _MOST_NOTES} more warnings like these."]
-    return notes
+    return first_of(notes, _MOST_NOTES, "more warnings like these")
 
 
 async def pause_sentences(connection: Connection) -> list[str]:
@@ -376,8 +401,7 @@ async def _note_state(
         for row in await connection.execute(open_, {"source": source})
         if (what := _late(row))
     ]
-    if len(late) > _MOST_NOTES:
-        late[_MOST_NOTES:] = [f"{len(late) - _MOST_NOTES} more refunds are late like these."]
+    late = first_of(late, _MOST_NOTES, "more refunds are late like these")
     (report.unfinished if following else report.notes).extend(late)
     stuck = """
         SELECT r.id, r.replaces, replaced.status FROM refund_ledger.refunds_masked AS r
@@ -390,9 +414,15 @@ async def _note_state(
         report.notes.append(
             f"Refund {row.id} is not sent: refund {row.replaces}, which it replaces, is {row.status}, and one of its chain may be paid."
         )
+    unwritten = await unwritten_refunds(connection, source)
+    report.unwritten = unwritten.count
+    report.unfinished += unwritten.sentences()
+    report.notes += (await other_unwritten_rows(connection, source)).sentences()
     due = f"""
         SELECT count(*) FROM refund_ledger.refunds_masked AS r
-        WHERE source = :source AND (written_back_at = updated_at) IS NOT TRUE AND {NEWEST}"""
+        WHERE source = :source AND (written_back_at = updated_at) IS NOT TRUE AND {NEWEST}
+          AND NOT EXISTS (SELECT FROM refund_ledger.write_back_notes AS note
+                          WHERE note.source = r.source AND note.source_ref = r.source_ref AND note.problem IS NOT NULL)"""
     if missing := (await connection.execute(due, {"source": source})).scalar_one():
         report.notes.append(
             f"{missing} refunds have news that the source does not have yet; the next write_back tries again."

@@ -1,6 +1,6 @@
 """Which revision of the ledger's schema this version needs; apart from the migrations, so that a task need not import Alembic."""
 
-REVISION = "0011"
+REVISION = "0012"
 VERSION_TABLE = "schema_version"
 
 

@@ -15,7 +15,7 @@ from include.refunds.source_errors import SourceError as SourceError
 from include.refunds.source_errors import SourceUnavailable as SourceUnavailable
 from include.refunds.source_errors import failed
 from include.refunds.source_session import prepare_transactions
-from include.refunds.source_update import PARAMETERS, run_update
+from include.refunds.source_update import PARAMETERS, Updated, run_update
 from include.refunds.sql_files import in_words, read_sql
 
 SQL_FOLDER = Path(__file__).parent.parent / "sql"
@@ -48,8 +48,8 @@ class Source(Protocol):
     async def select_approved(self) -> Sequence[SourceRow]:
         """Return the approved refunds, one row each, with the columns of :data:`COLUMNS`."""
 
-    async def write_back(self, rows: Sequence[WriteBack]) -> list[str]:
-        """Write what became of refunds; return the source_refs that touched no row."""
+    async def write_back(self, rows: Sequence[WriteBack]) -> Updated:
+        """Write the outcomes of refunds; return which rows were written and which were not."""
 
 
 class SqlSource:
@@ -80,11 +80,11 @@ class SqlSource:
         """
         return await asyncio.to_thread(self._run_select)
 
-    async def write_back(self, rows: Sequence[WriteBack]) -> list[str]:
+    async def write_back(self, rows: Sequence[WriteBack]) -> Updated:
         """
-        Run the update for each row, in one transaction.
+        Run the update for each row (see :func:`~include.refunds.source_update.run_update`).
 
-        :raises SourceError: when it fails; then nothing of it was written.
+        :raises SourceError: when the file can't be used; then nothing was written.
         """
         return await asyncio.to_thread(self._run_update, rows)
 
@@ -99,7 +99,7 @@ class SqlSource:
         except DBAPIError as error:
             raise failed(query.name, error) from None
 
-    def _run_update(self, rows: Sequence[WriteBack]) -> list[str]:
+    def _run_update(self, rows: Sequence[WriteBack]) -> Updated:
         update = read_sql(self._update, self._engine.dialect.name, PARAMETERS, required=PARAMETERS[0])
         return run_update(self._engine, update, rows)
 

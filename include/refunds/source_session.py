@@ -46,6 +46,24 @@ def prepare_transactions(engine: Engine) -> Engine:
     return prepared
 
 
+def wait_for_locks(connection: Connection, seconds: float) -> None:
+    """
+    Let a transaction wait for locks of other sessions no longer than it may, in place of :data:`LOCK_SECONDS`.
+
+    :param seconds: MySQL takes whole ones, at least 1. Where nothing is set, the database's own limit holds.
+    """
+    whole, milliseconds = max(1, int(seconds)), int(seconds * 1000)
+    match connection.dialect.name:
+        case "postgresql":
+            connection.exec_driver_sql(f"SET LOCAL lock_timeout = {milliseconds}")
+        case "mysql" | "mariadb":
+            connection.exec_driver_sql(
+                f"SET SESSION innodb_lock_wait_timeout = {whole}, lock_wait_timeout = {whole}"
+            )
+        case "sqlite":
+            connection.exec_driver_sql(f"PRAGMA busy_timeout = {milliseconds}")
+
+
 def _prepare(connection: Connection) -> None:
     match connection.dialect.name:
         case "postgresql":

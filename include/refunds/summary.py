@@ -12,6 +12,7 @@ from include.refunds.ledger.connection import Connection, LedgerEngine
 from include.refunds.message import Message, environment
 from include.refunds.money import money, sums
 from include.refunds.report import Total, pause_sentences
+from include.refunds.unwritten import Unwritten, unwritten_refunds
 
 CHART_DAYS = 14
 
@@ -70,6 +71,7 @@ class Summary:
     :param oldest: since when the refund that was approved first has been waiting.
     :param days: the last days, the oldest first.
     :param runs: the runs that began in that time, the oldest first.
+    :param unwritten: rows of refunds in the source that could not be written.
     """
 
     since: datetime
@@ -81,6 +83,7 @@ class Summary:
     oldest: datetime | None = None
     days: list[Day] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
+    unwritten: Unwritten = field(default_factory=Unwritten)
 
     @property
     def day(self) -> date:
@@ -116,6 +119,7 @@ async def read_summary(
         oldest = "SELECT min(approved_at) FROM refund_ledger.refunds_masked WHERE source = :source AND status IN ('approved', 'held')"
         found = (await connection.execute(oldest, {"source": source})).scalar_one()
         summary.oldest = found.astimezone(zone) if found else None
+        summary.unwritten = (await unwritten_refunds(connection, source)).at_zone(zone)
         summary.days = await _days(connection, source, summary.until)
         runs = """
             SELECT run_id, started_at, released_totals FROM refund_ledger.refund_runs
@@ -139,6 +143,8 @@ def as_message(summary: Summary, *, url: str) -> Message:
         for total in summary.waiting
         if total.status in ("held", "review", "unknown")
     ]
+    if summary.unwritten.count:
+        needs.append(f"{summary.unwritten.count:,} not written back")
     headline = [f"{sums(accepted)} accepted", *needs, *(["sending paused"] if summary.pauses else [])]
     values: dict[str, Any] = {
         "summary": summary,
@@ -150,6 +156,7 @@ def as_message(summary: Summary, *, url: str) -> Message:
         "alert": bool(
             summary.pauses
             or summary.failed_runs
+            or summary.unwritten.count
             or any(total.status == "review" for total in summary.waiting)
         ),
     }
@@ -242,5 +249,6 @@ def _text(summary: Summary, headline: Sequence[str], url: str) -> str:
                 *(f"  {t.status:<10} {t.count:>6,}  {money(t.amount, t.currency):>18}" for t in totals),
             ]
     lines += ["", *summary.pauses] if summary.pauses else []
+    lines += ["", "Not written back:", *summary.unwritten.sentences()] if summary.unwritten.count else []
     lines += ["", f"Runs: {len(summary.runs)}, failed: {len(summary.failed_runs)}"]
     return "\n".join([*lines, *(["", url] if url else [])]) + "\n"

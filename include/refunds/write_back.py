@@ -1,29 +1,120 @@
-"""Write-back: the source learns what became of its refunds."""
+"""Write-back: each refund's row of the source gets its outcome."""
 
 from __future__ import annotations
 
-from include.refunds.ledger import Ledger
-from include.refunds.source import Source
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from include.refunds.ledger import Ledger, NotWritten, WriteBack
+from include.refunds.printable import printable
+from include.refunds.source_errors import SourceError, SourceUnavailable
+from include.refunds.source_update import Updated
+from include.refunds.unwritten import doubled_sentence, first_of
 
 _BATCH = 200
 
+# A sentence or a log names so many rows; the report and `status` have a limit of their own.
+_MOST_NAMED = 10
 
-async def write_back(source: Source, ledger: Ledger) -> tuple[int, list[str]]:
+
+class WritableSource(Protocol):
+    """The source, as the write-back sees it."""
+
+    async def write_back(self, rows: Sequence[WriteBack]) -> Updated:
+        """Write rows, and return which of them were written and which were not."""
+
+
+@dataclass(slots=True)
+class WrittenBack:
+    """
+    What a write-back did.
+
+    :param written: how many rows were written.
+    :param not_written: by source_ref, the rows that were refused, locked or not found. They stay due.
+    :param doubled: by source_ref, how many rows of the source the UPDATE touched when it was more than one.
+    :param trouble: why it has to be tried again, or can't go on; all else is done and noted.
+    """
+
+    written: int = 0
+    not_written: dict[str, NotWritten] = field(default_factory=dict)
+    doubled: dict[str, int] = field(default_factory=dict)
+    trouble: SourceError | None = None
+
+    def add(self, updated: Updated) -> None:
+        """Count what one batch did."""
+        self.written += len(updated.written)
+        self.not_written |= {item.source_ref: item for item in updated.not_written}
+        self.doubled |= updated.doubled
+
+    def raise_trouble(self) -> None:
+        """
+        Raise what made it fail, once the caller has reported the rest.
+
+        :raises SourceUnavailable: when the source can't be written, or a row of it, and may be a little later.
+        :raises SourceError: when the statement can't be carried out for any row.
+        """
+        if self.trouble is not None:
+            raise self.trouble
+
+    def as_dict(self) -> dict[str, int]:
+        """Return the counts, as the task hands them on."""
+        return {
+            "written": self.written,
+            "not_written": len(self.not_written),
+            "doubled": len(self.doubled),
+        }
+
+    def sentences(self) -> list[str]:
+        """Return what became of all rows, and of single ones that need attention; of very many only the first."""
+        named = [
+            f"Source row {printable(item.source_ref)} is not written: {printable(item.reason)}"
+            for item in self.not_written.values()
+        ]
+        doubled = [doubled_sentence(ref, count) for ref, count in self.doubled.items()]
+        return [
+            f"{self.written} rows written back, {len(named)} not.",
+            *first_of(named, _MOST_NAMED, "more rows are not written"),
+            *first_of(doubled, _MOST_NAMED, "more rows like these"),
+        ]
+
+
+async def write_back(source: WritableSource, ledger: Ledger) -> WrittenBack:
     """
     Bring the source up to date with the ledger.
 
+    A row that can't be written is noted in the ledger with the reason and stays due; the others are written. It is tried
+    again after all others, so that rows which are refused time and again can't keep a new one from being written.
+
     The source is written before the ledger notes it, so a death in between only writes the same values again.
 
-    :returns: how many rows were written, and the source_refs whose UPDATE touched no row; those stay due.
-    :raises SourceError: when the source can't be written; what was not written stays due.
+    :raises SourceError: when the file can't be used; then nothing was written. Trouble with the database is returned.
     """
-    written, untouched = 0, []
+    done = WrittenBack()
     async with ledger.write_back_lock():
-        after = ""
-        while batch := await ledger.due_write_backs(_BATCH, after):
-            missed = set(await source.write_back(batch))
-            await ledger.mark_written_back([item for item in batch if item.source_ref not in missed])
-            written += len(batch) - len(missed)
-            untouched += sorted(missed)
-            after = batch[-1].source_ref
-    return written, untouched
+        for failed_before in (False, True):
+            after = ""
+            while due := await ledger.due_write_backs(_BATCH, after, failed_before=failed_before):
+                after = due[-1].source_ref
+                # A row that has failed a moment ago has failed before, too.
+                updated = await source.write_back(
+                    [item for item in due if item.source_ref not in done.not_written]
+                )
+                await ledger.mark_written_back(updated.written, updated.not_written)
+                done.add(updated)
+                done.trouble = updated.stopped
+                if not failed_before and not done.written:
+                    done.trouble = done.trouble or updated.unusable
+                if done.trouble is not None:
+                    return done
+    locked = [item for item in done.not_written.values() if item.is_transient]
+    if locked:
+        done.trouble = SourceUnavailable(_locked(locked))
+    return done
+
+
+def _locked(rows: Sequence[NotWritten]) -> str:
+    named = [f"{printable(item.source_ref)}: {printable(item.reason)}." for item in rows]
+    count = "1 row is" if len(rows) == 1 else f"{len(rows)} rows are"
+    sentences = first_of(named, _MOST_NAMED, "more rows like these")
+    return f"{count} not written yet on the connection refunds_source, all others are. {' '.join(sentences)}"

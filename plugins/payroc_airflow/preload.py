@@ -44,6 +44,7 @@ MODULES = (
     "include.refunds.release",
     "include.refunds.report",
     "include.refunds.send",
+    "include.refunds.unwritten",
     "include.refunds.write_back",
     "payroc_airflow.gateway",
     "payroc_airflow.keys",

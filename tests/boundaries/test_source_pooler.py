@@ -14,6 +14,7 @@ from sqlalchemy import URL, Engine, create_engine, text
 from sqlalchemy.pool import NullPool
 
 from include.refunds.ledger import WriteBack
+from include.refunds.source_update import Updated
 from payroc_airflow.databases import source_of
 
 
@@ -58,18 +59,18 @@ def test_pulls_and_write_backs_take_any_number_of_turns(engine: Engine) -> None:
     source = source_of()
     for status in ("approved", "accepted", "settled"):
         assert len(asyncio.run(source.select_approved())) == (30 if status != "settled" else 0)
-        missing = asyncio.run(source.write_back([line(number, status) for number in range(1, 32)]))
-        assert missing == ["RF-31"]
+        updated = asyncio.run(source.write_back([line(number, status) for number in range(1, 32)]))
+        assert [item.source_ref for item in updated.not_written] == ["RF-31"]
 
 
 def test_write_backs_side_by_side_share_a_session(engine: Engine) -> None:
-    async def four() -> list[list[str]]:
+    async def four() -> list[Updated]:
         lines = [
             [line(number, "accepted") for number in range(1 + 7 * part, 8 + 7 * part)] for part in range(4)
         ]
         return await asyncio.gather(*(source_of().write_back(each) for each in lines for _ in range(2)))
 
-    assert asyncio.run(four()) == [[]] * 8
+    assert [len(updated.written) for updated in asyncio.run(four())] == [7] * 8
 
 
 def test_a_session_is_left_as_it_was_found(engine: Engine) -> None:

@@ -45,7 +45,8 @@ def written(engine: Engine, folder: Path, update: str | bytes, source_ref: str =
         reason=None,
         updated_at=datetime(2026, 11, 2, 14, 30, tzinfo=UTC),
     )
-    return list(asyncio.run(SqlSource(engine, write_back=file).write_back([row])))
+    updated = asyncio.run(SqlSource(engine, write_back=file).write_back([row]))
+    return [item.source_ref for item in updated.not_written]
 
 
 def refused(engine: Engine, folder: Path, query: str | bytes) -> str:

@@ -163,7 +163,10 @@ class World:
         return dict(self.run(follow_up(self.ledger, self.gateway, self.settings)).counts)
 
     def write_back(self) -> tuple[int, list[str]]:
-        return self.run(write_back(self.source, self.ledger))
+        """Write back, and return how many rows were written, and the source_refs of those that were not."""
+        done = self.run(write_back(self.source, self.ledger))
+        done.raise_trouble()
+        return done.written, sorted(done.not_written)
 
     # -- what can be seen ----------------------------------------------------------------------------------------
 

@@ -40,6 +40,10 @@ A_REFUND = """INSERT INTO refund_ledger.refunds (source, source_ref, processing_
 AN_EVENT = """
     INSERT INTO refund_ledger.refund_events (at, event, refund_id, actor, reason)
     VALUES (now(), '{event}', {{accepted}}, 'ann', 'x')"""
+A_NOTE = (
+    "INSERT INTO refund_ledger.write_back_notes (source, source_ref, problem, problem_since) "
+    "VALUES ('shop', 'RF-1', 'x', now())"
+)
 TABLES = (
     "refunds",
     "refund_attempts",
@@ -47,6 +51,7 @@ TABLES = (
     "refund_event_chain",
     "refund_runs",
     "refund_control",
+    "write_back_notes",
     "invalid_rows",
 )
 
@@ -175,6 +180,8 @@ FORBIDDEN: dict[str, list[str]] = {
         "INSERT INTO refund_ledger.refund_attempts (refund_id, attempt, run_id, started_at) VALUES ({sending}, 2, 'run-2', now())",
         "UPDATE refund_ledger.refund_attempts SET outcome = 'not_sent' WHERE refund_id = {sending}",
         "DELETE FROM refund_ledger.invalid_rows",
+        A_NOTE,
+        "UPDATE refund_ledger.write_back_notes SET problem = NULL, problem_since = NULL",
         "SET ROLE refunds_payer",
     ],
     AUDITOR: [
@@ -191,6 +198,8 @@ FORBIDDEN: dict[str, list[str]] = {
         "UPDATE refund_ledger.refund_control SET largest_refund = NULL",
         "UPDATE refund_ledger.refund_runs SET approved_by = 'eve'",
         "DELETE FROM refund_ledger.invalid_rows",
+        A_NOTE,
+        "UPDATE refund_ledger.write_back_notes SET problem = NULL, problem_since = NULL",
         "SET ROLE refunds_operator",
     ],
     KEY_ROTATOR: [

@@ -1,4 +1,4 @@
-"""Write-backs run one at a time, and what is older never replaces what is newer."""
+"""Write-backs run one at a time, and an older one never replaces a newer one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def test_an_older_write_back_that_comes_late_changes_nothing_and_is_told_apart(w
     world.send(refund_id)
     world.write_back()
     late = replace(older, updated_at=older.updated_at - timedelta(seconds=1))
-    assert world.run(world.source.write_back([late])) == [older.source_ref]
+    [missed] = world.run(world.source.write_back([late])).not_written
+    assert missed.source_ref == older.source_ref
     assert world.source_row(older.source_ref)["status"] == "accepted"
 
 
@@ -25,20 +26,20 @@ def test_the_same_write_back_may_come_twice(world: World) -> None:
     refund_id = world.released()
     world.send(refund_id)
     due = world.run(world.ledger.due_write_backs(10))
-    assert world.run(world.source.write_back(due)) == []
-    assert world.run(world.source.write_back(due)) == []
+    assert world.run(world.source.write_back(due)).written == due
+    assert world.run(world.source.write_back(due)).written == due
 
 
-def test_a_write_back_does_not_wait_for_ever_for_one_that_stands_still(
+def test_a_write_back_does_not_wait_forever_for_one_that_stands_still_and_names_the_source(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(write_backs, "_LOCK_SECONDS", 1)
     world.released()
 
-    async def second_beside_the_first() -> None:
+    async def second_next_to_the_first() -> None:
         async with world.ledger.write_back_lock(), world.ledger.write_back_lock():
             pytest.fail("two write-backs hold the lock")
 
-    with pytest.raises(LedgerUnavailable):
-        world.run(second_beside_the_first())
+    with pytest.raises(LedgerUnavailable, match=r"Another write-back is at work.*connection refunds_source"):
+        world.run(second_next_to_the_first())
     assert world.write_back()[0] == 1

@@ -134,6 +134,22 @@ def test_the_report_says_that_the_sending_is_paused(shop: Shop, section: Section
     shop.assert_paid_once("RF-2201", "RF-2222")
 
 
+def test_a_row_is_not_written_back(shop: Shop, section: Section) -> None:
+    shop.approve_sample("RF-2201", "RF-2202")
+    with shop.source_engine.begin() as connection:
+        connection.exec_driver_sql(
+            "ALTER TABLE refund_requests ADD CONSTRAINT only_open CHECK (source_ref <> 'RF-2202' OR status IS NULL)"
+        )
+    shop.pay()
+    section.step()
+    with shop.source_engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE refund_requests DROP CONSTRAINT only_open")
+    section.step()
+    shop.wait_for_runs()
+    section.rest()
+    assert shop.source_row("RF-2202")["status"] == "accepted"
+
+
 def test_payroc_is_down(shop: Shop, section: Section) -> None:
     shop.approve_sample("RF-2201", "RF-2202")
     shop.pull()

@@ -16,6 +16,7 @@ from include.payroc.errors import PayrocNoAnswer
 from include.refunds.cipher import Cipher, Sealed, UnreadableRequest
 from include.refunds.classify import EVERYTHING
 from include.refunds.ledger import LedgerUnavailable
+from include.refunds.ledger.write_backs import ENDED
 from include.refunds.settings import Settings
 from include.refunds.source import SourceUnavailable
 from include.refunds.states import Status
@@ -394,6 +395,16 @@ class History:
         item = self.rng.choice(list(self.merchant.refunds.values()))
         self.merchant.withdraw(item, withdrawn=not item.withdrawn)
 
+    def _reset(self) -> None:
+        # Once for each: a ledger writes such a row again once a week.
+        ended = [
+            item
+            for item in self.merchant.refunds.values()
+            if item.status in ENDED and not item.withdrawn and not item.reset
+        ]
+        if ended:
+            self.merchant.reset(self.rng.choice(ended))
+
     def _approve_another(self) -> None:
         self._approve(len(self.merchant.refunds) + 1)
 
@@ -630,6 +641,12 @@ class History:
     def _is_quiet(self) -> bool:
         if self.memory.paused or any(row.status in _WAITING for row in self.memory.rows.values()):
             return False
+        if any(
+            item.status is None and not item.withdrawn
+            for item in self.merchant.refunds.values()
+            if item.reset
+        ):
+            return False
         # What the source still stands by has been sent; what it does not stand by will not be.
         rows = {row["source_ref"]: row for row in self.merchant.rows()}
         known = self.memory.by_ref
@@ -665,6 +682,7 @@ _EVENTS: dict[str, Callable[[History], None]] = {
     "a process stands still": History._freeze,
     "a source row is edited": History._edit,
     "a source row is withdrawn or brought back": History._withdraw,
+    "an ended source row loses its status": History._reset,
     "another refund is approved": History._approve_another,
     "a person pauses": History._pause,
     "a person resumes": History._resume,
@@ -684,6 +702,7 @@ _EVENTS: dict[str, Callable[[History], None]] = {
 
 
 _FORGOTTEN = (
+    "an ended source row loses its status",
     "another API key",
     "people look at what is held",
     "a person cancels a refund",

@@ -362,7 +362,11 @@ class Invariants:
             self._check_end(item, row, objects)
             newest = self._newest_of_chain(row)
             newer = self.restored and item.updated_at is not None and item.updated_at > newest.updated_at
-            if (item.status, item.updated_at) != (newest.status.value, newest.updated_at) and not newer:
+            unseen = item.reset and item.withdrawn
+            if (item.status, item.updated_at) != (
+                newest.status.value,
+                newest.updated_at,
+            ) and not newer | unseen:
                 raise Violation(
                     f"{item.source_ref} is {newest.status} in the ledger, and the source says {item.status}."
                 )

@@ -9,7 +9,7 @@ after every call.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta
@@ -30,11 +30,13 @@ from include.refunds.ledger import (
     LedgerError,
     NewRefund,
     NoSuchRefund,
+    NotWritten,
     Selection,
     Task,
     WriteBack,
 )
 from include.refunds.ledger.runs import DUE_WITHIN, hash_of_ids
+from include.refunds.ledger.write_backs import ENDED
 from include.refunds.limits import (
     AtTheDoor,
     Door,
@@ -157,6 +159,14 @@ class InvalidRow:
     written_back_at: datetime | None = None
 
 
+@dataclass(slots=True)
+class Note:
+    """One row of ``write_back_notes``."""
+
+    failed: bool = False
+    offered_again_at: datetime | None = None
+
+
 _FIXED = (
     "id",
     "source_ref",
@@ -169,6 +179,9 @@ _FIXED = (
     "replaces",
     "created_at",
 )
+
+
+_NO_NOTE = Note()
 
 
 class MemoryLedger:
@@ -187,6 +200,7 @@ class MemoryLedger:
         self.attempts: dict[int, list[Attempt]] = {}
         self.runs: dict[str, Run] = {}
         self.invalid: dict[str, InvalidRow] = {}
+        self.notes: dict[str, Note] = {}
         self.paused: dict[str, str] = {}
         self.restored_to: datetime | None = None
         self.environment: str | None = None
@@ -209,6 +223,7 @@ class MemoryLedger:
             "attempts": {key: [copy.copy(item) for item in items] for key, items in self.attempts.items()},
             "runs": _copied(self.runs),
             "invalid": _copied(self.invalid),
+            "notes": _copied(self.notes),
             "paused": dict(self.paused),
             "restored_to": self.restored_to,
             "environment": self.environment,
@@ -991,7 +1006,7 @@ class MemoryLedger:
             if taken:
                 self.write_back_free = True
 
-    def due_write_backs(self, limit: int, after: str = "") -> list[WriteBack]:
+    def due_write_backs(self, limit: int, after: str = "", *, failed_before: bool = False) -> list[WriteBack]:
         replaced = {row.replaces for row in self.rows.values() if row.status is not Status.CANCELLED}
         due = []
         for row in self.rows.values():
@@ -1022,10 +1037,15 @@ class MemoryLedger:
             ):
                 errors = "; ".join(f"{key}: {value}" for key, value in sorted(bad.errors.items()))
                 due.append(WriteBack(ref, "invalid", None, None, errors, bad.updated_at))
+        due = [item for item in due if self.notes.get(item.source_ref, _NO_NOTE).failed is failed_before]
         due.sort(key=lambda item: item.source_ref)
         return due[:limit]
 
-    def mark_written_back(self, written: Sequence[WriteBack]) -> None:
+    def mark_written_back(
+        self,
+        written: Sequence[WriteBack],
+        not_written: Sequence[NotWritten] = (),
+    ) -> None:
         for item in written:
             chain = [
                 row for row in self.rows.values() if self._first_of_chain(row).source_ref == item.source_ref
@@ -1034,6 +1054,29 @@ class MemoryLedger:
             for row in (*chain, *([bad] if bad is not None else [])):
                 if row.updated_at == item.updated_at:
                     row.written_back_at = row.updated_at
+            if item.source_ref in self.notes:
+                self.notes[item.source_ref].failed = False
+        for problem in not_written:
+            self.notes.setdefault(problem.source_ref, Note()).failed = True
+
+    def write_again(self, offered: Collection[str]) -> tuple[int, int]:
+        now, due, ended = self.clock(), 0, 0
+        replaced = {row.replaces for row in self.rows.values() if row.status is not Status.CANCELLED}
+        for row in self.rows.values():
+            ref = self._first_of_chain(row).source_ref
+            if (
+                ref in offered
+                and row.status.value in ENDED
+                and row.written_back_at == row.updated_at
+                and row.id not in replaced
+                and not (row.replaces is not None and row.status is Status.CANCELLED)
+            ):
+                ended += 1
+                note = self.notes.setdefault(ref, Note())
+                if note.offered_again_at is None or now - note.offered_again_at >= timedelta(days=7):
+                    note.offered_again_at, row.written_back_at = now, None
+                    due += 1
+        return due, ended - due
 
     # -- the constraints of the database -----------------------------------------------------------------------------
 

@@ -13,10 +13,11 @@ from unittest.mock import patch
 from include.refunds import pull
 from include.refunds.cipher import Cipher
 from include.refunds.keys import default_order_id, idempotency_key
-from include.refunds.ledger import WriteBack
+from include.refunds.ledger import NotWritten, WriteBack
 from include.refunds.pull import InvalidRow
 from include.refunds.settings import Settings
 from include.refunds.source import COLUMNS, SourceRow, SourceUnavailable
+from include.refunds.source_update import Updated
 from tests.simulation.engine import EPOCH, Engine, Violation
 
 TERMINALS = ("7701001", "7701002")
@@ -61,6 +62,7 @@ class Approved:
     A refund in the merchant's table.
 
     :param versions: what of it was ever approved: order, amount, terminal, payee. One of these may be paid, once.
+    :param reset: somebody took its status away after the refund had ended, so it is offered again.
     :param first: the refund that this one is a reissue of; two people approved it in the ledger, the table has no row of it.
     """
 
@@ -71,6 +73,7 @@ class Approved:
     withdrawn: bool = False
     status: str | None = None
     updated_at: datetime | None = None
+    reset: bool = False
     first: Approved | None = None
 
     @property
@@ -158,6 +161,11 @@ class Merchant:
         item.withdrawn = withdrawn
         self.engine.tell(f"source: {item.source_ref} is {'withdrawn' if withdrawn else 'back'}")
 
+    def reset(self, item: Approved) -> None:
+        """Take the status of an ended refund away, as somebody does who restores the table or edits it by hand."""
+        item.status, item.reset = None, True
+        self.engine.tell(f"source: {item.source_ref} loses its status")
+
 
 class SimulatedSource:
     """The source as a worker sees it: each call may fail, with or without its effect."""
@@ -173,18 +181,18 @@ class SimulatedSource:
         engine.current.seen_source = {row["source_ref"]: row for row in rows}
         return rows
 
-    async def write_back(self, rows: Sequence[WriteBack]) -> list[str]:
+    async def write_back(self, rows: Sequence[WriteBack]) -> Updated:
         engine, merchant = self._merchant.engine, self._merchant
         if merchant.read_only:
-            raise SourceUnavailable("The source can't be written.")
+            return Updated(stopped=SourceUnavailable("The source can't be written."))
         before = engine.chance() < 0.5
         if before:
             await engine.point("source: write back")
-        untouched = []
+        updated = Updated()
         for item in rows:
             target = merchant.refunds.get(item.source_ref)
             if target is None:
-                untouched.append(item.source_ref)
+                updated.not_written.append(NotWritten(item.source_ref, "There is no such row."))
                 continue
             if (
                 target.updated_at is not None
@@ -192,12 +200,13 @@ class SimulatedSource:
                 and not merchant.restored
             ):
                 if merchant.guarded:
-                    untouched.append(item.source_ref)
+                    updated.not_written.append(NotWritten(item.source_ref, "The row is newer."))
                     continue
                 raise Violation(
                     f"An older write-back overtakes a newer one: {item.source_ref} goes from {target.status} back to {item.status}."
                 )
             target.status, target.updated_at = item.status, item.updated_at
+            updated.written.append(item)
         if not before:
             await engine.point("source: written back")
-        return untouched
+        return updated

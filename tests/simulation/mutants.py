@@ -512,7 +512,7 @@ def _no_lock(self: MemoryLedger) -> Iterator[bool]:
     yield True
 
 
-def _mark_whatever_is_there(self: MemoryLedger, written: Any) -> None:
+def _mark_whatever_is_there(self: MemoryLedger, written: Any, *not_written: Any) -> None:
     for item in written:
         row = self.by_ref.get(item.source_ref)
         if row is not None:
@@ -824,6 +824,10 @@ MUTANTS = (
     Mutant(
         "a write-back notes more than it wrote",
         ((MemoryLedger, "mark_written_back", _mark_whatever_is_there),),
+    ),
+    Mutant(
+        "a row that is offered again after its refund has ended is not written again",
+        ((MemoryLedger, "write_again", lambda self, offered: (0, 0)),),
     ),
     Mutant(
         "a review is called rejected before the list can be complete",

@@ -24,6 +24,7 @@ _TABLES = (
     "refund_events",
     "refund_runs",
     "invalid_rows",
+    "write_back_notes",
     "refund_control",
     "refunds",
 )

@@ -125,5 +125,6 @@ for _name in (
     "reissue",
     "due_write_backs",
     "mark_written_back",
+    "write_again",
 ):
     setattr(SteppedLedger, _name, _stepped(_name))

@@ -12,7 +12,7 @@ from include.refunds.ledger.intake import NAMELESS, Intake, NewRefund, differenc
 from include.refunds.ledger.requests import KeptRequest, Requests
 from include.refunds.ledger.runs import RELEASE_VALID, Candidate, Runs, Selection
 from include.refunds.ledger.sending import Claim, Sending, Task
-from include.refunds.ledger.write_backs import WriteBack, WriteBacks
+from include.refunds.ledger.write_backs import NotWritten, WriteBack, WriteBacks
 
 __all__ = [
     "NAMELESS",
@@ -26,6 +26,7 @@ __all__ = [
     "LedgerUnavailable",
     "NewRefund",
     "NoSuchRefund",
+    "NotWritten",
     "Selection",
     "Task",
     "WriteBack",

@@ -1,14 +1,15 @@
-"""What the source does not know yet."""
+"""Rows of the source that are due to be written, and what is remembered of single ones."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
-from include.refunds.ledger.base import LedgerBase
+from include.refunds.database_errors import Kind, describe
+from include.refunds.ledger.base import LedgerBase, LedgerUnavailable
 from include.refunds.ledger.connection import DATABASE_ERRORS
 from include.refunds.ledger.intake import NAMELESS
 
@@ -25,6 +26,20 @@ class WriteBack:
     updated_at: datetime
 
 
+@dataclass(frozen=True, slots=True)
+class NotWritten:
+    """
+    A row of the source that could not be written.
+
+    :param reason: why, without a value of the row.
+    :param is_transient: it may be written a little later.
+    """
+
+    source_ref: str
+    reason: str
+    is_transient: bool = False
+
+
 # True of a row r of refunds that the source's row shows: of a refund and its reissues the newest that was not cancelled.
 NEWEST = """(r.replaces IS NULL OR r.status <> 'cancelled') AND NOT EXISTS (
     SELECT FROM refund_ledger.refunds_masked AS newer WHERE newer.replaces = r.id AND newer.status <> 'cancelled')"""
@@ -38,6 +53,21 @@ _WRITTEN = (
     ("refunds", "target.replaces IS NOT NULL AND refund_ledger.first_source_ref(target.id) = row.source_ref"),
     ("invalid_rows", "target.source_ref = row.source_ref"),
 )
+
+
+# True of a source_ref whose row could not be written when it was tried last.
+_FAILED_BEFORE = """EXISTS (SELECT FROM refund_ledger.write_back_notes AS note
+    WHERE note.source = :source AND note.source_ref = {ref} AND note.problem IS NOT NULL)"""
+
+_LONGEST_REASON = 500
+
+# What ends a refund, or nearly: a row that shows one of these is not offered again by the select_approved.sql of ours.
+ENDED = ("accepted", "settled", "returned", "reversed", "rejected", "cancelled")
+
+# A source that offers ended refunds in every run has each of them written so often.
+_WRITE_AGAIN_AFTER = timedelta(days=7)
+
+_WRITTEN_AND_ENDED = f"""r.written_back_at = r.updated_at AND r.status IN ({", ".join(f"'{name}'" for name in ENDED)}) AND {NEWEST}"""
 
 
 class WriteBacks(LedgerBase):
@@ -58,17 +88,24 @@ class WriteBacks(LedgerBase):
                     await connection.execute(f"SET LOCAL lock_timeout = '{_LOCK_SECONDS}s'")
                     await connection.execute("SELECT pg_advisory_lock(hashtext('refund_ledger.write_back'))")
             except DATABASE_ERRORS as error:
+                if describe(error).kind is Kind.LOCKED:
+                    raise LedgerUnavailable(
+                        f"Another write-back is at work and has not ended for {_LOCK_SECONDS} s, so this one did not begin: "
+                        "find out what it waits for in the source (connection refunds_source)."
+                    ) from None
                 raise self._explained(error) from None
             try:
                 yield
             finally:
-                # A session that has ended has let go of it.
+                # A session that has ended has released it.
                 with suppress(*DATABASE_ERRORS):
                     await connection.execute(
                         "SELECT pg_advisory_unlock(hashtext('refund_ledger.write_back'))"
                     )
 
-    async def due_write_backs(self, limit: int, after: str = "") -> list[WriteBack]:
+    async def due_write_backs(
+        self, limit: int, after: str = "", *, failed_before: bool = False
+    ) -> list[WriteBack]:
         """
         Return changes that the source does not have yet, ordered by source_ref.
 
@@ -77,17 +114,18 @@ class WriteBacks(LedgerBase):
 
         :param limit: at most so many.
         :param after: only those with a greater source_ref.
+        :param failed_before: those whose last attempt failed, instead of all others.
         """
         query = f"""
             (SELECT source_ref, status, payroc_refund_id, payroc_status, reason, updated_at FROM refund_ledger.refunds AS r
              WHERE source = :source AND (written_back_at = updated_at) IS NOT TRUE AND source_ref > :after
-               AND replaces IS NULL AND {NEWEST}
+               AND replaces IS NULL AND {NEWEST} AND {_FAILED_BEFORE.format(ref="r.source_ref")} = :failed_before
              ORDER BY source_ref LIMIT :limit)
             UNION ALL
             (SELECT first.source_ref, status, payroc_refund_id, payroc_status, reason, updated_at FROM refund_ledger.refunds AS r
              CROSS JOIN LATERAL (SELECT refund_ledger.first_source_ref(r.id) AS source_ref) AS first
              WHERE source = :source AND (written_back_at = updated_at) IS NOT TRUE AND first.source_ref > :after
-               AND replaces IS NOT NULL AND {NEWEST}
+               AND replaces IS NOT NULL AND {NEWEST} AND {_FAILED_BEFORE.format(ref="first.source_ref")} = :failed_before
              ORDER BY first.source_ref LIMIT :limit)
             UNION ALL
             (SELECT source_ref, 'invalid', NULL, NULL,
@@ -97,22 +135,89 @@ class WriteBacks(LedgerBase):
                AND NOT starts_with(source_ref, :nameless)
                AND NOT EXISTS (SELECT FROM refund_ledger.refunds AS r
                                WHERE r.source = invalid.source AND r.source_ref = invalid.source_ref)
+               AND {_FAILED_BEFORE.format(ref="invalid.source_ref")} = :failed_before
              ORDER BY source_ref LIMIT :limit)
             ORDER BY source_ref LIMIT :limit"""
-        values = {"source": self._settings.source, "after": after, "limit": limit, "nameless": NAMELESS}
+        values = {
+            "source": self._settings.source,
+            "after": after,
+            "limit": limit,
+            "nameless": NAMELESS,
+            "failed_before": failed_before,
+        }
         async with self._transaction() as (connection, _):
             result = await connection.execute(query, values)
             return [WriteBack(**row) for row in result]
 
-    async def mark_written_back(self, written: Sequence[WriteBack]) -> None:
-        """Note what the source has now: the very ``updated_at`` that was read, so a later change stays due."""
+    async def mark_written_back(
+        self,
+        written: Sequence[WriteBack],
+        not_written: Sequence[NotWritten] = (),
+    ) -> None:
+        """
+        Note what the source has now: the very ``updated_at`` that was read, so a later change stays due.
+
+        :param not_written: rows that could not be written, each with the reason; they stay due.
+        """
         rows = json.dumps(
             [{"source_ref": item.source_ref, "updated_at": item.updated_at.isoformat()} for item in written]
         )
-        async with self._transaction() as (connection, _):
+        problems = json.dumps({item.source_ref: item.reason[:_LONGEST_REASON] for item in not_written})
+        settle = """
+            UPDATE refund_ledger.write_back_notes AS note SET problem = NULL, problem_since = NULL
+            FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS row (source_ref text)
+            WHERE note.source = :source AND note.source_ref = row.source_ref AND note.problem IS NOT NULL"""
+        note = """
+            INSERT INTO refund_ledger.write_back_notes AS known (source, source_ref, problem, problem_since)
+            SELECT :source, key, value, :now FROM jsonb_each_text(CAST(:problems AS jsonb))
+            ON CONFLICT (source, source_ref) DO UPDATE SET problem = EXCLUDED.problem,
+                problem_since = COALESCE(known.problem_since, EXCLUDED.problem_since)"""
+        async with self._transaction() as (connection, now):
             for table, condition in _WRITTEN:
                 update = f"""
                     UPDATE refund_ledger.{table} AS target SET written_back_at = row.updated_at
                     FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS row (source_ref text, updated_at timestamptz)
                     WHERE target.source = :source AND {condition} AND target.updated_at = row.updated_at"""
                 await connection.execute(update, {"rows": rows, "source": self._settings.source})
+            await connection.execute(settle, {"rows": rows, "source": self._settings.source})
+            if not_written:
+                values = {"source": self._settings.source, "problems": problems, "now": now}
+                await connection.execute(note, values)
+
+    async def write_again(self, offered: Collection[str]) -> tuple[int, int]:
+        """
+        Make refunds due again whose row of the source is offered although they have ended and this was written back.
+
+        A source that offers ended refunds all the time would be written all the time, so it is done once a week for each row.
+
+        :param offered: source_refs that the source returns as approved.
+        :returns: how many are due again, and how many are offered again too soon after that.
+        """
+        again = f"""
+            WITH ended AS (
+                SELECT r.id, r.source_ref FROM refund_ledger.refunds AS r
+                WHERE r.source = :source AND r.source_ref = ANY(:offered) AND r.replaces IS NULL AND {_WRITTEN_AND_ENDED}
+                UNION ALL
+                SELECT r.id, first.source_ref FROM refund_ledger.refunds AS r
+                CROSS JOIN LATERAL (SELECT refund_ledger.first_source_ref(r.id) AS source_ref) AS first
+                WHERE r.source = :source AND r.replaces IS NOT NULL AND first.source_ref = ANY(:offered) AND {_WRITTEN_AND_ENDED}
+            ), noted AS (
+                INSERT INTO refund_ledger.write_back_notes AS known (source, source_ref, offered_again_at)
+                SELECT :source, source_ref, :now FROM ended
+                ON CONFLICT (source, source_ref) DO UPDATE SET offered_again_at = EXCLUDED.offered_again_at
+                WHERE known.offered_again_at IS NULL OR known.offered_again_at <= :before
+                RETURNING source_ref
+            ), due AS (
+                UPDATE refund_ledger.refunds AS r SET written_back_at = NULL
+                FROM ended JOIN noted USING (source_ref) WHERE r.id = ended.id RETURNING r.id
+            )
+            SELECT (SELECT count(*) FROM due) AS due, (SELECT count(*) FROM ended) AS ended"""
+        async with self._transaction() as (connection, now):
+            values = {
+                "source": self._settings.source,
+                "offered": list(offered),
+                "now": now,
+                "before": now - _WRITE_AGAIN_AFTER,
+            }
+            row = (await connection.execute(again, values)).one()
+            return row.due, row.ended - row.due
