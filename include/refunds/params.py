@@ -22,7 +22,8 @@ def _number(value: object) -> object:
     # JSON knows one kind of number: 5.0 is 5, as for Airflow. A yes or a text is none.
     if isinstance(value, bool | str):
         raise ValueError
-    return value
+    # pydantic takes no float of more than 64 bits for a whole number.
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _text(value: object) -> object:

@@ -112,6 +112,7 @@ VALUES = given(st.sampled_from(NAMES), JSON)
 @example("processing_terminal_id", "7701\ud83d")
 @example("approved_before", "0001-01-01T00:00:00+14:00")
 @example("batch_size", 10**400)
+@example("batch_size", 1e300)
 @example("limit", True)
 @VALUES
 @hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
