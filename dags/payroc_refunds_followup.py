@@ -102,14 +102,14 @@ with DAG(
             found = await follow_up_report(ledger.engine, settings.source)
         # The run's state is this task's, so what failed before it has to be told here.
         followed = context["ti"].xcom_pull(task_ids="follow_up")
-        if followed and followed["objects"]:
-            objects = objects_named(followed["not understood"], followed["objects"])
-            found.notes.append(
-                f"Payroc lists {objects} that can't be understood; look at them in Payroc's portal."
-            )
         if followed is None:
             found.unfinished.append(
                 "follow_up failed, its log says why: what became of refunds at Payroc was not asked, or not of all."
+            )
+        elif followed["objects"]:
+            objects = objects_named(followed["not understood"], followed["objects"])
+            found.notes.append(
+                f"Payroc lists {objects} that can't be understood; look at them in Payroc's portal."
             )
         written_back = context["ti"].xcom_pull(task_ids="write_back")
         if written_back is None:

@@ -13,6 +13,7 @@ from sqlalchemy import URL
 
 from include.payroc.errors import PayrocProblem, PayrocUnexpectedAnswer
 from include.refunds.ledger import LedgerError
+from include.refunds.reissue import reissue
 from include.refunds.release import PreflightRefused
 from include.refunds.restored import Restored, restored
 from include.refunds.verify import Comparison, verify
@@ -212,6 +213,7 @@ def test_a_200_that_is_not_payrocs_list_stops_before_the_first_post(world: World
         b'{"access_token": "a", "expires_in": 3600, "token_type": "mac"}',
         b'{"token": "a"}',
     ],
+    ids=["login page", "byte order mark", "gzip", "another scheme", "another shape"],
 )
 def test_a_200_that_is_not_payrocs_token_stops_before_the_first_post(world: World, body: bytes) -> None:
     ref = world.approve()
@@ -338,6 +340,22 @@ def test_a_token_that_payroc_took_back_stops_no_decision(world: World) -> None:
     world.sandbox.post("/_sandbox/tokens/revoke")
     assert decide(world, refund_id, "accepted", "bob")
     assert world.row(refund_id)["status"] == "accepted"
+
+
+def test_a_token_that_payroc_took_back_stops_no_reissue(world: World) -> None:
+    refund_id = paid(world, "9002")
+    assert world.row(refund_id)["status"] == "rejected"
+    for person, reissued in (("ann", False), ("bob", True)):
+        world.sandbox.post("/_sandbox/tokens/revoke")
+        work = reissue(
+            refund_id,
+            "paid by mistake to nobody",
+            ledger=ledger_of(world, person),
+            gateway=world.gateway,
+            cipher=world.cipher,
+            source=world.settings.source,
+        )
+        assert (world.run(work) is not None) is reissued
 
 
 def test_a_fresh_token_that_payroc_refuses_too_ends_the_reading(world: World) -> None:

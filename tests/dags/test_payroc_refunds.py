@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from airflow.sdk.exceptions import ParamValidationError
 
+from tests.boundaries.payroc_pages import ODD_OBJECTS, answer_normally, spoil_lists
 from tests.dags.conftest import Runner, everything_that_airflow_kept
 from tests.refunds.conftest import World
 
@@ -367,6 +368,20 @@ def test_the_follow_up_brings_accepted_refunds_to_settled_and_writes_it_back(
     run = run_dag("payroc_refunds_followup")
     assert run.state == "success"
     assert (world.row(ref)["status"], world.source_row(ref)["status"]) == ("settled", "settled")
+
+
+def test_a_follow_up_with_odd_objects_at_payroc_is_green_and_its_report_names_them(
+    world: World, run_dag: Runner
+) -> None:
+    terminal = "7701777"
+    refund_id = world.released(processing_terminal_id=terminal)
+    world.send(refund_id)
+    odd, name = ODD_OBJECTS["half an emoji"]
+    spoil_lists(world, terminal, odd)
+    run = run_dag("payroc_refunds_followup")
+    answer_normally(world)
+    assert run.state == "success"
+    assert f"Payroc lists 1 object ({name} of terminal {terminal}) that can't be understood" in run.log
 
 
 def test_a_follow_up_is_red_when_people_have_something_to_do_and_green_while_time_will_tell(

@@ -829,6 +829,7 @@ TOKEN = b'{"access_token": "a", "expires_in": 3600, "token_type": "Bearer"}'
         (b"[]", "see the whole"),
         (b"3600", "see the whole"),
     ],
+    ids=["web page", "gzip", "byte order mark", "another scheme", "two tokens", "list", "number"],
 )
 def test_the_test_button_takes_no_200_that_is_not_payrocs_token(hook, payroc, reply, body, why) -> None:
     payroc.on("POST", "/authorize", reply(200, body))
