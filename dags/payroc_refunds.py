@@ -180,7 +180,7 @@ with DAG(
         """
         Write the outcomes of refunds back to the source, and hand on how many rows were written.
 
-        Rows that are refused are noted, and `report` names them and fails: trying them again here would change nothing.
+        Refused rows are noted, and `report` names them and fails: trying them again here changes nothing.
         """
         from include.refunds.write_back import write_back
 
@@ -226,7 +226,7 @@ with DAG(
                     for name in ("pull_approved", "release", "write_back")
                     if context["ti"].xcom_pull(task_ids=name) is None
                 ]
-                # Without a pull there is no release, and a rejection skips it; the write-back runs in any case.
+                # Without a pull there is no release, and a rejection skips it; the write-back always runs.
                 if "release" in failed and ("pull_approved" in failed or found.rejected):
                     failed.remove("release")
                 found.unfinished += [f"{name} did not finish, its log says why." for name in failed]

@@ -74,7 +74,7 @@ with DAG(
         """
         Write the outcomes of refunds back to the source, and hand on how many rows were written.
 
-        Rows that are refused are noted, and `report` names them and fails: trying them again here would change nothing.
+        Refused rows are noted, and `report` names them and fails: trying them again here changes nothing.
         """
         from include.refunds.write_back import write_back
 
@@ -116,7 +116,8 @@ with DAG(
             found.unfinished.append("write_back did not finish, its log says why.")
         elif doubled := written_back["doubled"]:
             found.notes.append(
-                f"The UPDATE of write_back.sql touched several rows for each of {doubled} refunds; the log of write_back names them."
+                f"The UPDATE of write_back.sql touched several rows for each of {doubled} refunds; "
+                "the log of write_back names them."
             )
         found.notes += mistakes()
         leave_for_notifier(found, context)

@@ -70,7 +70,8 @@ app = typer.Typer(
 compare it with Payroc, check its audit trail.
 
 The ledger is --ledger-url, else PAYROC_REFUNDS_LEDGER_URL, else AIRFLOW_CONN_REFUNDS_LEDGER (a URI or JSON). Exit codes:
-0 all is well, 1 something needs people (for status: a refund is sending, unknown or in review, or the sending is paused;
+0 all is well, 1 something needs people (for status: a refund is sending, unknown, in review or not
+written back, or the sending is paused;
 for resolve and reissue: a second person has to run the command), 2 the command could not run, or was refused.""",
 )
 

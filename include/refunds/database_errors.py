@@ -1,9 +1,10 @@
 """
 Errors of databases by their meaning: what passes by itself and what does not, on each driver.
 
-A driver's own words may quote a row, a statement, a connection string, or a merchant's trigger. None is passed on.
-A failure is described by words of ours, by the class and the code of its error, and by the name of a column, table
-or constraint.
+A driver's own words may quote a row, a statement, a connection string, or a merchant's trigger. None is
+    passed
+on. A failure is described by words of ours, by the class and the code of its error, and by the name of a
+column, table or constraint.
 """
 
 from __future__ import annotations
@@ -207,8 +208,8 @@ def describe(error: BaseException) -> Failure:
     """
     Return what an error of a database means.
 
-    :param error: an error of psycopg, psycopg2, asyncpg, a driver of MySQL, ``sqlite3`` or another driver of the
-        DB-API, the error of SQLAlchemy around it, or an error of the network.
+    :param error: an error of psycopg, psycopg2, asyncpg, a driver of MySQL, ``sqlite3`` or another driver of
+        the DB-API, the error of SQLAlchemy around it, or an error of the network.
     """
     driver = getattr(error, "orig", None) or error
     rule, code = _rule(driver)

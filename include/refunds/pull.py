@@ -47,7 +47,7 @@ class Pulled:
     :param changed: source_refs whose row differs from the refund it once became, each with what differs.
     :param standing: source_refs of the rows that are valid and not changed: the source stands by these refunds.
     :param withdrawn: ids of refunds that wait and that the source no longer returns, each with a sentence.
-    :param written_again: rows that are offered although their refunds have ended; what became of these is written back again.
+    :param written_again: rows that are offered although their refunds have ended; they are written again.
     :param still_offered: such rows that were written back again lately, and are offered all the same.
     :param warnings: by source_ref of a row in ``standing``, sentences about what is odd of it though no rule refuses it.
     """

@@ -337,12 +337,13 @@ def written_again_notes(written_again: int, still_offered: int) -> list[str]:
     notes = []
     if written_again:
         notes.append(
-            f"{_rows(written_again)} offered again although the refund has ended; the outcome is written back again."
+            f"{_rows(written_again)} offered again although the refund has ended; "
+            "the outcome is written back again."
         )
     if still_offered:
         notes.append(
-            f"{_rows(still_offered)} still offered although the refund has ended and this was written back twice: "
-            "let select_approved.sql leave out ended refunds."
+            f"{_rows(still_offered)} still offered although the refund has ended and this was written back "
+            "twice: let select_approved.sql leave out ended refunds."
         )
     return notes
 
@@ -422,7 +423,8 @@ async def _note_state(
         SELECT count(*) FROM refund_ledger.refunds_masked AS r
         WHERE source = :source AND (written_back_at = updated_at) IS NOT TRUE AND {NEWEST}
           AND NOT EXISTS (SELECT FROM refund_ledger.write_back_notes AS note
-                          WHERE note.source = r.source AND note.source_ref = r.source_ref AND note.problem IS NOT NULL)"""
+                          WHERE note.source = r.source AND note.source_ref = r.source_ref
+                            AND note.problem IS NOT NULL)"""
     if missing := (await connection.execute(due, {"source": source})).scalar_one():
         report.notes.append(
             f"{missing} refunds have news that the source does not have yet; the next write_back tries again."

@@ -48,7 +48,7 @@ def prepare_transactions(engine: Engine) -> Engine:
 
 def wait_for_locks(connection: Connection, seconds: float) -> None:
     """
-    Let a transaction wait for locks of other sessions no longer than it may, in place of :data:`LOCK_SECONDS`.
+    Limit how long a transaction waits for locks of other sessions, in place of :data:`LOCK_SECONDS`.
 
     :param seconds: MySQL takes whole ones, at least 1. Where nothing is set, the database's own limit holds.
     """

@@ -23,7 +23,7 @@ _TYPES: dict[str, TypeEngine[Any]] = {
 PARAMETERS = tuple(_TYPES)
 """The parameters that the update may use; it has to use the first."""
 
-# How long a statement waits for another session's lock, in seconds: with many rows, and when one of them may be locked.
+# How long a statement waits for another session's lock, in seconds: at first, and once a row may be locked.
 _PATIENCE = 3.0
 _SHORT_PATIENCE = 0.5
 # So many rows that are locked one by one are enough: whoever has locked them may have locked the rest.
@@ -39,9 +39,10 @@ class Updated:
 
     :param written: the rows that were written; committed.
     :param not_written: the rows that were refused, locked or not found, each with the reason.
-    :param doubled: of the written ones, by source_ref, how many rows the UPDATE touched when it was more than one.
+    :param doubled: by source_ref of a written row, how many rows the UPDATE touched when it was more than
+        one.
     :param stopped: why the rest was not even tried: the database went away, or too many rows are locked.
-    :param unusable: the error of a statement that failed for every row, as one does that names an unknown column.
+    :param unusable: the error of a statement that failed for every row, such as an unknown column.
     """
 
     written: list[WriteBack] = field(default_factory=list)
@@ -55,8 +56,9 @@ def run_update(engine: Engine, update: SqlFile, rows: Sequence[WriteBack]) -> Up
     """
     Run the update for each row: for all of them in one transaction, and where that fails in smaller ones.
 
-    A refused row is found by halves, so that one of 200 costs 15 transactions more; a locked one by trying each row, because each
-    try may wait. There are no savepoints: a constraint may be checked at the commit, and a deadlock ends a whole transaction.
+    A refused row is found by halves, so that one of 200 costs 15 transactions more; a locked one by trying
+    each row, because each try may wait. There are no savepoints: a constraint may be checked at the commit,
+    and a deadlock ends a whole transaction.
 
     :param update: the file's statement, whose parameters are among :data:`PARAMETERS`.
     """
@@ -68,7 +70,7 @@ class _Update:
         self._engine = engine
         self._name = update.name
         self._used = update.parameters
-        # Typed, so that a parameter may be anywhere in the statement, and each dialect gets the time in its own form.
+        # Typed: so a parameter may be anywhere in the statement, and each dialect gets the time in its form.
         self._statement = text(update.text).bindparams(
             *(bindparam(name, type_=_TYPES[name]) for name in self._used)
         )
@@ -149,13 +151,13 @@ def _split(rows: Sequence[WriteBack], pieces: int) -> Iterable[Sequence[WriteBac
 def _parameters(row: WriteBack, used: Iterable[str]) -> dict[str, Any]:
     values = {name: getattr(row, name) for name in used}
     if "updated_at" in values:
-        # In whole seconds: a column that holds no fractions would round, and then call what it has newer than what comes.
+        # In whole seconds: a column without fractions would round it up, and then refuse the next as older.
         values["updated_at"] = row.updated_at.astimezone(UTC).replace(microsecond=0)
     return values
 
 
 def _count_each(engine: Engine) -> None:
-    """Let an engine count per row what many updates at once touch; SQLAlchemy returns their sum, or nothing."""
+    """Let an engine count per row what many updates touch; SQLAlchemy returns their sum, or nothing."""
     if not event.contains(engine, "do_executemany", _execute_and_count):
         event.listen(engine, "do_executemany", _execute_and_count)
 

@@ -76,7 +76,7 @@ def first_of(sentences: Sequence[str], most: int, more: str) -> list[str]:
     return [*sentences[:most], *([f"{rest} {more}."] if rest > 0 else [])]
 
 
-# A refund that was not sent: the merchant may have deleted its row, and loses nothing when this is not written.
+# A refund that was not sent: the merchant may have deleted its row, and loses nothing.
 _NOT_SENT = "('approved', 'held', 'cancelled')"
 
 
@@ -86,11 +86,12 @@ async def unwritten_refunds(connection: Connection, source: str) -> Unwritten:
 
 
 async def other_unwritten_rows(connection: Connection, source: str) -> Unwritten:
-    """Return the other rows that could not be written, of refunds that were not sent and invalid ones, for a week."""
+    """Return the other rows that could not be written this week: invalid ones, and of refunds not sent."""
     return await _unwritten(
         connection,
         source,
-        f"(r.status IS NULL OR r.status IN {_NOT_SENT}) AND problem_since >= clock_timestamp() - interval '7 days'",
+        f"(r.status IS NULL OR r.status IN {_NOT_SENT}) "
+        "AND problem_since >= clock_timestamp() - interval '7 days'",
     )
 
 
@@ -98,7 +99,8 @@ async def _unwritten(connection: Connection, source: str, condition: str) -> Unw
     query = f"""
         SELECT note.source_ref, problem_since AS since, problem AS why, count(*) OVER () AS count
         FROM refund_ledger.write_back_notes AS note
-        LEFT JOIN refund_ledger.refunds_masked AS r ON r.source = note.source AND r.source_ref = note.source_ref
+        LEFT JOIN refund_ledger.refunds_masked AS r
+               ON r.source = note.source AND r.source_ref = note.source_ref
         WHERE note.source = :source AND problem IS NOT NULL AND {condition}
         ORDER BY problem_since, note.source_ref LIMIT {MOST_NAMED}"""
     rows = await connection.execute(query, {"source": source})

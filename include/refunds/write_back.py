@@ -51,7 +51,7 @@ class WrittenBack:
         """
         Raise what made it fail, once the caller has reported the rest.
 
-        :raises SourceUnavailable: when the source can't be written, or a row of it, and may be a little later.
+        :raises SourceUnavailable: when the source, or a row of it, can't be written for now.
         :raises SourceError: when the statement can't be carried out for any row.
         """
         if self.trouble is not None:
@@ -66,7 +66,7 @@ class WrittenBack:
         }
 
     def sentences(self) -> list[str]:
-        """Return what became of all rows, and of single ones that need attention; of very many only the first."""
+        """Return the counts, and a sentence for each row that needs attention; of many only the first."""
         named = [
             f"Source row {printable(item.source_ref)} is not written: {printable(item.reason)}"
             for item in self.not_written.values()
@@ -83,12 +83,12 @@ async def write_back(source: WritableSource, ledger: Ledger) -> WrittenBack:
     """
     Bring the source up to date with the ledger.
 
-    A row that can't be written is noted in the ledger with the reason and stays due; the others are written. It is tried
-    again after all others, so that rows which are refused time and again can't keep a new one from being written.
+    A row that can't be written is noted in the ledger with the reason and stays due; the others are written.
+    It is tried again after all others, so that rows which are refused time and again hold up no new one.
 
     The source is written before the ledger notes it, so a death in between only writes the same values again.
 
-    :raises SourceError: when the file can't be used; then nothing was written. Trouble with the database is returned.
+    :raises SourceError: when the file can't be used; trouble with the database is returned.
     """
     done = WrittenBack()
     async with ledger.write_back_lock():

@@ -17,10 +17,11 @@ class PayrocRetryPolicy(RetryPolicy):
     """
     Retries a refund in doubt when its wait has ended: 90 seconds, Payroc's ``Retry-After``, or the end of a lease.
 
-    Trouble that an operator has to fix fails at once: a setting, a connection, a param, a ledger that is not migrated, a
-    statement that a database refuses. (A rejected refund is an ``AirflowFailException``, about which no policy is asked.)
-    Everything else follows the task's own delay, such as a database that does not answer, only reads for now, or waits for
-    a lock: a retry never sends a second time, because the ledger decides.
+    Trouble that an operator has to fix fails at once: a setting, a connection, a param, a ledger that is not
+    migrated, a statement that a database refuses. (A rejected refund is an ``AirflowFailException``, about
+    which no policy is asked.) Everything else follows the task's own delay, such as a database that does not
+    answer, only reads for now, or waits for a lock: a retry never sends a second time, because the ledger
+    decides.
     """
 
     def evaluate(

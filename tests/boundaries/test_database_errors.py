@@ -1,4 +1,4 @@
-"""What errors of real servers mean, on each driver: transient or permanent, and never a word of a row, a trigger or a statement."""
+"""Errors of real servers on each driver: transient or permanent, and no word of a row or a trigger."""
 
 from __future__ import annotations
 
@@ -15,14 +15,20 @@ from typing import Any
 import asyncpg
 import psycopg
 import pytest
+from airflow.sdk import RetryAction, RetryDecision
 from sqlalchemy import URL, create_engine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
 from demo.postgres import PostgresServer, free_port
 from include.refunds.database_errors import MYSQL_NUMBERS, SQLITE_CODES, Failure, Kind, describe
-from include.refunds.ledger.connection import DATABASE_ERRORS, LedgerEngine
-from tests.conftest import ROOT
+from include.refunds.ledger import Ledger, LedgerEngine, LedgerError, LedgerUnavailable
+from include.refunds.ledger.connection import DATABASE_ERRORS
+from include.refunds.roles import AUDITOR
+from payroc_airflow.retry_policy import PayrocRetryPolicy
+from tests.conftest import ROOT, Login
+from tests.refunds.conftest import World
+from tests.refunds.conftest import world as world
 from tests.support.mariadb import MariaDbServer
 
 # What no description may repeat: a payee, an account, and the words of a trigger.
@@ -38,7 +44,8 @@ GRANT SELECT, INSERT, UPDATE ON shop TO clerk;
 CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
     IF NEW.n = 3 THEN RAISE EXCEPTION '{WORDS.replace("'", "''")}'; END IF;
     IF NEW.n = 4 THEN RAISE EXCEPTION '{WORDS.replace("'", "''")}'
-        USING ERRCODE = '42703', COLUMN = 'closed', CONSTRAINT = 'closed', DETAIL = 'account 55667788'; END IF;
+        USING ERRCODE = '42703', COLUMN = 'closed', CONSTRAINT = 'closed', DETAIL = 'account 55667788';
+    END IF;
     IF NEW.n = 5 THEN EXECUTE 'SELECT closed FROM shop'; END IF;
     RETURN NEW;
 END $$;
@@ -128,7 +135,7 @@ POSTGRES: dict[str, tuple[Sequence[str], Kind, str]] = {
 
 
 def of_psycopg(url: URL, statements: Sequence[str]) -> Failure:
-    """Return what the last statement fails with through SQLAlchemy, as the source and the migrations are used."""
+    """Return what the last statement fails with through SQLAlchemy, as source and migrations are used."""
 
     def work() -> None:
         engine = create_engine(url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
@@ -252,15 +259,43 @@ def test_a_serialization_failure_is_transient(shop: URL) -> None:
     assert describe(caught.value).kind is Kind.LOCKED
 
 
-# -- MariaDB ---------------------------------------------------------------------------------------------------------
+def test_a_ledger_that_only_reads_for_now_is_tried_again_and_names_its_connection(
+    world: World, postgres: PostgresServer
+) -> None:
+    change = f"ALTER DATABASE {world.ledger_engine.url.database} SET default_transaction_read_only"
+    with postgres.connect() as connection:
+        connection.execute(f"{change} = on")
+        try:
+            with pytest.raises(
+                LedgerUnavailable, match=r"only reads for now.* connection is refunds_ledger"
+            ) as caught:
+                world.run(world.ledger.pause("*", "the bank called"))
+        finally:
+            connection.execute(f"{change} TO DEFAULT")
+    assert PayrocRetryPolicy().evaluate(caught.value, 1, 5) == RetryDecision.default()
+    world.run(world.ledger.pause("*", "the bank called"))
+
+
+def test_a_login_of_the_ledger_that_lacks_a_right_fails_at_once_and_names_the_table(
+    world: World, login: Login
+) -> None:
+    ledger = Ledger(
+        LedgerEngine(login(world.ledger_engine.url, AUDITOR), pool_size=0), world.settings, actor="test"
+    )
+    with pytest.raises(LedgerError, match="the login lacks a right: refund_control") as caught:
+        world.run(ledger.pause("*", "the bank called"))
+    assert PayrocRetryPolicy().evaluate(caught.value, 1, 5).action is RetryAction.FAIL
+
+
+# -- MariaDB ------------------------------------------------------------------------------------------------
 
 MYSQL_SCHEMA = [
     "CREATE TABLE shop (ref varchar(32) PRIMARY KEY, status enum('ok', 'bad'), name varchar(8), n integer, "
     "CONSTRAINT n_is_small CHECK (n < 10)) ENGINE = InnoDB",
     "CREATE TABLE secret (ref varchar(32))",
     "INSERT INTO shop VALUES ('RF-1', NULL, NULL, 1), ('RF-2', NULL, NULL, 2)",
-    f'CREATE TRIGGER refuse BEFORE UPDATE ON shop FOR EACH ROW BEGIN IF NEW.n = 3 THEN SIGNAL SQLSTATE "45000" '
-    f'SET MESSAGE_TEXT = "{WORDS}"; END IF; END',
+    "CREATE TRIGGER refuse BEFORE UPDATE ON shop FOR EACH ROW BEGIN IF NEW.n = 3 THEN "
+    f'SIGNAL SQLSTATE "45000" SET MESSAGE_TEXT = "{WORDS}"; END IF; END',
 ]
 MYSQL: dict[str, tuple[Sequence[str], Kind, str]] = {
     "an unknown column": (
@@ -360,7 +395,7 @@ def test_a_mariadb_that_is_down_or_refuses_the_login_is_transient(mysql_shop: UR
     assert {failure.kind for failure in failures} == {Kind.UNAVAILABLE}
 
 
-# -- SQLite ----------------------------------------------------------------------------------------------------------
+# -- SQLite -------------------------------------------------------------------------------------------------
 
 SQLITE: dict[str, tuple[str, Kind, str]] = {
     "an unknown column": (
@@ -392,9 +427,11 @@ def sqlite_shop(tmp_path: Path) -> Path:
     path = tmp_path / "shop.db"
     with closing(sqlite3.connect(path)) as connection:
         connection.executescript(
-            "CREATE TABLE shop (ref text, n integer CONSTRAINT n_is_small CHECK (n < 10), m integer CHECK (m <> 55667788));"
+            "CREATE TABLE shop (ref text, n integer CONSTRAINT n_is_small CHECK (n < 10), "
+            "m integer CHECK (m <> 55667788));"
             "INSERT INTO shop VALUES ('RF-1', 1, 1);"
-            f'CREATE TRIGGER refuse BEFORE UPDATE ON shop WHEN NEW.n = 3 BEGIN SELECT RAISE(ABORT, "{WORDS}"); END;'
+            "CREATE TRIGGER refuse BEFORE UPDATE ON shop WHEN NEW.n = 3 BEGIN "
+            f'SELECT RAISE(ABORT, "{WORDS}"); END;'
         )
     return path
 
@@ -431,7 +468,7 @@ def test_a_file_of_sqlite_that_can_not_be_used_is_permanent(sqlite_shop: Path, t
         assert str(os.fspath(tmp_path)) not in str(failure)
 
 
-# -- any other driver ------------------------------------------------------------------------------------------------
+# -- any other driver ---------------------------------------------------------------------------------------
 
 
 class Error(Exception):

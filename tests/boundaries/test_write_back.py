@@ -72,12 +72,13 @@ def notes(world: World) -> dict[str, str]:
 
 def trigger(body: str, when: str = "BEFORE UPDATE") -> str:
     return (
-        f"CREATE OR REPLACE FUNCTION odd() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {body} RETURN NEW; END $$;"
+        "CREATE OR REPLACE FUNCTION odd() RETURNS trigger LANGUAGE plpgsql AS "
+        f"$$ BEGIN {body} RETURN NEW; END $$;"
         f"CREATE TRIGGER odd {when} ON refund_requests FOR EACH ROW EXECUTE FUNCTION odd()"
     )
 
 
-# -- counted row by row ------------------------------------------------------------------------------------------------
+# -- counted row by row -------------------------------------------------------------------------------------
 
 
 def test_two_rows_touched_for_one_refund_do_not_make_up_for_none_of_another(
@@ -115,7 +116,7 @@ UPDATED_AT = {
 
 
 @pytest.mark.parametrize("statement", UPDATED_AT.values(), ids=UPDATED_AT)
-def test_of_a_batch_only_the_row_that_is_gone_is_named_and_the_others_may_be_written_again(
+def test_only_the_row_that_is_gone_is_named_and_the_others_may_be_written_again(
     world: World, statement: str
 ) -> None:
     refs = due(world, 5)
@@ -139,7 +140,7 @@ def test_two_changes_within_a_second_reach_a_column_of_whole_seconds(world: Worl
     assert world.source_row(ref)["status"] == "accepted"
 
 
-# -- refused rows ------------------------------------------------------------------------------------------------------
+# -- refused rows -------------------------------------------------------------------------------------------
 
 REFUSED = {
     "a trigger": (
@@ -153,7 +154,8 @@ REFUSED = {
         "a column does not exist (UndefinedColumn, SQLSTATE 42703)",
     ),
     "a CHECK": (
-        "ALTER TABLE refund_requests ADD CONSTRAINT closed CHECK (source_ref <> '{ref}' OR status IS NULL) NOT VALID",
+        "ALTER TABLE refund_requests ADD CONSTRAINT closed "
+        "CHECK (source_ref <> '{ref}' OR status IS NULL) NOT VALID",
         "a constraint refuses the row: closed (CheckViolation, SQLSTATE 23514)",
     ),
     "a short column": (
@@ -167,13 +169,15 @@ REFUSED = {
         "a value does not fit (InvalidTextRepresentation, SQLSTATE 22P02)",
     ),
     "a constraint that is checked at the commit": (
-        "CREATE FUNCTION late() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN IF NEW.source_ref = '{ref}' THEN "
-        f"RAISE EXCEPTION '{WORDS}'; END IF; RETURN NEW; END $$; CREATE CONSTRAINT TRIGGER late AFTER UPDATE ON refund_requests "
-        "DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION late()",
+        "CREATE FUNCTION late() RETURNS trigger LANGUAGE plpgsql AS "
+        f"$$ BEGIN IF NEW.source_ref = '{{ref}}' THEN RAISE EXCEPTION '{WORDS}'; END IF; RETURN NEW; END $$; "
+        "CREATE CONSTRAINT TRIGGER late AFTER UPDATE ON refund_requests DEFERRABLE INITIALLY DEFERRED "
+        "FOR EACH ROW EXECUTE FUNCTION late()",
         "a trigger or function refuses the row (RaiseException, SQLSTATE P0001)",
     ),
     "a policy of rows": (
-        "ALTER TABLE refund_requests ENABLE ROW LEVEL SECURITY; ALTER TABLE refund_requests FORCE ROW LEVEL SECURITY;"
+        "ALTER TABLE refund_requests ENABLE ROW LEVEL SECURITY;"
+        "ALTER TABLE refund_requests FORCE ROW LEVEL SECURITY;"
         "CREATE POLICY reads ON refund_requests USING (true) WITH CHECK (source_ref <> '{ref}');"
         "DROP ROLE IF EXISTS shop_clerk; CREATE ROLE shop_clerk LOGIN PASSWORD 'shop_clerk';"
         "GRANT USAGE ON SCHEMA public TO shop_clerk; GRANT SELECT, UPDATE ON refund_requests TO shop_clerk",
@@ -184,7 +188,7 @@ REFUSED = {
 
 @pytest.fixture
 def clerk(world: World) -> Iterator[Callable[[], None]]:
-    """A function that lets the source be used by a login that policies hold for; they don't for a superuser."""
+    """A function that lets a login use the source that policies hold for; a superuser is above them."""
     engine = world.source_engine
 
     def use() -> None:
@@ -216,7 +220,8 @@ def test_a_refused_row_alone_is_not_written_is_named_and_is_written_once_it_may_
     change(
         world,
         "DROP TRIGGER IF EXISTS odd ON refund_requests; DROP TRIGGER IF EXISTS late ON refund_requests;"
-        "DROP POLICY IF EXISTS reads ON refund_requests; ALTER TABLE refund_requests DROP CONSTRAINT IF EXISTS closed;"
+        "DROP POLICY IF EXISTS reads ON refund_requests;"
+        "ALTER TABLE refund_requests DROP CONSTRAINT IF EXISTS closed;"
         "ALTER TABLE refund_requests DISABLE ROW LEVEL SECURITY",
     )
     assert written_back(world).written == 1
@@ -230,7 +235,8 @@ def test_rows_that_are_refused_every_time_keep_no_new_row_from_being_written(
     refused = due(world, 4)
     change(
         world,
-        "ALTER TABLE refund_requests ADD CONSTRAINT closed CHECK (approved_by <> 'bob@example.com' OR status IS NULL) NOT VALID",
+        "ALTER TABLE refund_requests ADD CONSTRAINT closed "
+        "CHECK (approved_by <> 'bob@example.com' OR status IS NULL) NOT VALID",
     )
     assert list(written_back(world).not_written) == refused
     new = world.approve(approved_by="carla@example.com")
@@ -239,7 +245,7 @@ def test_rows_that_are_refused_every_time_keep_no_new_row_from_being_written(
     assert world.source_row(new)["status"] == "approved"
 
 
-def test_a_statement_that_fails_for_every_row_is_trouble_and_names_the_file_and_the_column(
+def test_a_statement_that_fails_for_every_row_is_trouble_that_names_the_column(
     world: World,
 ) -> None:
     refs = due(world, 3)
@@ -248,12 +254,13 @@ def test_a_statement_that_fails_for_every_row_is_trouble_and_names_the_file_and_
     assert isinstance(trouble, SourceError)
     assert not isinstance(trouble, SourceUnavailable)
     assert str(trouble).startswith(
-        "write_back.sql failed on the connection refunds_source: a column does not exist: payroc_status (UndefinedColumn"
+        "write_back.sql failed on the connection refunds_source: a column does not exist: payroc_status "
+        "(UndefinedColumn"
     )
     assert due_refs(world) == refs
 
 
-# -- locks, and a database that goes away ------------------------------------------------------------------------------
+# -- locks, and a database that goes away -------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -292,8 +299,8 @@ def test_a_locked_row_is_waited_for_briefly_and_the_others_are_written(world: Wo
         done = written_back(world)
     assert isinstance(done.trouble, SourceUnavailable)
     assert str(done.trouble) == (
-        f"1 row is not written yet on the connection refunds_source, all others are. {refs[1]}: write_back.sql: "
-        "another session holds a lock (LockNotAvailable, SQLSTATE 55P03)."
+        "1 row is not written yet on the connection refunds_source, all others are. "
+        f"{refs[1]}: write_back.sql: another session holds a lock (LockNotAvailable, SQLSTATE 55P03)."
     )
     assert written_refs(world) == [ref for ref in refs if ref != refs[1]]
     assert written_back(world).written == 1
@@ -323,13 +330,14 @@ def test_a_source_that_only_reads_for_now_is_tried_again(world: World, postgres:
 
 def test_a_database_that_dies_in_the_middle_costs_no_row(world: World) -> None:
     refs = due(world, 8)
-    # A refused row, so that the batch is split; then the end of the session, once the first half is committed.
+    # A refused row, so that the batch is split; then the end of the session, after the first half.
     change(
         world,
         "CREATE SEQUENCE tries",
         trigger(
             f"IF NEW.source_ref = '{refs[6]}' THEN RAISE EXCEPTION 'no'; END IF;"
-            f"IF NEW.source_ref = '{refs[4]}' AND nextval('tries') = 2 THEN PERFORM pg_terminate_backend(pg_backend_pid()); END IF;"
+            f"IF NEW.source_ref = '{refs[4]}' AND nextval('tries') = 2 THEN "
+            "PERFORM pg_terminate_backend(pg_backend_pid()); END IF;"
         ),
     )
     done = written_back(world)
@@ -340,7 +348,7 @@ def test_a_database_that_dies_in_the_middle_costs_no_row(world: World) -> None:
     assert due_refs(world) == [refs[6]]
 
 
-# -- MariaDB and SQLite ------------------------------------------------------------------------------------------------
+# -- MariaDB and SQLite -------------------------------------------------------------------------------------
 
 ROWS = [
     WriteBack(
@@ -354,8 +362,8 @@ ROWS = [
     for number in range(1, 6)
 ]
 COLUMNS = (
-    "source_ref varchar(64) PRIMARY KEY, status varchar(16), payroc_refund_id varchar(32), payroc_status varchar(16), "
-    "reason varchar(255)"
+    "source_ref varchar(64) PRIMARY KEY, status varchar(16), payroc_refund_id varchar(32), "
+    "payroc_status varchar(16), reason varchar(255)"
 )
 
 
@@ -380,7 +388,8 @@ def test_mariadb_leaves_out_a_refused_row_and_one_that_is_gone(mysql_table: URL)
     with create_engine(mysql_table).begin() as connection:
         connection.exec_driver_sql("DELETE FROM refund_requests WHERE source_ref = 'RF-4'")
         connection.exec_driver_sql(
-            "CREATE TRIGGER odd BEFORE UPDATE ON refund_requests FOR EACH ROW BEGIN IF NEW.source_ref = 'RF-2' THEN "
+            "CREATE TRIGGER odd BEFORE UPDATE ON refund_requests FOR EACH ROW BEGIN "
+            "IF NEW.source_ref = 'RF-2' THEN "
             f"SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = '{WORDS}'; END IF; END"
         )
     source = source_of()
@@ -413,7 +422,8 @@ def sqlite_source(tmp_path: Path) -> SqlSource:
     path = tmp_path / "shop.db"
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute(
-            f"CREATE TABLE refund_requests ({COLUMNS}, updated_at text, CHECK (source_ref <> 'RF-2' OR status IS NULL))"
+            f"CREATE TABLE refund_requests ({COLUMNS}, updated_at text, "
+            "CHECK (source_ref <> 'RF-2' OR status IS NULL))"
         )
         connection.executemany(
             "INSERT INTO refund_requests (source_ref) VALUES (?)", [(row.source_ref,) for row in ROWS]
@@ -438,7 +448,7 @@ def test_a_locked_sqlite_is_trouble_that_passes(sqlite_source: SqlSource) -> Non
     assert len(asyncio.run(sqlite_source.write_back(ROWS)).written) == 4
 
 
-# -- rows that are offered again ---------------------------------------------------------------------------------------
+# -- rows that are offered again ----------------------------------------------------------------------------
 
 
 def ended(world: World, ending: str = "9002") -> str:
@@ -478,12 +488,15 @@ def test_a_row_whose_refund_was_reissued_shows_the_reissue_again(world: World) -
         connection.exec_driver_sql("SET session_replication_role = replica")
         connection.execute(
             text("""
-                INSERT INTO refund_ledger.refunds (source, source_ref, processing_terminal_id, order_id, description, amount, currency,
-                    payee_fingerprint, request, request_sha256, requested_by, approved_by, approved_at, idempotency_key, status,
+                INSERT INTO refund_ledger.refunds (source, source_ref, processing_terminal_id, order_id,
+                    description, amount, currency, payee_fingerprint, request, request_sha256, requested_by,
+                    approved_by, approved_at, idempotency_key, status,
                     payroc_refund_id, replaces, created_at, updated_at, written_back_at)
-                SELECT source, source_ref || '/1', processing_terminal_id, order_id || '/1', description, amount, currency,
-                    payee_fingerprint, 'x', repeat('d', 64), requested_by, approved_by, approved_at, gen_random_uuid(), 'accepted',
-                    'ABCDEFGHIJ', id, created_at, updated_at, updated_at FROM refund_ledger.refunds WHERE id = :id"""),
+                SELECT source, source_ref || '/1', processing_terminal_id, order_id || '/1',
+                    description, amount, currency, payee_fingerprint, 'x', repeat('d', 64), requested_by,
+                    approved_by, approved_at, gen_random_uuid(), 'accepted',
+                    'ABCDEFGHIJ', id, created_at, updated_at, updated_at
+                FROM refund_ledger.refunds WHERE id = :id"""),
             {"id": first},
         )
     world.change_source(ref, "status = NULL")
@@ -502,7 +515,7 @@ def test_a_source_that_offers_ended_refunds_all_the_time_is_written_once_a_week(
         world.write_back()
 
 
-# -- what people see ---------------------------------------------------------------------------------------------------
+# -- what people see ----------------------------------------------------------------------------------------
 
 
 def test_a_row_that_is_not_written_is_in_status_report_message_and_summary(
@@ -557,7 +570,8 @@ def test_of_many_rows_that_are_not_written_ten_are_named(world: World) -> None:
     with world.ledger_engine.begin() as connection:
         connection.exec_driver_sql("SET session_replication_role = replica")
         connection.exec_driver_sql(
-            "UPDATE refund_ledger.refunds SET status = 'rejected', attempts = 1, first_sent_at = now(), sent_with = 'x'"
+            "UPDATE refund_ledger.refunds "
+            "SET status = 'rejected', attempts = 1, first_sent_at = now(), sent_with = 'x'"
         )
     report = world.run(status_report(world.ledger.engine, world.settings.source))
     named = [sentence for sentence in report.unfinished if "has not been written back" in sentence]

@@ -1,4 +1,4 @@
-"""Whatever is wrong with some rows of the source: every good row is written with its values, every other one is named and stays due."""
+"""Every good row of the source is written with its values; every other one is named, and stays due."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ CREATE CONSTRAINT TRIGGER late AFTER UPDATE ON refund_requests DEFERRABLE INITIA
 """
 PREPARE = text("""
     INSERT INTO refund_requests SELECT (jsonb_populate_record(o, jsonb_build_object('kind', k.kind))).*
-    FROM originals AS o JOIN jsonb_to_recordset(CAST(:kinds AS jsonb)) AS k (source_ref text, kind text) USING (source_ref)
+    FROM originals AS o JOIN jsonb_to_recordset(CAST(:kinds AS jsonb)) AS k (source_ref text, kind text)
+        USING (source_ref)
     CROSS JOIN generate_series(1, CASE k.kind WHEN 'gone' THEN 0 WHEN 'doubled' THEN 2 ELSE 1 END)""")
 CHANGE = text("""
     UPDATE refund_ledger.refunds SET status = 'rejected', reason = :reason, payroc_status = :payroc_status,
@@ -101,7 +102,7 @@ def doubled_refs(kinds: dict[str, str]) -> dict[str, int]:
     return {ref: 2 for ref, kind in kinds.items() if kind == DOUBLED}
 
 
-# -- Postgres, with the ledger -----------------------------------------------------------------------------------------
+# -- Postgres, with the ledger ------------------------------------------------------------------------------
 
 
 class Shop:
@@ -186,7 +187,7 @@ def test_every_row_is_written_exactly_or_named_and_due_in_postgres(shop: Shop) -
     every_row_is_written_exactly_or_named_and_due(shop)
 
 
-# -- SQLite, without the ledger ----------------------------------------------------------------------------------------
+# -- SQLite, without the ledger -----------------------------------------------------------------------------
 
 
 class Till:
@@ -197,7 +198,8 @@ class Till:
         self._connection = sqlite3.connect(path, isolation_level=None)
         self._connection.executescript(f"""
             PRAGMA synchronous = off;
-            CREATE TABLE refund_requests (source_ref text, status text, payroc_refund_id text, payroc_status text, reason text,
+            CREATE TABLE refund_requests (
+                source_ref text, status text, payroc_refund_id text, payroc_status text, reason text,
                 updated_at text, kind text, CHECK (kind <> 'check' OR status IS NULL));
             CREATE TRIGGER odd BEFORE UPDATE ON refund_requests WHEN NEW.kind = 'trigger'
                 BEGIN SELECT RAISE(ABORT, "{WORDS}"); END;""")
@@ -214,7 +216,8 @@ class Till:
 
     def written(self) -> list[tuple[Any, ...]]:
         return self._connection.execute(
-            "SELECT DISTINCT source_ref, status, payroc_status, reason FROM refund_requests WHERE status IS NOT NULL"
+            "SELECT DISTINCT source_ref, status, payroc_status, reason FROM refund_requests "
+            "WHERE status IS NOT NULL"
         ).fetchall()
 
 
@@ -246,7 +249,7 @@ def test_every_row_is_written_exactly_or_named_in_sqlite(till: Till) -> None:
     every_row_is_written_exactly_or_named(till)
 
 
-# -- planted mistakes --------------------------------------------------------------------------------------------------
+# -- planted mistakes ---------------------------------------------------------------------------------------
 
 
 def count_together(counts: Any) -> Any:

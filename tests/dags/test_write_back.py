@@ -16,7 +16,7 @@ from tests.refunds.conftest import World
 
 @pytest.fixture
 def after_each_update(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], list[Updated]]:
-    """A function that lets something happen after each update of the source; it returns the list of what they did."""
+    """A function that lets something happen after each update of the source; returns what these did."""
 
     def let(happen: Callable[[], None]) -> list[Updated]:
         done: list[Updated] = []
@@ -55,7 +55,7 @@ def test_a_source_that_only_reads_for_a_minute_is_written_by_the_retry(
     assert world.source_row(ref)["status"] == "accepted"
 
 
-def test_a_statement_that_no_row_can_be_written_with_fails_at_once_and_makes_the_run_red(
+def test_a_statement_that_fails_for_every_row_fails_at_once_and_makes_the_run_red(
     world: World, run_dag: Runner, after_each_update: Callable[[Callable[[], None]], list[Updated]]
 ) -> None:
     ref = world.approve()
@@ -74,13 +74,12 @@ def test_a_statement_that_no_row_can_be_written_with_fails_at_once_and_makes_the
     assert world.row(ref)["status"] == "accepted"
 
 
-def test_a_refused_row_makes_run_and_follow_up_red_until_it_is_written_and_stops_no_other(
-    world: World, run_dag: Runner
-) -> None:
+def test_a_refused_row_stops_no_other_and_is_red_until_it_is_written(world: World, run_dag: Runner) -> None:
     refused, fine = world.approve(), world.approve()
     with world.source_engine.begin() as connection:
         connection.exec_driver_sql(
-            f"ALTER TABLE refund_requests ADD CONSTRAINT closed CHECK (source_ref <> '{refused}' OR status IS NULL)"
+            "ALTER TABLE refund_requests ADD CONSTRAINT closed "
+            f"CHECK (source_ref <> '{refused}' OR status IS NULL)"
         )
     for dag_id in ("payroc_refunds", "payroc_refunds_followup"):
         run = run_dag(dag_id)
@@ -103,7 +102,8 @@ def test_an_update_that_touches_two_rows_is_named_in_the_report_and_is_no_failur
         connection.exec_driver_sql("ALTER TABLE refund_requests DROP CONSTRAINT refund_requests_pkey")
         connection.exec_driver_sql("INSERT INTO refund_requests SELECT * FROM refund_requests")
         connection.exec_driver_sql(
-            "UPDATE refund_requests SET withdrawn_at = now() WHERE ctid = (SELECT max(ctid) FROM refund_requests)"
+            "UPDATE refund_requests SET withdrawn_at = now() "
+            "WHERE ctid = (SELECT max(ctid) FROM refund_requests)"
         )
     run = run_dag()
     assert run.state == "success"

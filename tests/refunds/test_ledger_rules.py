@@ -160,7 +160,7 @@ def test_an_error_of_the_ledger_quotes_no_row(world: World) -> None:
     )
     with pytest.raises(
         LedgerError,
-        match=r"refused a statement: a constraint refuses the row: \w+ \(CheckViolationError, SQLSTATE 23514\)",
+        match=r"a constraint refuses the row: \w+ \(CheckViolationError, SQLSTATE 23514\)",
     ) as caught:
         world.run(world.ledger.record(refund_id, unknown))
     assert world.row(refund_id)["order_id"] not in str(caught.value)

@@ -30,7 +30,7 @@ def test_the_same_write_back_may_come_twice(world: World) -> None:
     assert world.run(world.source.write_back(due)).written == due
 
 
-def test_a_write_back_does_not_wait_forever_for_one_that_stands_still_and_names_the_source(
+def test_a_write_back_does_not_wait_forever_for_another_and_names_the_source(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(write_backs, "_LOCK_SECONDS", 1)

@@ -138,7 +138,8 @@ def test_a_row_is_not_written_back(shop: Shop, section: Section) -> None:
     shop.approve_sample("RF-2201", "RF-2202")
     with shop.source_engine.begin() as connection:
         connection.exec_driver_sql(
-            "ALTER TABLE refund_requests ADD CONSTRAINT only_open CHECK (source_ref <> 'RF-2202' OR status IS NULL)"
+            "ALTER TABLE refund_requests ADD CONSTRAINT only_open "
+            "CHECK (source_ref <> 'RF-2202' OR status IS NULL)"
         )
     shop.pay()
     section.step()

@@ -162,7 +162,7 @@ class Merchant:
         self.engine.tell(f"source: {item.source_ref} is {'withdrawn' if withdrawn else 'back'}")
 
     def reset(self, item: Approved) -> None:
-        """Take the status of an ended refund away, as somebody does who restores the table or edits it by hand."""
+        """Take the status of an ended refund away, as a restore of the table does, or an edit by hand."""
         item.status, item.reset = None, True
         self.engine.tell(f"source: {item.source_ref} loses its status")
 

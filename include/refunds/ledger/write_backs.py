@@ -61,13 +61,14 @@ _FAILED_BEFORE = """EXISTS (SELECT FROM refund_ledger.write_back_notes AS note
 
 _LONGEST_REASON = 500
 
-# What ends a refund, or nearly: a row that shows one of these is not offered again by the select_approved.sql of ours.
+# What ends a refund, or nearly: our select_approved.sql does not offer a row that shows one of these.
 ENDED = ("accepted", "settled", "returned", "reversed", "rejected", "cancelled")
 
 # A source that offers ended refunds in every run has each of them written so often.
 _WRITE_AGAIN_AFTER = timedelta(days=7)
 
-_WRITTEN_AND_ENDED = f"""r.written_back_at = r.updated_at AND r.status IN ({", ".join(f"'{name}'" for name in ENDED)}) AND {NEWEST}"""
+_WRITTEN_AND_ENDED = f"""r.written_back_at = r.updated_at AND {NEWEST}
+    AND r.status IN ({", ".join(f"'{name}'" for name in ENDED)})"""
 
 
 class WriteBacks(LedgerBase):
@@ -90,8 +91,8 @@ class WriteBacks(LedgerBase):
             except DATABASE_ERRORS as error:
                 if describe(error).kind is Kind.LOCKED:
                     raise LedgerUnavailable(
-                        f"Another write-back is at work and has not ended for {_LOCK_SECONDS} s, so this one did not begin: "
-                        "find out what it waits for in the source (connection refunds_source)."
+                        f"Another write-back is at work and has not ended for {_LOCK_SECONDS} s, so this one "
+                        "did not begin: find out what it waits for in the source (connection refunds_source)."
                     ) from None
                 raise self._explained(error) from None
             try:
@@ -119,13 +120,15 @@ class WriteBacks(LedgerBase):
         query = f"""
             (SELECT source_ref, status, payroc_refund_id, payroc_status, reason, updated_at FROM refund_ledger.refunds AS r
              WHERE source = :source AND (written_back_at = updated_at) IS NOT TRUE AND source_ref > :after
-               AND replaces IS NULL AND {NEWEST} AND {_FAILED_BEFORE.format(ref="r.source_ref")} = :failed_before
+               AND replaces IS NULL AND {NEWEST}
+               AND {_FAILED_BEFORE.format(ref="r.source_ref")} = :failed_before
              ORDER BY source_ref LIMIT :limit)
             UNION ALL
             (SELECT first.source_ref, status, payroc_refund_id, payroc_status, reason, updated_at FROM refund_ledger.refunds AS r
              CROSS JOIN LATERAL (SELECT refund_ledger.first_source_ref(r.id) AS source_ref) AS first
              WHERE source = :source AND (written_back_at = updated_at) IS NOT TRUE AND first.source_ref > :after
-               AND replaces IS NOT NULL AND {NEWEST} AND {_FAILED_BEFORE.format(ref="first.source_ref")} = :failed_before
+               AND replaces IS NOT NULL AND {NEWEST}
+               AND {_FAILED_BEFORE.format(ref="first.source_ref")} = :failed_before
              ORDER BY first.source_ref LIMIT :limit)
             UNION ALL
             (SELECT source_ref, 'invalid', NULL, NULL,
@@ -186,9 +189,9 @@ class WriteBacks(LedgerBase):
 
     async def write_again(self, offered: Collection[str]) -> tuple[int, int]:
         """
-        Make refunds due again whose row of the source is offered although they have ended and this was written back.
+        Make refunds due again whose row is offered although they have ended and this was written back.
 
-        A source that offers ended refunds all the time would be written all the time, so it is done once a week for each row.
+        A source that always offers ended refunds would always be written, so each row is, once a week.
 
         :param offered: source_refs that the source returns as approved.
         :returns: how many are due again, and how many are offered again too soon after that.
@@ -196,11 +199,13 @@ class WriteBacks(LedgerBase):
         again = f"""
             WITH ended AS (
                 SELECT r.id, r.source_ref FROM refund_ledger.refunds AS r
-                WHERE r.source = :source AND r.source_ref = ANY(:offered) AND r.replaces IS NULL AND {_WRITTEN_AND_ENDED}
+                WHERE r.source = :source AND r.source_ref = ANY(:offered) AND r.replaces IS NULL
+                  AND {_WRITTEN_AND_ENDED}
                 UNION ALL
                 SELECT r.id, first.source_ref FROM refund_ledger.refunds AS r
                 CROSS JOIN LATERAL (SELECT refund_ledger.first_source_ref(r.id) AS source_ref) AS first
-                WHERE r.source = :source AND r.replaces IS NOT NULL AND first.source_ref = ANY(:offered) AND {_WRITTEN_AND_ENDED}
+                WHERE r.source = :source AND r.replaces IS NOT NULL AND first.source_ref = ANY(:offered)
+                  AND {_WRITTEN_AND_ENDED}
             ), noted AS (
                 INSERT INTO refund_ledger.write_back_notes AS known (source, source_ref, offered_again_at)
                 SELECT :source, source_ref, :now FROM ended

@@ -1,4 +1,4 @@
-"""What is remembered of single rows of the source: why one could not be written, and when one was offered again."""
+"""Notes on single rows of the source: why one could not be written, and when one was offered again."""
 
 from __future__ import annotations
 
