@@ -11,13 +11,17 @@ from psycopg.sql import SQL, Identifier
 
 # Three years: ids ascend with time, as they would have. Everything has ended and is written back, and the requests are emptied.
 _REFUNDS = """
-    INSERT INTO refund_ledger.refunds (source, source_ref, processing_terminal_id, order_id, description, amount, currency, payee_last4,
-        payee_fingerprint, request_sha256, requested_by, approved_by, approved_at, idempotency_key, sent_with, status, reason, released_by,
-        released_run, released_at, first_released_at, first_released_run, attempts, first_sent_at, payroc_refund_id, payroc_status,
-        payroc_seen_at, created_at, updated_at, written_back_at)
-    SELECT 'refund_requests', 'old-' || n, (2201001 + n %% 40)::text, 'OLD-' || n, 'Refund of order OLD-' || n, 100 + (n * 7919) %% 99900,
-        'USD', lpad((n %% 10000)::text, 4, '0'), encode(sha256(('payee' || (n * 7919) %% (%(total)s / 3 + 1))::bytea), 'hex'),
-        encode(sha256(('body' || n)::bytea), 'hex'), 'ann', 'bob', at, md5('key' || n)::uuid, repeat('a', 64), ended.status,
+    INSERT INTO refund_ledger.refunds (source, source_ref, source_ref_folded, processing_terminal_id,
+        order_id, description, amount, currency, payee_last4, payee_fingerprint, request_sha256,
+        requested_by, requested_by_folded, approved_by, approved_by_folded, approved_at,
+        idempotency_key, sent_with, status, reason, released_by,
+        released_run, released_at, first_released_at, first_released_run, attempts, first_sent_at,
+        payroc_refund_id, payroc_status, payroc_seen_at, created_at, updated_at, written_back_at)
+    SELECT 'refund_requests', 'old-' || n, 'old-' || n, (2201001 + n %% 40)::text, 'OLD-' || n,
+        'Refund of order OLD-' || n, 100 + (n * 7919) %% 99900, 'USD', lpad((n %% 10000)::text, 4, '0'),
+        encode(sha256(('payee' || (n * 7919) %% (%(total)s / 3 + 1))::bytea), 'hex'),
+        encode(sha256(('body' || n)::bytea), 'hex'), 'ann', 'ann', 'bob', 'bob', at,
+        md5('key' || n)::uuid, repeat('a', 64), ended.status,
         ended.reason, 'payroc_refunds ' || run, run, at + interval '5 minutes',
         at + interval '5 minutes', run, 1, at + interval '6 minutes',
         CASE WHEN ended.status <> 'cancelled' THEN lpad(upper(to_hex(n)), 10, '0') END, ended.payroc_status, changed, at, changed, changed

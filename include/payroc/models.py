@@ -58,10 +58,26 @@ def explain(error: ValidationError) -> dict[str, str]:
     :return: dotted path in snake_case (``refund_method.account_number``) to a message; an empty path is the object itself.
     """
     problems: dict[str, str] = {}
-    for item in error.errors(include_input=False, include_context=False, include_url=False):
+    for item in error.errors(include_input=False, include_url=False):
         path = ".".join(_safe_part(part) for part in item["loc"] if part not in _TAGS)
-        problems.setdefault(path, item["msg"].removeprefix("Value error, "))
+        known = _SENTENCES.get(item["type"])
+        problems.setdefault(
+            path, known.format(**item.get("ctx", {})) if known else item["msg"].removeprefix("Value error, ")
+        )
     return problems
+
+
+_SENTENCES: Final = {
+    "missing": "is missing",
+    "string_type": "must be text",
+    "string_too_short": "must have at least {min_length} characters",
+    "string_too_long": "must have at most {max_length} characters",
+    "literal_error": "must be {expected}",
+}
+"""
+Sentences that follow the name of a field, by Pydantic's name of the error. What they take from its context is
+the rule's, never the value.
+"""
 
 
 _TAGS: Final = frozenset({"ach", "secureToken"})

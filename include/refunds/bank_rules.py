@@ -57,9 +57,12 @@ def sec_code_error(code: object, *, allow_web: bool) -> str | None:
     if code in ("ppd", "ccd") or (code == "web" and allow_web):
         return None
     if code == "tel":
-        return f"tel is for debits only; give {_WHAT_TO_GIVE}"
+        return f"is tel, which is for debits only; give {_WHAT_TO_GIVE}"
     if code == "web":
-        return f"web is for payments between consumers; give {_WHAT_TO_GIVE}, or set PAYROC_REFUNDS_ALLOW_SEC_WEB when your bank says so"
+        return (
+            f"is web, which is for payments between consumers; give {_WHAT_TO_GIVE}, "
+            "or set PAYROC_REFUNDS_ALLOW_SEC_WEB when your bank says so"
+        )
     return f"must be {_WHAT_TO_GIVE}"
 
 

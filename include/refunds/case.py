@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from include.refunds.people import same_person
 from include.refunds.printable import printable
 from include.refunds.refund import Refund
 
@@ -80,8 +81,3 @@ def is_confirmed(case: Case, decision: Mapping[str, str], by: str) -> bool:
             "the same command with a login of their own."
         )
     return True
-
-
-def same_person(one: str, other: str) -> bool:
-    """Tell whether two names are one person's, as the ledger compares them."""
-    return one.strip().lower() == other.strip().lower()

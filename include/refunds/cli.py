@@ -126,12 +126,12 @@ def migrate(
 ) -> None:
     """Create the ledger's schema, or bring it to this version. Harmless to run again."""
     # Alembic takes half a second that only this command needs.
-    from include.refunds.migrations import NewerLedger
+    from include.refunds.migrations import MigrationRefused
     from include.refunds.migrations import migrate as migrate_ledger
 
     try:
         revision = migrate_ledger(ledger_url(url))
-    except NewerLedger as error:
+    except MigrationRefused as error:
         _fail(str(error))
     _say(f"The ledger is at revision {revision}.")
     if demo:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from include.refunds.case import DecisionRefused, same_person
+from include.refunds.case import DecisionRefused
+from include.refunds.people import same_person
 from include.refunds.printable import printable
 from include.refunds.refund import Refund
 from include.refunds.states import Status

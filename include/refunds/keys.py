@@ -38,6 +38,16 @@ def default_order_id(key: UUID) -> str:
     return f"RF{key.hex[:20].upper()}"
 
 
+def payee_of_account(routing_number: str, account_number: str) -> str:
+    """Return what a bank account is recognised by: a bank reads it the same with zeros before it."""
+    return f"{routing_number}/{account_number.lstrip('0')}"
+
+
+def payee_of_token(token: str) -> str:
+    """Return what a secure token is recognised by, however it was typed."""
+    return "".join(token.split()).casefold()
+
+
 def keyed_sha256(key: str, value: bytes) -> str:
     """
     Return an HMAC-SHA256 as 64 hex digits.

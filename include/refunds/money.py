@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from decimal import Decimal
 
 # ISO 4217: currencies whose minor unit is not a hundredth.
 _DECIMALS = dict.fromkeys(
@@ -29,10 +30,16 @@ _DECIMALS = dict.fromkeys(
 ) | dict.fromkeys(("BHD", "IQD", "JOD", "KWD", "LYD", "OMR", "TND"), 3)
 
 
+def decimals_of(currency: str) -> int:
+    """Return how many decimal places amounts of a currency have; 2 for one that is unknown."""
+    return _DECIMALS.get(currency, 2)
+
+
 def money(amount: int, currency: str) -> str:
     """Return an amount in minor units as people write it; currencies without minor units are shown as they are."""
-    decimals = _DECIMALS.get(currency, 2)
-    return f"{amount / 10**decimals:,.{decimals}f} {currency}"
+    decimals = decimals_of(currency)
+    # Exact, also for sums that a float can't hold.
+    return f"{Decimal(amount).scaleb(-decimals):,.{decimals}f} {currency}"
 
 
 def sums(totals: Mapping[str, Mapping[str, int]]) -> str:

@@ -57,7 +57,8 @@ async def release(
     ids = {item.source_ref: item.id for item in candidates if item.replaces is None}
     if ids:
         rows = await source.select_approved()
-        findings = source_changes(rows, await ledger.stored(list(ids)), cipher, settings)
+        stored = await ledger.stored(list(ids))
+        findings = source_changes(rows, stored, cipher, settings, await ledger.now())
     withdrawn = {ids[ref]: finding for ref, finding in findings.items()}
     standing = [item.id for item in candidates if item.id not in withdrawn]
     released = await ledger.release(run_id, candidate_ids, standing, withdrawn)

@@ -211,9 +211,10 @@ async def _ledger_report(engine: LedgerEngine, source: str, *, following: bool) 
             {"source": source},
         )
         query = """
-            SELECT status, currency, count(*) AS count, sum(amount)::bigint AS amount FROM refund_ledger.refunds_masked
-            WHERE source = :source GROUP BY status, currency ORDER BY status, currency"""
-        report.totals = [Total(**row) for row in (await connection.execute(query, {"source": source}))]
+            SELECT status, currency, count(*) AS count, sum(amount) AS amount
+            FROM refund_ledger.refunds_masked WHERE source = :source
+            GROUP BY status, currency ORDER BY status, currency"""
+        report.totals = [total_of(row) for row in (await connection.execute(query, {"source": source}))]
         report.invalid = await _invalid(connection, source, now - timedelta(days=7))
         await _note_state(connection, source, report, following=following)
         return report
@@ -280,6 +281,11 @@ async def _invalid(connection: Connection, source: str, since: datetime | None) 
         WHERE source = :source AND (CAST(:since AS timestamptz) IS NULL OR last_seen_at >= :since) ORDER BY source_ref"""
     result = await connection.execute(query, {"source": source, "since": since})
     return {row.source_ref: row.errors for row in result}
+
+
+def total_of(row: Row) -> Total:
+    """Return the total in a row. A sum is numeric, so that none overflows."""
+    return Total(row.status, row.currency, row.count, int(row.amount))
 
 
 def totals_of(lines: Iterable[Line]) -> list[Total]:

@@ -11,7 +11,7 @@ from zoneinfo import ZoneInfo
 from include.refunds.ledger.connection import Connection, LedgerEngine
 from include.refunds.message import Message, environment
 from include.refunds.money import money, sums
-from include.refunds.report import Total, pause_sentences
+from include.refunds.report import Total, pause_sentences, total_of
 from include.refunds.unwritten import Unwritten, unwritten_refunds
 
 CHART_DAYS = 14
@@ -172,22 +172,22 @@ def as_message(summary: Summary, *, url: str) -> Message:
 async def _outcomes(connection: Connection, source: str, since: datetime, until: datetime) -> list[Total]:
     # A refund has changed when its last event is as young, and that has an index.
     query = """
-        SELECT status, currency, count(*) AS count, sum(amount)::bigint AS amount FROM (
+        SELECT status, currency, count(*) AS count, sum(amount) AS amount FROM (
             SELECT DISTINCT r.id, e.to_status AS status, r.currency, r.amount
             FROM refund_ledger.refunds_masked AS r JOIN refund_ledger.refund_events AS e ON e.refund_id = r.id
             WHERE r.source = :source AND r.updated_at > :since AND e.event = 'status' AND e.at > :since AND e.at <= :until
               AND e.to_status = ANY(:outcomes) AND e.from_status IS DISTINCT FROM e.to_status) AS became
         GROUP BY status, currency"""
     values = {"source": source, "since": since, "until": until, "outcomes": list(_OUTCOMES)}
-    found = [Total(**row) for row in (await connection.execute(query, values))]
+    found = [total_of(row) for row in (await connection.execute(query, values))]
     return sorted(found, key=lambda total: (_OUTCOMES.index(total.status), total.currency))
 
 
 async def _totals(connection: Connection, source: str) -> list[Total]:
     query = """
-        SELECT status, currency, count(*) AS count, sum(amount)::bigint AS amount FROM refund_ledger.refunds_masked
+        SELECT status, currency, count(*) AS count, sum(amount) AS amount FROM refund_ledger.refunds_masked
         WHERE source = :source GROUP BY status, currency ORDER BY status, currency"""
-    return [Total(**row) for row in (await connection.execute(query, {"source": source}))]
+    return [total_of(row) for row in (await connection.execute(query, {"source": source}))]
 
 
 async def _days(connection: Connection, source: str, until: datetime) -> list[Day]:
@@ -195,7 +195,7 @@ async def _days(connection: Connection, source: str, until: datetime) -> list[Da
     zone = until.tzinfo
     first = until.date() - timedelta(days=CHART_DAYS - 1)
     query = """
-        SELECT day, paid, currency, count(*) AS count, sum(amount)::bigint AS amount FROM (
+        SELECT day, paid, currency, count(*) AS count, sum(amount) AS amount FROM (
             SELECT DISTINCT r.id, (e.at AT TIME ZONE :zone)::date AS day, e.to_status IN ('accepted', 'settled') AS paid,
                    r.currency, r.amount
             FROM refund_ledger.refunds_masked AS r JOIN refund_ledger.refund_events AS e ON e.refund_id = r.id
@@ -216,7 +216,7 @@ def _day(day: date, rows: Sequence[Any]) -> Day:
         day,
         paid=sum(row.count for row in ours if row.paid),
         unpaid=sum(row.count for row in ours if not row.paid),
-        amounts={row.currency: row.amount for row in ours if row.paid},
+        amounts={row.currency: int(row.amount) for row in ours if row.paid},
     )
 
 

@@ -1,11 +1,14 @@
 -- The refunds that are approved and have not ended, one row each. This is one of the two files to edit for your own
 -- tables: keep the names on the right of AS, put your columns on the left.
 --
--- source_ref              your own reference of the refund; it never changes and is never used for another refund
+-- What each column may hold, and the sentence that refuses it: docs/boundaries.md.
+--
+-- source_ref              your own reference of the refund; it never changes and is never used for another refund. It has one spelling:
+--                         no blanks at an end, a UUID in lower case with hyphens
 -- processing_terminal_id  Payroc's terminal that pays
 -- order_id                1 to 24 characters, unique per terminal; NULL: one is made
 -- description             up to 256 characters; NULL: "Refund <order id>"
--- amount                  integer, in minor units (4999 is 49.99 USD)
+-- amount                  integer, in minor units (4999 for USD 49.99); a decimal with decimal places is refused
 -- currency                ISO 4217, such as USD
 -- name_on_account, routing_number, account_number: the payee's bank account, as text; NULL when secure_token is given
 -- secure_token            Payroc's token of the payee's account, the recommended way: then no account number is kept

@@ -488,14 +488,14 @@ def test_a_row_whose_refund_was_reissued_shows_the_reissue_again(world: World) -
         connection.exec_driver_sql("SET session_replication_role = replica")
         connection.execute(
             text("""
-                INSERT INTO refund_ledger.refunds (source, source_ref, processing_terminal_id, order_id,
-                    description, amount, currency, payee_fingerprint, request, request_sha256, requested_by,
-                    approved_by, approved_at, idempotency_key, status,
-                    payroc_refund_id, replaces, created_at, updated_at, written_back_at)
-                SELECT source, source_ref || '/1', processing_terminal_id, order_id || '/1',
-                    description, amount, currency, payee_fingerprint, 'x', repeat('d', 64), requested_by,
-                    approved_by, approved_at, gen_random_uuid(), 'accepted',
-                    'ABCDEFGHIJ', id, created_at, updated_at, updated_at
+                INSERT INTO refund_ledger.refunds (source, source_ref, source_ref_folded, processing_terminal_id,
+                    order_id, description, amount, currency, payee_fingerprint, request, request_sha256,
+                    requested_by, requested_by_folded, approved_by, approved_by_folded, approved_at,
+                    idempotency_key, status, payroc_refund_id, replaces, created_at, updated_at, written_back_at)
+                SELECT source, source_ref || '/1', source_ref_folded || '/1', processing_terminal_id,
+                    order_id || '/1', description, amount, currency, payee_fingerprint, 'x', repeat('d', 64),
+                    requested_by, requested_by_folded, approved_by, approved_by_folded, approved_at,
+                    gen_random_uuid(), 'accepted', 'ABCDEFGHIJ', id, created_at, updated_at, updated_at
                 FROM refund_ledger.refunds WHERE id = :id"""),
             {"id": first},
         )

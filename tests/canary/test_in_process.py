@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from include.payroc.errors import PayrocConfigurationError, PayrocError
 from include.payroc.models import Refund, RefundRequest
 from include.refunds import cli
 from include.refunds.ledger import LedgerError
-from include.refunds.pull import InvalidRow, build
+from include.refunds.pull import build
 from include.refunds.report import status_report
+from include.refunds.rows import InvalidRow
 from include.refunds.settings import get_settings
 from include.refunds.source import SourceError, SqlSource
 from include.refunds.write_back import write_back
@@ -179,7 +181,7 @@ def assert_nothing_leaked(
 def request_of(world: World, columns: dict[str, Any]) -> bytes:
     """Return the body for a source row."""
     row = world.source_row(world.approve(**columns))
-    return build(row, world.cipher, world.settings)[1]
+    return build(row, world.cipher, world.settings, datetime.now(UTC))[1]
 
 
 @pytest.mark.parametrize(
@@ -367,7 +369,7 @@ def test_rows_that_are_refused_are_explained_without_their_values(
 ) -> None:
     for row in rows.invalid_rows(mint):
         with talk.failing("row", InvalidRow, ValidationError):
-            build(row, world.cipher, world.settings)
+            build(row, world.cipher, world.settings, datetime.now(UTC))
         values = {name: value for name, value in row.items() if isinstance(value, str)}
         with talk.failing("model", ValidationError):
             method = {"type": "ach"} | {

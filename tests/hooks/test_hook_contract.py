@@ -82,7 +82,7 @@ def test_what_the_hook_sends_for_a_source_row_is_what_payroc_documents(
     hook, payroc, token, reply, refund_body, row: dict[str, Any]
 ) -> None:
     paths = json.loads(OPENAPI.read_text())["paths"]
-    refund, body = build(row, Cipher(get_settings()), get_settings())
+    refund, body = build(row, Cipher(get_settings()), get_settings(), datetime.now(UTC))
     refund_id = "CD3HN88U9F"
     payroc.on("POST", "/v1/bank-transfer-refunds", reply(201, refund_body))
     payroc.on("GET", "/v1/bank-transfer-refunds", reply(200, EMPTY_PAGE))

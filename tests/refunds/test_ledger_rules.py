@@ -219,15 +219,15 @@ def test_a_new_refund_can_only_be_approved_and_unsent(world: World) -> None:
     refund_id = world.released()
     columns = (
         "source, processing_terminal_id, description, amount, currency, payee_fingerprint, request, request_sha256, "
-        "requested_by, approved_by, approved_at, created_at, updated_at"
+        "requested_by, requested_by_folded, approved_by, approved_by_folded, approved_at, created_at, updated_at"
     )
     with (
         pytest.raises(DBAPIError, match="a new refund is approved"),
         world.ledger_engine.begin() as connection,
     ):
         connection.exec_driver_sql(
-            f"INSERT INTO refund_ledger.refunds ({columns}, source_ref, order_id, idempotency_key, status) "
-            f"SELECT {columns}, 'other', 'other', gen_random_uuid(), 'accepted' FROM refund_ledger.refunds WHERE id = {refund_id}"
+            f"INSERT INTO refund_ledger.refunds ({columns}, source_ref, source_ref_folded, order_id, idempotency_key, status) "
+            f"SELECT {columns}, 'other', 'other', 'other', gen_random_uuid(), 'accepted' FROM refund_ledger.refunds WHERE id = {refund_id}"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from sqlalchemy import create_engine, text
 from include.refunds.cipher import Cipher
 from include.refunds.keys import default_order_id, idempotency_key
 from include.refunds.ledger import Selection
-from include.refunds.pull import InvalidRow, build, pull
+from include.refunds.pull import build, pull
+from include.refunds.rows import InvalidRow
 from include.refunds.settings import Settings, get_settings
 from include.refunds.source import COLUMNS, SQL_FOLDER, SourceError, SqlSource
 from tests.refunds.conftest import PLAIN, World
@@ -29,33 +31,34 @@ GOOD: dict[str, Any] = dict.fromkeys(COLUMNS) | {
     "approved_by": "bob@example.com",
     "approved_at": "2026-11-20T09:00:00-05:00",
 }
+NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
 
 
 def built(**changes: Any) -> Any:
     settings = get_settings()
-    return build(GOOD | changes, Cipher(settings), settings)
+    return build(GOOD | changes, Cipher(settings), settings, NOW)
 
 
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
-        ("amount", 0, "greater than 0"),
-        ("amount", -5, "greater than 0"),
-        ("amount", None, "whole number in minor units"),
-        ("amount", 49.99, "whole number in minor units"),
-        ("amount", "4999", "whole number in minor units"),
-        ("amount", True, "whole number in minor units"),
-        ("amount", Decimal("49.99"), "whole number in minor units"),
+        ("amount", 0, "not more than 0"),
+        ("amount", -5, "not more than 0"),
+        ("amount", None, "is missing"),
+        ("amount", 49.99, "is not a whole number; give whole cents, such as 5000 for USD 50.00"),
+        ("amount", "4999", "is text; give whole cents"),
+        ("amount", True, "is true or false; give whole cents"),
+        ("amount", Decimal("49.99"), "is 49.99; give whole cents, such as 4999 for USD 49.99"),
         ("currency", "usd", "ISO 4217"),
-        ("currency", None, "ISO 4217|valid string"),
+        ("currency", None, "is missing"),
         ("routing_number", "123456789", "ABA"),
         ("routing_number", "12345678", "9 digits"),
-        ("routing_number", 53200983, "string"),
+        ("routing_number", 53200983, "is a number; give text"),
         ("account_number", "12-34567", "digits"),
         ("routing_number", "000000000", "nine zeros"),
         ("sec_code", "xyz", "must be ppd for a consumer or ccd for a business"),
-        ("sec_code", " ", "must be ppd for a consumer or ccd for a business"),
-        ("sec_code", 7, "must be ppd for a consumer or ccd for a business"),
+        ("sec_code", " ", "is blank"),
+        ("sec_code", 7, "is a number; give text"),
         ("sec_code", "tel", "debits only"),
         ("sec_code", "TEL", "debits only"),
         ("sec_code", "web", "PAYROC_REFUNDS_ALLOW_SEC_WEB"),
@@ -64,12 +67,12 @@ def built(**changes: Any) -> Any:
         ("order_id", "x" * 25, "at most 24"),
         ("description", "x" * 257, "at most 256"),
         ("processing_terminal_id", "12", "at least 4"),
-        ("email", "x" * 51, "at most 50"),
+        ("email", "x" * 39 + "@example.com", "at most 50"),
         ("requested_by", None, "is missing"),
-        ("approved_by", " ", "is missing"),
-        ("approved_by", " ANN@example.com ", "same person"),
-        ("approved_at", None, "instant"),
-        ("approved_at", "yesterday", "instant"),
+        ("approved_by", " ", "is blank"),
+        ("approved_by", "ANN@example.com", "same person"),
+        ("approved_at", None, "is missing"),
+        ("approved_at", "yesterday", "is no date and time"),
         ("secure_token", "296753123456", "together with a bank account"),
     ],
 )
@@ -103,9 +106,9 @@ def test_the_aba_check_can_be_switched_off_but_nine_zeros_are_refused_all_the_sa
 ) -> None:
     monkeypatch.setenv("PAYROC_REFUNDS_ABA_CHECKSUM", "false")
     settings = Settings()
-    assert build(GOOD | {"routing_number": "123456789"}, Cipher(settings), settings)
+    assert build(GOOD | {"routing_number": "123456789"}, Cipher(settings), settings, NOW)
     with pytest.raises(InvalidRow, match="nine zeros"):
-        build(GOOD | {"routing_number": "000000000"}, Cipher(settings), settings)
+        build(GOOD | {"routing_number": "000000000"}, Cipher(settings), settings, NOW)
 
 
 ACCOUNT = {
@@ -131,7 +134,7 @@ def test_every_body_has_an_sec_code_the_rows_own_or_that_of_the_setting(
 ) -> None:
     monkeypatch.setenv("PAYROC_REFUNDS_SEC_CODE", default)
     settings = Settings()
-    _, body = build(GOOD | payee | {"sec_code": given}, Cipher(settings), settings)
+    _, body = build(GOOD | payee | {"sec_code": given}, Cipher(settings), settings, NOW)
     assert json.loads(body)["refundMethod"]["secCode"] == sent
 
 
@@ -151,10 +154,10 @@ def test_web_is_accepted_when_the_setting_allows_it_and_tel_is_not(
 ) -> None:
     monkeypatch.setenv("PAYROC_REFUNDS_ALLOW_SEC_WEB", "true")
     settings = Settings()
-    _, body = build(GOOD | payee | {"sec_code": "web"}, Cipher(settings), settings)
+    _, body = build(GOOD | payee | {"sec_code": "web"}, Cipher(settings), settings, NOW)
     assert json.loads(body)["refundMethod"]["secCode"] == "web"
     with pytest.raises(InvalidRow, match="debits only"):
-        build(GOOD | payee | {"sec_code": "tel"}, Cipher(settings), settings)
+        build(GOOD | payee | {"sec_code": "tel"}, Cipher(settings), settings, NOW)
 
 
 def test_the_body_of_a_row_that_names_its_code_is_the_same_bytes_for_ever() -> None:

@@ -273,9 +273,12 @@ def insert(world: World, old: int, values: dict[str, str]) -> None:
     names = ("source", "processing_terminal_id", "amount", "currency", "payee_fingerprint")
     chosen = ", ".join(values.get(name, name) for name in names)
     statement = text(f"""
-        INSERT INTO refund_ledger.refunds ({", ".join(names)}, source_ref, order_id, description, request, request_sha256, requested_by,
-            approved_by, approved_at, idempotency_key, replaces, created_at, updated_at)
-        SELECT {chosen}, 'new', 'new', '', request, request_sha256, 'a', 'b', now(), gen_random_uuid(), id, now(), now()
+        INSERT INTO refund_ledger.refunds ({", ".join(names)}, source_ref, source_ref_folded, order_id,
+        description,
+            request, request_sha256, requested_by, requested_by_folded, approved_by, approved_by_folded,
+            approved_at, idempotency_key, replaces, created_at, updated_at)
+        SELECT {chosen}, 'new', 'new', 'new', '', request, request_sha256, 'a', 'a', 'b', 'b', now(),
+            gen_random_uuid(), id, now(), now()
         FROM refund_ledger.refunds WHERE id = :id""")
     with world.ledger_engine.begin() as connection:
         connection.execute(statement, {"id": old})

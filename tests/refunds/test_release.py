@@ -243,7 +243,7 @@ def test_the_errors_of_an_invalid_row_are_written_back(world: World) -> None:
     world.write_back()
     row = world.source_row(ref)
     assert row["status"] == "invalid"
-    assert row["reason"].startswith("routing_number: is not a valid ABA routing number")
+    assert row["reason"].startswith("`routing_number` is not a valid ABA routing number")
 
 
 def test_a_write_back_that_touches_no_row_is_reported_and_stays_due(world: World) -> None:

@@ -33,10 +33,15 @@ from tests.refunds.test_ledger_rules import force
 
 # -- what is forbidden ---------------------------------------------------------------------------------------------------------------
 
-A_REFUND = """INSERT INTO refund_ledger.refunds (source, source_ref, processing_terminal_id, order_id, description, amount, currency,
-    payee_last4, payee_fingerprint, request, request_sha256, requested_by, approved_by, approved_at, idempotency_key, created_at,
-    updated_at{more}) SELECT source, '{ref}', processing_terminal_id, '{ref}', '', amount, currency, payee_last4, payee_fingerprint,
-    'sealed', {sha256}, 'ann', 'bob', now(), gen_random_uuid(), now(), now(){values} FROM refund_ledger.refunds WHERE id = {of}"""
+A_REFUND = """
+    INSERT INTO refund_ledger.refunds (source, source_ref, source_ref_folded, processing_terminal_id,
+        order_id, description, amount, currency, payee_last4, payee_fingerprint, request, request_sha256,
+        requested_by, requested_by_folded, approved_by, approved_by_folded, approved_at, idempotency_key,
+        created_at, updated_at{more})
+    SELECT source, '{ref}', '{ref}', processing_terminal_id, '{ref}',
+        '', amount, currency, payee_last4, payee_fingerprint, 'sealed', {sha256},
+        'ann', 'ann', 'bob', 'bob', now(), gen_random_uuid(), now(), now(){values}
+    FROM refund_ledger.refunds WHERE id = {of}"""
 AN_EVENT = """
     INSERT INTO refund_ledger.refund_events (at, event, refund_id, actor, reason)
     VALUES (now(), '{event}', {{accepted}}, 'ann', 'x')"""
@@ -88,6 +93,7 @@ EVERYBODY = [
     refund("accepted", "requested_by = 'eve'"),
     refund("accepted", "approved_by = 'eve'"),
     refund("accepted", "approved_at = now()"),
+    refund("accepted", "approved_by_folded = 'carl'"),
     refund("accepted", "idempotency_key = gen_random_uuid()"),
     refund("accepted", "request_sha256 = repeat('0', 64)"),
     refund("accepted", "replaces = {rejected}"),
@@ -297,11 +303,13 @@ def fill(connection: Connection) -> None:
     """Put a refund of each kind into an empty ledger, a pause, a limit, a run and an invalid row."""
     for kind, assignments in WAYS.items():
         connection.exec_driver_sql(f"""
-            INSERT INTO refund_ledger.refunds (source, source_ref, processing_terminal_id, order_id, description, amount, currency,
-                payee_last4, payee_fingerprint, request, request_key, request_sha256, requested_by, approved_by, approved_at,
-                idempotency_key, created_at, updated_at)
-            VALUES ('shop', '{kind}', '7701001', '{kind}', 'Refund', {10**6 if kind == "large" else 4999}, 'USD', '4321',
-                repeat('a', 64), 'sealed', 'first', repeat(md5('{kind}'), 2), 'ann', 'bob', now(), gen_random_uuid(), now(), now())""")
+            INSERT INTO refund_ledger.refunds (source, source_ref, source_ref_folded, processing_terminal_id,
+                order_id, description, amount, currency, payee_last4, payee_fingerprint,
+                request, request_key, request_sha256, requested_by, requested_by_folded,
+                approved_by, approved_by_folded, approved_at, idempotency_key, created_at, updated_at)
+            VALUES ('shop', '{kind}', '{kind}', '7701001', '{kind}', 'Refund',
+                {10**6 if kind == "large" else 4999}, 'USD', '4321', repeat('a', 64), 'sealed', 'first',
+                repeat(md5('{kind}'), 2), 'ann', 'ann', 'bob', 'bob', now(), gen_random_uuid(), now(), now())""")
         for assignment in assignments:
             connection.exec_driver_sql(
                 f"UPDATE refund_ledger.refunds SET {assignment} WHERE source_ref = '{kind}'"

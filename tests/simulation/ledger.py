@@ -18,7 +18,7 @@ from typing import Any
 from uuid import UUID
 
 from include.refunds.approval import Question
-from include.refunds.case import Case, DecisionRefused, Proposal, is_confirmed, same_person
+from include.refunds.case import Case, DecisionRefused, Proposal, is_confirmed
 from include.refunds.cipher import Sealed
 from include.refunds.classify import EVERYTHING, Outcome, Verdict
 from include.refunds.hold import check_hold, way_to_cancelled
@@ -48,11 +48,14 @@ from include.refunds.limits import (
     totals,
     who_to_ask,
 )
+from include.refunds.people import person, same_person
 from include.refunds.refund import History, Refund
 from include.refunds.reissue import Reissue, check_replaceable
 from include.refunds.resolve import Resolution, check_case
+from include.refunds.rows import sentences
 from include.refunds.settings import Settings
 from include.refunds.states import EDGES, IN_DOUBT, PAID, REPLACEABLE, Status
+from include.refunds.text import fold
 from include.refunds.transitions import decide
 from tests.simulation.engine import Violation
 
@@ -65,6 +68,7 @@ class Row:
 
     id: int
     source_ref: str
+    source_ref_folded: str
     processing_terminal_id: str
     order_id: str
     description: str
@@ -76,7 +80,9 @@ class Row:
     request_key: str | None
     request_sha256: str
     requested_by: str
+    requested_by_folded: str
     approved_by: str
+    approved_by_folded: str
     approved_at: datetime
     idempotency_key: UUID
     created_at: datetime
@@ -327,6 +333,7 @@ class MemoryLedger:
             key = UUID(new.idempotency_key)
             collides = new.source_ref in self.by_ref or any(
                 row.idempotency_key == key
+                or row.source_ref_folded == new.source_ref_folded
                 or (row.processing_terminal_id, row.order_id) == (new.processing_terminal_id, new.order_id)
                 for row in self.rows.values()
             )
@@ -337,6 +344,7 @@ class MemoryLedger:
             row = Row(
                 row_id,
                 new.source_ref,
+                new.source_ref_folded,
                 new.processing_terminal_id,
                 new.order_id,
                 new.description,
@@ -348,7 +356,9 @@ class MemoryLedger:
                 sealed.key_id,
                 new.request_sha256,
                 new.requested_by,
+                new.requested_by_folded,
                 new.approved_by,
+                new.approved_by_folded,
                 new.approved_at,
                 key,
                 now,
@@ -359,6 +369,9 @@ class MemoryLedger:
             self.attempts[row.id] = []
             stored.add(row.source_ref)
         return stored
+
+    def spelled(self, folded: Sequence[str]) -> set[str]:
+        return {row.source_ref_folded for row in self.rows.values()} & set(folded)
 
     def note_invalid(self, invalid: dict[str, dict[str, str]], valid: Sequence[str]) -> None:
         if not invalid and not self.invalid:
@@ -959,7 +972,7 @@ class MemoryLedger:
             return None
         row = copy.copy(replaced)
         row.id, self.next_id = self.next_id, self.next_id + 1
-        if new.source_ref in self.by_ref:
+        if self.spelled([fold(new.source_ref)]):
             raise DecisionRefused(
                 f"The ledger holds a refund {new.source_ref!r} that the source made itself."
             )
@@ -968,7 +981,7 @@ class MemoryLedger:
             new.order_id,
             UUID(new.idempotency_key),
         )
-        row.key = new.idempotency_key
+        row.key, row.source_ref_folded = new.idempotency_key, fold(new.source_ref)
         row.request, row.request_key, row.request_sha256 = (
             new.request.token,
             new.request.key_id,
@@ -976,6 +989,7 @@ class MemoryLedger:
         )
         row.holds = row.released_holds = ()
         row.requested_by, row.approved_by, row.approved_at = case.proposal.by, self.actor, case.now
+        row.requested_by_folded, row.approved_by_folded = person(row.requested_by), person(row.approved_by)
         row.replaces, row.reason = replaced.id, f"Reissue of refund {replaced.id}: {reason}"
         row.created_at, row.updated_at = case.now, max(case.now, replaced.updated_at + _MICROSECOND)
         row.status, row.attempts = Status.APPROVED, 0
@@ -1035,7 +1049,7 @@ class MemoryLedger:
                 and not ref.startswith(NAMELESS)
                 and ref not in self.by_ref
             ):
-                errors = "; ".join(f"{key}: {value}" for key, value in sorted(bad.errors.items()))
+                errors = sentences(dict(sorted(bad.errors.items())))
                 due.append(WriteBack(ref, "invalid", None, None, errors, bad.updated_at))
         due = [item for item in due if self.notes.get(item.source_ref, _NO_NOTE).failed is failed_before]
         due.sort(key=lambda item: item.source_ref)

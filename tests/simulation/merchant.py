@@ -14,7 +14,6 @@ from include.refunds import pull
 from include.refunds.cipher import Cipher
 from include.refunds.keys import default_order_id, idempotency_key
 from include.refunds.ledger import NotWritten, WriteBack
-from include.refunds.pull import InvalidRow
 from include.refunds.settings import Settings
 from include.refunds.source import COLUMNS, SourceRow, SourceUnavailable
 from include.refunds.source_update import Updated
@@ -24,20 +23,15 @@ TERMINALS = ("7701001", "7701002")
 _ENDED = frozenset({"accepted", "settled", "returned", "reversed", "rejected", "cancelled"})
 
 
-def build_once(row: SourceRow, cipher: Cipher, settings: Settings) -> Any:
-    """Validate a source row as production does, once: the same row always gives the same refund, or the same errors."""
+def build_once(row: SourceRow, cipher: Cipher, settings: Settings, now: datetime) -> Any:
+    """Validate a source row as production does, once: it always gives the same refund."""
     values = tuple(row.values())
     built = _BUILT.get(values)
     if built is None:
-        try:
-            built = _build(row, cipher, settings)
-        except InvalidRow as error:
-            built = error
         if len(_BUILT) == _MOST_BUILT:
             _BUILT.clear()
-        _BUILT[values] = built
-    if isinstance(built, InvalidRow):
-        raise built
+        # Errors are not kept: a row may be invalid for its time.
+        built = _BUILT[values] = _build(row, cipher, settings, now)
     return built
 
 

@@ -18,7 +18,9 @@ from uuid import UUID
 
 from include.payroc.errors import PayrocError, PayrocNoAnswer
 from include.refunds import classify, limits, look_up, pull, release, resolve, send, transitions
+from include.refunds import rows as source_rows
 from include.refunds.classify import Outcome, Sighting, Verdict
+from include.refunds.keys import idempotency_key
 from include.refunds.ledger import Claim, LedgerError, LedgerUnavailable, Task
 from include.refunds.ledger.runs import hash_of_ids
 from include.refunds.refund import History, Refund
@@ -99,7 +101,7 @@ def _drawn_key(source: str, source_ref: str) -> UUID:
     return _derived_key(source, f"{source_ref} again" if _RESTORED else source_ref)
 
 
-_derived_key = pull.idempotency_key
+_derived_key = idempotency_key
 _RESTORED: list[bool] = []
 
 
@@ -116,9 +118,9 @@ def _restore_and_draw(self: MemoryLedger, backup: dict[str, Any]) -> None:
 _init, _restore = MemoryLedger.__init__, MemoryLedger.restore
 
 
-def _build_anew(row: Any, cipher: Any, settings: Any) -> Any:
+def _build_anew(row: Any, cipher: Any, settings: Any, now: Any) -> Any:
     # What the simulation remembers of a row would hide that its key is drawn anew.
-    return _build(row, cipher, settings)
+    return _build(row, cipher, settings, now)
 
 
 _build = pull.build
@@ -129,7 +131,7 @@ def _store_again(self: MemoryLedger, rows: Any) -> set[str]:
     self.by_ref = {}
     twins = []
     for refund, request in rows:
-        key = pull.idempotency_key("simulated", f"{refund.source_ref} {self.next_id}")
+        key = idempotency_key("simulated", f"{refund.source_ref} {self.next_id}")
         twins.append(
             (
                 dataclasses.replace(
@@ -649,7 +651,7 @@ MUTANTS = (
     Mutant(
         "the key is drawn, and the ledger restored",
         (
-            (pull, "idempotency_key", _drawn_key),
+            (source_rows, "idempotency_key", _drawn_key),
             (merchant, "build_once", _build_anew),
             (MemoryLedger, "__init__", _new_ledger),
             (MemoryLedger, "restore", _restore_and_draw),

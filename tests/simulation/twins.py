@@ -50,6 +50,7 @@ _READS = frozenset(
         "pauses",
         "limits",
         "stored",
+        "spelled",
         "candidates",
         "due",
         "terminals",

@@ -89,6 +89,7 @@ for _name in (
     "pauses",
     "stored",
     "store",
+    "spelled",
     "note_invalid",
     "set_aside",
     "return_stale_releases",

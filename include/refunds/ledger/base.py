@@ -9,7 +9,7 @@ from typing import Self
 
 from include.refunds.database_errors import describe
 from include.refunds.ledger.connection import DATABASE_ERRORS, Connection, LedgerEngine
-from include.refunds.revision import REVISION, VERSION_TABLE, newer
+from include.refunds.revision import ENCODING, REVISION, VERSION_TABLE, newer, other_encoding
 from include.refunds.settings import Settings
 
 # SQLSTATE of a missing table and of a missing schema.
@@ -98,7 +98,7 @@ class LedgerBase:
             return LedgerUnavailable(
                 f"{place} can't be used: {failure}; {failure.remedy}. Its connection is refunds_ledger."
             )
-        return LedgerError(f"{place} refused a statement: {failure}; its log has the statement.")
+        return LedgerError(f"{place} refused a statement: {failure}; its log has the error.")
 
     @asynccontextmanager
     async def rehearsal(self) -> AsyncIterator[Self]:
@@ -119,13 +119,18 @@ class LedgerBase:
         Make sure that the ledger can be reached and has this version's schema.
 
         :raises LedgerUnavailable: when it can't be reached.
-        :raises LedgerError: when it was never migrated, or is at another revision.
+        :raises LedgerError: when it was never migrated, is at another revision, or is not in UTF8.
         """
-        query = f"SELECT version_num FROM refund_ledger.{VERSION_TABLE}"
+        query = (
+            "SELECT version_num, current_setting('server_encoding') AS encoding "
+            f"FROM refund_ledger.{VERSION_TABLE}"
+        )
         async with self._statement() as connection:
-            found = (await connection.execute(query)).scalar_one_or_none()
-        if found != REVISION:
-            raise _not_migrated(found)
+            found = (await connection.execute(query)).one_or_none()
+        if found is None or found.version_num != REVISION:
+            raise _not_migrated(found.version_num if found else None)
+        if found.encoding != ENCODING:
+            raise LedgerError(other_encoding(found.encoding))
 
 
 def _not_migrated(found: str | None) -> LedgerError:

@@ -9,11 +9,13 @@ from include.refunds.hold import check_hold, way_to_cancelled
 from include.refunds.ledger.connection import Connection
 from include.refunds.ledger.control import Control
 from include.refunds.ledger.rows import select_refund, standing_elsewhere
+from include.refunds.people import person
 from include.refunds.printable import printable
 from include.refunds.refund import Refund
 from include.refunds.reissue import Reissue, check_replaceable
 from include.refunds.resolve import Resolution, check_case
 from include.refunds.states import Status
+from include.refunds.text import fold
 
 # True when operators have database logins of their own: some login may act as an operator here that neither owns
 # the ledger nor is a superuser. Then two people have two logins; the names given with --by prove nothing.
@@ -96,11 +98,13 @@ class Decisions(Control):
         :raises DecisionRefused: when it may not be replaced, or has changed since it was read.
         """
         insert = """
-            INSERT INTO refund_ledger.refunds (source, source_ref, processing_terminal_id, order_id, description, amount, currency,
-                payee_last4, payee_fingerprint, request, request_key, request_sha256, requested_by, approved_by, approved_at,
-                idempotency_key, replaces, reason, created_at, updated_at)
-            SELECT source, :source_ref, processing_terminal_id, :order_id, description, amount, currency,
-                payee_last4, payee_fingerprint, :request, :request_key, :request_sha256, :requested_by, :approved_by, :now,
+            INSERT INTO refund_ledger.refunds (source, source_ref, source_ref_folded, processing_terminal_id,
+                order_id, description, amount, currency, payee_last4, payee_fingerprint, request, request_key,
+                request_sha256, requested_by, requested_by_folded, approved_by, approved_by_folded,
+                approved_at, idempotency_key, replaces, reason, created_at, updated_at)
+            SELECT source, :source_ref, :source_ref_folded, processing_terminal_id, :order_id, description,
+                amount, currency, payee_last4, payee_fingerprint, :request, :request_key, :request_sha256,
+                :requested_by, :requested_by_folded, :approved_by, :approved_by_folded, :now,
                 :key, id, :reason, :now, :now
             FROM refund_ledger.refunds WHERE id = :id
             ON CONFLICT DO NOTHING
@@ -117,12 +121,15 @@ class Decisions(Control):
             values = {
                 "id": case.refund.id,
                 "source_ref": new.source_ref,
+                "source_ref_folded": fold(new.source_ref),
                 "order_id": new.order_id,
                 "request": new.request.token,
                 "request_key": new.request.key_id,
                 "request_sha256": new.request_sha256,
                 "requested_by": case.proposal.by,
+                "requested_by_folded": person(case.proposal.by),
                 "approved_by": self._actor,
+                "approved_by_folded": person(self._actor),
                 "key": new.idempotency_key,
                 "reason": f"Reissue of refund {case.refund.id}: {reason}",
                 "now": now,

@@ -17,9 +17,14 @@ NAMELESS = "(row "
 
 @dataclass(frozen=True, slots=True)
 class NewRefund:
-    """A validated source row, ready to be stored: the columns of ``refund_ledger.refunds`` that never change."""
+    """
+    A validated source row, ready to be stored: the columns of ``refund_ledger.refunds`` that never change.
+
+    :param source_ref_folded: the form in which two spellings of it are the same, as of the names of people.
+    """
 
     source_ref: str
+    source_ref_folded: str
     processing_terminal_id: str
     order_id: str
     description: str
@@ -29,7 +34,9 @@ class NewRefund:
     payee_fingerprint: str
     request_sha256: str
     requested_by: str
+    requested_by_folded: str
     approved_by: str
+    approved_by_folded: str
     approved_at: datetime
     idempotency_key: str
 
@@ -79,20 +86,34 @@ class Intake(LedgerBase):
         :returns: the source_refs that were stored; one that is missing was there before, or collides with another refund.
         """
         insert = """
-            INSERT INTO refund_ledger.refunds (source, source_ref, processing_terminal_id, order_id, description, amount, currency,
-                payee_last4, payee_fingerprint, request, request_key, request_sha256, requested_by, approved_by, approved_at,
-                idempotency_key, created_at, updated_at)
-            SELECT :source, source_ref, processing_terminal_id, order_id, description, amount, currency,
-                payee_last4, payee_fingerprint, convert_to(request, 'UTF8'), request_key, request_sha256, requested_by, approved_by,
-                approved_at, idempotency_key, :now, :now
-            FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS row (source_ref text, processing_terminal_id text, order_id text,
-                description text, amount bigint, currency text, payee_last4 text, payee_fingerprint text, request text,
-                request_key text, request_sha256 text, requested_by text, approved_by text, approved_at timestamptz, idempotency_key uuid)
+            INSERT INTO refund_ledger.refunds (source, source_ref, source_ref_folded, processing_terminal_id,
+                order_id, description, amount, currency, payee_last4, payee_fingerprint,
+                request, request_key, request_sha256, requested_by, requested_by_folded,
+                approved_by, approved_by_folded, approved_at, idempotency_key, created_at, updated_at)
+            SELECT :source, source_ref, source_ref_folded, processing_terminal_id,
+                order_id, description, amount, currency, payee_last4, payee_fingerprint,
+                convert_to(request, 'UTF8'), request_key, request_sha256, requested_by, requested_by_folded,
+                approved_by, approved_by_folded, approved_at, idempotency_key, :now, :now
+            FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS row (
+                source_ref text, source_ref_folded text, processing_terminal_id text,
+                order_id text, description text, amount bigint, currency text, payee_last4 text,
+                payee_fingerprint text, request text, request_key text, request_sha256 text,
+                requested_by text, requested_by_folded text, approved_by text, approved_by_folded text,
+                approved_at timestamptz, idempotency_key uuid)
             ON CONFLICT DO NOTHING
             RETURNING source_ref"""
         async with self._transaction() as (connection, now):
             values = {"source": self._settings.source, "now": now, "rows": _as_json(rows)}
             return set((await connection.execute(insert, values)).scalars())
+
+    async def spelled(self, folded: Sequence[str]) -> set[str]:
+        """Return which of these source_refs, in their folded form, the ledger holds in any spelling."""
+        query = """
+            SELECT source_ref_folded FROM refund_ledger.refunds
+            WHERE source = :source AND source_ref_folded = ANY(:folded)"""
+        async with self._transaction() as (connection, _):
+            values = {"source": self._settings.source, "folded": list(folded)}
+            return set((await connection.execute(query, values)).scalars())
 
     async def note_invalid(self, invalid: dict[str, dict[str, str]], valid: Sequence[str]) -> None:
         """

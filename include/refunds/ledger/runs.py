@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from include.refunds.approval import Question
-from include.refunds.case import DecisionRefused, same_person
+from include.refunds.case import DecisionRefused
 from include.refunds.classify import EVERYTHING
 from include.refunds.ledger.base import LedgerError
 from include.refunds.ledger.connection import Connection, Row, as_array
@@ -28,6 +28,7 @@ from include.refunds.limits import (
     totals,
     who_to_ask,
 )
+from include.refunds.people import same_person
 from include.refunds.printable import printable
 from include.refunds.states import Status
 
@@ -425,7 +426,7 @@ class Runs(Control):
         """Return the sums of what passed the door for the first time today, per currency."""
         # What was released today was changed today, and that has an index.
         query = f"""
-            SELECT currency, count(*) AS count, sum(amount)::bigint AS amount FROM refund_ledger.refunds
+            SELECT currency, count(*) AS count, sum(amount) AS amount FROM refund_ledger.refunds
             WHERE source = :source AND updated_at >= :day AND first_released_at >= :day AND {condition} GROUP BY currency"""
         day = day_start(now, self._settings.timezone)
         return await _sums(connection, query, {"source": self._settings.source, "day": day, **values})
@@ -473,8 +474,8 @@ async def _why_ask(connection: Connection, limits: Limits, today: Totals, run: R
 async def _approval_basis(connection: Connection, ids: Sequence[int]) -> dict[str, Any]:
     """Return what a run would release for the first time, to how many new payees, and how many again."""
     sums = """
-        SELECT currency, count(*) AS count, sum(amount)::bigint AS amount, max(amount) AS largest FROM refund_ledger.refunds
-        WHERE id = ANY(:ids) AND first_released_at IS NULL GROUP BY currency"""
+        SELECT currency, count(*) AS count, sum(amount) AS amount, max(amount) AS largest
+        FROM refund_ledger.refunds WHERE id = ANY(:ids) AND first_released_at IS NULL GROUP BY currency"""
     payees = """
         SELECT count(DISTINCT payee_fingerprint) FROM refund_ledger.refunds AS r
         WHERE id = ANY(:ids) AND first_released_at IS NULL AND NOT EXISTS (
@@ -491,10 +492,11 @@ async def _approval_basis(connection: Connection, ids: Sequence[int]) -> dict[st
 
 
 async def _sums(connection: Connection, query: str, values: dict[str, Any]) -> dict[str, dict[str, int]]:
-    """Return the figures of each row, by its currency."""
+    """Return the figures of each row by its currency. A sum is numeric, so that none overflows."""
     rows = await connection.execute(query, values)
     return {
-        row["currency"]: {name: value for name, value in row.items() if name != "currency"} for row in rows
+        row["currency"]: {name: int(value) for name, value in row.items() if name != "currency"}
+        for row in rows
     }
 
 

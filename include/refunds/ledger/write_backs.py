@@ -132,7 +132,8 @@ class WriteBacks(LedgerBase):
              ORDER BY first.source_ref LIMIT :limit)
             UNION ALL
             (SELECT source_ref, 'invalid', NULL, NULL,
-                    (SELECT string_agg(key || ': ' || value, '; ' ORDER BY key) FROM jsonb_each_text(errors)), updated_at
+                    (SELECT string_agg('`' || key || '` ' || value || '.', ' ' ORDER BY key)
+                     FROM jsonb_each_text(errors)), updated_at
              FROM refund_ledger.invalid_rows AS invalid
              WHERE source = :source AND written_back_at IS DISTINCT FROM updated_at AND source_ref > :after
                AND NOT starts_with(source_ref, :nameless)

@@ -9,14 +9,15 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import URL, Connection, create_engine, text
+from sqlalchemy.exc import IntegrityError
 
-from include.refunds.revision import VERSION_TABLE, newer
+from include.refunds.revision import ENCODING, VERSION_TABLE, newer, other_encoding
 
 _FOLDER = Path(__file__).parent
 
 
-class NewerLedger(Exception):
-    """A later version has migrated the ledger; nothing was changed."""
+class MigrationRefused(Exception):
+    """The ledger stays as it is; the message says why and what to do."""
 
 
 def migrate(url: URL, revision: str = "head") -> str:
@@ -28,21 +29,32 @@ def migrate(url: URL, revision: str = "head") -> str:
     :param url: URL of the ledger's database, as its owner.
     :param revision: another revision to stop at, for tests of the next one.
     :returns: the revision that the ledger is at now.
-    :raises NewerLedger: when it is at a revision that this version does not know.
+    :raises MigrationRefused: when it is at a revision that this version does not know, its database is not in
+        UTF8, or its refunds break a rule of this version.
     """
-    engine = create_engine(url)
+    # A server in SQL_ASCII would hand out bytes.
+    engine = create_engine(url, connect_args={"client_encoding": "UTF8"})
     try:
         with engine.begin() as connection:
+            encoding = connection.execute(text("SHOW server_encoding")).scalar_one()
+            if encoding != ENCODING:
+                raise MigrationRefused(other_encoding(encoding))
             connection.execute(text("SELECT pg_advisory_xact_lock(hashtext('refund_ledger.migrate'))"))
             found = current_revision(connection)
             config = _config()
             if found is not None and found not in {
                 script.revision for script in ScriptDirectory.from_config(config).walk_revisions()
             }:
-                raise NewerLedger(newer(found))
+                raise MigrationRefused(newer(found))
             config.attributes["connection"] = connection
             command.upgrade(config, revision)
             return current_revision(connection) or ""
+    except IntegrityError as error:
+        rule = getattr(getattr(error.orig, "diag", None), "constraint_name", None)
+        raise MigrationRefused(
+            f"The ledger holds refunds that break the rule {rule} of this version, so it was left as it is: "
+            "end them with the version that made them, and start this one with a new ledger."
+        ) from None
     finally:
         engine.dispose()
 

@@ -150,7 +150,7 @@ class ApproveRunOperator(ApprovalOperator):
 
     def _askable(self, triggered_by: str | None) -> list[str]:
         """Return who may answer; empty means everybody."""
-        from include.refunds.case import same_person
+        from include.refunds.people import same_person
 
         # An auth manager may have ids that are no names: then the ledger alone refuses who triggered the run.
         askable = [
