@@ -26,6 +26,7 @@ from demo.environment import HANG_SECONDS, TOKEN_SECONDS, connections, environme
 from demo.errors import DemoError
 from demo.postgres import HOST, PostgresServer, free_port, port_is_free
 from demo.state import ROOT, State
+from demo.unchecked import write_unchecked
 from include.refunds.printable import visible
 
 AIRFLOW_DATABASE = "airflow"
@@ -175,6 +176,8 @@ class Stack:
             ):
                 self.run("ledger", "include.refunds", "migrate", "--demo-source")
                 self.run("import", "include.refunds", "import", SAMPLE)
+                with self.postgres.connect(SOURCE_DATABASE) as source:
+                    write_unchecked(source)
             if preparation:
                 with step(
                     "Preparing Airflow's own database (only the first time)",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import csv
 import getpass
 import json
 import secrets
@@ -31,6 +30,7 @@ from include.refunds.audit import Head, HeadError, verify_audit
 from include.refunds.case import DecisionRefused
 from include.refunds.classify import EVERYTHING
 from include.refunds.connect import NoGateway, cipher_of, connect, connect_source
+from include.refunds.csv_lines import CsvError, read_lines
 from include.refunds.database_errors import describe
 from include.refunds.gateway import Gateway
 from include.refunds.ledger import Ledger, LedgerEngine, LedgerError
@@ -149,22 +149,22 @@ def import_csv(
     """
     Load approved refunds from a CSV file into public.refund_requests of the source.
 
-    The columns are those of include/sql/select_approved.sql, amounts in minor units. A line that can't be stored is named
-    with its number and skipped; a source_ref that is there already is left as it is, so a file may be imported again.
+    The columns are those of include/sql/select_approved.sql, amounts in minor units. A line that breaks a
+    rule of docs/boundaries.md is named with its number and left out; a source_ref that is there already is
+    left as it is, so a file may be imported again.
     """
     try:
-        with file.open(encoding="utf-8-sig", newline="") as opened:
-            lines = list(csv.DictReader(opened))
-    except (csv.Error, UnicodeDecodeError):
-        # The reader's own words may quote a line.
-        raise demo_source.ImportFailed(
-            f"{printable(file.name)} is not a CSV file in UTF-8 that can be read: is a closing quote missing?"
-        ) from None
+        content = file.read_bytes()
+    except OSError as error:
+        raise demo_source.ImportFailed(f"{printable(file.name)} can't be read ({error.strerror}).") from None
+    lines = read_lines(content)
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("Importing", total=len(lines))
-        result = demo_source.import_lines(source_url(source), lines, advance=lambda: progress.advance(task))
-    for number, error in result.errors.items():
-        _say(f"Line {number}: {error}", red=True)
+        result = demo_source.import_lines(
+            source_url(source), lines, get_settings(), advance=lambda: progress.advance(task)
+        )
+    for number, what in result.errors.items():
+        _say(f"Line {number}: {what}", red=True)
     _say(f"{result.imported} imported, {result.known} there already, {len(result.errors)} with errors.")
     if result.errors:
         raise typer.Exit(EXIT_TROUBLE)
@@ -585,6 +585,7 @@ def main() -> None:
         SettingsError,
         UrlError,
         demo_source.ImportFailed,
+        CsvError,
         DecisionRefused,
         NoGateway,
         PayrocConfigurationError,

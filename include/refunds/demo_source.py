@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 from sqlalchemy import URL, create_engine, text
 from sqlalchemy.exc import DBAPIError, ProgrammingError
 
+from include.refunds.csv_lines import CsvLine
 from include.refunds.quiet import QUIET
 from include.refunds.roles import APPROVER, PAYER, REQUESTER, create_roles, told_in_one_sentence
+from include.refunds.rows import InvalidRow, RefundRow, sentences
+from include.refunds.settings import Settings
 from include.refunds.source import COLUMNS
+from include.refunds.text import fold
 
 _TABLE = """
 CREATE TABLE IF NOT EXISTS public.refund_requests (
@@ -72,7 +76,7 @@ class ImportFailed(Exception):
 
 @dataclass(slots=True)
 class Imported:
-    """Result of an import: how many lines are new, how many were known, and the errors by line number."""
+    """How many lines were new, how many were known, and what is wrong with each other one, by its number."""
 
     imported: int = 0
     known: int = 0
@@ -101,61 +105,44 @@ def create_table(url: URL) -> None:
         engine.dispose()
 
 
-def import_lines(url: URL, lines: Sequence[dict[str, str]], *, advance: Callable[[], None]) -> Imported:
+def import_lines(
+    url: URL, lines: Sequence[CsvLine], settings: Settings, *, advance: Callable[[], None]
+) -> Imported:
     """
-    Insert the lines of a CSV file. Whether a row makes a valid refund is judged by the pull, not here.
+    Insert the lines of a CSV file that keep the rules for source rows; name the others.
+
+    A line without ``approved_by`` and ``approved_at`` is a request that waits for its approval.
 
     :param url: the source's database.
-    :param lines: one mapping per line; an empty text is NULL.
+    :param settings: what the rules for rows need, see :meth:`RefundRow.read`.
     :param advance: called after each line.
-    :raises ImportFailed: when a column or the table is missing.
+    :raises ImportFailed: when the table is missing.
     """
-    # The reader puts what a line has too much under no name.
-    header = [name for name in lines[0] if name is not None] if lines else []
-    if header and not set(header) & set(COLUMNS):
-        # The first line may be a payee, and is not repeated.
-        raise ImportFailed(
-            "The first line of the CSV file names none of the columns of include/sql/select_approved.sql: add a header."
-        )
-    # A value that slipped into the header is not repeated either.
-    unknown = sorted(
-        name if re.fullmatch(r"[A-Za-z_]{1,30}", name) else "a name that is none"
-        for name in set(header) - set(COLUMNS)
-    )
-    missing = sorted(set(COLUMNS) - set(header)) if header else []
-    if unknown or missing:
-        raise ImportFailed(
-            "The header of the CSV file does not fit: "
-            + "; ".join(
-                part
-                for part in (
-                    missing and f"missing {', '.join(missing)}",
-                    unknown and f"unknown {', '.join(unknown)}",
-                )
-                if part
-            )
-            + ". Use the columns of include/sql/select_approved.sql."
-        )
     insert = text(
         f"INSERT INTO public.refund_requests ({', '.join(COLUMNS)}) VALUES ({', '.join(f':{name}' for name in COLUMNS)}) "
         "ON CONFLICT (source_ref) DO NOTHING"
     )
     result = Imported()
+    first: dict[str, int] = {}
     engine = create_engine(url, **QUIET)
     try:
         with engine.begin() as connection:
-            for number, line in enumerate(lines, start=2):
+            for line in lines:
+                problem = _problem(line, settings) or _repeated(line, first)
+                if problem is not None:
+                    result.errors[line.number] = problem
+                    advance()
+                    continue
                 try:
                     with connection.begin_nested():
-                        stored = connection.execute(insert, _typed(line)).rowcount
-                except ValueError as error:
-                    result.errors[number] = str(error)
+                        stored = connection.execute(insert, line.row).rowcount
                 except ProgrammingError:
                     raise ImportFailed(
                         "The source has no table public.refund_requests: run `python -m include.refunds migrate --demo-source`."
                     ) from None
                 except DBAPIError as error:
-                    result.errors[number] = _column_of(error)
+                    # The driver's message quotes values.
+                    result.errors[line.number] = f"The source refused it ({type(error.orig).__name__})."
                 else:
                     result.imported += stored
                     result.known += 1 - stored
@@ -165,28 +152,23 @@ def import_lines(url: URL, lines: Sequence[dict[str, str]], *, advance: Callable
     return result
 
 
-def _typed(line: dict[str, str]) -> dict[str, str | int | None]:
-    values: dict[str, str | int | None] = {
-        name: line[name].strip() or None if line[name] is not None else None for name in COLUMNS
-    }
-    if None in line:
-        raise ValueError("has more fields than the header")
-    if None in line.values():
-        raise ValueError("has fewer fields than the header")
-    if not values["source_ref"]:
-        raise ValueError("source_ref is missing")
+def _problem(line: CsvLine, settings: Settings) -> str | None:
+    """Return what is wrong with a line by the rules of the pull, which reads the row again."""
+    if line.error is not None:
+        return f"It {line.error}."
+    errors = dict(line.errors)
     try:
-        values["amount"] = int(str(values["amount"]))
-    except ValueError:
-        raise ValueError("amount must be a whole number in minor units, such as 4999 for 49.99") from None
-    return values
+        RefundRow.read(line.row, settings, datetime.now(UTC))
+    except InvalidRow as invalid:
+        errors = invalid.errors | errors
+    if line.row["approved_by"] is None and line.row["approved_at"] is None:
+        errors = {
+            column: what for column, what in errors.items() if column not in ("approved_by", "approved_at")
+        }
+    return sentences(errors) or None
 
 
-def _column_of(error: DBAPIError) -> str:
-    # The driver's message quotes the value; the column is what a person needs.
-    column = getattr(getattr(error.orig, "diag", None), "column_name", None)
-    return (
-        f"{column} is missing or has a wrong form"
-        if column
-        else "a value has a wrong form, such as an instant that is none"
-    )
+def _repeated(line: CsvLine, first: dict[str, int]) -> str | None:
+    """Return a sentence when the source_ref came before in any spelling; ``first`` has the lines so far."""
+    number = first.setdefault(fold(line.row["source_ref"]), line.number)
+    return None if number == line.number else f"`source_ref` is that of line {number}."

@@ -511,7 +511,7 @@ def test_an_import_that_goes_wrong_quotes_no_line(
     good = rows.write_csv(tmp_path / "good.csv", lines)
     files = [
         rows.write_csv(tmp_path / "broken.csv", rows.broken_lines(mint)),
-        rows.write_csv(tmp_path / "utf-16.csv", lines, encoding="utf-16"),
+        rows.write_csv(tmp_path / "utf-16.csv", lines, encoding="utf-16-le"),
         tmp_path / "latin-1.csv",
         tmp_path / "endless field.csv",
         tmp_path / "more fields.csv",

@@ -7,8 +7,13 @@ from collections import Counter
 from datetime import datetime
 
 import pytest
+from sqlalchemy import URL
 
 from demo.stack import SAMPLE
+from demo.unchecked import UNCHECKED
+from include.refunds.csv_lines import read_lines
+from include.refunds.demo_source import import_lines
+from include.refunds.settings import get_settings
 from include.refunds.source import COLUMNS
 
 # What the sample must show: a declined and a refused refund, and everything that may happen to a request on its way.
@@ -19,8 +24,20 @@ LEFT_OUT = ("9007", "9013", "9014", "9018", "9019", "9021")
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, str]]:
-    with SAMPLE.open(newline="") as file:
-        return list(csv.DictReader(file))
+    found = []
+    for path in (SAMPLE, UNCHECKED):
+        with path.open(newline="") as file:
+            found += csv.DictReader(file)
+    return found
+
+
+def test_the_import_takes_every_line_of_the_sample_and_none_of_the_unchecked_ones(source_url: URL) -> None:
+    sample, unchecked = (
+        import_lines(source_url, read_lines(path.read_bytes()), get_settings(), advance=lambda: None)
+        for path in (SAMPLE, UNCHECKED)
+    )
+    assert (sample.imported, sample.errors) == (34, {})
+    assert (unchecked.imported, len(unchecked.errors)) == (0, 2)
 
 
 def checksum_is_right(routing_number: str) -> bool:

@@ -115,7 +115,7 @@ def test_import_names_bad_lines_and_may_be_repeated(source_url: URL, tmp_path: P
     file.write_text("\n".join([*sample[:4], ",".join(broken)]) + "\n")
     first = cli("import", str(file), source=source_url)
     assert first.returncode == 1
-    assert "Line 5: amount must be a whole number in minor units" in first.stdout
+    assert "Line 5: `amount` is 12.50; give whole cents, such as 1250 for USD 12.50." in first.stdout
     assert "3 imported, 0 there already, 1 with errors." in first.stdout
     assert "0 imported, 3 there already, 1 with errors." in cli("import", str(file), source=source_url).stdout
 

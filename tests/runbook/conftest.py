@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
@@ -11,12 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import psycopg
 import pytest
 from sqlalchemy import URL
 
 from demo.postgres import PostgresServer
 from demo.stack import SAMPLE
+from demo.unchecked import write_unchecked
 from include.refunds.audit import verify_audit
+from include.refunds.csv_lines import read_lines
 from include.refunds.demo_source import import_lines
 from include.refunds.ledger import Selection
 from include.refunds.roles import KEY_ROTATOR, OPERATOR
@@ -82,13 +84,16 @@ class Shop(Merchant):
 
     def approve_sample(self, *source_refs: str) -> None:
         """Put these refunds of the demo's sample into the source; all of them when none is named."""
-        with SAMPLE.open(newline="") as opened:
-            lines = [
-                line
-                for line in csv.DictReader(opened)
-                if not source_refs or line["source_ref"] in source_refs
-            ]
-        import_lines(self.airflow.source, lines, advance=lambda: None)
+        lines = [
+            line
+            for line in read_lines(SAMPLE.read_bytes())
+            if not source_refs or line.row["source_ref"] in source_refs
+        ]
+        import_lines(self.airflow.source, lines, get_settings(), advance=lambda: None)
+        if not source_refs:
+            url = self.airflow.source.set(drivername="postgresql").render_as_string(hide_password=False)
+            with psycopg.connect(url) as source:
+                write_unchecked(source)
 
     def pay(self, *source_refs: str) -> None:
         """Release these refunds, or all, and send each once, as the next run would."""
