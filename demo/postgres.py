@@ -272,6 +272,9 @@ class PostgresServer:
             "timezone": "UTC",
             "log_timezone": "UTC",
             "max_connections": "100",
+            # The DETAIL of a refused INSERT is its whole row, and a statement may have values in it.
+            "log_error_verbosity": "terse",
+            "log_min_error_statement": "panic",
         }
         if self.fast:
             settings |= {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
