@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 
@@ -23,7 +24,7 @@ from payroc_airflow.gateway import HookGateway
 from payroc_airflow.gateway import connect as connect_gateway
 from payroc_airflow.hooks.payroc import PayrocHook
 from payroc_airflow.transport import IDLE_SECONDS
-from tests.patience import PATIENCE_SECONDS
+from tests.patience import PATIENCE_SECONDS, eventually
 
 PATH = "/v1/bank-transfer-refunds"
 BODY = b'{"a": 1}'
@@ -328,6 +329,12 @@ def test_a_forked_process_has_connections_of_its_own_and_leaves_its_parents_alon
     assert payroc.seen[0].client != payroc.seen[1].client
 
 
+def functions_of(thread: threading.Thread) -> list[str]:
+    """Return the names of the functions that a thread is in."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    return [entry.name for entry in traceback.extract_stack(frame)]
+
+
 def test_a_time_out_of_the_caller_ends_the_request(hook, payroc, reply, token, key) -> None:
     def alarm(*args: object) -> None:
         raise TimeoutError("the task's time is over")
@@ -335,7 +342,8 @@ def test_a_time_out_of_the_caller_ends_the_request(hook, payroc, reply, token, k
     left = threading.Event()
 
     def answer(handler) -> None:
-        # The hook waits for its answer now.
+        # The request may be here before the caller waits for its answer.
+        eventually(lambda: "result" in functions_of(threading.main_thread()), "the hook waits for its answer")
         os.kill(os.getpid(), signal.SIGALRM)
         if handler.connection.recv(1) == b"":
             left.set()
