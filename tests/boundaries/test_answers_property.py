@@ -233,7 +233,9 @@ ANSWERS = st.one_of(
     VALUES.map(_dumps),
     ELEMENTS,
     ELEMENTS.map(lambda element: LIST.replace(b"[]}", b"[%s]}" % element)),
-    st.sampled_from([b"\xef\xbb\xbf" + LIST, gzip.compress(LIST, mtime=0), LIST.decode().encode("utf-16"), b"<html>"]),
+    st.sampled_from(
+        [b"\xef\xbb\xbf" + LIST, gzip.compress(LIST, mtime=0), LIST.decode().encode("utf-16"), b"<html>"]
+    ),
 )
 STATUSES = st.sampled_from([200, 201] * 5 + [204, 302, 400, 401, 403, 404, 409, 413, 422, 429, 500, 503])
 TYPES = st.sampled_from(["application/json", "application/problem+json", "text/html", "", "\xff"])
