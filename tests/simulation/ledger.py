@@ -188,6 +188,7 @@ _FIXED = (
 
 
 _NO_NOTE = Note()
+_ENDED = frozenset(map(Status, ENDED))
 
 
 class MemoryLedger:
@@ -1075,22 +1076,27 @@ class MemoryLedger:
 
     def write_again(self, offered: Collection[str]) -> tuple[int, int]:
         now, due, ended = self.clock(), 0, 0
-        replaced = {row.replaces for row in self.rows.values() if row.status is not Status.CANCELLED}
-        for row in self.rows.values():
+        written = [
+            row
+            for row in self.rows.values()
+            if row.status in _ENDED and row.written_back_at == row.updated_at
+        ]
+        for row in written:
             ref = self._first_of_chain(row).source_ref
-            if (
-                ref in offered
-                and row.status.value in ENDED
-                and row.written_back_at == row.updated_at
-                and row.id not in replaced
-                and not (row.replaces is not None and row.status is Status.CANCELLED)
-            ):
-                ended += 1
-                note = self.notes.setdefault(ref, Note())
-                if note.offered_again_at is None or now - note.offered_again_at >= timedelta(days=7):
-                    note.offered_again_at, row.written_back_at = now, None
-                    due += 1
+            if ref not in offered or not self._is_shown(row):
+                continue
+            ended += 1
+            note = self.notes.setdefault(ref, Note())
+            if note.offered_again_at is None or now - note.offered_again_at >= timedelta(days=7):
+                note.offered_again_at, row.written_back_at = now, None
+                due += 1
         return due, ended - due
+
+    def _is_shown(self, row: Row) -> bool:
+        """Return whether the source's row shows this refund: the newest of its chain that was not cancelled."""
+        return (row.replaces is None or row.status is not Status.CANCELLED) and not any(
+            other.replaces == row.id and other.status is not Status.CANCELLED for other in self.rows.values()
+        )
 
     # -- the constraints of the database -----------------------------------------------------------------------------
 
