@@ -20,6 +20,7 @@ from demo.postgres import HOST, PostgresServer, claimed_port, free_port, port_is
 from demo.stack import WITHOUT_PROXY, Stack
 from demo.state import FOLDER_VARIABLE, State
 from tests.conftest import running_sandbox
+from tests.patience import PATIENCE_SECONDS
 
 
 class Demo:
@@ -40,7 +41,7 @@ class Demo:
             f"{url}/authorize", method="POST", headers={"x-api-key": connection["password"]}
         )
         try:
-            with WITHOUT_PROXY.open(request, timeout=10) as answer:
+            with WITHOUT_PROXY.open(request, timeout=PATIENCE_SECONDS) as answer:
                 return int(answer.status)
         except urllib.error.HTTPError as refused:
             return refused.code
@@ -121,7 +122,7 @@ def test_the_usual_port_goes_to_one_of_two_who_ask_at_once() -> None:
 def claim(usual: int, found: Any, until: Any) -> None:
     with claimed_port(usual) as port:
         found.put(port)
-        until.wait(60)
+        until.wait()
 
 
 def test_the_claim_of_a_killed_command_is_free_again() -> None:
@@ -129,11 +130,11 @@ def test_the_claim_of_a_killed_command_is_free_again() -> None:
     found, until = spawn.Queue(), spawn.Event()
     other = spawn.Process(target=claim, args=(usual, found, until))
     other.start()
-    assert found.get(timeout=60) == usual
+    assert found.get(timeout=PATIENCE_SECONDS) == usual
     with claimed_port(usual) as mine:
         assert mine != usual
     other.kill()
-    other.join(60)
+    other.join()
     with claimed_port(usual) as mine:
         assert mine == usual
 

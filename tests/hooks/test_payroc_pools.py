@@ -9,14 +9,13 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import requests
 
 from payroc_airflow.pools import pool_exists
-from tests.patience import PATIENCE_SECONDS
+from tests.patience import PATIENCE_SECONDS, eventually
 
 ROOT = Path(__file__).parents[2]
 PATH = "/payroc-refunds/pools/payroc_api"
@@ -109,14 +108,8 @@ def test_a_real_api_server_tells_whether_the_pool_exists(tmp_path, monkeypatch) 
             [airflow, "api-server"], env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
-        ends = time.monotonic() + 60
-        while (
-            (answer := pool_exists("payroc_api")) is None
-            and time.monotonic() < ends
-            and server.poll() is None
-        ):
-            time.sleep(0.2)
-        assert answer is False, (tmp_path / "server.log").read_text()
+        eventually(lambda: pool_exists("payroc_api") is not None or server.poll() is not None, pause=0.2)
+        assert pool_exists("payroc_api") is False, (tmp_path / "server.log").read_text()
         with sqlite3.connect(database) as connection:
             connection.execute(
                 "INSERT INTO slot_pool (pool, slots, include_deferred) VALUES ('payroc_api', 4, 0)"
@@ -133,10 +126,10 @@ def test_a_real_api_server_tells_whether_the_pool_exists(tmp_path, monkeypatch) 
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         try:
-            server.wait(10)
+            server.wait(PATIENCE_SECONDS)
         except subprocess.TimeoutExpired:
             os.killpg(server.pid, signal.SIGKILL)
-            server.wait(10)
+            server.wait()
 
 
 def _login(base: str) -> dict[str, str]:

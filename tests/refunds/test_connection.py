@@ -14,6 +14,7 @@ import pytest
 from sqlalchemy import URL
 
 from include.refunds.ledger.connection import LedgerEngine, as_array
+from tests.patience import PATIENCE_SECONDS
 
 T = TypeVar("T")
 
@@ -136,7 +137,10 @@ def test_who_is_cancelled_in_the_middle_of_a_statement_leaves_its_place_and_no_c
                 await connection.execute("SELECT pg_sleep(60)")
 
         waiting = asyncio.create_task(wait())
-        await asyncio.sleep(0.2)
+        async with LedgerEngine(engine.url, pool_size=0).connect() as other:
+            query = "SELECT count(*) FROM pg_stat_activity WHERE pid = :pid AND wait_event = 'PgSleep'"
+            while not (await other.execute(query, {"pid": first})).scalar_one():
+                await asyncio.sleep(0.01)
         waiting.cancel()
         with suppress(asyncio.CancelledError):
             await waiting
@@ -247,7 +251,7 @@ def test_a_server_that_says_nothing_to_a_statement_is_not_waited_for_without_end
 def test_a_server_that_accepts_and_says_nothing_is_an_error_after_the_timeout(ledger_url: URL) -> None:
     async def run() -> None:
         async def silent(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await asyncio.sleep(5)
+            await asyncio.sleep(PATIENCE_SECONDS)
             writer.close()
 
         server = await asyncio.start_server(silent, "127.0.0.1", 0)

@@ -238,6 +238,13 @@ def test_each_currency_is_held_against_a_cap_by_itself(world: World) -> None:
     assert status(world, dollars, euros, more) == ["released", "released", "approved"]
 
 
+def waiting_for_a_lock(world: World) -> int:
+    query = """
+        SELECT count(*) AS n FROM pg_stat_activity
+        WHERE wait_event_type = 'Lock' AND datname = current_database()"""
+    return int(world.rows(query)[0]["n"])
+
+
 def test_two_runs_at_once_do_not_exceed_a_cap_together(world: World) -> None:
     world.limit(day_count=3)
     refs = [world.approve() for _ in range(6)]
@@ -255,7 +262,7 @@ def test_two_runs_at_once_do_not_exceed_a_cap_together(world: World) -> None:
         finally:
             await engine.dispose()
 
-    async def both() -> tuple[bool, list[list[int]]]:
+    async def both() -> list[list[int]]:
         blocker = LedgerEngine(world.ledger.engine.url)
         async with blocker.begin() as connection:
             # Both have begun to release when neither could look at the caps yet.
@@ -265,13 +272,13 @@ def test_two_runs_at_once_do_not_exceed_a_cap_together(world: World) -> None:
                 asyncio.create_task(one_run(name, part))
                 for name, part in (("run-1", ids[:3]), ("run-2", ids[3:]))
             ]
-            await asyncio.sleep(1)
-            waiting = not any(run.done() for run in runs)
+            while waiting_for_a_lock(world) < 2:
+                assert not any(run.done() for run in runs)
+                await asyncio.sleep(0.05)
         await blocker.dispose()
-        return waiting, await asyncio.gather(*runs)
+        return await asyncio.gather(*runs)
 
-    waited, released = world.run(both())
-    assert waited
+    released = world.run(both())
     assert sorted(len(ids) for ids in released) == [0, 3]
     assert sorted(status(world, *refs)) == ["approved"] * 3 + ["released"] * 3
 

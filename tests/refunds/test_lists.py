@@ -86,6 +86,10 @@ def real_turns(world: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[HookGa
     world.run(gateway.close())
 
 
+# Of a list of twelve, three that Payroc has and three more in the queue; the other six are left alone until then.
+CLAIMED_AHEAD = 6
+
+
 class AnswersLater(Intercepted):
     """
     Payroc answers the first three only when nothing more is claimed.
@@ -113,8 +117,8 @@ class AnswersLater(Intercepted):
 
     async def _all_claimed(self) -> int:
         counts = [0]
-        # As many as before for a second: nobody claims any more.
-        while len(counts) < 11 or counts[-1] != counts[-11]:
+        # All that may be claimed are, and as many as before for a second: nobody claims any more.
+        while counts[-1] < CLAIMED_AHEAD or len(counts) < 11 or counts[-1] != counts[-11]:
             await asyncio.sleep(0.1)
             counts.append(
                 self._world.rows("SELECT count(*) AS n FROM refund_ledger.refunds WHERE status = 'sending'")[
@@ -130,8 +134,7 @@ def test_the_next_refunds_of_a_list_are_claimed_while_payroc_answers(
     refund_ids = released(world, 12)
     gateway = AnswersLater(real_turns, world)
     results = send_list(world, refund_ids, gateway)
-    # Three that Payroc has, and three more in the queue; the other six are left alone until then.
-    assert gateway.claimed == 6
+    assert gateway.claimed == CLAIMED_AHEAD
     assert [result.sent for result in results] == [Sent.ACCEPTED] * 12
     assert [world.paid(refund_id) for refund_id in refund_ids] == [1] * 12
 
