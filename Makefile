@@ -32,13 +32,16 @@ ENV_FILE := .env
 env: ## Write the secrets that docker-compose.yaml needs into .env, each drawn afresh; one that is there is left alone
 	@$(find_any_python); "$$python" docker/env.py $(ENV_FILE)
 
+# Files start in the order of the collection: tests/conftest.py sorts the longest to the front.
+PYTEST := $(PYTHON) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+
 .PHONY: test
 test: $(READY) ## Run all tests
-	@$(PYTHON) -m pytest --numprocesses auto --dist loadfile
+	@$(PYTEST)
 
 .PHONY: test-long
 test-long: $(READY) ## The same with the tests of safety at full size, about an hour; docs/safety.md has its figures
-	@$(PYTHON) -m pytest --long --numprocesses auto --dist loadfile
+	@$(PYTEST) --long
 
 SEEDS := 2000
 .PHONY: simulate

@@ -67,6 +67,27 @@ from tests.patience import PATIENCE_SECONDS, eventually  # noqa: E402
 
 pytest_plugins = ["tests.support.mariadb", "tests.support.pgbouncer", "tests.support.tls"]
 
+# A file is one worker's, and the one that starts last decides when all are done: these take minutes, so they start
+# first, the longest before the others.
+LONGEST_FIRST = (
+    "tests/runbook/test_runbook.py",
+    "tests/scheduler/test_notifications.py",
+    "tests/browser/test_ui.py",
+    "tests/cluster/test_cluster.py",
+    "tests/canary/test_full_run.py",
+    "tests/simulation/test_mutants.py",
+    "tests/processes/test_database_trouble.py",
+    "tests/deployment/test_parity.py",
+    "tests/scheduler/test_scheduler.py",
+    "tests/scheduler/test_approval.py",
+    "tests/refunds/test_cli.py",
+    "tests/processes/test_wire_faults.py",
+    "tests/processes/test_lists.py",
+    "tests/processes/test_killed_workers.py",
+    "tests/demo/test_demo.py",
+    "tests/dags/test_payroc_refunds.py",
+)
+
 _WITHOUT_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -96,6 +117,12 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.register_profile("short", max_examples=100, derandomize=True, deadline=None)
     hypothesis.settings.register_profile("long", max_examples=5000, deadline=None)
     hypothesis.settings.load_profile("long" if config.getoption("--long") else "short")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort long files to the front; the Makefile keeps pytest-xdist from sorting by the number of tests."""
+    place = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(place)))
 
 
 @pytest.fixture(scope="session")
