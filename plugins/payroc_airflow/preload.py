@@ -49,6 +49,7 @@ MODULES = (
     "payroc_airflow.gateway",
     "payroc_airflow.keys",
     "payroc_airflow.metered_ledger",
+    "payroc_airflow.source_connection",
     "uvloop",
 )
 
