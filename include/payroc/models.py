@@ -71,6 +71,9 @@ _SENTENCES: Final = {
     "missing": "is missing",
     "string_type": "must be text",
     "string_too_short": "must have at least {min_length} characters",
+    # As Pydantic calls it behind a validator of ours.
+    "too_short": "must have at least {min_length} characters",
+    "too_long": "must have at most {max_length} characters",
     "string_too_long": "must have at most {max_length} characters",
     "literal_error": "must be {expected}",
 }

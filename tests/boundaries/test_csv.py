@@ -158,6 +158,13 @@ def test_a_file_that_can_not_be_read_is_refused_with_the_cause(
             "a\u202eb",
             "`description` has the character U+202E, which can't be printed; remove it.",
         ),
+        (
+            "name_on_account",
+            "Sarah\x00Hopper",
+            "`name_on_account` has the character U+0000, which can't be printed; remove it.",
+        ),
+        ("order_id", "A" * 25, "`order_id` must have at most 24 characters."),
+        ("processing_terminal_id", "770", "`processing_terminal_id` must have at least 4 characters."),
     ],
 )
 def test_a_cell_that_breaks_a_rule_is_named_with_its_line(
