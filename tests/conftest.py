@@ -30,6 +30,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # its environment when it is imported, so this happens before anything else is.
 for _name in [name for name in os.environ if name.startswith(("AIRFLOW", "_AIRFLOW", "PAYROC", "PG"))]:
     del os.environ[_name]
+# Nor may the shell's terminal decide how wide and how coloured an output is that a test reads; rich looks when it is imported.
+for _name in ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "GITHUB_ACTIONS"):
+    os.environ.pop(_name, None)
 
 # Below /var/tmp as the demo: root's Postgres runs as another account, which has to pass through this folder.
 SCRATCH = Path(tempfile.mkdtemp(prefix="payroc-refunds-tests-", dir="/var/tmp"))
