@@ -313,17 +313,17 @@ async def seconds_until_a_turn(limiter: Any) -> float:
 def test_a_429_lets_nobody_queue_and_no_turn_begin_before_payroc_wants_one(
     told, hook, status, headers, wait, place
 ) -> None:
-    async def work() -> tuple[float, float]:
+    async def work() -> tuple[float, float, float]:
         async with HookGateway(hook) as gateway:
             async with gateway.queue(), gateway.turn():
                 begun = time.monotonic()
                 await told(gateway, status, headers)
-            pause = gateway._limiter._host.pause_left()
+            pause, told_after = gateway._limiter._host.pause_left(), time.monotonic() - begun
             async with getattr(gateway, place)():
-                return pause, time.monotonic() - begun
+                return pause, told_after, time.monotonic() - begun
 
-    pause, seconds = asyncio.run(work())
-    assert pause <= wait <= seconds + 0.1
+    pause, told_after, seconds = asyncio.run(work())
+    assert wait - told_after <= pause <= wait <= seconds + 0.1
 
 
 def test_429s_halve_the_places_once_for_all_that_was_under_way_and_answers_give_them_back(
@@ -382,8 +382,10 @@ def test_another_account_is_neither_paused_nor_counted(folder) -> None:
 
 def test_nobody_sleeps_for_the_day_that_a_server_asks_for(folder) -> None:
     limiter = Limiter(folder, "a", 8, None)
+    begun = time.monotonic()
     limiter.refused(86_400)
-    assert 0 < limiter._host.pause_left() <= 60
+    left = limiter._host.pause_left()
+    assert begun + 60 - time.monotonic() <= left <= 60
 
 
 # --- refunds a second -------------------------------------------------------------------------------------------------------
@@ -462,8 +464,10 @@ def test_a_folder_that_can_not_be_used_stops_no_refund_and_is_told_once(tmp_path
             == 3
         )
         assert per_second is None or time.monotonic() - begun > 8 / per_second
+        begun = time.monotonic()
         limiter.refused(None)
-        assert 0 < limiter._host.pause_left() <= 1
+        left = limiter._host.pause_left()
+        assert begun + 1 - time.monotonic() <= left <= 1
         assert [record.levelname for record in caplog.records] == ["WARNING"]
         assert "each keeps to PAYROC_REFUNDS_REQUESTS_IN_FLIGHT" in caplog.text
 
