@@ -210,7 +210,7 @@ class Product:
         return answer
 
     def released(self, run_id: str) -> dict[str, Any]:
-        """Pull, and let everything through the door; ``ids`` of the answer are what may be sent."""
+        """Pull, and let everything through the gate; ``ids`` of the answer are what may be sent."""
         return self.ask("prepare", run_id=run_id)
 
     def send(self, run_id: str, lists: Sequence[Sequence[int]], *, at_a_time: int = 1) -> dict[str, Any]:

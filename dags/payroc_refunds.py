@@ -2,7 +2,7 @@
 ### Pays approved refunds through Payroc
 
 `pull_approved` reads the approved refunds from the connection **refunds_source** into the ledger, `approve_run` makes sure
-that they may go, `release` lets them through the one door, `send_refund` sends each to Payroc under its own idempotency key,
+that they may go, `release` lets them through the one gate, `send_refund` sends each to Payroc under its own idempotency key,
 `write_back` tells the source what became of them, and `report` shows it all and fails when something needs people.
 
 A run that passes a threshold of the ledger waits at `approve_run` until a person who did not trigger it approves it under
@@ -151,7 +151,7 @@ with DAG(
 
     @task
     async def release(pulled: dict[str, list[int]]) -> list[list[int]]:
-        """Let the refunds through the one door, and hand on their ids in the lists that the send tasks take."""
+        """Let the refunds through the one gate, and hand on their ids in the lists that the send tasks take."""
         from include.refunds.params import in_lists
         from include.refunds.release import release
         from payroc_airflow.gateway import HookGateway

@@ -66,7 +66,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     # A traceback with the values of variables would show bank data.
     pretty_exceptions_show_locals=False,
-    help="""The refund ledger: migrate it, look into it, stop and resume the sending, set its limits, decide about single refunds,
+    help="""The refund ledger: migrate it, look into it, pause and resume sending, set its limits, decide about single refunds,
 compare it with Payroc, check its audit trail.
 
 The ledger is --ledger-url, else PAYROC_REFUNDS_LEDGER_URL, else AIRFLOW_CONN_REFUNDS_LEDGER (a URI or JSON). Exit codes:
@@ -269,7 +269,7 @@ def limit(
     url: LedgerUrl = None,
 ) -> None:
     """
-    Set a limit of the sending, or take it away. It holds from the next refund that passes the door.
+    Set a limit of the sending, or take it away. It holds from the next refund that passes the gate.
 
     Amounts are in minor units (100000 is 1,000.00 USD) and hold for each currency by itself. Set payee_days before the caps per payee.
     """
@@ -281,14 +281,14 @@ def limit(
 
 
 @app.command()
-def release(refund_id: RefundId, reason: Why, by: By, url: LedgerUrl = None) -> None:
+def unhold(refund_id: RefundId, reason: Why, by: By, url: LedgerUrl = None) -> None:
     """
-    Let a held refund pass: the next run sends it, and it is not held for the same reason again.
+    Lift the hold of a refund: the next run will send it, and the same limit does not hold it again.
 
-    Whoever requested the refund can't release it.
+    The requester of the refund may not.
     """
-    _with_ledger(url, by, lambda ledger: ledger.release_hold(refund_id, reason))
-    _say(f"Refund {refund_id} is approved again; the next run of payroc_refunds takes it through the door.")
+    _with_ledger(url, by, lambda ledger: ledger.unhold(refund_id, reason))
+    _say(f"Refund {refund_id} is approved again; the next run will send it.")
 
 
 @app.command()

@@ -17,10 +17,10 @@ _WAYS = {
 
 def check_hold(refund: Refund, requested_by: str, by: str, login: str | None = None) -> None:
     """
-    Make sure that a person may release the holds of a refund.
+    Make sure that an operator may lift the hold of a refund.
 
     :param requested_by: who requested the refund.
-    :param by: who would release it.
+    :param by: the operator.
     :param login: the operator's database login, ``None`` when all operators share one.
     :raises DecisionRefused: when it is not held, or the same person requested it.
     """
@@ -31,8 +31,8 @@ def check_hold(refund: Refund, requested_by: str, by: str, login: str | None = N
     for operator, names in ((by, (requested_by,)), (login, names_of_login)):
         if operator is not None and any(same_person(name, operator) for name in names):
             raise DecisionRefused(
-                f"{printable(operator.strip())} requested refund {refund.id} and can't release it; "
-                "another person has to."
+                f"{printable(operator.strip())} requested refund {refund.id} and can't unhold it; "
+                "another operator has to."
             )
 
 

@@ -1,5 +1,5 @@
 """
-The limits of the sending: which refunds pass the door, which are held, which wait. Pure functions.
+The limits of the sending: which refunds pass the gate, which are held, which wait. Pure functions.
 
 The ledger reads everything under its lock, asks here, and writes the answer. Velocity caps and duplicate checks are what Nacha's rule
 on fraud monitoring asks of originators that are no consumers (https://www.nacha.org/rules/risk-management-topics-fraud-monitoring-phase-1).
@@ -54,7 +54,7 @@ class Limits:
 
     @property
     def looks_back(self) -> timedelta:
-        """How far back the door has to know what it let through to the same payees."""
+        """How far back the gate has to know what it let through to the same payees."""
         return timedelta(days=max(self.payee_days or 0, self.duplicate_days or 0))
 
 
@@ -62,13 +62,13 @@ LIMITS = tuple(item.name for item in fields(Limits))
 
 
 @dataclass(frozen=True, slots=True)
-class AtTheDoor:
+class AtTheGate:
     """
     A refund that asks to be let through, or one that was.
 
     :param payee: the payee's fingerprint.
     :param released_holds: holds that a person has released.
-    :param first_released_at: when it first passed the door.
+    :param first_released_at: when it first passed the gate.
     """
 
     id: int
@@ -95,9 +95,9 @@ class Hold:
 
 
 @dataclass(slots=True)
-class Door:
+class GateDecision:
     """
-    What the door decides.
+    What the gate decides.
 
     :param released: ids that pass, oldest approval first.
     :param held: holds by id.
@@ -133,15 +133,15 @@ def day_start(now: datetime, timezone: str) -> datetime:
     return now.astimezone(ZoneInfo(timezone)).replace(hour=0, minute=0, second=0, microsecond=0, fold=0)
 
 
-def open_door(
-    asking: Sequence[AtTheDoor],
+def decide_at_gate(
+    asking: Sequence[AtTheGate],
     limits: Limits,
     *,
     run: Totals,
     day: Totals,
-    earlier: Sequence[AtTheDoor],
+    earlier: Sequence[AtTheGate],
     now: datetime,
-) -> Door:
+) -> GateDecision:
     """
     Decide who passes.
 
@@ -153,8 +153,8 @@ def open_door(
     :param day: what the day has released before, per currency.
     :param earlier: what was let through to the same payees, as far back as the limits look.
     """
-    door = Door()
-    of_payee: dict[str, list[AtTheDoor]] = {}
+    decision = GateDecision()
+    of_payee: dict[str, list[AtTheGate]] = {}
     for item in earlier:
         of_payee.setdefault(item.payee, []).append(item)
     run_so_far, day_so_far = added(run, {}), added(day, {})
@@ -162,18 +162,18 @@ def open_door(
         others = of_payee.setdefault(item.payee, [])
         hold = _hold(item, limits, [other for other in others if _passed_before(other, item)], now)
         if hold is not None:
-            door.held[item.id] = hold
+            decision.held[item.id] = hold
             continue
         if item.first_released_at is None:
             cap = _full(item, limits, run=run_so_far, day=day_so_far)
             if cap is not None:
-                door.waiting[item.id] = cap
+                decision.waiting[item.id] = cap
                 continue
-            for so_far in (run_so_far, day_so_far, door.counted):
+            for so_far in (run_so_far, day_so_far, decision.counted):
                 _add(so_far, item.currency, 1, item.amount)
             others.append(replace(item, status=Status.RELEASED, first_released_at=now))
-        door.released.append(item.id)
-    return door
+        decision.released.append(item.id)
+    return decision
 
 
 def who_to_ask(limits: Limits, *, today: Totals, run: Totals, rejected: int = 0) -> str | None:
@@ -204,7 +204,7 @@ def who_to_ask(limits: Limits, *, today: Totals, run: Totals, rejected: int = 0)
     return None
 
 
-def _hold(item: AtTheDoor, limits: Limits, others: Sequence[AtTheDoor], now: datetime) -> Hold | None:
+def _hold(item: AtTheGate, limits: Limits, others: Sequence[AtTheGate], now: datetime) -> Hold | None:
     found = {
         **_too_large(item, limits),
         **_payee_has_enough(item, limits, others, now),
@@ -216,7 +216,7 @@ def _hold(item: AtTheDoor, limits: Limits, others: Sequence[AtTheDoor], now: dat
     return Hold(tuple(left), " ".join(dict.fromkeys(left.values())))
 
 
-def _too_large(item: AtTheDoor, limits: Limits) -> dict[str, str]:
+def _too_large(item: AtTheGate, limits: Limits) -> dict[str, str]:
     if limits.largest_refund is None or item.amount <= limits.largest_refund:
         return {}
     most = money(limits.largest_refund, item.currency)
@@ -226,7 +226,7 @@ def _too_large(item: AtTheDoor, limits: Limits) -> dict[str, str]:
 
 
 def _payee_has_enough(
-    item: AtTheDoor, limits: Limits, others: Sequence[AtTheDoor], now: datetime
+    item: AtTheGate, limits: Limits, others: Sequence[AtTheGate], now: datetime
 ) -> dict[str, str]:
     if limits.payee_days is None:
         return {}
@@ -246,7 +246,7 @@ def _payee_has_enough(
 
 
 def _duplicates(
-    item: AtTheDoor, limits: Limits, others: Sequence[AtTheDoor], now: datetime
+    item: AtTheGate, limits: Limits, others: Sequence[AtTheGate], now: datetime
 ) -> dict[str, str]:
     if limits.duplicate_days is None:
         return {}
@@ -262,7 +262,7 @@ def _duplicates(
     return {f"duplicate of {other.id}": reason for other in same}
 
 
-def _passed_before(other: AtTheDoor, item: AtTheDoor) -> bool:
+def _passed_before(other: AtTheGate, item: AtTheGate) -> bool:
     """Tell whether a refund to the same payee counts against this one: what ended without money at the payee does not."""
     if other.id == item.id or other.first_released_at is None or other.status in _UNPAID:
         return False
@@ -273,11 +273,11 @@ def _passed_before(other: AtTheDoor, item: AtTheDoor) -> bool:
     )
 
 
-def _is_within(other: AtTheDoor, days: int, now: datetime) -> bool:
+def _is_within(other: AtTheGate, days: int, now: datetime) -> bool:
     return other.first_released_at is not None and other.first_released_at > now - timedelta(days=days)
 
 
-def _full(item: AtTheDoor, limits: Limits, *, run: Totals, day: Totals) -> str | None:
+def _full(item: AtTheGate, limits: Limits, *, run: Totals, day: Totals) -> str | None:
     """Return the name of the cap that leaves no room for one more refund."""
     for prefix, used in (("run", run), ("day", day)):
         most_refunds: int | None = getattr(limits, f"{prefix}_count")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from include.refunds.cipher import Cipher
 from include.refunds.ledger import Candidate, Ledger
-from include.refunds.limits import Door
+from include.refunds.limits import GateDecision
 from include.refunds.params import RunParams
 from include.refunds.printable import printable
 from include.refunds.pull import pull
@@ -31,10 +31,10 @@ async def rehearse(
         await rehearsal.begin_run(_RUN, params.model_dump(mode="json"), candidates, {}, pulled.at)
         missing = await unmatched(params, pulled, candidates, rehearsal)
         question = await rehearsal.ask_approval(_RUN)
-        door = await rehearsal.at_the_door([item.id for item in candidates])
+        decision = await rehearsal.at_the_gate([item.id for item in candidates])
         pauses = await rehearsal.pauses()
     report = Report("Dry run: this is what would be sent. Nothing was stored, sent or written back.")
-    report.refunds = [_line(item, door) for item in candidates]
+    report.refunds = [_line(item, decision) for item in candidates]
     report.totals = totals_of(report.refunds)
     report.invalid = pulled.invalid
     report.notes = [question.why] if question else []
@@ -52,12 +52,12 @@ async def rehearse(
     return report
 
 
-def _line(item: Candidate, door: Door) -> Line:
+def _line(item: Candidate, decision: GateDecision) -> Line:
     would, why = "would send", None
-    if item.id in door.held:
-        would, why = "would hold", door.held[item.id].reason
-    elif item.id in door.waiting:
-        would, why = "would wait", f"The limit {door.waiting[item.id]} leaves no room."
+    if item.id in decision.held:
+        would, why = "would hold", decision.held[item.id].reason
+    elif item.id in decision.waiting:
+        would, why = "would wait", f"The limit {decision.waiting[item.id]} leaves no room."
     return Line(
         item.id, item.order_id, item.amount, item.currency, item.payee_last4, would, None, item.attempts, why
     )

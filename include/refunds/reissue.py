@@ -49,7 +49,7 @@ async def reissue(
     """
     Reissue a refund, or propose to. Who does it is the ledger's actor.
 
-    Payroc is asked whether the refund, or one that it replaces itself, is paid after all. The new refund passes the same door as every
+    Payroc is asked whether the refund, or one that it replaces itself, is paid after all. The new refund passes the same gate as every
     other: the next run releases it, and asks once more before it sends.
 
     :param source: the source's fixed name, from which keys are derived.

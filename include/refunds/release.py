@@ -1,4 +1,4 @@
-"""Release: the one door between an approved refund and a POST."""
+"""Release: the one gate between an approved refund and a POST."""
 
 from __future__ import annotations
 

@@ -396,8 +396,8 @@ async def _note_state(
             kind.append(f"{found[status]} {sentence}")
     if "held" in found:
         report.notes.append(
-            f"{found['held']} held: `python -m include.refunds release ID` lets one pass, `cancel ID` ends it; a person who did not "
-            "request it decides."
+            f"{found['held']} held: `python -m include.refunds unhold ID` lifts one hold, "
+            "`cancel ID` ends the refund; an operator who did not request it decides."
         )
     open_ = """
         SELECT id, order_id, status, payroc_status, COALESCE(first_sent_at, payroc_seen_at, updated_at) AS first_sent_at,

@@ -154,7 +154,7 @@ def test_sums_over_what_a_bigint_holds_are_reported(new_ledger: NewDatabase) -> 
         ids = [item.id for item in candidates]
         assert await books.ledger.release("run-1", ids, ids, {}) == ids
         # It counts what the day has released.
-        assert (await books.ledger.at_the_door(ids)).released == ids
+        assert (await books.ledger.at_the_gate(ids)).released == ids
 
     asyncio.run(work())
     books.close()
@@ -199,8 +199,8 @@ def test_a_requester_in_another_spelling_lifts_no_hold(world: World, by: str) ->
     world.release()
     assert world.row(ref)["status"] == "held"
     world.ledger._actor = by
-    with pytest.raises(DecisionRefused, match="another person"):
-        world.run(world.ledger.release_hold(world.row(ref)["id"], "It is fine."))
+    with pytest.raises(DecisionRefused, match="another operator"):
+        world.run(world.ledger.unhold(world.row(ref)["id"], "It is fine."))
 
 
 @pytest.mark.parametrize("by", ["CARL", "carl\u200b", "\uff43arl"])

@@ -385,7 +385,7 @@ COMMANDS = (
     "resume",
     "limits",
     "limit",
-    "release",
+    "unhold",
     "cancel",
     "resolve",
     "reissue",

@@ -1,4 +1,4 @@
-"""The limits of the sending, at the one door: what is held, what waits, and for whom a person is asked."""
+"""The limits of the sending, at the one gate: what is held, what waits, and for whom a person is asked."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def status(world: World, *refs: str) -> list[str]:
     return [world.row(ref)["status"] for ref in refs]
 
 
-def release_hold(world: World, ref: str, by: str) -> None:
+def unhold(world: World, ref: str, by: str) -> None:
     world.run(
-        Ledger(world.ledger.engine, world.settings, actor=by).release_hold(
+        Ledger(world.ledger.engine, world.settings, actor=by).unhold(
             world.row(ref)["id"], "It was looked at."
         )
     )
@@ -57,7 +57,7 @@ def test_a_refund_over_the_largest_is_held_with_the_reason_and_the_others_go(wor
         world.row(large)["reason"]
         == "Held: 50.01 USD is more than the largest refund that passes by itself, 50.00 USD."
     )
-    assert "1 held: `python -m include.refunds release ID`" in report(world, "run-1")
+    assert "1 held: `python -m include.refunds unhold ID`" in report(world, "run-1")
 
 
 def test_a_held_refund_passes_when_a_person_who_did_not_request_it_releases_it_and_is_not_held_for_the_same_again(
@@ -67,14 +67,14 @@ def test_a_held_refund_passes_when_a_person_who_did_not_request_it_releases_it_a
     ref = world.approve(amount=6000)
     world.pull()
     world.release()
-    with pytest.raises(DecisionRefused, match=r"Ann@Example.com requested refund \d+ and can't release it"):
-        release_hold(world, ref, by="Ann@Example.com ")
+    with pytest.raises(DecisionRefused, match=r"Ann@Example.com requested refund \d+ and can't unhold it"):
+        unhold(world, ref, by="Ann@Example.com ")
     assert status(world, ref) == ["held"]
-    release_hold(world, ref, by="erin")
-    assert world.row(ref)["reason"] == "Released by erin: It was looked at."
+    unhold(world, ref, by="erin")
+    assert world.row(ref)["reason"] == "Unheld by erin: It was looked at."
     assert world.release("run-2") == [world.row(ref)["id"]]
     with pytest.raises(DecisionRefused, match="is released, not held"):
-        release_hold(world, ref, by="erin")
+        unhold(world, ref, by="erin")
 
 
 def test_a_hold_that_was_released_keeps_no_other_hold_away(world: World) -> None:
@@ -85,7 +85,7 @@ def test_a_hold_that_was_released_keeps_no_other_hold_away(world: World) -> None
     )
     world.pull()
     world.release()
-    release_hold(world, ref, by="erin")
+    unhold(world, ref, by="erin")
     world.limit(payee_days=30, payee_total=9000)
     assert world.release("run-2") == [world.row(first)["id"]]
     assert (
@@ -283,12 +283,12 @@ def test_two_runs_at_once_do_not_exceed_a_cap_together(world: World) -> None:
     assert sorted(status(world, *refs)) == ["approved"] * 3 + ["released"] * 3
 
 
-def test_a_pause_waits_neither_for_a_run_at_the_door_nor_for_a_dry_run(world: World) -> None:
+def test_a_pause_waits_neither_for_a_run_at_the_gate_nor_for_a_dry_run(world: World) -> None:
     world.approve()
     world.pull()
     ledger = Ledger(world.ledger.engine, world.settings, actor="ann")
 
-    async def pause_beside_a_dry_run_at_the_door() -> None:
+    async def pause_beside_a_dry_run_at_the_gate() -> None:
         async with world.ledger.rehearsal() as rehearsal:
             await rehearsal.check_source()
             candidates = await rehearsal.candidates(Selection())
@@ -299,7 +299,7 @@ def test_a_pause_waits_neither_for_a_run_at_the_door_nor_for_a_dry_run(world: Wo
             )
             await asyncio.wait_for(ledger.pause("*", "The bank called."), timeout=PATIENCE_SECONDS)
 
-    world.run(pause_beside_a_dry_run_at_the_door())
+    world.run(pause_beside_a_dry_run_at_the_gate())
     assert world.paused() == {"*": "The bank called."}
 
 

@@ -125,7 +125,7 @@ def test_a_requester_does_not_release_the_hold_with_the_own_login_by_another_nam
 ) -> None:
     world.limit(largest_refund=1)
     refund_id = world.released(requested_by=requester)
-    with pytest.raises(DecisionRefused, match=r"ann requested refund .* and can't release it"):
-        world.run(ledger_of("erin", "ann").release_hold(refund_id, "seen"))
-    world.run(ledger_of("erin", "erin").release_hold(refund_id, "seen"))
+    with pytest.raises(DecisionRefused, match=r"ann requested refund .* and can't unhold it"):
+        world.run(ledger_of("erin", "ann").unhold(refund_id, "seen"))
+    world.run(ledger_of("erin", "erin").unhold(refund_id, "seen"))
     assert world.row(refund_id)["status"] == "approved"

@@ -1,4 +1,4 @@
-"""The one door between an approved refund and a POST."""
+"""The one gate between an approved refund and a POST."""
 
 from __future__ import annotations
 

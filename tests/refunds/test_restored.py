@@ -120,7 +120,7 @@ class Day:
         self.backup = back_up()
         self.lost = world.approve()
         world.pull()
-        world.run(world.ledger.release_hold(self.held, "A look was taken."))
+        world.run(world.ledger.unhold(self.held, "A look was taken."))
         world.release("run-2")
         for which in self.sent:
             world.send(int(world.row(which)["id"]))
@@ -274,7 +274,7 @@ def test_a_later_status_at_payroc_is_taken_over_too(world: World, back_up: Calla
     assert world.row(refund_id)["status"] == "settled"
 
 
-def test_what_was_taken_over_counts_for_limits_as_if_it_had_passed_the_door(
+def test_what_was_taken_over_counts_for_limits_as_if_it_had_passed_the_gate(
     world: World, back_up: Callable[[], Backup], terminal: str
 ) -> None:
     account = {"account_number": f"5566{terminal}4321"}

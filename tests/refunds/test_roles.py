@@ -553,7 +553,7 @@ def test_both_dags_do_all_their_work_with_the_payers_rights_alone(
     assert run_dag().state == "failed"
     assert list(world.paused()) == ["*"]
     command(people, "resume", by="erin")
-    command(people, "release", str(world.row("roles-large")["id"]), by="erin")
+    command(people, "unhold", str(world.row("roles-large")["id"]), by="erin")
     assert run_dag().state == "success"
     assert {world.row(f"roles-{ref}")["status"] for ref in ("later", "large")} == {"accepted"}
 
@@ -621,7 +621,7 @@ def test_people_do_all_their_commands_with_the_operators_rights_alone(
     command(url, "limit", "largest_refund", "10000", by="erin")
     held = [world.released(amount=10_001, processing_terminal_id=terminal) for _ in range(2)]
     assert {world.row(refund_id)["status"] for refund_id in held} == {"held"}
-    command(url, "release", str(held[0]), by="erin")
+    command(url, "unhold", str(held[0]), by="erin")
     command(url, "cancel", str(held[1]), by="erin")
     review, paid, waiting = (
         world.released(ending, processing_terminal_id=terminal) for ending in ("9013", "4321", "4321")

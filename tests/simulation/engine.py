@@ -78,7 +78,7 @@ AROUND_THE_POST = frozenset(
         "ledger: before record",
     }
 )
-AT_THE_DOOR = frozenset(
+AT_THE_GATE = frozenset(
     {"ledger: after candidates", "source: select", "ledger: after stored", "ledger: before release"}
 )
 IN_A_WRITE_BACK = frozenset({"ledger: after due_write_backs", "source: write back", "source: written back"})

@@ -24,7 +24,7 @@ from include.refunds.verify import Difference, verify
 from tests.simulation.airflow import HEARTBEAT_TIMEOUT, Airflow, Deployment
 from tests.simulation.engine import (
     AROUND_THE_POST,
-    AT_THE_DOOR,
+    AT_THE_GATE,
     DAY,
     EPOCH,
     FREEZES,
@@ -68,7 +68,7 @@ _THEMES = (
     "late workers",
     "lists",
     "lists",
-    "the door",
+    "the gate",
     "limits",
     "limits",
     "limits",
@@ -78,8 +78,8 @@ _THEMES = (
 _WHERE_OF_THEME = {
     "write-backs": IN_A_WRITE_BACK,
     "late workers": AROUND_THE_POST,
-    "the door": AT_THE_DOOR,
-    "limits": AT_THE_DOOR,
+    "the gate": AT_THE_GATE,
+    "limits": AT_THE_GATE,
 }
 _FAULTS_OF_THEME = {"people": MURKY, "configuration": MISCONFIGURED}
 
@@ -438,7 +438,7 @@ class History:
     def _people_look_at_holds(self) -> None:
         for row in self.memory.rows.values():
             if row.status is Status.HELD and self.rng.random() < 0.7:
-                self.people.release(row.id)
+                self.people.unhold(row.id)
                 self._limit()
 
     def _cancel_one(self) -> None:
@@ -588,7 +588,7 @@ class History:
                 self.ledger.set_limit(name, None, "All is calm.")
         for row in list(self.memory.rows.values()):
             if row.status is Status.HELD:
-                (self.people.release if self.rng.random() < 0.8 else self.people.cancel)(row.id)
+                (self.people.unhold if self.rng.random() < 0.8 else self.people.cancel)(row.id)
         self.engine.run()
 
     def _decide_everything(self) -> None:
@@ -745,7 +745,7 @@ _EVENTS_OF_THEME: dict[str, tuple[tuple[Callable[[History], None], int], ...]] =
         (History._clear, 2),
         (History._clear_a_pull, 2),
     ),
-    "the door": ((History._new_run, 2), (History._pause_for_a_moment, 8), (History._edit, 4)),
+    "the gate": ((History._new_run, 2), (History._pause_for_a_moment, 8), (History._edit, 4)),
     "write-backs": ((History._payroc_moves, 2), (History._follow_up, 1)),
 }
 

@@ -68,7 +68,7 @@ class Invariants:
             "ask_approval": self._passed_or_asked,
             "record_approval": self._approved,
             "record_rejection": self._rejected,
-            "release_hold": self.limits.hold_released,
+            "unhold": self.limits.hold_released,
             "cancel": self._cancelled,
             "begin_run": self._begun,
             "claim": self._claimed,

@@ -38,13 +38,13 @@ from include.refunds.ledger import (
 from include.refunds.ledger.runs import DUE_WITHIN, hash_of_ids
 from include.refunds.ledger.write_backs import ENDED
 from include.refunds.limits import (
-    AtTheDoor,
-    Door,
+    AtTheGate,
+    GateDecision,
     Limits,
     Totals,
     added,
     day_start,
-    open_door,
+    decide_at_gate,
     totals,
     who_to_ask,
 )
@@ -565,8 +565,8 @@ class MemoryLedger:
         for refund_id, finding in withdrawn.items():
             if self.rows[refund_id].status is Status.RELEASED:
                 self._write(self.rows[refund_id], now, status=Status.APPROVED, reason=finding)
-        door = self._open_door([item for item in candidate_ids if item in standing_ids], run.counted)
-        for refund_id in door.released:
+        decision = self._decide_at_gate([item for item in candidate_ids if item in standing_ids], run.counted)
+        for refund_id in decision.released:
             if self.rows[refund_id].status is Status.APPROVED:
                 released: dict[str, Any] = {
                     "released_by": "simulation",
@@ -584,11 +584,11 @@ class MemoryLedger:
                     run_rejected_by=None,
                     **released,
                 )
-        for refund_id, hold in door.held.items():
+        for refund_id, hold in decision.held.items():
             self._write(self.rows[refund_id], now, status=Status.HELD, holds=hold.names, reason=hold.reason)
-        run.counted = added(run.counted, door.counted)
-        run.released = len(door.released)
-        return door.released
+        run.counted = added(run.counted, decision.counted)
+        run.released = len(decision.released)
+        return decision.released
 
     def _check_approval(self, run_id: str, candidate_ids: Sequence[int]) -> None:
         run = self._run(run_id)
@@ -597,7 +597,7 @@ class MemoryLedger:
         if run.approved_by is None and self._why_ask(self._released_without_a_person(run_id), run):
             raise LedgerError(f"Run {run_id} takes a person by now.")
 
-    def _open_door(self, ids: Sequence[int], counted: Totals) -> Door:
+    def _decide_at_gate(self, ids: Sequence[int], counted: Totals) -> GateDecision:
         asking = [
             row
             for refund_id in ids
@@ -607,8 +607,8 @@ class MemoryLedger:
             and self._replaced_stands(row)
         ]
         asking.sort(key=_oldest_first)
-        return open_door(
-            [_at_the_door(row) for row in asking],
+        return decide_at_gate(
+            [_at_the_gate(row) for row in asking],
             self.limited,
             run=counted,
             day=self._counted_today(),
@@ -619,12 +619,12 @@ class MemoryLedger:
     def _counted_today(self) -> dict[str, dict[str, int]]:
         return totals((row.currency, row.amount) for row in self._released_today())
 
-    def _let_through_before(self, asking: Sequence[Row]) -> list[AtTheDoor]:
+    def _let_through_before(self, asking: Sequence[Row]) -> list[AtTheGate]:
         if not self.limited.looks_back:
             return []
         since, payees = self.clock() - self.limited.looks_back, {row.payee_fingerprint for row in asking}
         return [
-            _at_the_door(row)
+            _at_the_gate(row)
             for row in self.rows.values()
             if row.payee_fingerprint in payees
             and row.first_released_at is not None
@@ -900,7 +900,7 @@ class MemoryLedger:
             now=self.clock(),
         )
 
-    def release_hold(self, refund_id: int, reason: str) -> None:
+    def unhold(self, refund_id: int, reason: str) -> None:
         row = self._row(refund_id)
         check_hold(_refund(row), row.requested_by, self.actor)
         released = {"released_holds": row.released_holds + row.holds, "holds": ()}
@@ -908,7 +908,7 @@ class MemoryLedger:
             row,
             self.clock(),
             status=Status.APPROVED,
-            reason=f"Released by {self.actor}: {reason}",
+            reason=f"Unheld by {self.actor}: {reason}",
             **released,
         )
 
@@ -1189,8 +1189,8 @@ def _as_mapping(row: Row) -> dict[str, Any]:
     return {name: getattr(row, name) for name in Row.__slots__}
 
 
-def _at_the_door(row: Row) -> AtTheDoor:
-    return AtTheDoor(
+def _at_the_gate(row: Row) -> AtTheGate:
+    return AtTheGate(
         row.id,
         row.order_id,
         row.amount,

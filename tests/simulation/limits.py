@@ -1,4 +1,4 @@
-"""The limits, watched from outside: what passed the door is counted here once more, by rules written down once more."""
+"""The limits, watched from outside: what passed the gate is counted here once more, by rules written down once more."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _UNPAID = (Status.REJECTED, Status.RETURNED, Status.REVERSED, Status.CANCELLED)
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """A refund's first way through the door."""
+    """A refund's first way through the gate."""
 
     id: int
     at: datetime
@@ -27,7 +27,7 @@ class Counted:
 
 class LimitsKept:
     """
-    Keeps the books of the door.
+    Keeps the books of the gate.
 
     :param ledger: whose rows and limits are looked at.
     """
@@ -41,7 +41,7 @@ class LimitsKept:
         """Somebody released a hold."""
         row = self._ledger.rows[args[0]]
         if self._ledger.actor == row.requested_by:
-            raise Violation(f"{row.requested_by} requested {row.source_ref} and releases its hold.")
+            raise Violation(f"{row.requested_by} requested {row.source_ref} and lifts its hold.")
         self._released_holds[row.id] = set(row.released_holds)
 
     def released(self, run_id: str, refund_ids: Sequence[int], *, by: str | None) -> None:
@@ -67,7 +67,7 @@ class LimitsKept:
             and "largest_refund" not in pardoned
         ):
             raise Violation(
-                f"{row.source_ref} passes the door with {row.amount}, and {limits.largest_refund} is the most."
+                f"{row.source_ref} passes the gate with {row.amount}, and {limits.largest_refund} is the most."
             )
         same_payee = self._counted_before(row)
         if limits.payee_days is not None:
@@ -81,7 +81,7 @@ class LimitsKept:
                 pardon = f"duplicate of {other.id}" in pardoned
                 if near and other.amount == row.amount and not pardon:
                     raise Violation(
-                        f"{row.source_ref} passes the door, and nobody looked at its likeness to {other.source_ref}."
+                        f"{row.source_ref} passes the gate, and nobody looked at its likeness to {other.source_ref}."
                     )
 
     def _counted_before(self, row: Row) -> list[tuple[Counted, Row]]:
@@ -119,14 +119,14 @@ class LimitsKept:
         amount = row.amount + sum(other.amount for other in within)
         if limits.payee_total is not None and amount > limits.payee_total and "payee_total" not in pardoned:
             raise Violation(
-                f"With {row.source_ref} {amount} pass the door for one payee, and {limits.payee_total} is the most."
+                f"With {row.source_ref} {amount} pass the gate for one payee, and {limits.payee_total} is the most."
             )
         if (
             limits.payee_count is not None
             and len(within) + 1 > limits.payee_count
             and "payee_count" not in pardoned
         ):
-            raise Violation(f"With {row.source_ref} {len(within) + 1} refunds pass the door for one payee.")
+            raise Violation(f"With {row.source_ref} {len(within) + 1} refunds pass the gate for one payee.")
 
     def _check_sums(self, run_id: str, now: datetime, by: str | None) -> None:
         limits = self._ledger.limited
@@ -155,6 +155,6 @@ class LimitsKept:
     ) -> None:
         amounts = [self._ledger.rows[item.id].amount for item in items]
         if most_refunds is not None and len(amounts) > most_refunds:
-            raise Violation(f"{who} {len(amounts)} refunds pass the door, and {most_refunds} is the most.")
+            raise Violation(f"{who} {len(amounts)} refunds pass the gate, and {most_refunds} is the most.")
         if most is not None and sum(amounts) > most:
-            raise Violation(f"{who} {sum(amounts)} pass the door, and {most} is the most.")
+            raise Violation(f"{who} {sum(amounts)} pass the gate, and {most} is the most.")

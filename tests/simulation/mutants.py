@@ -556,18 +556,20 @@ def _counted_before(self: MemoryLedger) -> Any:
     return getattr(self, "run_totals", {})
 
 
-def _candidates_and_door(self: MemoryLedger, selection: Any, *, standing: Any = None, ids: Any = None) -> Any:
+def _candidates_and_decision(
+    self: MemoryLedger, selection: Any, *, standing: Any = None, ids: Any = None
+) -> Any:
     if ids is not None:
-        self.__dict__.setdefault("doors", {})[tuple(sorted(ids))] = _open_door(self, ids, {})
+        self.__dict__.setdefault("decisions", {})[tuple(sorted(ids))] = _decide_at_gate(self, ids, {})
     return _candidates(self, selection, standing=standing, ids=ids)
 
 
-_open_door = MemoryLedger._open_door
+_decide_at_gate = MemoryLedger._decide_at_gate
 
 
-def _door_of_before(self: MemoryLedger, ids: Any, counted: Any) -> Any:
-    door = self.__dict__.get("doors", {}).get(tuple(sorted(ids)))
-    return _open_door(self, ids, counted) if door is None else door
+def _decision_of_before(self: MemoryLedger, ids: Any, counted: Any) -> Any:
+    decision = self.__dict__.get("decisions", {}).get(tuple(sorted(ids)))
+    return _decide_at_gate(self, ids, counted) if decision is None else decision
 
 
 def _hold_nothing_more(item: Any, *rest: Any) -> Any:
@@ -735,7 +737,7 @@ MUTANTS = (
         ((ledger, "decide", _decide_without_history),),
     ),
     Mutant(
-        "a pause is looked at only at the door",
+        "a pause is looked at only at the gate",
         (
             (MemoryLedger, "_may_claim", _may_claim_while_paused),
             (MemoryLedger, "may_post", _may_post_while_paused),
@@ -803,18 +805,21 @@ MUTANTS = (
         ),
     ),
     Mutant(
-        "the door decides without the lock",
-        ((MemoryLedger, "candidates", _candidates_and_door), (MemoryLedger, "_open_door", _door_of_before)),
+        "the gate decides without the lock",
+        (
+            (MemoryLedger, "candidates", _candidates_and_decision),
+            (MemoryLedger, "_decide_at_gate", _decision_of_before),
+        ),
     ),
     Mutant("a day's cap counts one run only", ((MemoryLedger, "_counted_today", lambda self: {}),)),
     Mutant(
-        "the door forgets whom it let through before",
+        "the gate forgets whom it let through before",
         ((MemoryLedger, "_let_through_before", lambda self, asking: []),),
     ),
     Mutant("the largest refund is not looked at", ((limits, "_too_large", lambda item, limited: {}),)),
-    Mutant("a hold that was released lets everything pass", ((limits, "_hold", _hold_nothing_more),)),
+    Mutant("a lifted hold lets everything pass", ((limits, "_hold", _hold_nothing_more),)),
     Mutant(
-        "whoever requested a refund releases its hold",
+        "the requester lifts the hold of a refund",
         ((ledger, "check_hold", lambda refund, requested_by, by: None),),
     ),
     Mutant(

@@ -58,11 +58,11 @@ class People:
                 for person in (first, self._rng.choice(_PEOPLE), self._rng.choice(_PEOPLE)):
                     self._start(f"{person} reissues {row.source_ref}", partial(self._reissue, person, row.id))
 
-    def release(self, refund_id: int) -> None:
-        """Somebody releases a hold: also the one who requested the refund tries."""
+    def unhold(self, refund_id: int) -> None:
+        """An operator lifts a hold; the requester of the refund tries to as well."""
         person = self._rng.choice(("ann", "bob", "erin", "erin"))
         self._start(
-            f"{person} releases refund {refund_id}", partial(self._decided, person, "release_hold", refund_id)
+            f"{person} unholds refund {refund_id}", partial(self._decided, person, "unhold", refund_id)
         )
 
     def cancel(self, refund_id: int) -> None:

@@ -102,7 +102,7 @@ for _name in (
     "limits",
     "set_limit",
     "check_fingerprint_key",
-    "release_hold",
+    "unhold",
     "cancel",
     "empty_requests",
     "release",

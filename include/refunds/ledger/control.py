@@ -205,7 +205,7 @@ class Control(LedgerBase):
 
     async def set_limit(self, name: str, value: int | None, reason: str) -> None:
         """
-        Set a limit; ``None`` takes it away. A run that is just passing the door is waited for.
+        Set a limit; ``None`` takes it away. A run that is just passing the gate is waited for.
 
         :param name: one of :data:`~include.refunds.limits.LIMITS`.
         :param value: minor units, a number of refunds, or days; at least 1, for thresholds of approval at least 0.
@@ -219,7 +219,7 @@ class Control(LedgerBase):
             raise LedgerError(f"The limit {name} must lie between {smallest} and {largest}.")
         update = f"UPDATE refund_ledger.refund_control SET {name} = :value WHERE scope = '*'"
         async with self._transaction() as (connection, now):
-            await self._lock_door(connection)
+            await self._lock_gate(connection)
             before = await self._limits(connection)
             after = replace(before, **{name: value})
             if after.payee_days is None and (after.payee_total, after.payee_count) != (None, None):
@@ -229,8 +229,8 @@ class Control(LedgerBase):
             await self._because(connection, now, reason)
             await connection.execute(update, {"value": value})
 
-    async def _lock_door(self, connection: Connection) -> None:
-        """Let nobody else pass the door or change its limits until the commit. A pause waits for nobody: each claim asks for it."""
+    async def _lock_gate(self, connection: Connection) -> None:
+        """Let nobody else pass the gate or change its limits until the commit. A pause waits for nobody: each claim asks for it."""
         await connection.execute("SELECT pg_advisory_xact_lock(hashtext('refund_ledger.door'))")
 
     async def _limits(self, connection: Connection) -> Limits:

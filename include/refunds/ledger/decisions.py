@@ -142,9 +142,9 @@ class Decisions(Control):
                 )
             return stored
 
-    async def release_hold(self, refund_id: int, reason: str) -> None:
+    async def unhold(self, refund_id: int, reason: str) -> None:
         """
-        Release the holds of a refund: the next run takes it through the door, and the same holds are not put on again.
+        Lift the hold of a refund: the next run will send it, and the same limits do not hold it again.
 
         :raises DecisionRefused: when it is not held, or the same person requested it.
         """
@@ -160,7 +160,7 @@ class Decisions(Control):
             found = (await connection.execute(query, {"id": refund_id})).one()
             check_hold(refund, found.requested_by, self._actor, found.login)
             await connection.execute(
-                update, {"id": refund_id, "reason": f"Released by {self._actor}: {reason}", "now": now}
+                update, {"id": refund_id, "reason": f"Unheld by {self._actor}: {reason}", "now": now}
             )
 
     async def cancel(self, refund_id: int, reason: str) -> None:

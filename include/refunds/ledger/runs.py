@@ -1,4 +1,4 @@
-"""A run's candidates, its approval, and the release: the one door."""
+"""A run's candidates, its approval, and the release: the one gate."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from include.refunds.ledger.control import NOT_PAUSED, Control
 from include.refunds.ledger.rows import IDS
 from include.refunds.limits import (
     LIMITS,
-    AtTheDoor,
-    Door,
+    AtTheGate,
+    GateDecision,
     Limits,
     Totals,
     added,
     day_start,
-    open_door,
+    decide_at_gate,
     totals,
     who_to_ask,
 )
@@ -32,7 +32,7 @@ from include.refunds.people import same_person
 from include.refunds.printable import printable
 from include.refunds.states import Status
 
-# A release is good for so long; what was not sent by then has to pass the door again.
+# A release is good for so long; what was not sent by then has to pass the gate again.
 RELEASE_VALID = timedelta(hours=24)
 
 # A refund in doubt whose wait ends within this time is worth waiting for inside a run.
@@ -265,11 +265,11 @@ class Runs(Control):
                 connection, now, event, reason=f"Answered by {by} in Airflow.", detail=detail, actor=by
             )
 
-    async def at_the_door(self, ids: Sequence[int]) -> Door:
-        """Return what the door would do with refunds now, in a run of their own. Nothing is changed."""
+    async def at_the_gate(self, ids: Sequence[int]) -> GateDecision:
+        """Return what the gate would do with refunds now, in a run of their own. Nothing is changed."""
         async with self._transaction() as (connection, now):
             control = await self._control(connection)
-            return await self._open_door(connection, control, ids, {}, now)
+            return await self._decide_at_gate(connection, control, ids, {}, now)
 
     async def release(
         self,
@@ -279,7 +279,7 @@ class Runs(Control):
         withdrawn: dict[int, str],
     ) -> list[int]:
         """
-        Release refunds for sending: the one door, in one transaction under a lock of its own.
+        Release refunds for sending: the one gate, in one transaction under a lock of its own.
 
         What is paused stays as it is. What breaks a limit by itself is held, what finds no room under a cap of the run or the day waits.
 
@@ -313,37 +313,37 @@ class Runs(Control):
             WHERE run_id = :run_id"""
         async with self._transaction() as (connection, now):
             # One release at a time: what is counted against a cap stays true until the commit.
-            await self._lock_door(connection)
+            await self._lock_gate(connection)
             control = await self._control(connection)
             run = await self._run(connection, run_id)
             await self._check_approval(connection, run, candidate_ids, control.limits, now)
             for refund_id, finding in withdrawn.items():
                 await connection.execute(take_back, {"id": refund_id, "reason": finding, "now": now})
             ids = sorted({*standing_ids} & {*candidate_ids})
-            door = await self._open_door(connection, control, ids, run.counted, now)
+            decision = await self._decide_at_gate(connection, control, ids, run.counted, now)
             await connection.execute(
                 release,
                 {
-                    "ids": door.released,
+                    "ids": decision.released,
                     "actor": self._actor,
                     "approver": run.approved_by,
                     "run_id": run_id,
                     "now": now,
                 },
             )
-            for refund_id, held in door.held.items():
+            for refund_id, held in decision.held.items():
                 await connection.execute(
                     hold, {"id": refund_id, "holds": list(held.names), "reason": held.reason, "now": now}
                 )
-            released = await connection.execute(query, {"ids": door.released})
+            released = await connection.execute(query, {"ids": decision.released})
             await connection.execute(
                 note,
                 {
                     "run_id": run_id,
                     "released": len(released),
                     "totals": json.dumps(totals((row.currency, row.amount) for row in released)),
-                    "counted": json.dumps(added(run.counted, door.counted)),
-                    "findings": json.dumps({"waiting": await _waiting(connection, door.waiting)}),
+                    "counted": json.dumps(added(run.counted, decision.counted)),
+                    "findings": json.dumps({"waiting": await _waiting(connection, decision.waiting)}),
                     "withdrawn": json.dumps({str(key): value for key, value in withdrawn.items()}),
                 },
             )
@@ -376,16 +376,16 @@ class Runs(Control):
                 "clear pull_approved and let the run go on from there."
             )
         if run.approved_by is None:
-            # Another run may have passed the door since nobody had to be asked.
+            # Another run may have passed the gate since nobody had to be asked.
             today = await self._released_without_a_person(connection, run, now)
             if why := await _why_ask(connection, limits, today, run):
                 raise LedgerError(
                     f"{why} That was not so when run {printable(run.run_id)} was let pass: clear approve_run, and it asks a person."
                 )
 
-    async def _open_door(
+    async def _decide_at_gate(
         self, connection: Connection, control: _State, ids: Sequence[int], counted: Totals, now: datetime
-    ) -> Door:
+    ) -> GateDecision:
         columns = """id, order_id, amount, currency, payee_fingerprint AS payee, status, released_holds, first_released_at"""
         asking = f"""
             SELECT {columns} FROM refund_ledger.refunds AS r
@@ -397,19 +397,19 @@ class Runs(Control):
             WHERE source = :source AND payee_fingerprint = ANY(:payees) AND first_released_at > :since"""
         source = self._settings.source
         wanted = [] if EVERYTHING in control.paused else list(ids)
-        rows = _at_the_door(
+        rows = _at_the_gate(
             await connection.execute(
                 asking, {"ids": wanted, "source": source, "paused": list(control.paused)}
             )
         )
-        before: list[AtTheDoor] = []
+        before: list[AtTheGate] = []
         if control.limits.looks_back:
             since, payees = now - control.limits.looks_back, list({row.payee for row in rows})
-            before = _at_the_door(
+            before = _at_the_gate(
                 await connection.execute(earlier, {"source": source, "payees": payees, "since": since})
             )
         today = await self._released_today(connection, now)
-        return open_door(rows, control.limits, run=counted, day=today, earlier=before, now=now)
+        return decide_at_gate(rows, control.limits, run=counted, day=today, earlier=before, now=now)
 
     async def _released_without_a_person(
         self, connection: Connection, run: Row, now: datetime
@@ -423,7 +423,7 @@ class Runs(Control):
     async def _released_today(
         self, connection: Connection, now: datetime, condition: str = "true", **values: str
     ) -> dict[str, dict[str, int]]:
-        """Return the sums of what passed the door for the first time today, per currency."""
+        """Return the sums of what passed the gate for the first time today, per currency."""
         # What was released today was changed today, and that has an index.
         query = f"""
             SELECT currency, count(*) AS count, sum(amount) AS amount FROM refund_ledger.refunds
@@ -509,8 +509,8 @@ async def _waiting(connection: Connection, waiting: dict[int, str]) -> dict[str,
     return {cap: totals(amounts) for cap, amounts in by_cap.items()}
 
 
-def _at_the_door(rows: Iterable[Row]) -> list[AtTheDoor]:
+def _at_the_gate(rows: Iterable[Row]) -> list[AtTheGate]:
     return [
-        AtTheDoor(**{**row, "status": Status(row.status), "released_holds": tuple(row.released_holds)})
+        AtTheGate(**{**row, "status": Status(row.status), "released_holds": tuple(row.released_holds)})
         for row in rows
     ]
