@@ -4,6 +4,11 @@ REVISION = "0013"
 VERSION_TABLE = "schema_version"
 ENCODING = "UTF8"
 
+FSYNC_IS_OFF = (
+    "The ledger's server runs with `fsync = off`, so a crash may lose a claim whose payment Payroc has made: "
+    "set `fsync = on` in its configuration and restart it."
+)
+
 
 def newer(found: str) -> str:
     """Return the sentence about a ledger that a later version has migrated."""

@@ -9,11 +9,21 @@ from typing import Self
 
 from include.refunds.database_errors import describe
 from include.refunds.ledger.connection import DATABASE_ERRORS, Connection, LedgerEngine
-from include.refunds.revision import ENCODING, REVISION, VERSION_TABLE, newer, other_encoding
+from include.refunds.revision import (
+    ENCODING,
+    FSYNC_IS_OFF,
+    REVISION,
+    VERSION_TABLE,
+    newer,
+    other_encoding,
+)
 from include.refunds.settings import Settings
 
 # SQLSTATE of a missing table and of a missing schema.
 _NO_SUCH_TABLE = ("42P01", "3F000")
+
+LOCK_SECONDS = 60
+"""How long a transaction waits for another one's lock, unless it says otherwise."""
 
 
 class LedgerError(Exception):
@@ -46,19 +56,22 @@ class LedgerBase:
         self._rehearsal: Connection | None = None
 
     @asynccontextmanager
-    async def _transaction(self, purpose: str = "") -> AsyncIterator[tuple[Connection, datetime]]:
+    async def _transaction(
+        self, purpose: str = "", *, lock_seconds: int = LOCK_SECONDS
+    ) -> AsyncIterator[tuple[Connection, datetime]]:
         """
-        Yield a connection in a transaction, and the instant that counts as now in it.
+        Yield a connection in a transaction, and the ledger's time at its start.
 
         :param purpose: see :meth:`LedgerEngine.connect`.
+        :param lock_seconds: how long it waits for another transaction's lock.
         """
         try:
             if self._rehearsal is not None:
                 async with self._rehearsal.transaction():
-                    yield self._rehearsal, await self._begin(self._rehearsal)
+                    yield self._rehearsal, await self._begin(self._rehearsal, lock_seconds)
             else:
                 async with self.engine.begin(purpose=purpose) as connection:
-                    yield connection, await self._begin(connection)
+                    yield connection, await self._begin(connection, lock_seconds)
         except DATABASE_ERRORS as error:
             raise self._explained(error) from None
 
@@ -78,14 +91,19 @@ class LedgerBase:
         except DATABASE_ERRORS as error:
             raise self._explained(error) from None
 
-    async def _begin(self, connection: Connection) -> datetime:
+    async def _begin(self, connection: Connection, lock_seconds: int) -> datetime:
         # Local to the transaction: the connection is used for others after it. A worker that stands still in the
-        # middle of one must not keep its rows locked until it goes on.
+        # middle of one must not keep its rows locked until it wakes up. A commit that is not on the disk may be
+        # lost after it was acknowledged, and with it a claim whose POST has left.
         statement = """
-            SELECT set_config('refund_ledger.actor', :actor, true), set_config('lock_timeout', '60s', true),
-                   set_config('statement_timeout', '300s', true), set_config('idle_in_transaction_session_timeout', '300s', true),
+            SELECT set_config('refund_ledger.actor', :actor, true), set_config('lock_timeout', :lock_timeout, true),
+                   set_config('statement_timeout', '300s', true),
+                   set_config('idle_in_transaction_session_timeout', '300s', true),
+                   CASE WHEN current_setting('synchronous_commit') IN ('off', 'local')
+                        THEN set_config('synchronous_commit', 'on', true) END,
                    clock_timestamp() AS now"""
-        row = (await connection.execute(statement, {"actor": self._actor})).one()
+        values = {"actor": self._actor, "lock_timeout": f"{lock_seconds}s"}
+        row = (await connection.execute(statement, values)).one()
         return self._clock() if self._clock is not None else row.now
 
     def _explained(self, error: Exception) -> LedgerError:
@@ -119,11 +137,12 @@ class LedgerBase:
         Make sure that the ledger can be reached and has this version's schema.
 
         :raises LedgerUnavailable: when it can't be reached.
-        :raises LedgerError: when it was never migrated, is at another revision, or is not in UTF8.
+        :raises LedgerError: when it was never migrated, is at another revision, is not in UTF8, or its server does not write to
+            the disk.
         """
         query = (
-            "SELECT version_num, current_setting('server_encoding') AS encoding "
-            f"FROM refund_ledger.{VERSION_TABLE}"
+            "SELECT version_num, current_setting('server_encoding') AS encoding, "
+            f"current_setting('fsync') AS fsync FROM refund_ledger.{VERSION_TABLE}"
         )
         async with self._statement() as connection:
             found = (await connection.execute(query)).one_or_none()
@@ -131,6 +150,8 @@ class LedgerBase:
             raise _not_migrated(found.version_num if found else None)
         if found.encoding != ENCODING:
             raise LedgerError(other_encoding(found.encoding))
+        if found.fsync == "off":
+            raise LedgerError(FSYNC_IS_OFF)
 
 
 def _not_migrated(found: str | None) -> LedgerError:

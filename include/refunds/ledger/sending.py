@@ -18,6 +18,9 @@ from include.refunds.ledger.rows import COLUMNS, IDS, as_refund, by_id, select_h
 from include.refunds.ledger.runs import RELEASE_VALID, REPLACED_STANDS
 from include.refunds.refund import History, Refund
 
+# Another refund of the list may go meanwhile, and a later run finds this one.
+_CLAIM_LOCK_SECONDS = 5
+
 
 @dataclass(frozen=True, slots=True)
 class Task:
@@ -151,7 +154,7 @@ class Sending(Records):
                 SELECT refund_id, attempts, run_id, map_index, try_number, :now FROM claimed JOIN asked ON refund_id = id
             )
             SELECT * FROM claimed"""
-        async with self._transaction("claim") as (connection, now):
+        async with self._transaction("claim", lock_seconds=_CLAIM_LOCK_SECONDS) as (connection, now):
             ids = [call.refund_id for call in calls]
             values = {
                 "ids": as_array(ids),

@@ -11,7 +11,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import URL, Connection, create_engine, text
 from sqlalchemy.exc import IntegrityError
 
-from include.refunds.revision import ENCODING, VERSION_TABLE, newer, other_encoding
+from include.refunds.revision import ENCODING, FSYNC_IS_OFF, VERSION_TABLE, newer, other_encoding
 
 _FOLDER = Path(__file__).parent
 
@@ -30,7 +30,7 @@ def migrate(url: URL, revision: str = "head") -> str:
     :param revision: another revision to stop at, for tests of the next one.
     :returns: the revision that the ledger is at now.
     :raises MigrationRefused: when it is at a revision that this version does not know, its database is not in
-        UTF8, or its refunds break a rule of this version.
+        UTF8, its server runs with ``fsync = off``, or its refunds break a rule of this version.
     """
     # A server in SQL_ASCII would hand out bytes.
     engine = create_engine(url, connect_args={"client_encoding": "UTF8"})
@@ -39,6 +39,8 @@ def migrate(url: URL, revision: str = "head") -> str:
             encoding = connection.execute(text("SHOW server_encoding")).scalar_one()
             if encoding != ENCODING:
                 raise MigrationRefused(other_encoding(encoding))
+            if connection.execute(text("SHOW fsync")).scalar_one() == "off":
+                raise MigrationRefused(FSYNC_IS_OFF)
             connection.execute(text("SELECT pg_advisory_xact_lock(hashtext('refund_ledger.migrate'))"))
             found = current_revision(connection)
             config = _config()
