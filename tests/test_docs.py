@@ -51,7 +51,7 @@ def test_the_commands_of_make_that_the_docs_name_exist() -> None:
 
 
 def test_the_readme_names_the_revision_that_migrate_prints() -> None:
-    assert re.findall(r"The ledger is at revision (\d+)\.", (ROOT / "README.md").read_text()) == [REVISION]
+    assert re.findall(r"The ledger is at revision (\S+)\.", (ROOT / "README.md").read_text()) == [REVISION]
 
 
 def test_the_settings_that_the_docs_name_exist() -> None:

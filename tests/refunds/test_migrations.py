@@ -1,136 +1,70 @@
-"""A ledger of an earlier version becomes one of this version, with all that it holds."""
+"""Which ledgers `migrate` makes, changes and refuses, and with which rights."""
 
 from __future__ import annotations
 
-import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import URL, Connection, create_engine, text
+from sqlalchemy import URL, create_engine, text
 
 from demo.postgres import PostgresServer
 from include.refunds import migrations
-from include.refunds.audit import Audited, verify_audit
-from include.refunds.ledger import LedgerEngine
-from include.refunds.migrations import migrate
+from include.refunds.migrations import MigrationRefused, migrate
 from include.refunds.revision import REVISION
 from include.refunds.roles import AUDITOR, MIGRATOR, ROLES, RolesMissing
 from tests.conftest import SCRATCH, Login
 from tests.refunds.test_cli import cli
+from tests.support.catalog import catalog
 
 A_REFUND = """
-    INSERT INTO refund_ledger.refunds (source, source_ref, processing_terminal_id, order_id, description, amount, currency, payee_last4,
-        payee_fingerprint, request, request_sha256, requested_by, approved_by, approved_at, idempotency_key,
-        created_at, updated_at{})
-    VALUES ('shop', :ref, '7701001', :ref, 'Refund', 4999, 'USD', '4321', repeat('a', 64), 'sealed', repeat(md5(:ref), 2), 'ann', 'bob',
-        now(), gen_random_uuid(), now(), now(){})"""
-FOLDED = (", source_ref_folded, requested_by_folded, approved_by_folded", ", :ref, 'ann', 'bob'")
-# What a refund goes through, statement by statement.
-_UPDATE = "UPDATE refund_ledger.refunds SET {} WHERE source_ref = '{}'"
-WAYS = {
-    "approved": (),
-    "held": (_UPDATE.format("status = 'held'", "held"),),
-    "paid": (
-        _UPDATE.format(
-            "status = 'released', released_by = 'x', released_run = 'run-1', released_at = now()", "paid"
-        ),
-        _UPDATE.format(
-            "status = 'sending', attempts = 1, first_sent_at = now(), sent_with = 'x', lease_until = now(), next_attempt_at = now()",
-            "paid",
-        ),
-        "INSERT INTO refund_ledger.refund_attempts SELECT id, 1, 'run-1', 0, 1, now(), now(), 201, NULL, 'accepted' "
-        "FROM refund_ledger.refunds WHERE source_ref = 'paid'",
-        _UPDATE.format(
-            "status = 'accepted', payroc_refund_id = 'ABCDEFGHIJ', payroc_status = 'ready'", "paid"
-        ),
-    ),
-}
-REVISIONS = tuple(f"{number:04}" for number in range(1, int(REVISION)))
-TABLES = ("refunds", "refund_attempts", "refund_events", "refund_runs", "refund_control", "invalid_rows")
+    INSERT INTO refund_ledger.refunds (source, source_ref, source_ref_folded, processing_terminal_id, order_id,
+        description, amount, currency, payee_last4, payee_fingerprint, request, request_sha256, requested_by,
+        requested_by_folded, approved_by, approved_by_folded, approved_at, idempotency_key, created_at, updated_at)
+    VALUES ('shop', 'one', 'one', '7701001', 'one', 'Refund', 4999, 'USD', '4321', repeat('a', 64), 'sealed',
+        repeat('b', 64), 'ann', 'ann', 'bob', 'bob', now(), gen_random_uuid(), now(), now())"""
+OLD_REVISIONS = ("0001", "0013")
+
+# -- which ledgers ---------------------------------------------------------------------------------------------------------
 
 
-def fill(connection: Connection, revision: str) -> None:
-    """Put refunds, an attempt, events, a run and an invalid row into a ledger of any revision."""
-    for ref, statements in WAYS.items():
-        a_refund = A_REFUND.format(*(FOLDED if revision >= "0013" else ("", "")))
-        connection.execute(text(a_refund), {"ref": ref})
-        for statement in statements:
-            # From then on the ledger knows what a refund is held for.
-            known = (
-                statement.replace("'held' WHERE", "'held', holds = '{by hand}' WHERE")
-                if revision >= "0003"
-                else statement
-            )
-            connection.execute(text(known))
-    connection.execute(
-        text("""
-            INSERT INTO refund_ledger.refund_runs (run_id, params, candidates, candidate_totals, candidates_hash, started_at)
-            VALUES ('run-1', '{}', 1, '{}', 'hash', now())""")
-    )
-    connection.execute(
-        text(
-            "INSERT INTO refund_ledger.refund_events (at, event, actor, reason) VALUES (now(), 'pause', 'ann', 'a \"reason\"')"
-        )
-    )
-    connection.execute(
-        text("INSERT INTO refund_ledger.invalid_rows VALUES ('shop', 'three', '{}', now(), now(), now())")
-    )
+def test_a_second_migrate_changes_nothing(postgres: PostgresServer) -> None:
+    postgres.create_database("migrated_twice")
+    url = postgres.url("migrated_twice")
+    assert migrate(url) == REVISION
+    with postgres.connect("migrated_twice") as connection:
+        connection.execute(A_REFUND)
+        before = catalog(connection)
+        assert migrate(url) == REVISION
+        assert catalog(connection) == before
+        assert connection.execute("SELECT source_ref FROM refund_ledger.refunds").fetchall() == [("one",)]
 
 
-def audit(url: URL) -> Audited:
-    async def work() -> Audited:
-        engine = LedgerEngine(url)
-        try:
-            return await verify_audit(engine)
-        finally:
-            await engine.dispose()
-
-    return asyncio.run(work())
-
-
-@pytest.mark.parametrize("old", REVISIONS)
-def test_a_ledger_of_an_earlier_revision_is_brought_to_this_one_and_keeps_all_its_rows(
-    postgres: PostgresServer, old: str
+@pytest.mark.parametrize("revision", OLD_REVISIONS)
+@pytest.mark.parametrize("command", ["status", "migrate"])
+def test_a_ledger_of_a_version_before_1_0_is_refused_in_one_sentence(
+    postgres: PostgresServer, revision: str, command: str
 ) -> None:
-    postgres.create_database(f"ledger_of_{old}")
-    url = postgres.url(f"ledger_of_{old}")
-    assert migrate(url, old) == old
-    engine = create_engine(url)
-    with engine.begin() as connection:
-        fill(connection, old)
-        columns = {
-            table: ", ".join(connection.execute(text(f"SELECT * FROM refund_ledger.{table} LIMIT 0")).keys())
-            for table in TABLES
-        }
-
-    def everything() -> list[list[tuple[object, ...]]]:
-        with engine.connect() as connection:
-            queries = [
-                text(f"SELECT {names} FROM refund_ledger.{table} ORDER BY 1, 2")
-                for table, names in columns.items()
-            ]
-            return [[tuple(row) for row in connection.execute(query)] for query in queries]
-
-    before = everything()
-    assert all(before)
-    assert migrate(url) == REVISION
-    assert everything() == before
-    with engine.connect() as connection:
-        released = text(
-            "SELECT source_ref, first_released_at = released_at, first_released_run, holds FROM refund_ledger.refunds ORDER BY id"
+    name = f"ledger_of_{revision}_for_{command}"
+    postgres.create_database(name)
+    with postgres.connect(name) as connection:
+        connection.execute("CREATE SCHEMA refund_ledger")
+        connection.execute(f"CREATE TABLE refund_ledger.schema_version AS SELECT '{revision}' AS version_num")
+        connection.execute("CREATE TABLE refund_ledger.refunds AS SELECT 1 AS id")
+        before = catalog(connection)
+        refused = cli(command, ledger=postgres.url(name))
+        assert (refused.returncode, refused.stdout, refused.stderr) == (
+            2,
+            "",
+            f"The ledger is at revision {revision}, which a version before 1.0 made, and stays as it is: finish its "
+            "refunds with that version, and start this one with a new, empty ledger database; for the demo run "
+            "`make reset`.\n",
         )
-        assert [tuple(row) for row in connection.execute(released)] == [
-            ("approved", None, None, []),
-            # Nobody knows what for; people release or cancel it as any other.
-            ("held", None, None, ["by hand"]),
-            ("paid", True, "run-1", []),
+        assert catalog(connection) == before
+        assert connection.execute("SELECT version_num FROM refund_ledger.schema_version").fetchall() == [
+            (revision,)
         ]
-    audited = audit(url)
-    assert (audited.events, audited.findings) == (len(before[TABLES.index("refund_events")]), [])
-    assert migrate(url) == REVISION
-    engine.dispose()
 
 
 def test_a_ledger_that_a_later_version_has_migrated_is_refused_and_left_as_it_is(ledger_url: URL) -> None:
@@ -147,6 +81,41 @@ def test_a_ledger_that_a_later_version_has_migrated_is_refused_and_left_as_it_is
             == "9999"
         )
     engine.dispose()
+
+
+@pytest.fixture
+def later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """A function that adds one more migration, called ``later``, which executes a statement."""
+
+    def add(statement: str) -> None:
+        (tmp_path / "later.py").write_text(
+            f"from alembic import op\nrevision, down_revision = 'later', {REVISION!r}\n"
+            f"def upgrade():\n    op.execute({statement!r})\n"
+        )
+        config = migrations._config()
+        config.set_main_option(
+            "version_locations", f"{Path(migrations.__file__).parent / 'versions'}{os.pathsep}{tmp_path}"
+        )
+        config.set_main_option("path_separator", "os")
+        monkeypatch.setattr(migrations, "_config", lambda: config)
+
+    return add
+
+
+def test_a_ledger_whose_refunds_break_a_new_rule_is_left_as_it_is(
+    postgres: PostgresServer, later: Callable[[str], None]
+) -> None:
+    postgres.create_database("ledger_of_large_refunds")
+    url = postgres.url("ledger_of_large_refunds")
+    migrate(url)
+    with postgres.connect("ledger_of_large_refunds") as connection:
+        connection.execute(A_REFUND)
+        later("ALTER TABLE refund_ledger.refunds ADD CONSTRAINT refunds_are_small CHECK (amount < 100)")
+        with pytest.raises(MigrationRefused, match="break the rule refunds_are_small of this version"):
+            migrate(url)
+        assert connection.execute("SELECT version_num FROM refund_ledger.schema_version").fetchall() == [
+            (REVISION,)
+        ]
 
 
 # -- who may migrate -------------------------------------------------------------------------------------------------------
@@ -192,7 +161,7 @@ def test_a_login_without_the_right_is_told_who_can_and_nothing_is_half_done(
 
 
 def test_a_database_owner_who_may_create_roles_makes_them_and_may_do_all_as_before_and_a_migrator_goes_on_without_that_right(
-    bare_server: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bare_server: PostgresServer, later: Callable[[str], None]
 ) -> None:
     url = owner(bare_server, "founder", "CREATEROLE")
     done = cli("migrate", "--demo-source", ledger=url, source=url)
@@ -200,7 +169,7 @@ def test_a_database_owner_who_may_create_roles_makes_them_and_may_do_all_as_befo
     assert roles(bare_server) == len(ROLES)
     engine = create_engine(url)
     with engine.begin() as connection:
-        connection.execute(text(A_REFUND.format(*FOLDED)), {"ref": "one"})
+        connection.execute(text(A_REFUND))
         connection.execute(text("UPDATE refund_ledger.refunds SET status = 'cancelled'"))
     engine.dispose()
 
@@ -211,16 +180,7 @@ def test_a_database_owner_who_may_create_roles_makes_them_and_may_do_all_as_befo
         connection.execute("CREATE ROLE migrating LOGIN PASSWORD 'migrating' IN ROLE refunds_migrator")
     assert migrate(second) == REVISION
 
-    (tmp_path / "later.py").write_text(
-        "from alembic import op\nrevision, down_revision = 'later', '" + REVISION + "'\n"
-        "def upgrade():\n    op.execute('CREATE TABLE refund_ledger.later (id bigint); ALTER TABLE refund_ledger.refunds ADD later text')\n"
-    )
-    config = migrations._config()
-    config.set_main_option(
-        "version_locations", f"{Path(migrations.__file__).parent / 'versions'}{os.pathsep}{tmp_path}"
-    )
-    config.set_main_option("path_separator", "os")
-    monkeypatch.setattr(migrations, "_config", lambda: config)
+    later("CREATE TABLE refund_ledger.later (id bigint); ALTER TABLE refund_ledger.refunds ADD later text")
     assert migrate(url.set(username="migrating", password="migrating")) == "later"
     with bare_server.connect("founder") as connection:
         assert connection.execute(

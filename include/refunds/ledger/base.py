@@ -14,8 +14,8 @@ from include.refunds.revision import (
     FSYNC_IS_OFF,
     REVISION,
     VERSION_TABLE,
-    newer,
     other_encoding,
+    other_revision,
 )
 from include.refunds.settings import Settings
 
@@ -109,7 +109,7 @@ class LedgerBase:
     def _explained(self, error: Exception) -> LedgerError:
         """Return the ledger's own error for one of :data:`DATABASE_ERRORS`."""
         if getattr(error, "sqlstate", None) in _NO_SUCH_TABLE:
-            return _not_migrated(None)
+            return LedgerError(other_revision(None))
         failure = describe(error)
         place = f"The ledger database at {self.engine.place}"
         if failure.kind.is_transient:
@@ -147,16 +147,8 @@ class LedgerBase:
         async with self._statement() as connection:
             found = (await connection.execute(query)).one_or_none()
         if found is None or found.version_num != REVISION:
-            raise _not_migrated(found.version_num if found else None)
+            raise LedgerError(other_revision(found.version_num if found else None))
         if found.encoding != ENCODING:
             raise LedgerError(other_encoding(found.encoding))
         if found.fsync == "off":
             raise LedgerError(FSYNC_IS_OFF)
-
-
-def _not_migrated(found: str | None) -> LedgerError:
-    if found is not None and found > REVISION:
-        return LedgerError(newer(found))
-    return LedgerError(
-        f"The ledger is at revision {found or 'none'}, this version needs {REVISION}: run `python -m include.refunds migrate`."
-    )

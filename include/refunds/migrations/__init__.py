@@ -11,7 +11,13 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import URL, Connection, create_engine, text
 from sqlalchemy.exc import IntegrityError
 
-from include.refunds.revision import ENCODING, FSYNC_IS_OFF, VERSION_TABLE, newer, other_encoding
+from include.refunds.revision import (
+    ENCODING,
+    FSYNC_IS_OFF,
+    VERSION_TABLE,
+    other_encoding,
+    other_revision,
+)
 
 _FOLDER = Path(__file__).parent
 
@@ -20,17 +26,16 @@ class MigrationRefused(Exception):
     """The ledger stays as it is; the message says why and what to do."""
 
 
-def migrate(url: URL, revision: str = "head") -> str:
+def migrate(url: URL) -> str:
     """
     Bring the ledger's schema to the newest revision, in one transaction.
 
     Two migrations at a time wait for one another.
 
     :param url: URL of the ledger's database, as its owner.
-    :param revision: another revision to stop at, for tests of the next one.
     :returns: the revision that the ledger is at now.
-    :raises MigrationRefused: when it is at a revision that this version does not know, its database is not in
-        UTF8, its server runs with ``fsync = off``, or its refunds break a rule of this version.
+    :raises MigrationRefused: when a version before 1.0 made it, a later version has migrated it, its database
+        is not in UTF8, its server runs with ``fsync = off``, or its refunds break a rule of this version.
     """
     # A server in SQL_ASCII would hand out bytes.
     engine = create_engine(url, connect_args={"client_encoding": "UTF8"})
@@ -47,9 +52,9 @@ def migrate(url: URL, revision: str = "head") -> str:
             if found is not None and found not in {
                 script.revision for script in ScriptDirectory.from_config(config).walk_revisions()
             }:
-                raise MigrationRefused(newer(found))
+                raise MigrationRefused(other_revision(found))
             config.attributes["connection"] = connection
-            command.upgrade(config, revision)
+            command.upgrade(config, "head")
             return current_revision(connection) or ""
     except IntegrityError as error:
         rule = getattr(getattr(error.orig, "diag", None), "constraint_name", None)
