@@ -20,9 +20,12 @@ up: $(READY) ## The same in Airflow's web interface, until Ctrl-C
 down: ## Stop what `make up` or `make demo` started in another terminal, or left over
 	@$(find_any_python); "$$python" -m demo down
 
+.PHONY: reset
+reset: ## Remove the demo's data (databases, keys, logs), so that the next start makes it afresh
+	@$(find_any_python); "$$python" -m demo reset
+
 .PHONY: clean
-clean: ## Remove the demo's data, .venv and all caches
-	@$(find_any_python); "$$python" -m demo clean
+clean: reset ## The same, and remove .venv and all caches
 	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build plugins/*.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	@echo "Removed .venv and the caches of Python, pytest, mypy, ruff and Hypothesis."

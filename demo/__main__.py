@@ -1,4 +1,4 @@
-"""The commands behind `make demo`, `make up`, `make down` and `make clean`."""
+"""The commands behind `make demo`, `make up`, `make down` and `make reset`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def main() -> int:
     commands.add_parser("run", help="pay the sample refunds and show what became of each")
     commands.add_parser("up", help="open the same in Airflow's web interface, until Ctrl-C")
     commands.add_parser("down", help="stop a running demo, or what one left over")
-    commands.add_parser("clean", help="stop the demo and remove its data")
+    commands.add_parser("reset", help="stop the demo and remove its data")
     command = parser.parse_args().command
 
     # A polite kill or a closed terminal ends it like Ctrl-C, with everything stopped. Ctrl-C is named too: a shell that starts
@@ -45,7 +45,7 @@ def main() -> int:
 
 
 def _run(command: str) -> int:
-    # Imported one by one: `clean` has to work without the packages that the others need.
+    # Imported one by one: `reset` has to work without the packages that the others need.
     if command == "run":
         from demo.run import run
 
@@ -54,9 +54,9 @@ def _run(command: str) -> int:
         from demo.up import up
 
         return up(State.open())
-    from demo.down import clean, down
+    from demo.down import down, reset
 
-    return down(state_folder()) if command == "down" else clean(state_folder())
+    return down(state_folder()) if command == "down" else reset(state_folder())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`make down` and `make clean`. Of this project's packages nothing is imported before it is needed: `.venv` may be gone already."""
+"""`make down` and `make reset`. Of this project's packages nothing is imported before it is needed: `.venv` may be gone already."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def down(folder: Path) -> int:
     return 0
 
 
-def clean(folder: Path) -> int:
+def reset(folder: Path) -> int:
     """Stop the demo and remove its data."""
     state = State(folder)
     if _stop_holder(state):

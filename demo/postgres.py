@@ -256,11 +256,11 @@ class PostgresServer:
             theirs = (self._data / "PG_VERSION").read_text().strip()
         except FileNotFoundError:
             raise DemoError(
-                f"The data of the database in {self._data} is damaged. `make clean` removes it, and the next start makes it anew."
+                f"The data of the database in {self._data} is damaged. `make reset` removes it, and the next start makes it anew."
             ) from None
         if theirs != ours:
             raise DemoError(
-                f"The data in {self._data} is of Postgres {theirs}, the installed server is {ours}. `make clean` removes the data."
+                f"The data in {self._data} is of Postgres {theirs}, the installed server is {ours}. `make reset` removes the data."
             )
 
     def _start_on_port(self, binaries: Path) -> bool:

@@ -220,7 +220,7 @@ def _show_next_steps(stack: Stack) -> None:
     say("[bold]What to do next[/]")
     say("  make demo    runs it again: every refund is known by now, so nothing is sent twice")
     say("  make up      opens the same in Airflow's web interface")
-    say("  make clean   removes the demo's data, so that it starts afresh")
+    say("  make reset   removes the demo's data, so that it starts afresh")
     say(
         f"  demo/sample_refunds.csv holds the refunds, docs/ explains them. Logs: {escape(str(stack.state.logs))}"
     )

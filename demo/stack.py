@@ -239,7 +239,7 @@ class Stack:
         if not processes.wait_until(lambda: port_is_free(port), seconds=3):
             raise DemoError(
                 f"Port {port} is taken by {_listener(port)}. This demo's ledger belongs to the local Payroc at that port: end that "
-                "program, or remove the demo's data with `make clean`."
+                "program, or remove the demo's data with `make reset`."
             )
         return port
 

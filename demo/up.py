@@ -67,7 +67,7 @@ def up(state: State) -> int:
             except KeyboardInterrupt:
                 say("\nStopping Airflow, the local Payroc and the database …")
     say(
-        "[green]✓[/] Everything has been stopped. The data stays; `make up` goes on with it, `make clean` removes it."
+        "[green]✓[/] Everything has been stopped. The data stays; `make up` goes on with it, `make reset` removes it."
     )
     return 0
 
@@ -245,4 +245,4 @@ def _nothing_to_send(stack: Stack) -> str | None:
         return None
     if held and held[0]:
         return f"All but the held refunds have been sent: with `release {held[0]} --reason …` in place of `status`, a run has one to send."
-    return "The sample refunds have been sent, so a run is about nothing. `make clean` removes the data, and then it starts afresh."
+    return "The sample refunds have been sent, so a run is about nothing. `make reset` removes the data, and then it starts afresh."

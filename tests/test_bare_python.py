@@ -1,4 +1,4 @@
-"""`make env`, `make down` and `make clean` need Python and nothing else: no package, no venv module."""
+"""`make env`, `make down`, `make reset` and `make clean` need Python and nothing else: no package, no venv module."""
 
 from __future__ import annotations
 
@@ -65,7 +65,11 @@ def test_make_env_works_without_the_modules_for_virtual_environments(
 
 @pytest.mark.parametrize(
     ("command", "said"),
-    [("down", "Nothing of this demo is running."), ("clean", "The demo has no data.")],
+    [
+        ("down", "Nothing of this demo is running."),
+        ("reset", "The demo has no data."),
+        ("clean", "The demo has no data."),
+    ],
 )
 def test_the_demo_is_stopped_and_removed_without_them(
     checkout: Path, bare_python: Path, command: str, said: str
@@ -73,6 +77,20 @@ def test_the_demo_is_stopped_and_removed_without_them(
     done = make(checkout, bare_python, command)
     assert done.returncode == 0, done.stderr
     assert said in done.stdout
+
+
+@pytest.mark.parametrize(("command", "keeps_venv"), [("reset", True), ("clean", False)])
+def test_make_reset_removes_the_data_alone_and_make_clean_the_venv_as_well(
+    checkout: Path, bare_python: Path, command: str, keeps_venv: bool
+) -> None:
+    # What State.open leaves.
+    (checkout / "state" / "postgres").mkdir(parents=True)
+    (checkout / "state" / "lock").touch()
+    (checkout / ".venv").mkdir()
+    done = make(checkout, bare_python, command)
+    assert done.returncode == 0, done.stderr
+    assert not (checkout / "state").exists()
+    assert (checkout / ".venv").exists() is keeps_venv
 
 
 def test_what_needs_a_virtual_environment_still_says_what_to_install(

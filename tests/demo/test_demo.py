@@ -18,7 +18,7 @@ from demo import processes
 from demo.postgres import PostgresServer
 from demo.result import count_by_status
 from demo.stack import LEDGER_DATABASE
-from demo.state import FOLDER_VARIABLE
+from demo.state import FOLDER_VARIABLE, State
 from tests.conftest import ROOT, SCRATCH
 from tests.patience import eventually
 
@@ -31,7 +31,22 @@ COMMAND = [sys.executable, "-m", "demo"]
 def env() -> Iterator[dict[str, str]]:
     demo = {**os.environ, FOLDER_VARIABLE: str(FOLDER)}
     yield demo
-    subprocess.run([*COMMAND, "clean"], cwd=ROOT, env=demo, check=True)
+    subprocess.run([*COMMAND, "reset"], cwd=ROOT, env=demo, check=True)
+
+
+def test_on_the_data_of_a_version_before_1_0_it_names_make_reset(
+    env: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(FOLDER))
+    with PostgresServer(State.open().postgres) as server:
+        server.create_database(LEDGER_DATABASE)
+        with server.connect(LEDGER_DATABASE) as ledger:
+            ledger.execute("CREATE SCHEMA refund_ledger")
+            ledger.execute("CREATE TABLE refund_ledger.schema_version AS SELECT '0013' AS version_num")
+    demo = [*COMMAND, "run"]
+    refused = subprocess.run(demo, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert refused.stderr.endswith("for the demo run `make reset`.\n")
 
 
 def kill_everything(demo: subprocess.Popen[bytes], server: PostgresServer) -> None:

@@ -151,7 +151,7 @@ def test_root_can_run_it_from_a_folder_that_is_closed_to_the_servers_account(
 def test_damaged_data_gets_a_sentence(tmp_path: Path) -> None:
     folder = SCRATCH / "damaged"
     (folder / "data").mkdir(parents=True)
-    with pytest.raises(DemoError, match="make clean"):
+    with pytest.raises(DemoError, match="make reset"):
         PostgresServer(folder, fast=True).start()
 
 

@@ -45,7 +45,7 @@ def test_damaged_keys_are_not_replaced_silently(folder: Path) -> None:
     state = State.open()
     state.keys()
     (folder / "keys.json").write_text("{")
-    with pytest.raises(DemoError, match="make clean"):
+    with pytest.raises(DemoError, match="make reset"):
         state.keys()
 
 
@@ -69,7 +69,7 @@ def test_a_folder_with_other_things_in_it_is_neither_used_nor_removed(
     (folder / "thesis.txt").write_text("years of work")
     with pytest.raises(DemoError, match="this demo did not make it"):
         State.open()
-    down.clean(folder)
+    down.reset(folder)
     assert (folder / "thesis.txt").exists()
     assert capsys.readouterr().out == "The demo has no data.\n"
 
@@ -115,21 +115,21 @@ def test_down_asks_the_command_that_holds_the_lock_to_end(
     assert capsys.readouterr().out == "Nothing of this demo is running.\n"
 
 
-def test_clean_removes_what_the_demo_made(folder: Path) -> None:
+def test_reset_removes_what_the_demo_made(folder: Path) -> None:
     State.open().keys()
-    assert down.clean(folder) == 0
+    assert down.reset(folder) == 0
     assert not folder.exists()
 
 
-def test_clean_works_where_no_package_is_installed(folder: Path) -> None:
+def test_reset_works_where_no_package_is_installed(folder: Path) -> None:
     State.open().keys()
-    clean = [
+    reset = [
         sys.executable,
         "-S",
         "-c",
-        "import sys; sys.path.insert(0, '.'); sys.argv[1:] = ['clean']; from demo.__main__ import main; main()",
+        "import sys; sys.path.insert(0, '.'); sys.argv[1:] = ['reset']; from demo.__main__ import main; main()",
     ]
     subprocess.run(
-        clean, cwd=ROOT, check=True, env={FOLDER_VARIABLE: str(folder), "PATH": os.environ["PATH"]}
+        reset, cwd=ROOT, check=True, env={FOLDER_VARIABLE: str(folder), "PATH": os.environ["PATH"]}
     )
     assert not folder.exists()
