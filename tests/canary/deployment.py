@@ -33,7 +33,8 @@ _SETTINGS = {
     "PAYROC_REFUNDS_REQUESTS_IN_FLIGHT": "16",
     "PAYROC_REFUNDS_LEASE_MARGIN_SECONDS": "5",
     "PAYROC_REFUNDS_RETRY_DELAY_SECONDS": "1",
-    "PAYROC_REFUNDS_RETRIES": "2",
+    # More than the faults that one task meets, so that each list comes to its end.
+    "PAYROC_REFUNDS_RETRIES": "8",
     # It has to be quick at nothing: no task is killed, and no DAG changes.
     "AIRFLOW__WORKERS__MIN_HEARTBEAT_INTERVAL": "5",
     "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "300",

@@ -24,8 +24,6 @@ LISTED = 1000
 # One refund is larger than the limit.
 LARGEST = 500_000
 SINGLE_REFS = [f"S{trigger.digits}" for trigger in TRIGGERS]
-# The listed refund whose account number triggers a refusal.
-REJECTED = "L59"
 
 KINDS = ("problem", "status", "hang", "close", "garbage", "empty", "slow")
 # Everything that can go wrong with one request, with times that fit a time-out of one second.

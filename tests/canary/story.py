@@ -33,6 +33,9 @@ VALUE_IS_QUOTED = """
     CREATE FUNCTION stumble() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM NEW.name_on_account::integer; RETURN NEW; END';
     CREATE TRIGGER stumbles BEFORE UPDATE ON refund_requests FOR EACH ROW EXECUTE FUNCTION stumble()"""
 
+# What Payroc makes of refunds that it has accepted.
+PAYROC_STATUSES = ("complete", "returned", "reversal", "frozen")
+
 WHO = {who: ("--by", who, "--reason", "looked into it") for who in ("ann", "bob")}
 
 
@@ -130,7 +133,7 @@ class Story:
         eventually(self.has_sent, "a refund is sent", pause=0.5)
         for fault in rows.FAULTS:
             self.fault("authorize", fault)
-        eventually(lambda: self.refund(rows.REJECTED)["status"] == "rejected", "it is rejected", pause=1)
+        eventually(lambda: self.refunds("rejected"), "a refund is rejected", pause=1)
         self.commands([("status",), ("show", "S9003")])
         # A reissue first asks Payroc, whose next token may be one that goes wrong.
         eventually(self.is_reissued, "it is reissued", pause=0)
@@ -140,13 +143,9 @@ class Story:
         return bool(self.airflow.sandbox.get("/_sandbox/requests?operation=create")["count"])
 
     def is_reissued(self) -> bool:
-        rejected = self.refund(rows.REJECTED)["id"]
+        rejected = self.refunds("rejected")[0]["id"]
         self.commands([("reissue", f"{rejected}", *WHO[who]) for who in ("ann", "bob")])
-        with self.postgres.connect(str(self.airflow.ledger.database)) as connection:
-            replacing = connection.execute(
-                "SELECT 1 FROM refund_ledger.refunds WHERE replaces = %s", [rejected]
-            )
-            return replacing.fetchone() is not None
+        return any(refund["replaces"] == rejected for refund in self.refunds("approved"))
 
     def pay_the_rest(self) -> None:
         """Pay what is left one by one after a person's yes, and follow up, while the source refuses what is written back."""
@@ -156,10 +155,8 @@ class Story:
             [("limit", "approval_count", "0", *WHO["ann"])],
         )
         self.change_source(ROW_IS_QUOTED)
-        for status, ref in (("complete", "L1"), ("returned", "L2"), ("reversal", "L4"), ("frozen", "L6")):
-            self.airflow.sandbox.patch(
-                f"/_sandbox/refunds/{self.refund(ref)['payroc_refund_id']}", {"status": status}
-            )
+        for status, refund in zip(PAYROC_STATUSES, self.refunds("accepted"), strict=False):
+            self.airflow.sandbox.patch(f"/_sandbox/refunds/{refund['payroc_refund_id']}", {"status": status})
         runs = [(DAG, client.trigger(DAG)), (FOLLOW_UP_DAG, client.trigger(FOLLOW_UP_DAG))]
         self.commands([("status", "--json"), ("show", "S9006", "--json")])
         self.approve(*runs[0])
@@ -189,15 +186,13 @@ class Story:
             client.wait_for_run(*run, "success", "failed")
         self.runs += runs
 
-    def refund(self, source_ref: str) -> dict[str, Any]:
-        """Return the ledger's row of a refund."""
+    def refunds(self, status: str) -> list[dict[str, Any]]:
+        """Return the ledger's refunds of a status, by id."""
         with self.postgres.connect(str(self.airflow.ledger.database)) as connection:
             connection.row_factory = dict_row
-            row = connection.execute(
-                "SELECT * FROM refund_ledger.refunds WHERE source_ref = %s", [source_ref]
-            ).fetchone()
-        assert row is not None, f"the ledger has no refund {source_ref}"
-        return row
+            return connection.execute(
+                "SELECT * FROM refund_ledger.refunds WHERE status = %s ORDER BY id", [status]
+            ).fetchall()
 
     def change_source(self, statements: str) -> None:
         with self.postgres.connect(str(self.airflow.source.database)) as connection:
