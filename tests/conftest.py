@@ -67,6 +67,7 @@ from include.refunds.migrations import migrate  # noqa: E402
 from include.refunds.revision import REVISION  # noqa: E402
 from include.refunds.settings import get_settings  # noqa: E402
 from tests.patience import PATIENCE_SECONDS, eventually  # noqa: E402
+from tests.support.clock import clock  # noqa: E402
 
 pytest_plugins = ["tests.support.mariadb", "tests.support.pgbouncer", "tests.support.tls"]
 
@@ -202,6 +203,7 @@ def ledger_url(shared_ledger: URL, postgres: PostgresServer) -> URL:
             "LOOP EXECUTE format('REVOKE refunds_operator FROM %s', name); END LOOP; END $$"
         )
         connection.execute("UPDATE refund_ledger.schema_version SET version_num = %s", [REVISION])
+        connection.execute(clock())
     return shared_ledger
 
 

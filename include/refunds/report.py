@@ -203,7 +203,7 @@ async def follow_up_report(engine: LedgerEngine, source: str) -> Report:
 
 async def _ledger_report(engine: LedgerEngine, source: str, *, following: bool) -> Report:
     async with engine.connect() as connection:
-        now = (await connection.execute("SELECT clock_timestamp()")).scalar_one()
+        now = (await connection.execute("SELECT refund_ledger.now()")).scalar_one()
         report = Report(f"Refund ledger at {now:%Y-%m-%d %H:%M %Z}")
         report.refunds = await _lines(
             connection,
@@ -401,7 +401,7 @@ async def _note_state(
         )
     open_ = """
         SELECT id, order_id, status, payroc_status, COALESCE(first_sent_at, payroc_seen_at, updated_at) AS first_sent_at,
-               payroc_seen_at, clock_timestamp() AS now FROM refund_ledger.refunds_masked
+               payroc_seen_at, refund_ledger.now() AS now FROM refund_ledger.refunds_masked
         WHERE source = :source AND status IN ('accepted', 'sending', 'unknown') ORDER BY id"""
     late = [
         f"Refund {row.id} (order {printable(row.order_id)}) {what}."

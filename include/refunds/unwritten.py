@@ -91,7 +91,7 @@ async def other_unwritten_rows(connection: Connection, source: str) -> Unwritten
         connection,
         source,
         f"(r.status IS NULL OR r.status IN {_NOT_SENT}) "
-        "AND problem_since >= clock_timestamp() - interval '7 days'",
+        "AND problem_since >= refund_ledger.now() - interval '7 days'",
     )
 
 

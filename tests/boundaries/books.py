@@ -15,6 +15,7 @@ from include.refunds.pull import Pulled, pull
 from include.refunds.settings import get_settings
 from include.refunds.source import COLUMNS
 from tests.refunds.conftest import PLAIN
+from tests.support.clock import clock
 
 GOOD: dict[str, Any] = dict.fromkeys(COLUMNS) | {
     **PLAIN,
@@ -41,20 +42,27 @@ class Listed:
 
 class Books:
     """
-    A ledger, and what comes into it.
-
-    :param now: the ledger's clock.
+    A ledger whose clock stands still, and what comes into it.
     """
 
     def __init__(self, url: URL) -> None:
-        self.now = datetime.now(UTC)
         self.settings = get_settings()
         self.cipher = Cipher(self.settings)
         self.url = url
         self.engine = create_engine(url)
-        self.ledger = Ledger(
-            LedgerEngine(url, pool_size=0), self.settings, actor="test", clock=lambda: self.now
-        )
+        self.ledger = Ledger(LedgerEngine(url, pool_size=0), self.settings, actor="test")
+        self.now = datetime.now(UTC)
+
+    @property
+    def now(self) -> datetime:
+        """The ledger's time; tests move it."""
+        return self._now
+
+    @now.setter
+    def now(self, now: datetime) -> None:
+        self._now = now
+        with self.engine.begin() as connection:
+            connection.exec_driver_sql(clock(f"SELECT timestamptz '{now.isoformat()}'"))
 
     def pull(self, rows: Sequence[dict[str, Any]]) -> Pulled:
         return asyncio.run(pull(Listed(rows), self.ledger, self.cipher, self.settings))

@@ -25,6 +25,7 @@ from include.refunds.write_back import write_back
 from payroc_airflow.gateway import HookGateway
 from payroc_airflow.hooks.payroc import PayrocHook
 from tests.conftest import Sandbox
+from tests.support.clock import ahead
 
 T = TypeVar("T")
 _numbers = itertools.count(1)
@@ -44,22 +45,19 @@ PLAIN: dict[str, Any] = {
 class World:
     """
     One merchant with a source, a ledger and a connection to the local Payroc.
-
-    :param hours_ahead: how far the ledger's clock runs ahead of the real one; tests move it.
     """
 
     def __init__(self, ledger_url: URL, source_url: URL, sandbox: Sandbox) -> None:
         self.settings = get_settings()
         self.cipher = Cipher(self.settings)
         self.sandbox = sandbox
-        self.hours_ahead = 0.0
+        self._hours_ahead = 0.0
         self.ledger_engine = create_engine(ledger_url)
         self.source_engine = create_engine(source_url)
         self.ledger = Ledger(
             LedgerEngine(ledger_url, pool_size=0),
             self.settings,
             actor="test",
-            clock=lambda: datetime.now(UTC) + timedelta(hours=self.hours_ahead),
         )
         self.source = SqlSource(self.source_engine)
         self._hook_gateway = HookGateway(PayrocHook())
@@ -67,6 +65,17 @@ class World:
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run(work)
+
+    @property
+    def hours_ahead(self) -> float:
+        """How far the ledger's clock runs ahead of the real one; tests move it."""
+        return self._hours_ahead
+
+    @hours_ahead.setter
+    def hours_ahead(self, hours: float) -> None:
+        self._hours_ahead = hours
+        with self.ledger_engine.begin() as connection:
+            connection.exec_driver_sql(ahead(hours))
 
     def close(self) -> None:
         # Its share of what may be under way from this host is another test's now.

@@ -268,3 +268,13 @@ def test_the_ledger_holds_no_readable_account_number(world: World) -> None:
 def test_the_revision_that_this_version_needs_is_the_newest_migration(world: World) -> None:
     found = world.rows(f"SELECT version_num FROM refund_ledger.{VERSION_TABLE}")
     assert [row["version_num"] for row in found] == [REVISION]
+
+
+def test_a_ledger_whose_clock_was_replaced_is_not_used(world: World) -> None:
+    world.hours_ahead = 1
+    with pytest.raises(
+        LedgerError, match=r"The ledger's clock, the function refund_ledger\.now\(\), was replaced"
+    ):
+        world.run(world.ledger.check())
+    world.hours_ahead = 0
+    world.run(world.ledger.check())

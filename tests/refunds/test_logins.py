@@ -27,7 +27,7 @@ def ledger_of(world: World, ledger_url: URL, login: Login) -> Callable[[str, str
 
     def ledger(by: str, name: str) -> Ledger:
         url = ledger_url if name == "owner" else login(ledger_url, OPERATOR, name)
-        return Ledger(LedgerEngine(url, pool_size=0), world.settings, actor=by, clock=world.ledger._clock)
+        return Ledger(LedgerEngine(url, pool_size=0), world.settings, actor=by)
 
     return ledger
 

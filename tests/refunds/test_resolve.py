@@ -22,7 +22,7 @@ OTHER_KEY = [{"name": "refundKey", "value": "8e03978e-40d5-43e8-bc93-6894a57f932
 
 
 def ledger_of(world: World, person: str) -> Ledger:
-    return Ledger(world.ledger.engine, world.settings, actor=person, clock=world.ledger._clock)
+    return Ledger(world.ledger.engine, world.settings, actor=person)
 
 
 def decide(

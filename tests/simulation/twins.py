@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import asdict, is_dataclass
 from datetime import datetime
 from enum import Enum
@@ -17,6 +17,7 @@ from include.refunds.ledger.connection import Connection
 from include.refunds.settings import Settings
 from tests.simulation.engine import Engine, Violation
 from tests.simulation.ledger import MemoryLedger, Row
+from tests.support.clock import clock
 
 _TABLES = (
     "refund_attempts",
@@ -72,6 +73,24 @@ _READS = frozenset(
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+class ClockedEngine(LedgerEngine):
+    """
+    The ledger's database, whose time is the simulation's.
+
+    :param clock: the simulation's clock.
+    """
+
+    def __init__(self, url: URL, clock: Callable[[], datetime]) -> None:
+        super().__init__(url)
+        self._clock = clock
+
+    @asynccontextmanager
+    async def connect(self, purpose: str = "") -> AsyncIterator[Connection]:
+        async with super().connect(purpose) as connection:
+            await connection.execute(f"SET tests.now = '{self._clock().isoformat()}'")
+            yield connection
+
+
 class PostgresLedger:
     """
     The real ledger, each call run to its end.
@@ -81,8 +100,8 @@ class PostgresLedger:
 
     def __init__(self, url: URL, settings: Settings, clock: Callable[[], datetime]) -> None:
         self._loop = asyncio.new_event_loop()
-        self.engine = LedgerEngine(url)
-        self.real = Ledger(self.engine, settings, actor="simulation", clock=clock)
+        self.engine = ClockedEngine(url, clock)
+        self.real = Ledger(self.engine, settings, actor="simulation")
         self._run(self._empty())
 
     def __getattr__(self, name: str) -> Any:
@@ -151,6 +170,7 @@ class PostgresLedger:
         async with self.engine.begin() as connection:
             await _truncate(connection)
             await connection.execute("INSERT INTO refund_ledger.refund_control (scope) VALUES ('*')")
+            await connection.execute(clock("SELECT current_setting('tests.now')::timestamptz"))
 
     async def _rows(self, query: str) -> list[dict[str, Any]]:
         async with self.engine.connect() as connection:

@@ -1,8 +1,8 @@
 """
 The ledger in Postgres. Each method is one transaction; together they are the only code that writes to it.
 
-The database's clock is the clock: every transaction reads it once and uses that instant throughout. A simulation may
-give a clock of its own.
+The database's clock is the clock: every transaction reads it once, by ``refund_ledger.now()``, and uses that time
+throughout.
 """
 
 from include.refunds.ledger.base import LedgerError, LedgerUnavailable, NoSuchRefund
@@ -41,5 +41,4 @@ class Ledger(Intake, Runs, Sending, Decisions, Requests, WriteBacks):
     :param engine: the ledger's database, see :class:`LedgerEngine`.
     :param settings: source, waits, key window.
     :param actor: who changes something, as the events name it.
-    :param clock: the time to use instead of the database's, for simulations.
     """

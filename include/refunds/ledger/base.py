@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Self
@@ -19,8 +19,11 @@ from include.refunds.revision import (
 )
 from include.refunds.settings import Settings
 
-# SQLSTATE of a missing table and of a missing schema.
-_NO_SUCH_TABLE = ("42P01", "3F000")
+# SQLSTATE of a missing table, function and schema.
+_NO_SUCH_TABLE = ("42P01", "42883", "3F000")
+
+CLOCK = "SELECT pg_catalog.clock_timestamp()"
+"""The body of ``refund_ledger.now()``, as ``schema.sql`` has it."""
 
 LOCK_SECONDS = 60
 """How long a transaction waits for another one's lock, unless it says otherwise."""
@@ -47,12 +50,10 @@ class LedgerBase:
         settings: Settings,
         *,
         actor: str,
-        clock: Callable[[], datetime] | None = None,
     ) -> None:
         self.engine = engine
         self._settings = settings
         self._actor = actor
-        self._clock = clock
         self._rehearsal: Connection | None = None
 
     @asynccontextmanager
@@ -101,10 +102,10 @@ class LedgerBase:
                    set_config('idle_in_transaction_session_timeout', '300s', true),
                    CASE WHEN current_setting('synchronous_commit') IN ('off', 'local')
                         THEN set_config('synchronous_commit', 'on', true) END,
-                   clock_timestamp() AS now"""
+                   refund_ledger.now() AS now"""
         values = {"actor": self._actor, "lock_timeout": f"{lock_seconds}s"}
-        row = (await connection.execute(statement, values)).one()
-        return self._clock() if self._clock is not None else row.now
+        now: datetime = (await connection.execute(statement, values)).one().now
+        return now
 
     def _explained(self, error: Exception) -> LedgerError:
         """Return the ledger's own error for one of :data:`DATABASE_ERRORS`."""
@@ -122,7 +123,7 @@ class LedgerBase:
     async def rehearsal(self) -> AsyncIterator[Self]:
         """Yield a ledger whose every change is rolled back at the end."""
         async with self.engine.connect() as connection:
-            ledger = type(self)(self.engine, self._settings, actor=self._actor, clock=self._clock)
+            ledger = type(self)(self.engine, self._settings, actor=self._actor)
             ledger._rehearsal = connection
             async with connection.rolled_back():
                 yield ledger
@@ -142,7 +143,9 @@ class LedgerBase:
         """
         query = (
             "SELECT version_num, current_setting('server_encoding') AS encoding, "
-            f"current_setting('fsync') AS fsync FROM refund_ledger.{VERSION_TABLE}"
+            "current_setting('fsync') AS fsync, "
+            "(SELECT prosrc FROM pg_catalog.pg_proc WHERE oid = to_regprocedure('refund_ledger.now()')) AS clock "
+            f"FROM refund_ledger.{VERSION_TABLE}"
         )
         async with self._statement() as connection:
             found = (await connection.execute(query)).one_or_none()
@@ -152,3 +155,8 @@ class LedgerBase:
             raise LedgerError(other_encoding(found.encoding))
         if found.fsync == "off":
             raise LedgerError(FSYNC_IS_OFF)
+        if found.clock != CLOCK:
+            raise LedgerError(
+                "The ledger's clock, the function refund_ledger.now(), was replaced, so leases and limits follow "
+                "another time than the database's: make it again as include/refunds/ledger/schema.sql does."
+            )

@@ -63,7 +63,7 @@ SET LOCAL ROLE refunds_migrator;
 
 -- 2  Functions that several tables use ----------------------------------------------------------------------
 
--- Every function here sets its search path: with the caller's, operators of a schema of the caller's could
+-- Every function here but now() sets its search path: with the caller's, operators of a schema of the caller's could
 -- stand in the place of `=` and `<>`.
 
 -- Refuse what none of these roles may do. A login that was granted none of them is refused as well.
@@ -75,6 +75,12 @@ BEGIN
             USING ERRCODE = 'insufficient_privilege';
     END IF;
 END $$;
+
+-- The ledger's time. Every statement and trigger asks this function, so that a test can set the time by
+-- replacing it; `check` compares its body, so that no other clock is ever used in production. It names the
+-- schema itself and sets no search path, so that Postgres puts its body in the place of each call.
+CREATE FUNCTION refund_ledger.now() RETURNS timestamptz
+    LANGUAGE sql VOLATILE AS 'SELECT pg_catalog.clock_timestamp()';
 
 -- Who acts: the name that the program gave for this transaction, or the login. It is a claim; events keep the
 -- login too.
@@ -968,7 +974,7 @@ DECLARE
     before  jsonb := CASE WHEN TG_OP = 'UPDATE' THEN to_jsonb(OLD) ELSE '{}' END;
     after   jsonb := to_jsonb(NEW);
     moment  timestamptz :=
-        COALESCE(NULLIF(current_setting('refund_ledger.at', true), '')::timestamptz, clock_timestamp());
+        COALESCE(NULLIF(current_setting('refund_ledger.at', true), '')::timestamptz, refund_ledger.now());
     because text := NULLIF(current_setting('refund_ledger.reason', true), '');
     name    text;
     kind    text;
@@ -1096,6 +1102,10 @@ GRANT SELECT ON refund_ledger.schema_version
 -- Reports and write-backs look at chains of reissues.
 GRANT EXECUTE ON FUNCTION refund_ledger.ended_unpaid(bigint), refund_ledger.first_source_ref(bigint)
     TO refunds_payer, refunds_operator, refunds_auditor;
+
+-- Whoever works with the ledger asks it for the time.
+GRANT EXECUTE ON FUNCTION refund_ledger.now()
+    TO refunds_payer, refunds_operator, refunds_auditor, refunds_key_rotator;
 
 -- The guards call it with the rights of the login that they guard against.
 GRANT EXECUTE ON FUNCTION refund_ledger.require(text, text[])

@@ -89,13 +89,10 @@ class Sending(Records):
         return Grouped(self._read)
 
     async def _read(self, refund_ids: Sequence[int]) -> list[tuple[Refund, History, datetime] | None]:
-        query = f"SELECT {COLUMNS}, clock_timestamp() AS now FROM refund_ledger.refunds AS r WHERE id = ANY({IDS})"
+        query = f"SELECT {COLUMNS}, refund_ledger.now() AS now FROM refund_ledger.refunds AS r WHERE id = ANY({IDS})"
         async with self._statement("read") as connection:
             rows = await connection.execute(query, {"ids": as_array(refund_ids)})
-            refunds = {
-                row.id: (as_refund(row[:-1]), row.now if self._clock is None else self._clock())
-                for row in rows
-            }
+            refunds = {row.id: (as_refund(row[:-1]), row.now) for row in rows}
             histories = await select_histories(
                 connection, {refund.id: refund.attempts + 1 for refund, _ in refunds.values()}
             )
@@ -201,13 +198,12 @@ class Sending(Records):
                  AS claimed (refund_id, attempt, seconds)
             JOIN refund_ledger.refunds AS r ON id = refund_id
             WHERE id = ANY({IDS}) AND attempts = attempt AND status = 'sending'
-              AND lease_until > COALESCE(CAST(:now AS timestamptz), clock_timestamp()) + seconds * interval '1 second'
+              AND lease_until > refund_ledger.now() + seconds * interval '1 second'
               AND {NOT_PAUSED} AND {REPLACED_STANDS}"""
         values = {
             "ids": as_array(claim.refund.id for claim, _ in calls),
             "attempts": as_array(claim.attempt for claim, _ in calls),
             "seconds": as_array(seconds for _, seconds in calls),
-            "now": self._clock() if self._clock is not None else None,
         }
         async with self._statement("last check") as connection:
             may = set((await connection.execute(query, values)).scalars())
