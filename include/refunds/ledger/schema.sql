@@ -119,7 +119,7 @@ CREATE TABLE refund_ledger.refunds (
     order_id text NOT NULL CHECK (length(order_id) BETWEEN 1 AND 24),
     -- The text that Payroc shows for the refund; the project's length.
     description text NOT NULL CHECK (length(description) <= 256),
-    -- What the payee gets, in minor units. The upper bound catches an amount with a factor too many.
+    -- What the payee gets, in minor units. A refund of more than 10^12 is a mistake.
     amount bigint NOT NULL CHECK (amount BETWEEN 1 AND 1000000000000),
     -- ISO 4217, in capitals.
     currency text NOT NULL CHECK (currency ~ '^[A-Z]{3}$'),
@@ -153,8 +153,8 @@ CREATE TABLE refund_ledger.refunds (
 
     -- The frozen request.
 
-    -- The body that every attempt sends, encrypted; it holds the bank data. NULL once it was emptied, some
-    -- time after the refund has ended; what was emptied stays empty.
+    -- The body that every attempt sends, encrypted; it holds the bank data. The follow-up empties it some
+    -- time (PAYROC_REFUNDS_REQUEST_DAYS) after the refund has settled or ended otherwise; then it stays NULL.
     request bytea,
     -- Which key encrypted it, by the first digits of the key's hash; a rotation finds by it what is left to
     -- do.
@@ -229,7 +229,7 @@ CREATE TABLE refund_ledger.refunds (
     CONSTRAINT refunds_order_id_processing_terminal_id_key UNIQUE (order_id, processing_terminal_id),
     -- Two people, by the folded names: one name in two spellings is one person.
     CONSTRAINT approver_is_not_requester CHECK (requested_by_folded <> approved_by_folded),
-    -- Payroc's filter takes no other characters, and no two orders may look alike.
+    -- Printable ASCII alone, so that no two order ids look alike.
     CONSTRAINT order_id_is_ascii CHECK (order_id !~ '[^ -~]'),
     -- No control, format or invisible characters in what people read: the list of include/refunds/text.py.
     -- The texts are searched in one go, which takes a fifth of searching each.
@@ -724,8 +724,8 @@ CREATE TRIGGER append_only BEFORE UPDATE OR DELETE ON refund_ledger.refund_event
 CREATE TRIGGER never_emptied BEFORE TRUNCATE ON refund_ledger.refund_events
     FOR EACH STATEMENT EXECUTE FUNCTION refund_ledger.refuse_change();
 
--- A hash for each event over itself and the hash before it. It is apart from the events, so that these are only
--- ever inserted. The last hash is in every report: who rewrites the trail has to rewrite those too.
+-- A hash for each event over itself and the hash before it. It is apart from the events, so that these are
+-- only ever inserted. The last hash is in every report: who rewrites the trail has to rewrite those too.
 CREATE TABLE refund_ledger.refund_event_chain (
     -- The place in the chain, from 1 and without a gap.
     position bigint PRIMARY KEY CHECK (position > 0),
@@ -827,7 +827,7 @@ CREATE TABLE refund_ledger.refund_runs (
     approval_needed boolean,
     -- Who approved the run in Airflow; NULL when nobody had to, or has yet.
     approved_by text,
-    -- When.
+    -- When they did.
     approved_at timestamptz,
     -- The candidates_hash that may be released; NULL while none may.
     approved_hash text,
@@ -852,7 +852,7 @@ CREATE TABLE refund_ledger.refund_runs (
     question text,
     -- Who rejected the run in Airflow.
     rejected_by text,
-    -- When.
+    -- When they did.
     rejected_at timestamptz,
     -- What this run has released for the first time, per currency: counted against the limits of a run.
     counted jsonb NOT NULL DEFAULT '{}',
@@ -884,7 +884,7 @@ CREATE TABLE refund_ledger.refund_control (
     paused_at timestamptz,
     -- Who paused it.
     paused_by text,
-    -- Why.
+    -- Why they did, in a sentence that every command and report shows.
     pause_reason text,
 
     -- Limits, in the row '*' alone. NULL allows everything. Totals are in minor units and apply to each
@@ -1077,7 +1077,8 @@ FROM refund_ledger.refunds;
 -- 10  Who may do what ---------------------------------------------------------------------------------------
 
 -- Columns are granted rather than tables: with a right to UPDATE or DELETE on a table a login may lock the
--- whole of it. Two tables are granted as a whole, refund_runs and invalid_rows; a lock of those stops no pause.
+-- whole of it. Two tables are granted as a whole, refund_runs and invalid_rows; a lock of those stops no
+-- pause.
 
 -- Nobody has a right that is not named here, whatever defaults the database has.
 REVOKE ALL ON ALL TABLES IN SCHEMA refund_ledger FROM PUBLIC;
