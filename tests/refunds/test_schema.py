@@ -69,6 +69,10 @@ def test_the_comparison_notices_a_difference(
             assert catalog(connection) != before
 
 
+def test_no_line_of_the_file_is_longer_than_a_line_of_code() -> None:
+    assert [line for line in SCHEMA.splitlines() if len(line) > 110] == []
+
+
 # -- everything in it has a comment ------------------------------------------------------------------------
 
 TOKENS = re.compile(r"--[^\n]*|'(?:[^']|'')*'|\$\$.*?\$\$|[();,]|[^-'$();,]+|.", re.DOTALL)

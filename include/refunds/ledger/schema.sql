@@ -63,8 +63,8 @@ SET LOCAL ROLE refunds_migrator;
 
 -- 2  Functions that several tables use ----------------------------------------------------------------------
 
--- Every function here but now() sets its search path: with the caller's, operators of a schema of the caller's could
--- stand in the place of `=` and `<>`.
+-- Every function here but now() sets its search path: with the caller's, operators of a schema of the
+-- caller's could stand in the place of `=` and `<>`.
 
 -- Refuse what none of these roles may do. A login that was granted none of them is refused as well.
 CREATE FUNCTION refund_ledger.require(what text, VARIADIC roles text[]) RETURNS void
