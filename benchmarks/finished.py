@@ -42,25 +42,20 @@ _ATTEMPTS = """
     FROM refund_ledger.refunds WHERE id >= %(first)s AND id <= %(last)s"""
 
 _EVENTS = """
-    INSERT INTO refund_ledger.refund_events (at, event, refund_id, from_status, to_status, actor, reason, login)
-    SELECT updated_at, 'status', id, 'accepted', status, 'payroc_refunds_followup ' || released_run, reason, 'postgres'
+    INSERT INTO refund_ledger.refund_events (id, at, event, refund_id, from_status, to_status, actor, reason, login)
+    SELECT nextval('refund_ledger.event_numbers'), updated_at, 'status', id, 'accepted', status,
+        'payroc_refunds_followup ' || released_run, reason, 'postgres'
     FROM refund_ledger.refunds WHERE id >= %(first)s AND id <= %(last)s"""
 
-# Not the hashes that the events would have: a claim reads the last one, and none of the others.
-_CHAIN = """
-    INSERT INTO refund_ledger.refund_event_chain (position, event_id, hash)
-    SELECT id, id, encode(sha256(('event' || id)::bytea), 'hex')
-    FROM refund_ledger.refund_events WHERE id >= %(first)s AND id <= %(last)s"""
-
-_TABLES = ("refunds", "refund_attempts", "refund_events", "refund_event_chain")
+_TABLES = ("refunds", "refund_attempts", "refund_events")
 _STEP = 500_000
 
 
 def fill(connection: psycopg.Connection, count: int) -> dict[str, float]:
     """
-    Put finished refunds into an empty ledger, each with its attempt, one event, and that event's place in the chain.
+    Put finished refunds into an empty ledger, each with its attempt and one event, and seal the events.
 
-    The other four events that a settled refund has are left out, and the chain's hashes are made up. Triggers are off meanwhile, and
+    The other four events that a settled refund has are left out. Triggers are off meanwhile, and
     indexes are made at the end, because ten million rows one by one would take hours.
 
     :param count: how many.
@@ -73,7 +68,7 @@ def fill(connection: psycopg.Connection, count: int) -> dict[str, float]:
     connection.execute("SET max_parallel_maintenance_workers = 2")
     began = time.monotonic()
     with _without_indexes(connection):
-        for statement in (_REFUNDS, _ATTEMPTS, _EVENTS, _CHAIN):
+        for statement in (_REFUNDS, _ATTEMPTS, _EVENTS):
             for first in range(1, count + 1, _STEP):
                 connection.execute(
                     statement.encode(),
@@ -87,7 +82,16 @@ def fill(connection: psycopg.Connection, count: int) -> dict[str, float]:
         connection.execute(SQL("VACUUM (ANALYZE) refund_ledger.{}").format(Identifier(table)))
     seconds["vacuum"] = time.monotonic() - began
     connection.execute("SET session_replication_role = origin")
+    began = time.monotonic()
+    while _sealed(connection):
+        pass
+    seconds["seals"] = time.monotonic() - began
     return seconds
+
+
+def _sealed(connection: psycopg.Connection) -> bool:
+    (sealed,) = connection.execute("SELECT sealed FROM refund_ledger.seal()").fetchone() or (0,)
+    return bool(sealed)
 
 
 def warm(connection: psycopg.Connection) -> None:
@@ -117,7 +121,7 @@ def sizes(connection: psycopg.Connection) -> dict[str, dict[str, int]]:
 
 @contextmanager
 def _without_indexes(connection: psycopg.Connection) -> Iterator[None]:
-    """Take away all indexes and foreign keys of the four tables, and make the same ones again."""
+    """Take away all indexes and foreign keys of the three tables, and make the same ones again."""
     constraints = connection.execute(
         """
         SELECT conrelid::regclass::text, conname, pg_get_constraintdef(oid) FROM pg_constraint

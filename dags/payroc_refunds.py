@@ -219,7 +219,9 @@ with DAG(
                 found = await rehearse(params, source_of(), ledger, cipher_of(settings), settings)
             else:
                 await ledger.finish_run(context["run_id"])
+                unsealed = await ledger.seals.seal_or_say()
                 found = await run_report(ledger.engine, settings.source, context["run_id"])
+                found.notes += unsealed
                 # The run's state is this task's. A run that was cleared has left a row behind, whatever failed this time.
                 failed = [
                     name

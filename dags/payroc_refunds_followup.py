@@ -99,7 +99,9 @@ with DAG(
 
         context = get_current_context()
         async with open_ledger(context, settings) as ledger:
+            unsealed = await ledger.seals.seal_or_say()
             found = await follow_up_report(ledger.engine, settings.source)
+            found.notes += unsealed
         # The run's state is this task's, so what failed before it has to be told here.
         followed = context["ti"].xcom_pull(task_ids="follow_up")
         if followed is None:

@@ -192,7 +192,7 @@ def ledger_url(shared_ledger: URL, postgres: PostgresServer) -> URL:
         connection.execute("SET session_replication_role = replica")
         connection.execute(
             "TRUNCATE refund_ledger.refunds, refund_ledger.refund_attempts, refund_ledger.refund_events, refund_ledger.refund_runs, "
-            "refund_ledger.refund_event_chain, refund_ledger.refund_control, refund_ledger.invalid_rows, "
+            "refund_ledger.event_seals, refund_ledger.refund_control, refund_ledger.invalid_rows, "
             "refund_ledger.write_back_notes RESTART IDENTITY"
         )
         connection.execute("INSERT INTO refund_ledger.refund_control (scope) VALUES ('*')")

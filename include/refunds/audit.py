@@ -1,22 +1,25 @@
 """
-The audit trail, checked: whether an event was changed, removed or inserted after it was written.
+Check the audit trail: its heads, its seals, and whether the ledger is what the events say.
 
-Each event carries a hash of itself and of the hash before it. Whoever owns the tables could write the whole chain anew; so its head is
-shown in every report and kept where the ledger's owner has no hand in it, such as Airflow's logs, and may be checked again.
+A seal holds a hash over a batch of events and over the seal before. The owner of the tables could write all seals
+again; so reports show the head, the end of the newest seal, and Airflow's logs keep it where that owner has no
+access.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
-from include.refunds.ledger.connection import Connection, LedgerEngine
+from include.refunds.ledger.connection import Connection, LedgerEngine, Row, Rows
 
-_BATCH = 5000
 _SHOWN = 16  # hex digits of a hash that people keep
+
+# One query reads seals of so many events together, or one larger seal; at most so many seals.
+_EVENTS_AT_ONCE = 20_000
+_SEALS_AT_ONCE = 1_000
 
 
 class HeadError(Exception):
@@ -25,7 +28,12 @@ class HeadError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The end of the trail at some time: the position of its last event and the hash there, or the first digits of it."""
+    """
+    The end of a seal.
+
+    :param position: number of events that were sealed by then.
+    :param hash: the seal's hash in hex, or the first 16 digits of it.
+    """
 
     position: int
     hash: str
@@ -51,21 +59,25 @@ class Head:
 @dataclass(slots=True)
 class Audited:
     """
-    What a check of the trail found.
+    The result of a check.
 
-    :param events: how many it has.
-    :param head: its end, ``None`` for a trail without events.
+    :param events: number of sealed events.
+    :param unsealed: number of events that no seal holds yet.
+    :param head: the newest seal's end, ``None`` while there is no seal.
     :param findings: what is wrong, one sentence each.
     """
 
     events: int = 0
+    unsealed: int = 0
     head: Head | None = None
     findings: list[str] = field(default_factory=list)
 
 
 async def head_of(connection: Connection) -> Head | None:
-    """Return the end of the trail."""
-    query = "SELECT position, hash FROM refund_ledger.refund_event_chain ORDER BY position DESC LIMIT 1"
+    """Return the end of the newest seal."""
+    query = """
+        SELECT position, encode(hash, 'hex') AS hash FROM refund_ledger.event_seals
+        ORDER BY number DESC LIMIT 1"""
     row = (await connection.execute(query)).one_or_none()
     return Head(row.position, row.hash) if row else None
 
@@ -74,73 +86,107 @@ async def verify_audit(engine: LedgerEngine, known: Iterable[Head] = ()) -> Audi
     """
     Check the whole trail, in one snapshot. It only reads, and an auditor's rights are enough.
 
-    :param known: heads that were kept; the trail has to have been so then.
+    :param known: heads that were kept; each has to be the end of a seal.
     """
     audited = Audited()
-    expected = {head.position: head.hash for head in known}
     async with engine.begin("repeatable_read", readonly=True) as connection:
-        await _check_chain(connection, audited, expected)
+        await _check_seals(connection, audited, {head.position: head for head in known})
+        await _check_unsealed(connection, audited)
         await _check_the_rest(connection, audited)
-    end = audited.head.position if audited.head else 0
-    for position in sorted(position for position in expected if position > end):
-        audited.findings.append(
-            f"The trail ends before event {position}, which was its end once: later events were removed."
-        )
     return audited
 
 
-def event_hash(previous: str, fields: Iterable[str | None]) -> str:
-    """Return the hash of an event: SHA-256 over the hash before it and the fields, each with its length so that none runs into the next."""
-    text_of = ",".join("-" if value is None else f"{len(value.encode())}:{value}" for value in fields)
-    return hashlib.sha256((previous + text_of).encode()).hexdigest()
+# A seal, and what it was made from. It has to account for the ids that were pending before it and for those up to its
+# `next_event`: each is sealed, stays pending, or is given up because its transaction was rolled back. So a seal
+# follows from the one before it, and no check needs more than a batch of events. The columns of events and seals are
+# those that refund_ledger.seal() hashes.
+_SEALS = """
+    SELECT seal.number, seal.position, seal.hash, lower(seal.events) AS first, upper(seal.events) - 1 AS last,
+           batch.bytes, seal.events - batch.ids AS missing,
+           (SELECT record_send(header)
+            FROM (SELECT seal.number, seal.position, seal.events, seal.pending, seal.next_event,
+                         seal.pending_until, seal.cluster, seal.sealed_at) AS header) AS header,
+           seal.events <@ due.ids AND seal.pending <@ (due.ids - seal.events) AND seal.next_event >= due.first
+               AND seal.position = COALESCE(before.position, 0)
+                   + (SELECT sum(upper(ids) - lower(ids)) FROM unnest(seal.events) AS ids) AS follows,
+           ARRAY(SELECT id FROM unnest(due.ids - seal.events - seal.pending) AS given_up
+                 JOIN refund_ledger.refund_events ON id >= lower(given_up) AND id < upper(given_up)
+                 ORDER BY id) AS beside
+    FROM (SELECT * FROM refund_ledger.event_seals WHERE number > :after ORDER BY number LIMIT :seals) AS seal
+    LEFT JOIN refund_ledger.event_seals AS before ON before.number = seal.number - 1
+    CROSS JOIN LATERAL (
+        SELECT first, COALESCE(before.pending, '{}')
+                      + int8multirange(int8range(first, GREATEST(first, seal.next_event))) AS ids
+        FROM (SELECT COALESCE(before.next_event, 1)) AS next_due (first)) AS due
+    CROSS JOIN LATERAL (
+        SELECT COALESCE(range_agg(int8range(id, id + 1)), '{}') AS ids,
+               COALESCE(string_agg(record_send(sealed), '' ORDER BY id), '') AS bytes
+        FROM (SELECT id, at, event, refund_id, from_status, to_status, actor, login, reason, detail
+              FROM unnest(seal.events) AS ids
+              JOIN refund_ledger.refund_events ON id >= lower(ids) AND id < upper(ids)) AS sealed) AS batch
+    WHERE seal.position <= :until OR seal.number = :after + 1
+    ORDER BY seal.number"""
 
 
-async def _check_chain(connection: Connection, audited: Audited, expected: dict[int, str]) -> None:
-    query = """
-        SELECT chain.position, chain.hash, chain.event_id, event.id IS NOT NULL AS there,
-               ARRAY[event.id::text, (extract(epoch FROM event.at) * 1000000)::bigint::text, event.event, event.refund_id::text,
-                     event.from_status, event.to_status, event.actor, event.login, event.reason, event.detail::text] AS fields
-        FROM refund_ledger.refund_event_chain AS chain LEFT JOIN refund_ledger.refund_events AS event ON event.id = chain.event_id
-        WHERE chain.position > :after ORDER BY chain.position LIMIT :limit"""
-    position, previous = 0, ""
-    while rows := await connection.execute(query, {"after": position, "limit": _BATCH}):
+async def _check_seals(connection: Connection, audited: Audited, known: dict[int, Head]) -> None:
+    number, before = 0, b""
+
+    async def more() -> Rows:
+        values = {"after": number, "until": audited.events + _EVENTS_AT_ONCE, "seals": _SEALS_AT_ONCE}
+        return await connection.execute(_SEALS, values)
+
+    while rows := await more():
         for row in rows:
-            audited.findings += _findings(row, position, previous)
-            if row.position in expected and not row.hash.startswith(expected[row.position]):
-                audited.findings.append(
-                    f"Event {row.position} of the trail has another hash than the one that was kept of it."
-                )
-            # From here on the chain counts as it stands, so that one changed event is one finding.
-            position, previous = row.position, row.hash
-            audited.events += 1
-    if position:
-        audited.head = Head(position, previous)
+            audited.findings += _findings(row, number, before)
+            # From here on the seal counts as it is, so that one changed event is one finding.
+            number, before = row.number, row.hash
+            audited.events, audited.head = row.position, Head(row.position, row.hash.hex())
+            if (head := known.get(row.position)) and row.hash.hex().startswith(head.hash):
+                del known[row.position]
+    for position, head in sorted(known.items()):
+        audited.findings.append(
+            f"The trail ends before event {position}, which was its end once: later events were removed."
+            if position > audited.events
+            else f"No seal ends with the head {head}: the trail was written again since."
+        )
 
 
-def _findings(row: Any, position: int, previous: str) -> list[str]:
-    if row.position != position + 1:
-        first, last = position + 1, row.position - 1
-        return [
-            f"Event {first} of the trail was removed."
-            if first == last
-            else f"Events {first} to {last} of the trail were removed."
-        ]
-    if not row.there:
-        return [f"Event {row.position} of the trail (id {row.event_id}) was removed."]
-    if event_hash(previous, row.fields) != row.hash:
-        return [f"Event {row.position} of the trail (id {row.event_id}) was changed or inserted."]
-    return []
+def _findings(row: Row, number: int, before: bytes) -> Iterator[str]:
+    """Yield what is wrong with a seal; ``number`` and ``before`` are number and hash of the last one."""
+    if row.number != number + 1:
+        yield f"{_named('Seal', number + 1, row.number - 1)} removed."
+        return
+    for ids in row.missing:
+        it = "it" if ids.upper == ids.lower + 1 else "them"
+        yield f"{_named('Event', ids.lower, ids.upper - 1)} removed after seal {row.number} had sealed {it}."
+    if not row.missing and hashlib.sha256(before + row.header + row.bytes).digest() != row.hash:
+        yield (
+            f"Seal {row.number} (events {row.first} to {row.last}) does not match its hash: "
+            "one of these events was changed, or the seal."
+        )
+    if not row.follows:
+        yield f"Seal {row.number} does not follow from the seal before it."
+    for event in row.beside:
+        yield _BESIDE.format(event)
+
+
+async def _check_unsealed(connection: Connection, audited: Audited) -> None:
+    query = """
+        SELECT (SELECT count(*) FROM refund_ledger.refund_events
+                WHERE id BETWEEN COALESCE(last.next_event, 1) AND numbers.last_value)
+               + (SELECT count(*) FROM unnest(last.pending) AS ids
+                  JOIN refund_ledger.refund_events ON id >= lower(ids) AND id < upper(ids)) AS unsealed,
+               ARRAY(SELECT id FROM refund_ledger.refund_events
+                     WHERE id < 1 OR id > numbers.last_value ORDER BY id) AS beside
+        FROM refund_ledger.event_numbers AS numbers
+        LEFT JOIN (SELECT * FROM refund_ledger.event_seals ORDER BY number DESC LIMIT 1) AS last ON true"""
+    row = (await connection.execute(query)).one()
+    audited.unsealed = row.unsealed
+    audited.findings += map(_BESIDE.format, row.beside)
 
 
 async def _check_the_rest(connection: Connection, audited: Audited) -> None:
-    unchained = """
-        SELECT event.id FROM refund_ledger.refund_events AS event
-        WHERE NOT EXISTS (SELECT FROM refund_ledger.refund_event_chain AS chain WHERE chain.event_id = event.id) ORDER BY event.id"""
-    audited.findings += [
-        f"Event with the id {row.id} was inserted beside the trail."
-        for row in await connection.execute(unchained)
-    ]
-    # The end of a chain can be cut off without a trace in it; a refund whose status has no event shows it.
+    # A status without its event.
     without_event = """
         SELECT r.id, r.status, last.to_status FROM refund_ledger.refunds_masked AS r
         LEFT JOIN LATERAL (SELECT to_status FROM refund_ledger.refund_events AS event
@@ -150,3 +196,10 @@ async def _check_the_rest(connection: Connection, audited: Audited) -> None:
         f"Refund {row.id} is {row.status}, and its last event says {row.to_status or 'nothing'}."
         for row in await connection.execute(without_event)
     ]
+
+
+_BESIDE = "Event {} was inserted next to the trail: no seal holds it, and none will."
+
+
+def _named(what: str, first: int, last: int) -> str:
+    return f"{what} {first} was" if first == last else f"{what}s {first} to {last} were"

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from enum import StrEnum
+from functools import wraps
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -107,6 +108,25 @@ PayrocConnId = Annotated[str, typer.Option("--payroc-conn-id", help="Airflow con
 LimitName = StrEnum("LimitName", {name.upper(): name for name in LIMITS})  # type: ignore[misc]  # made from the ledger's own list
 
 console = Console()
+
+
+def _seals(command: Callable[..., None]) -> Callable[..., None]:
+    """
+    Seal the events of a command once it has said what it did.
+
+    A command that is done stays done when its events can't be sealed: that is said, and changes no exit code.
+    """
+
+    @wraps(command)
+    def sealing(**arguments: Any) -> None:
+        try:
+            command(**arguments)
+        except typer.Exit:
+            _seal(arguments["url"])
+            raise
+        _seal(arguments["url"])
+
+    return sealing
 
 
 @app.callback()
@@ -220,6 +240,7 @@ def show(
 
 
 @app.command()
+@_seals
 def pause(
     reason: Annotated[str, typer.Option("--reason", help="Why.")],
     by: By,
@@ -232,6 +253,7 @@ def pause(
 
 
 @app.command()
+@_seals
 def resume(
     reason: Annotated[str, typer.Option("--reason", help="Why it may go on.")],
     by: By,
@@ -259,6 +281,7 @@ def limits(
 
 
 @app.command()
+@_seals
 def limit(
     name: Annotated[LimitName, typer.Argument(help="As `limits` lists them.", show_default=False)],
     value: Annotated[
@@ -281,6 +304,7 @@ def limit(
 
 
 @app.command()
+@_seals
 def unhold(refund_id: RefundId, reason: Why, by: By, url: LedgerUrl = None) -> None:
     """
     Lift the hold of a refund: the next run will send it, and the same limit does not hold it again.
@@ -292,6 +316,7 @@ def unhold(refund_id: RefundId, reason: Why, by: By, url: LedgerUrl = None) -> N
 
 
 @app.command()
+@_seals
 def cancel(refund_id: RefundId, reason: Why, by: By, url: LedgerUrl = None) -> None:
     """End a refund that was not sent, held or not. It is never sent; pay it by a new row with a source_ref of its own."""
     _with_ledger(url, by, lambda ledger: ledger.cancel(refund_id, reason))
@@ -306,6 +331,7 @@ class Outcome(StrEnum):
 
 
 @app.command()
+@_seals
 def resolve(
     refund_id: RefundId,
     outcome: Annotated[Outcome, typer.Option("--as", help="What the refund is.")],
@@ -350,6 +376,7 @@ def resolve(
 
 
 @app.command()
+@_seals
 def reissue(
     refund_id: RefundId, reason: Why, by: By, conn_id: PayrocConnId = "payroc_default", url: LedgerUrl = None
 ) -> None:
@@ -374,6 +401,7 @@ def reissue(
 
 
 @app.command()
+@_seals
 def reverse(
     refund_id: RefundId, reason: Why, by: By, conn_id: PayrocConnId = "payroc_default", url: LedgerUrl = None
 ) -> None:
@@ -428,6 +456,7 @@ def verify(
 
 
 @app.command()
+@_seals
 def restored(
     backup_at: Annotated[
         str,
@@ -513,25 +542,33 @@ def check_audit(
     """
     Check that no event of the audit trail was changed, removed or inserted. It only reads.
 
-    Give heads that reports or Airflow's logs show: they tell a trail that was written anew, or cut off, from the one that was there.
+    Give heads from reports or Airflow's logs: a trail that was written again, or cut off, does not match them.
     """
     known = [Head.read(head) for head in heads or ()]
     found = _with_engine(url, lambda engine: verify_audit(engine, known))
     if as_json:
         head = str(found.head) if found.head else None
-        _json({"events": found.events, "head": head, "findings": found.findings})
+        _json(
+            {
+                "events": found.events,
+                "unsealed": found.unsealed,
+                "head": head,
+                "findings": found.findings,
+            }
+        )
     else:
         for finding in found.findings:
             _say(finding)
-        _say(
-            f"{found.events} events, head {found.head or 'none'}: "
-            + (f"{len(found.findings)} findings." if found.findings else "intact.")
-        )
+        unsealed = f", {found.unsealed} more not sealed yet" if found.unsealed else ""
+        count = len(found.findings)
+        result = f"{count} finding{'' if count == 1 else 's'}" if count else "intact"
+        _say(f"{found.events} events, head {found.head or 'none'}{unsealed}: {result}.")
     if found.findings:
         raise typer.Exit(EXIT_TROUBLE)
 
 
 @app.command("rotate-keys")
+@_seals
 def rotate_keys(url: LedgerUrl = None) -> None:
     """
     Encrypt all requests anew with the first of PAYROC_REFUNDS_ENCRYPTION_KEYS, while the service goes on.
@@ -619,6 +656,15 @@ def _with_engine(url: str | None, work: Callable[[LedgerEngine], Coroutine[Any, 
             return await work(engine)
 
     return asyncio.run(run())
+
+
+def _seal(url: str | None) -> None:
+    async def run() -> list[str]:
+        async with _engine(url) as engine:
+            return await Ledger(engine, get_settings(), actor="cli").seals.seal_or_say()
+
+    for sentence in asyncio.run(run()):
+        _say(sentence, red=True)
 
 
 def _with_ledger(url: str | None, by: str, work: Callable[[Ledger], Coroutine[Any, Any, T]]) -> T:

@@ -206,8 +206,7 @@ class World:
     def lose_the_ledger(self) -> None:
         """The ledger's refunds are gone, as after its loss."""
         tables = ", ".join(
-            f"refund_ledger.{name}"
-            for name in ("refunds", "refund_attempts", "refund_events", "refund_event_chain")
+            f"refund_ledger.{name}" for name in ("refunds", "refund_attempts", "refund_events", "event_seals")
         )
         with self.ledger_engine.begin() as connection:
             connection.exec_driver_sql("SET session_replication_role = replica")

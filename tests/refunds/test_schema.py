@@ -47,11 +47,12 @@ def test_the_file_alone_makes_the_ledger_that_the_migrations_make(
         "ALTER FUNCTION refund_ledger.guard_refund() SECURITY DEFINER",
         "CREATE OR REPLACE FUNCTION refund_ledger.actor() RETURNS text LANGUAGE sql STABLE "
         "SET search_path = pg_catalog, pg_temp AS $$ SELECT 'ann' $$",
-        "ALTER FUNCTION refund_ledger.chain_event() OWNER TO postgres",
-        "GRANT EXECUTE ON FUNCTION refund_ledger.chain_event() TO PUBLIC",
+        "ALTER FUNCTION refund_ledger.seal(integer) OWNER TO postgres",
+        "GRANT EXECUTE ON FUNCTION refund_ledger.seal(integer) TO PUBLIC",
         "ALTER VIEW refund_ledger.refunds_masked SET (security_invoker = true)",
         "DROP VIEW refund_ledger.refunds_masked",
-        "ALTER TABLE refund_ledger.event_chain_lock OWNER TO postgres",
+        "ALTER TABLE refund_ledger.seal_lock OWNER TO postgres",
+        "GRANT USAGE ON SEQUENCE refund_ledger.event_numbers TO refunds_payer",
         "GRANT DELETE ON refund_ledger.refund_runs TO refunds_payer",
         "GRANT UPDATE (amount) ON refund_ledger.refunds TO refunds_operator",
         "REVOKE SELECT (id) ON refund_ledger.refunds FROM refunds_key_rotator",
@@ -80,7 +81,7 @@ TOKENS = re.compile(r"--[^\n]*|'(?:[^']|'')*'|\$\$.*?\$\$|[();,]|[^-'$();,]+|.",
 ABOVE = re.compile(r"(?:[ \t]*(?:--[^\n]*)?\n)*")
 MADE = re.compile(
     r"CREATE (?:CONSTRAINT |UNIQUE )?"
-    r"(?:(TABLE|VIEW|INDEX|STATISTICS|FUNCTION|SCHEMA) (?:IF NOT EXISTS )?([\w.]+)"
+    r"(?:(TABLE|VIEW|INDEX|STATISTICS|FUNCTION|SCHEMA|SEQUENCE) (?:IF NOT EXISTS )?([\w.]+)"
     r"|(TRIGGER) (\w+).*? ON ([\w.]+))",
     re.DOTALL,
 )
@@ -165,6 +166,9 @@ def test_the_comments_are_looked_for_above_all_that_postgres_knows(
             FROM tables JOIN pg_trigger ON tgrelid = tables.oid WHERE NOT tgisinternal
         UNION ALL SELECT 'FUNCTION refund_ledger.' || proname
             FROM pg_proc WHERE pronamespace = 'refund_ledger'::regnamespace
+        UNION ALL SELECT 'SEQUENCE ' || oid::regclass FROM pg_class
+            WHERE relnamespace = 'refund_ledger'::regnamespace AND relkind = 'S'
+              AND NOT EXISTS (SELECT FROM pg_depend WHERE objid = pg_class.oid AND deptype = 'i')
         UNION ALL SELECT 'VIEW ' || oid::regclass
             FROM pg_class WHERE relnamespace = 'refund_ledger'::regnamespace AND relkind = 'v'"""
     with postgres.connect(str(new_ledger().database)) as connection:

@@ -21,7 +21,7 @@ from tests.support.clock import clock
 
 _TABLES = (
     "refund_attempts",
-    "refund_event_chain",
+    "event_seals",
     "refund_events",
     "refund_runs",
     "invalid_rows",
@@ -142,7 +142,7 @@ class PostgresLedger:
             return {
                 name: await self._rows(f"SELECT to_jsonb(t)::text AS row FROM refund_ledger.{name} AS t")
                 for name in _TABLES
-                if name not in ("refund_events", "refund_event_chain")
+                if name not in ("refund_events", "event_seals")
             }
 
         return self._run(work())

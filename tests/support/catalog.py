@@ -16,8 +16,10 @@ _QUERIES = {
         SELECT relname, relkind, pg_get_userbyid(relowner), relpersistence, reloptions::text
         FROM pg_class WHERE relnamespace = {_LEDGER} AND relkind IN ('r', 'v', 'S')""",
     "right on relation": f"""
-        SELECT relname, {_RIGHT} FROM pg_class, aclexplode(COALESCE(relacl, acldefault('r', relowner))) AS a
-        WHERE relnamespace = {_LEDGER} AND relkind IN ('r', 'v')""",
+        SELECT relname, {_RIGHT}
+        FROM pg_class, aclexplode(COALESCE(
+            relacl, acldefault(CASE relkind WHEN 'S' THEN 's' ELSE 'r' END::"char", relowner))) AS a
+        WHERE relnamespace = {_LEDGER} AND relkind IN ('r', 'v', 'S')""",
     "column": f"""
         SELECT relname, attname, format_type(atttypid, atttypmod), attnotnull, attidentity, attgenerated,
             attcollation::regcollation, pg_get_expr(adbin, adrelid)

@@ -5,12 +5,15 @@ The database's clock is the clock: every transaction reads it once, by ``refund_
 throughout.
 """
 
+from functools import cached_property
+
 from include.refunds.ledger.base import LedgerError, LedgerUnavailable, NoSuchRefund
 from include.refunds.ledger.connection import LedgerEngine
 from include.refunds.ledger.decisions import Decisions
 from include.refunds.ledger.intake import NAMELESS, Intake, NewRefund, differences
 from include.refunds.ledger.requests import KeptRequest, Requests
 from include.refunds.ledger.runs import RELEASE_VALID, Candidate, Runs, Selection
+from include.refunds.ledger.seals import Seals
 from include.refunds.ledger.sending import Claim, Sending, Task
 from include.refunds.ledger.write_backs import NotWritten, WriteBack, WriteBacks
 
@@ -42,3 +45,8 @@ class Ledger(Intake, Runs, Sending, Decisions, Requests, WriteBacks):
     :param settings: source, waits, key window.
     :param actor: who changes something, as the events name it.
     """
+
+    @cached_property
+    def seals(self) -> Seals:
+        """The seals of its events."""
+        return Seals(self.engine, self._settings, actor=self._actor)

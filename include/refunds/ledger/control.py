@@ -82,10 +82,10 @@ class Control(LedgerBase):
         # Bound once, for ever: only the first time takes the row's lock, on which a pause would wait.
         query = f"SELECT {column} FROM refund_ledger.refund_control WHERE scope = '*'"
         update = f"UPDATE refund_ledger.refund_control SET {column} = :value WHERE scope = '*' AND {column} IS NULL"
-        async with self._transaction() as (connection, now):
+        async with self._transaction() as (connection, _):
             found: str | None = (await connection.execute(query)).scalar_one()
             if found is None and bind:
-                await self._because(connection, now, value)
+                await self._because(connection, value)
                 if await connection.change(update, {"value": value}) == 0:
                     # Another one has bound it a moment ago.
                     found = (await connection.execute(query)).scalar_one()
@@ -109,14 +109,14 @@ class Control(LedgerBase):
         update = """
             UPDATE refund_ledger.refund_control SET paused_at = NULL, paused_by = NULL, pause_reason = NULL
             WHERE scope = :scope AND paused_at IS NOT NULL"""
-        async with self._transaction() as (connection, now):
+        async with self._transaction() as (connection, _):
             restored_to = await self._restored_to(connection)
             if scope == EVERYTHING and restored_to is not None:
                 raise LedgerError(
                     f"The ledger was restored from a backup of {restored_to:%Y-%m-%d %H:%M %Z} and not compared with Payroc since: run "
                     "`python -m include.refunds restored` to its end first."
                 )
-            await self._because(connection, now, reason)
+            await self._because(connection, reason)
             return await connection.change(update, {"scope": scope}) > 0
 
     async def begin_restore(self, backup_at: datetime, reason: str) -> datetime:
@@ -146,7 +146,7 @@ class Control(LedgerBase):
                 return min(backup_at, begun)
             known_until = (await connection.execute(newest_change)).scalar_one()
             restored_to = min(backup_at, known_until or backup_at)
-            await self._because(connection, now, reason)
+            await self._because(connection, reason)
             why = f"The ledger was restored from a backup of {restored_to:%Y-%m-%d %H:%M %Z}."
             await connection.execute(
                 update, {"restored_to": restored_to, "now": now, "actor": self._actor, "reason": why}
@@ -180,11 +180,11 @@ class Control(LedgerBase):
         :param names: names of these objects, of very many the first.
         """
         update = "UPDATE refund_ledger.refund_control SET restored_to = NULL WHERE scope = '*'"
-        async with self._transaction() as (connection, now):
+        async with self._transaction() as (connection, _):
             if hidden:
                 detail = {"count": hidden, "objects": list(names)}
-                await self._event(connection, now, "not_understood", reason=reason, detail=detail)
-            await self._because(connection, now, reason)
+                await self._event(connection, "not_understood", reason=reason, detail=detail)
+            await self._because(connection, reason)
             await connection.execute(update)
 
     async def _restored_to(self, connection: Connection) -> datetime | None:
@@ -218,7 +218,7 @@ class Control(LedgerBase):
         if value is not None and not smallest <= value <= largest:
             raise LedgerError(f"The limit {name} must lie between {smallest} and {largest}.")
         update = f"UPDATE refund_ledger.refund_control SET {name} = :value WHERE scope = '*'"
-        async with self._transaction() as (connection, now):
+        async with self._transaction() as (connection, _):
             await self._lock_gate(connection)
             before = await self._limits(connection)
             after = replace(before, **{name: value})
@@ -226,7 +226,7 @@ class Control(LedgerBase):
                 raise LedgerError(
                     "A cap per payee needs its days: set payee_days first, and take it away last."
                 )
-            await self._because(connection, now, reason)
+            await self._because(connection, reason)
             await connection.execute(update, {"value": value})
 
     async def _lock_gate(self, connection: Connection) -> None:
@@ -245,15 +245,14 @@ class Control(LedgerBase):
             WHERE control.paused_at IS NULL"""
         await connection.execute(upsert, {"scope": scope, "now": now, "actor": self._actor, "reason": reason})
 
-    async def _because(self, connection: Connection, now: datetime, reason: str) -> None:
-        """Tell the database when and why: it writes the events of ``refund_control`` itself, so that no change can forget its event."""
-        settings = "SELECT set_config('refund_ledger.at', :at, true), set_config('refund_ledger.reason', :reason, true)"
-        await connection.execute(settings, {"at": now.isoformat(), "reason": reason})
+    async def _because(self, connection: Connection, reason: str) -> None:
+        """Give the database the reason: it writes the events of ``refund_control`` itself, so that no change can forget its event."""
+        setting = "SELECT set_config('refund_ledger.reason', :reason, true)"
+        await connection.execute(setting, {"reason": reason})
 
     async def _event(
         self,
         connection: Connection,
-        now: datetime,
         event: str,
         *,
         reason: str,
@@ -262,10 +261,9 @@ class Control(LedgerBase):
         actor: str | None = None,
     ) -> None:
         insert = """
-            INSERT INTO refund_ledger.refund_events (at, event, refund_id, actor, reason, detail)
-            VALUES (:now, :event, :refund_id, :actor, :reason, CAST(:detail AS jsonb))"""
+            INSERT INTO refund_ledger.refund_events (event, refund_id, actor, reason, detail)
+            VALUES (:event, :refund_id, :actor, :reason, CAST(:detail AS jsonb))"""
         values = {
-            "now": now,
             "event": event,
             "refund_id": refund_id,
             "actor": actor or self._actor,

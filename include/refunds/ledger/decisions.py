@@ -68,7 +68,6 @@ class Decisions(Control):
             if case.may_have_moved and not confirmed:
                 await self._event(
                     connection,
-                    now,
                     "proposal",
                     refund_id=case.refund.id,
                     reason=reason,
@@ -115,7 +114,7 @@ class Decisions(Control):
             confirmed = is_confirmed(case, new.decision, self._actor)
             if not confirmed or case.proposal is None:
                 await self._event(
-                    connection, now, "proposal", refund_id=case.refund.id, reason=reason, detail=new.decision
+                    connection, "proposal", refund_id=case.refund.id, reason=reason, detail=new.decision
                 )
                 return None
             values = {
@@ -191,13 +190,13 @@ class Decisions(Control):
 
         :raises DecisionRefused: when it is not accepted.
         """
-        async with self._transaction() as (connection, now):
+        async with self._transaction() as (connection, _):
             refund = await select_refund(connection, refund_id, for_update=True)
             if refund.status is not Status.ACCEPTED:
                 raise DecisionRefused(
                     f"Refund {refund_id} is {refund.status}; only an accepted one, in the open batch, can be reversed."
                 )
-            await self._event(connection, now, "reverse", refund_id=refund_id, reason=reason)
+            await self._event(connection, "reverse", refund_id=refund_id, reason=reason)
             return refund
 
     async def _unchanged(self, connection: Connection, read: Case, now: datetime) -> Case:
@@ -225,7 +224,7 @@ class Decisions(Control):
         # The database wrote the login itself.
         proposal = f"""
             SELECT actor, at, detail,
-                   COALESCE(login, session_user) = session_user AND {OPERATORS_HAVE_LOGINS} AS same_login
+                   login = session_user AND {OPERATORS_HAVE_LOGINS} AS same_login
             FROM refund_ledger.refund_events AS e
             WHERE refund_id = :id AND event = 'proposal'
               AND NOT EXISTS (SELECT FROM refund_ledger.refund_events AS later

@@ -163,7 +163,6 @@ class Records(Control):
                 detail = {"payroc_refund_id": change.contradicting_id} if change.contradicting_id else None
                 await self._event(
                     connection,
-                    now,
                     "contradiction",
                     refund_id=item.refund.id,
                     reason=change.contradiction,

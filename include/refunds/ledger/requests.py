@@ -74,10 +74,9 @@ class Requests(Control):
 
     async def note_rotation(self, key_id: str, requests: int) -> None:
         """Leave an event of a finished rotation."""
-        async with self._transaction() as (connection, now):
+        async with self._transaction() as (connection, _):
             await self._event(
                 connection,
-                now,
                 "rotation",
                 reason=f"{requests} requests are encrypted with the key {key_id} now.",
             )

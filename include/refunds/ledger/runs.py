@@ -262,7 +262,7 @@ class Runs(Control):
                 await connection.execute(also, {"run_id": run_id, "by": by})
             detail = {"run_id": run_id, "candidates_hash": run.candidates_hash, **run.approval_basis}
             await self._event(
-                connection, now, event, reason=f"Answered by {by} in Airflow.", detail=detail, actor=by
+                connection, event, reason=f"Answered by {by} in Airflow.", detail=detail, actor=by
             )
 
     async def at_the_gate(self, ids: Sequence[int]) -> GateDecision:

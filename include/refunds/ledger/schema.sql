@@ -7,7 +7,7 @@
 --   2  Functions that several tables use
 --   3  Refunds
 --   4  Attempts
---   5  Events and their chain
+--   5  Events and their seals
 --   6  Runs
 --   7  Control: pauses, bonds, limits, restore
 --   8  Invalid rows and write-back notes
@@ -558,8 +558,8 @@ CREATE FUNCTION refund_ledger.write_status_event() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     -- The actor is that of refund_ledger.actor(), which costs more to call than the rest of this.
-    INSERT INTO refund_ledger.refund_events (at, event, refund_id, from_status, to_status, actor, reason)
-    VALUES (NEW.updated_at, 'status', NEW.id, CASE WHEN TG_OP = 'UPDATE' THEN OLD.status END, NEW.status,
+    INSERT INTO refund_ledger.refund_events (event, refund_id, from_status, to_status, actor, reason)
+    VALUES ('status', NEW.id, CASE WHEN TG_OP = 'UPDATE' THEN OLD.status END, NEW.status,
             COALESCE(NULLIF(current_setting('refund_ledger.actor', true), ''), session_user), NEW.reason);
     RETURN NULL;
 END $$;
@@ -659,14 +659,14 @@ CREATE TRIGGER never_emptied BEFORE TRUNCATE ON refund_ledger.refund_attempts
     FOR EACH STATEMENT EXECUTE FUNCTION refund_ledger.refuse_change();
 
 
--- 5  Events and their chain ---------------------------------------------------------------------------------
+-- 5  Events and their seals ---------------------------------------------------------------------------------
 
 -- The audit trail: one row per change of a status, a limit, a pause or a bond, and per decision. Only ever
 -- inserted.
 CREATE TABLE refund_ledger.refund_events (
-    -- Its number. Numbers of transactions that were rolled back are missing.
-    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    -- When it happened.
+    -- Its number, from number_event. Numbers of transactions that were rolled back are missing.
+    id bigint PRIMARY KEY,
+    -- When it happened, from number_event.
     at timestamptz NOT NULL,
     -- What happened. The database itself writes status, pause, resume, limit, restore, and the bonds
     -- environment, source and fingerprint_check; who may write the others is guard_roles_of_events' to say.
@@ -685,12 +685,33 @@ CREATE TABLE refund_ledger.refund_events (
     reason text,
     -- What else belongs to it, such as a limit's old and new value.
     detail jsonb,
-    -- Which login wrote it, as the database knows.
-    login text DEFAULT session_user
+    -- Which login wrote it, from number_event.
+    login text NOT NULL
 );
+
+-- The numbers of events. It belongs to their column, and no role may draw from it.
+CREATE SEQUENCE refund_ledger.event_numbers OWNED BY refund_ledger.refund_events.id;
 
 -- The history of one refund.
 CREATE INDEX events_by_refund ON refund_ledger.refund_events (refund_id, id);
+
+-- Number, time and login are the database's, whoever writes the event. The transaction gets its id before
+-- the event draws its number: a number that is missing belongs to a transaction that is older than the next
+-- number. seal() rests on that.
+CREATE FUNCTION refund_ledger.number_event() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    older CONSTANT xid8 := pg_current_xact_id();
+BEGIN
+    NEW.id := nextval('refund_ledger.event_numbers');
+    NEW.at := refund_ledger.now();
+    NEW.login := session_user;
+    RETURN NEW;
+END $$;
+
+-- Roles have no right to these columns; this is for the owner's functions.
+CREATE TRIGGER number BEFORE INSERT ON refund_ledger.refund_events
+    FOR EACH ROW EXECUTE FUNCTION refund_ledger.number_event();
 
 -- Whose event it is. A login without the role cannot write a decision that was never made.
 CREATE FUNCTION refund_ledger.guard_roles_of_events() RETURNS trigger
@@ -724,88 +745,122 @@ CREATE TRIGGER append_only BEFORE UPDATE OR DELETE ON refund_ledger.refund_event
 CREATE TRIGGER never_emptied BEFORE TRUNCATE ON refund_ledger.refund_events
     FOR EACH STATEMENT EXECUTE FUNCTION refund_ledger.refuse_change();
 
--- A hash for each event over itself and the hash before it. It is apart from the events, so that these are
--- only ever inserted. The last hash is in every report: who rewrites the trail has to rewrite those too.
-CREATE TABLE refund_ledger.refund_event_chain (
-    -- The place in the chain, from 1 and without a gap.
-    position bigint PRIMARY KEY CHECK (position > 0),
-    -- Which event is at this place; each event is in the chain once.
-    event_id bigint NOT NULL UNIQUE REFERENCES refund_ledger.refund_events (id),
-    -- SHA-256 in hex, over the hash before and the event's columns.
-    hash text NOT NULL CHECK (length(hash) = 64 AND hash !~ '[^0-9a-f]')
+-- One row per seal: a hash over a batch of events and over the seal before. Only seal() makes seals, after
+-- the events are committed, so no transaction with an event waits for another one. The hash of the newest
+-- seal is in every report: who rewrites the trail has to rewrite those too.
+CREATE TABLE refund_ledger.event_seals (
+    -- Its number, from 1 and without a gap.
+    number bigint PRIMARY KEY CHECK (number > 0),
+    -- How many events are sealed so far, its own included. Reports show it with the hash: "position:hash".
+    position bigint NOT NULL CHECK (position > 0),
+    -- The ids that it seals, exactly.
+    events int8multirange NOT NULL,
+    -- The ids below next_event that no seal holds and that may still come: their transactions had not
+    -- committed, or were rolled back.
+    pending int8multirange NOT NULL,
+    -- One more than the greatest id that any seal holds. It never goes back.
+    next_event bigint NOT NULL,
+    -- A transaction id greater than that of any transaction with a pending id. Once no older transaction
+    -- runs, what is still pending never comes.
+    pending_until xid8 NOT NULL,
+    -- Which cluster that transaction id is of. A restore into another one starts them again.
+    cluster bigint NOT NULL,
+    -- When it was made.
+    sealed_at timestamptz NOT NULL,
+    -- SHA-256 over the hash before it, its other columns, and its events in the order of their ids.
+    -- include/refunds/audit.py computes the same.
+    hash bytea NOT NULL CHECK (length(hash) = 32)
 );
 
--- What a transaction locks while it chains its events; it has no columns and no rows. An advisory lock could
--- be taken by anybody who may connect, and then nobody could commit. As it is always empty, no vacuum ever
--- waits for it.
-CREATE TABLE refund_ledger.event_chain_lock ();
-
--- The hash of an event: over the hash before it and each column with its length, so that none runs into the
--- next. include/refunds/audit.py computes the same by itself.
-CREATE FUNCTION refund_ledger.event_hash(previous text, e refund_ledger.refund_events) RETURNS text
-    LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-    moment text := (extract(epoch FROM e.at) * 1000000)::bigint::text;
-BEGIN
-    RETURN encode(sha256(convert_to(concat(
-        previous,
-        COALESCE(octet_length(e.id::text) || ':' || e.id::text, '-'), ',',
-        COALESCE(octet_length(moment) || ':' || moment, '-'), ',',
-        COALESCE(octet_length(convert_to(e.event, 'UTF8')) || ':' || e.event, '-'), ',',
-        COALESCE(octet_length(e.refund_id::text) || ':' || e.refund_id::text, '-'), ',',
-        COALESCE(octet_length(convert_to(e.from_status, 'UTF8')) || ':' || e.from_status, '-'), ',',
-        COALESCE(octet_length(convert_to(e.to_status, 'UTF8')) || ':' || e.to_status, '-'), ',',
-        COALESCE(octet_length(convert_to(e.actor, 'UTF8')) || ':' || e.actor, '-'), ',',
-        COALESCE(octet_length(convert_to(e.login, 'UTF8')) || ':' || e.login, '-'), ',',
-        COALESCE(octet_length(convert_to(e.reason, 'UTF8')) || ':' || e.reason, '-'), ',',
-        COALESCE(octet_length(convert_to(e.detail::text, 'UTF8')) || ':' || e.detail::text, '-')
-    ), 'UTF8')), 'hex');
-END $$;
-
--- Chains the events of a transaction, for the first of them that gets here. It runs right before the commit,
--- when the transaction takes no other lock any more: so the lock is held by one transaction at a time without
--- a deadlock, and only for that moment. It runs with its owner's rights, because nobody else writes to the
--- chain.
-CREATE FUNCTION refund_ledger.chain_event() RETURNS trigger
-    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-    last   refund_ledger.refund_event_chain;
-    e      refund_ledger.refund_events;
-    ids    bigint[] := '{}';
-    hashes text[] := '{}';
-BEGIN
-    IF EXISTS (SELECT FROM refund_ledger.refund_event_chain WHERE event_id = NEW.id) THEN
-        RETURN NULL;
-    END IF;
-    LOCK TABLE refund_ledger.event_chain_lock IN EXCLUSIVE MODE;
-    SELECT * INTO last FROM refund_ledger.refund_event_chain ORDER BY position DESC LIMIT 1;
-    -- Its own, and those that this transaction wrote after it. What a savepoint wrote bears another number,
-    -- and is chained in its turn, as is what lies beyond the span. The span is there for the planner: without
-    -- statistics it would read the whole table for an open end.
-    FOR e IN SELECT * FROM refund_ledger.refund_events
-             WHERE id BETWEEN NEW.id AND NEW.id + 9999
-               AND (id = NEW.id OR xmin = pg_current_xact_id()::xid) ORDER BY id LOOP
-        last.hash := refund_ledger.event_hash(COALESCE(last.hash, ''), e);
-        ids := ids || e.id;
-        hashes := hashes || last.hash;
-    END LOOP;
-    INSERT INTO refund_ledger.refund_event_chain (position, event_id, hash)
-    SELECT COALESCE(last.position, 0) + place, id, hash
-    FROM unnest(ids, hashes) WITH ORDINALITY AS chained (id, hash, place);
-    RETURN NULL;
-END $$;
-
--- At the commit, so that events are chained in the order in which they become visible.
-CREATE CONSTRAINT TRIGGER chained AFTER INSERT ON refund_ledger.refund_events
-    DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION refund_ledger.chain_event();
-
--- A hash is never changed.
-CREATE TRIGGER append_only BEFORE UPDATE OR DELETE ON refund_ledger.refund_event_chain
+-- A seal is never changed.
+CREATE TRIGGER append_only BEFORE UPDATE OR DELETE ON refund_ledger.event_seals
     FOR EACH ROW EXECUTE FUNCTION refund_ledger.refuse_change();
 
 -- TRUNCATE fires no trigger of a row.
-CREATE TRIGGER never_emptied BEFORE TRUNCATE ON refund_ledger.refund_event_chain
+CREATE TRIGGER never_emptied BEFORE TRUNCATE ON refund_ledger.event_seals
     FOR EACH STATEMENT EXECUTE FUNCTION refund_ledger.refuse_change();
+
+-- Locked while a seal is made; it has no columns and no rows. Only the owner may lock it. The lock of a row
+-- would need a transaction id, which seal() must not have yet when it reads.
+CREATE TABLE refund_ledger.seal_lock ();
+
+-- Seal up to `most` events, at most 20,000, in a transaction of its own. It returns how many it sealed and
+-- the end of the newest seal; no row when another session is sealing, for nobody waits for a seal.
+CREATE FUNCTION refund_ledger.seal(most integer DEFAULT 20000)
+    RETURNS TABLE (sealed bigint, "position" bigint, hash bytea)
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    last    refund_ledger.event_seals;
+    new     refund_ledger.event_seals;
+    drawn   bigint;
+    horizon xid8;
+    newest  bigint;
+    body    bytea;
+BEGIN
+    -- Each statement below has to see what committed before it.
+    IF pg_current_xact_id_if_assigned() IS NOT NULL
+       OR current_setting('transaction_isolation') <> 'read committed' THEN
+        RAISE EXCEPTION 'events are sealed in a transaction of its own, in read committed'
+            USING ERRCODE = 'active_sql_transaction';
+    END IF;
+    BEGIN
+        LOCK TABLE refund_ledger.seal_lock IN EXCLUSIVE MODE NOWAIT;
+    EXCEPTION WHEN lock_not_available THEN
+        RETURN;
+    END;
+    most := LEAST(most, 20000);
+    SELECT * INTO last FROM refund_ledger.event_seals ORDER BY number DESC LIMIT 1;
+    last.next_event := COALESCE(last.next_event, 1);
+    last.pending := COALESCE(last.pending, '{}');
+    new.cluster := (SELECT system_identifier FROM pg_control_system());
+    -- An id that the ledger has not drawn is not from its trigger, and would leave a hole up to it.
+    drawn := (SELECT last_value FROM refund_ledger.event_numbers);
+    -- First the horizon, then the events: what has ended before it, the next statement sees. It rests on
+    -- nothing else, so a login that keeps a transaction open delays only that holes are given up.
+    horizon := pg_snapshot_xmin(pg_current_snapshot());
+    WITH candidates AS (
+        (SELECT id, at, event, refund_id, from_status, to_status, actor, login, reason, detail
+         FROM refund_ledger.refund_events
+         WHERE id >= last.next_event AND id <= drawn ORDER BY id LIMIT most)
+        UNION ALL
+        SELECT late.*
+        FROM unnest(last.pending) AS ids CROSS JOIN LATERAL (
+            SELECT id, at, event, refund_id, from_status, to_status, actor, login, reason, detail
+            FROM refund_ledger.refund_events
+            WHERE id >= lower(ids) AND id < upper(ids) ORDER BY id LIMIT most) AS late
+    ), batch AS (
+        SELECT * FROM candidates ORDER BY id LIMIT most
+    )
+    -- The binary form of a row has each value with its type and length, so no two rows have the same.
+    SELECT count(*), max(id), range_agg(int8range(id, id + 1)), string_agg(record_send(batch), '' ORDER BY id)
+    INTO sealed, newest, new.events, body FROM batch;
+    IF sealed > 0 THEN
+        -- An event's transaction has its id before the event draws its number. So whoever drew a number
+        -- below the newest one has an older transaction than this one, which gets its id here, after the
+        -- events were read. (The end of a snapshot is no such bound: a transaction may be running that is
+        -- younger than it.)
+        new.pending_until := pg_current_xact_id();
+        new.number := COALESCE(last.number, 0) + 1;
+        new.position := COALESCE(last.position, 0) + sealed;
+        new.next_event := GREATEST(last.next_event, newest + 1);
+        new.sealed_at := refund_ledger.now();
+        -- A full batch may have left out pending events that are there by now.
+        IF sealed < most AND (last.cluster <> new.cluster OR last.pending_until <= horizon) THEN
+            last.pending := '{}';
+        END IF;
+        new.pending :=
+            last.pending + int8multirange(int8range(last.next_event, new.next_event)) - new.events;
+        new.hash := sha256(COALESCE(last.hash, '') || (
+            SELECT record_send(header)
+            FROM (SELECT new.number, new.position, new.events, new.pending, new.next_event,
+                         new.pending_until, new.cluster, new.sealed_at) AS header) || body);
+        INSERT INTO refund_ledger.event_seals VALUES (new.*);
+        last := new;
+    END IF;
+    position := last.position;
+    hash := last.hash;
+    RETURN NEXT;
+END $$;
 
 
 -- 6  Runs ---------------------------------------------------------------------------------------------------
@@ -966,15 +1021,13 @@ CREATE TRIGGER guard BEFORE UPDATE ON refund_ledger.refund_control
     FOR EACH ROW EXECUTE FUNCTION refund_ledger.guard_control();
 
 -- The events of a pause, a bond, a limit and a restore, written by the database with its owner's rights: no
--- way of changing one of them can forget its event. The program gives time and reason as settings of its
+-- way of changing one of them can forget its event. The program gives the reason as a setting of its
 -- transaction.
 CREATE FUNCTION refund_ledger.write_control_events() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     before  jsonb := CASE WHEN TG_OP = 'UPDATE' THEN to_jsonb(OLD) ELSE '{}' END;
     after   jsonb := to_jsonb(NEW);
-    moment  timestamptz :=
-        COALESCE(NULLIF(current_setting('refund_ledger.at', true), '')::timestamptz, refund_ledger.now());
     because text := NULLIF(current_setting('refund_ledger.reason', true), '');
     name    text;
     kind    text;
@@ -982,12 +1035,12 @@ BEGIN
     IF NEW.paused_at IS NOT NULL
        AND (before ->> 'paused_at', before ->> 'paused_by', before ->> 'pause_reason')
            IS DISTINCT FROM (after ->> 'paused_at', after ->> 'paused_by', after ->> 'pause_reason') THEN
-        INSERT INTO refund_ledger.refund_events (at, event, actor, reason, detail)
-        VALUES (NEW.paused_at, 'pause', NEW.paused_by, NEW.pause_reason,
+        INSERT INTO refund_ledger.refund_events (event, actor, reason, detail)
+        VALUES ('pause', NEW.paused_by, NEW.pause_reason,
                 jsonb_build_object('scope', NEW.scope));
     ELSIF NEW.paused_at IS NULL AND before ->> 'paused_at' IS NOT NULL THEN
-        INSERT INTO refund_ledger.refund_events (at, event, actor, reason, detail)
-        VALUES (moment, 'resume', refund_ledger.actor(), because, jsonb_build_object('scope', NEW.scope));
+        INSERT INTO refund_ledger.refund_events (event, actor, reason, detail)
+        VALUES ('resume', refund_ledger.actor(), because, jsonb_build_object('scope', NEW.scope));
     END IF;
     FOR name IN SELECT key
                 FROM jsonb_object_keys(after - '{scope,paused_at,paused_by,pause_reason}'::text[])
@@ -997,8 +1050,8 @@ BEGIN
                 ORDER BY key LOOP
         kind := CASE WHEN name IN ('environment', 'source', 'fingerprint_check') THEN name
                      WHEN name = 'restored_to' THEN 'restore' ELSE 'limit' END;
-        INSERT INTO refund_ledger.refund_events (at, event, actor, reason, detail)
-        VALUES (moment, kind, refund_ledger.actor(),
+        INSERT INTO refund_ledger.refund_events (event, actor, reason, detail)
+        VALUES (kind, refund_ledger.actor(),
                 CASE WHEN kind = name THEN after ->> name ELSE because END,
                 CASE kind
                     WHEN 'limit' THEN
@@ -1092,8 +1145,8 @@ GRANT USAGE ON SCHEMA refund_ledger TO refunds_payer, refunds_operator, refunds_
 
 -- Everything except the requests, for all who report.
 GRANT SELECT ON refund_ledger.refunds_masked, refund_ledger.refund_attempts, refund_ledger.refund_events,
-    refund_ledger.refund_event_chain, refund_ledger.refund_runs, refund_ledger.refund_control,
-    refund_ledger.invalid_rows, refund_ledger.write_back_notes
+    refund_ledger.event_numbers, refund_ledger.event_seals, refund_ledger.refund_runs,
+    refund_ledger.refund_control, refund_ledger.invalid_rows, refund_ledger.write_back_notes
     TO refunds_payer, refunds_operator, refunds_auditor;
 
 -- Everybody checks that the ledger is at the revision that the program knows.
@@ -1157,9 +1210,14 @@ GRANT INSERT (refund_id, attempt, run_id, map_index, try_number, started_at)
 GRANT UPDATE (finished_at, http_status, problem_type, outcome)
     ON refund_ledger.refund_attempts TO refunds_payer;
 
--- Events that the database does not write itself. Who may write which: guard_roles_of_events.
-GRANT INSERT (at, event, refund_id, actor, reason, detail)
+-- Events that the database does not write itself. Who may write which: guard_roles_of_events. Number, time
+-- and login nobody gives.
+GRANT INSERT (event, refund_id, actor, reason, detail)
     ON refund_ledger.refund_events TO refunds_payer, refunds_operator, refunds_key_rotator;
+
+-- Whoever leaves events seals them. Nobody may insert a seal.
+GRANT EXECUTE ON FUNCTION refund_ledger.seal(integer)
+    TO refunds_payer, refunds_operator, refunds_key_rotator;
 
 -- The payer notes what a run is about, and the answer that was given in Airflow.
 GRANT INSERT, UPDATE ON refund_ledger.refund_runs TO refunds_payer;
