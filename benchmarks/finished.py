@@ -10,29 +10,46 @@ import psycopg
 from psycopg.sql import SQL, Identifier
 
 # Three years: ids ascend with time, as they would have. Everything has ended and is written back, and the requests are emptied.
-_REFUNDS = """
-    INSERT INTO refund_ledger.refunds (source, source_ref, source_ref_folded, processing_terminal_id,
-        order_id, description, amount, currency, payee_last4, payee_fingerprint, request_sha256,
-        requested_by, requested_by_folded, approved_by, approved_by_folded, approved_at,
-        idempotency_key, sent_with, status, reason, released_by,
-        released_run, released_at, first_released_at, first_released_run, attempts, first_sent_at,
-        payroc_refund_id, payroc_status, payroc_seen_at, created_at, updated_at, written_back_at)
+_INSTRUCTIONS = """
+    INSERT INTO refund_ledger.refund_instructions (source, source_ref, source_ref_folded,
+        processing_terminal_id, order_id, description, amount, currency, payee_last4, payee_fingerprint,
+        request_sha256, requested_by, requested_by_folded, approved_by, approved_by_folded, approved_at,
+        idempotency_key, created_at)
     SELECT 'refund_requests', 'old-' || n, 'old-' || n, (2201001 + n %% 40)::text, 'OLD-' || n,
         'Refund of order OLD-' || n, 100 + (n * 7919) %% 99900, 'USD', lpad((n %% 10000)::text, 4, '0'),
         encode(sha256(('payee' || (n * 7919) %% (%(total)s / 3 + 1))::bytea), 'hex'),
         encode(sha256(('body' || n)::bytea), 'hex'), 'ann', 'ann', 'bob', 'bob', at,
-        md5('key' || n)::uuid, repeat('a', 64), ended.status,
-        ended.reason, 'payroc_refunds ' || run, run, at + interval '5 minutes',
-        at + interval '5 minutes', run, 1, at + interval '6 minutes',
-        CASE WHEN ended.status <> 'cancelled' THEN lpad(upper(to_hex(n)), 10, '0') END, ended.payroc_status, changed, at, changed, changed
+        refund_ledger.refund_key('refund_requests', 'old-' || n), at
     FROM generate_series(%(first)s::bigint, %(last)s::bigint) AS n
-    CROSS JOIN LATERAL (SELECT now() - interval '3 years 4 days' + n * (interval '3 years' / %(total)s) AS at) AS approved
     CROSS JOIN LATERAL (
-        SELECT at + interval '3 days' AS changed, 'scheduled__' || to_char(at, 'YYYY-MM-DD') || 'T11:00:00+00:00' AS run) AS later
+        SELECT now() - interval '3 years 4 days' + n * (interval '3 years' / %(total)s) AS at) AS approved"""
+
+_STATES = """
+    INSERT INTO refund_ledger.refund_states (refund_id, sent_with, status, reason, released_by, released_run,
+        released_at, attempts, first_sent_at, payroc_refund_id, payroc_status, payroc_seen_at, updated_at,
+        written_back_at)
+    SELECT id, repeat('a', 64), ended.status, ended.reason, 'payroc_refunds ' || run, run,
+        created_at + interval '5 minutes', 1, created_at + interval '6 minutes',
+        lpad(upper(to_hex(id)), 10, '0'), ended.payroc_status, changed, changed, changed
+    FROM refund_ledger.refund_instructions
+    CROSS JOIN LATERAL (
+        SELECT created_at + interval '3 days' AS changed,
+            'scheduled__' || to_char(created_at, 'YYYY-MM-DD') || 'T11:00:00+00:00' AS run) AS later
     CROSS JOIN LATERAL (SELECT
-        CASE WHEN n %% 100 < 97 THEN 'settled' WHEN n %% 100 < 99 THEN 'rejected' ELSE 'returned' END AS status,
-        CASE WHEN n %% 100 >= 97 AND n %% 100 < 99 THEN 'Declined by the bank.' END AS reason,
-        CASE WHEN n %% 100 < 97 THEN 'complete' WHEN n %% 100 < 99 THEN 'declined' ELSE 'returned' END AS payroc_status) AS ended"""
+        CASE WHEN id %% 100 < 97 THEN 'settled' WHEN id %% 100 < 99 THEN 'rejected' ELSE 'returned' END AS status,
+        CASE WHEN id %% 100 >= 97 AND id %% 100 < 99 THEN 'Declined by the bank.' END AS reason,
+        CASE WHEN id %% 100 < 97 THEN 'complete' WHEN id %% 100 < 99 THEN 'declined' ELSE 'returned' END
+            AS payroc_status) AS ended
+    WHERE id >= %(first)s AND id <= %(last)s"""
+
+_REQUESTS = """
+    INSERT INTO refund_ledger.frozen_requests (refund_id, request_key)
+    SELECT id, '5f0c21aa' FROM refund_ledger.refund_instructions WHERE id >= %(first)s AND id <= %(last)s"""
+
+_FIRST_RELEASES = """
+    INSERT INTO refund_ledger.first_releases (refund_id, payee_fingerprint, amount, currency, run, at)
+    SELECT id, payee_fingerprint, amount, currency, released_run, released_at
+    FROM refund_ledger.refunds WHERE id >= %(first)s AND id <= %(last)s"""
 
 _ATTEMPTS = """
     INSERT INTO refund_ledger.refund_attempts (refund_id, attempt, run_id, map_index, try_number, started_at, finished_at, http_status,
@@ -47,7 +64,14 @@ _EVENTS = """
         'payroc_refunds_followup ' || released_run, reason, 'postgres'
     FROM refund_ledger.refunds WHERE id >= %(first)s AND id <= %(last)s"""
 
-_TABLES = ("refunds", "refund_attempts", "refund_events")
+_STATEMENTS = {
+    "refund_instructions": _INSTRUCTIONS,
+    "refund_states": _STATES,
+    "frozen_requests": _REQUESTS,
+    "first_releases": _FIRST_RELEASES,
+    "refund_attempts": _ATTEMPTS,
+    "refund_events": _EVENTS,
+}
 _STEP = 500_000
 
 
@@ -68,7 +92,7 @@ def fill(connection: psycopg.Connection, count: int) -> dict[str, float]:
     connection.execute("SET max_parallel_maintenance_workers = 2")
     began = time.monotonic()
     with _without_indexes(connection):
-        for statement in (_REFUNDS, _ATTEMPTS, _EVENTS):
+        for statement in _STATEMENTS.values():
             for first in range(1, count + 1, _STEP):
                 connection.execute(
                     statement.encode(),
@@ -78,7 +102,7 @@ def fill(connection: psycopg.Connection, count: int) -> dict[str, float]:
         began = time.monotonic()
     seconds["indexes"] = time.monotonic() - began
     began = time.monotonic()
-    for table in _TABLES:
+    for table in _STATEMENTS:
         connection.execute(SQL("VACUUM (ANALYZE) refund_ledger.{}").format(Identifier(table)))
     seconds["vacuum"] = time.monotonic() - began
     connection.execute("SET session_replication_role = origin")
@@ -121,19 +145,19 @@ def sizes(connection: psycopg.Connection) -> dict[str, dict[str, int]]:
 
 @contextmanager
 def _without_indexes(connection: psycopg.Connection) -> Iterator[None]:
-    """Take away all indexes and foreign keys of the three tables, and make the same ones again."""
+    """Take away the indexes and foreign keys of these tables, but not the primary keys, and make the same ones again."""
     constraints = connection.execute(
         """
         SELECT conrelid::regclass::text, conname, pg_get_constraintdef(oid) FROM pg_constraint
-        WHERE connamespace = 'refund_ledger'::regnamespace AND conrelid::regclass::text = ANY(%s) AND contype IN ('p', 'u', 'f')
+        WHERE connamespace = 'refund_ledger'::regnamespace AND conrelid::regclass::text = ANY(%s) AND contype IN ('u', 'f')
         ORDER BY contype = 'f' DESC""",
-        [[f"refund_ledger.{table}" for table in _TABLES]],
+        [[f"refund_ledger.{table}" for table in _STATEMENTS]],
     ).fetchall()
     indexes = connection.execute(
         """
         SELECT indexrelid::regclass::text, pg_get_indexdef(indexrelid) FROM pg_index
         WHERE indrelid::regclass::text = ANY(%s) AND NOT EXISTS (SELECT FROM pg_constraint WHERE conindid = indexrelid)""",
-        [[f"refund_ledger.{table}" for table in _TABLES]],
+        [[f"refund_ledger.{table}" for table in _STATEMENTS]],
     ).fetchall()
     for table, name, _ in constraints:
         connection.execute(f'ALTER TABLE {table} DROP CONSTRAINT "{name}"'.encode())

@@ -191,7 +191,8 @@ def ledger_url(shared_ledger: URL, postgres: PostgresServer) -> URL:
         # The ledger's own triggers refuse to empty it.
         connection.execute("SET session_replication_role = replica")
         connection.execute(
-            "TRUNCATE refund_ledger.refunds, refund_ledger.refund_attempts, refund_ledger.refund_events, refund_ledger.refund_runs, "
+            "TRUNCATE refund_ledger.refund_instructions, refund_ledger.frozen_requests, refund_ledger.refund_states, "
+            "refund_ledger.first_releases, refund_ledger.refund_attempts, refund_ledger.refund_events, refund_ledger.refund_runs, "
             "refund_ledger.event_seals, refund_ledger.refund_control, refund_ledger.invalid_rows, "
             "refund_ledger.write_back_notes RESTART IDENTITY"
         )

@@ -188,7 +188,7 @@ async def _check_unsealed(connection: Connection, audited: Audited) -> None:
 async def _check_the_rest(connection: Connection, audited: Audited) -> None:
     # A status without its event.
     without_event = """
-        SELECT r.id, r.status, last.to_status FROM refund_ledger.refunds_masked AS r
+        SELECT r.id, r.status, last.to_status FROM refund_ledger.refunds AS r
         LEFT JOIN LATERAL (SELECT to_status FROM refund_ledger.refund_events AS event
                            WHERE event.refund_id = r.id AND event.event = 'status' ORDER BY event.id DESC LIMIT 1) AS last ON true
         WHERE last.to_status IS DISTINCT FROM r.status ORDER BY r.id"""

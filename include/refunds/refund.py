@@ -11,7 +11,7 @@ from include.refunds.states import Status
 
 @dataclass(frozen=True, slots=True)
 class Refund:
-    """One row of ``refund_ledger.refunds``, without the columns that sending does not need."""
+    """A refund of the ledger: instruction, state and request, without the columns that sending does not need."""
 
     id: int
     source_ref: str

@@ -10,6 +10,7 @@ from typing import Any
 
 from include.refunds.audit import Head, head_of
 from include.refunds.business_days import business_days_between
+from include.refunds.keys import idempotency_key
 from include.refunds.ledger.connection import Connection, LedgerEngine, Row
 from include.refunds.ledger.write_backs import NEWEST
 from include.refunds.money import money, sums
@@ -148,9 +149,11 @@ class Report:
 
 # One branch per index: a single OR over them would read the whole ledger.
 _OF_RUN = """id IN (
-    SELECT id FROM refund_ledger.refunds_masked WHERE released_run = :run_id
+    SELECT refund_id FROM refund_ledger.first_releases WHERE run = :run_id
     UNION SELECT refund_id FROM refund_ledger.refund_attempts WHERE run_id = :run_id
-    UNION SELECT id FROM refund_ledger.refunds_masked WHERE status IN ('held', 'sending', 'unknown', 'review'))"""
+    UNION SELECT id FROM refund_ledger.refunds
+        WHERE status IN ('approved', 'released') AND released_run = :run_id
+    UNION SELECT id FROM refund_ledger.refunds WHERE status IN ('held', 'sending', 'unknown', 'review'))"""
 
 
 async def run_report(engine: LedgerEngine, source: str, run_id: str) -> Report:
@@ -212,7 +215,7 @@ async def _ledger_report(engine: LedgerEngine, source: str, *, following: bool) 
         )
         query = """
             SELECT status, currency, count(*) AS count, sum(amount) AS amount
-            FROM refund_ledger.refunds_masked WHERE source = :source
+            FROM refund_ledger.refunds WHERE source = :source
             GROUP BY status, currency ORDER BY status, currency"""
         report.totals = [total_of(row) for row in (await connection.execute(query, {"source": source}))]
         report.invalid = await _invalid(connection, source, now - timedelta(days=7))
@@ -243,12 +246,17 @@ async def find(
     :param by_id: it is the ledger's id and nothing else.
     :param limit: return at most so many.
     """
-    others = "false" if by_id else "order_id = :which OR source_ref = :which OR payroc_refund_id = :which"
+    # One branch for each index. A source_ref is found by the key that derives from it.
+    conditions = ["id = :id"]
+    if not by_id:
+        conditions += ["order_id = :which", "payroc_refund_id = :which", "idempotency_key = :key"]
+    found = " UNION ".join(f"SELECT id FROM refund_ledger.refunds WHERE {each}" for each in conditions)
     query = f"""
-        SELECT {", ".join(Match.__slots__)} FROM refund_ledger.refunds_masked
-        WHERE source = :source AND (id = :id OR {others}) ORDER BY id LIMIT :limit"""
+        SELECT {", ".join(Match.__slots__)} FROM refund_ledger.refunds
+        WHERE source = :source AND id IN ({found}) ORDER BY id LIMIT :limit"""
     refund_id = int(which) if re.fullmatch("[1-9][0-9]{0,17}", which) else None
-    values = {"source": source, "which": which, "id": refund_id, "limit": limit}
+    key = idempotency_key(source, which)
+    values = {"source": source, "which": which, "id": refund_id, "key": key, "limit": limit}
     async with engine.connect() as connection:
         return [Match(**row) for row in await connection.execute(query, values)]
 
@@ -258,7 +266,7 @@ async def details(engine: LedgerEngine, refund_id: int) -> dict[str, Any]:
     async with engine.begin() as connection:
         await connection.execute("SET LOCAL TIME ZONE 'UTC'")
         query = """
-            SELECT to_jsonb(r) - 'payee_fingerprint' - 'has_request' - 'request_key' FROM refund_ledger.refunds_masked AS r
+            SELECT to_jsonb(r) - 'payee_fingerprint' - 'has_request' - 'request_key' FROM refund_ledger.refunds AS r
             WHERE id = :id"""
         found: dict[str, Any] = (await connection.execute(query, {"id": refund_id})).scalar_one()
         for name, order in (("refund_attempts", "attempt"), ("refund_events", "id")):
@@ -271,7 +279,7 @@ async def details(engine: LedgerEngine, refund_id: int) -> dict[str, Any]:
 
 async def _lines(connection: Connection, condition: str, values: dict[str, Any]) -> list[Line]:
     columns = ", ".join(Line.__slots__)
-    query = f"SELECT {columns} FROM refund_ledger.refunds_masked WHERE source = :source AND ({condition}) ORDER BY approved_at, id"
+    query = f"SELECT {columns} FROM refund_ledger.refunds WHERE source = :source AND ({condition}) ORDER BY approved_at, id"
     return [Line(**row) for row in (await connection.execute(query, values))]
 
 
@@ -385,7 +393,7 @@ async def _note_state(
     report.paused = bool(pauses)
     report.unfinished += pauses
     counts = (
-        "SELECT status, count(*) AS count FROM refund_ledger.refunds_masked WHERE source = :source "
+        "SELECT status, count(*) AS count FROM refund_ledger.refunds WHERE source = :source "
         "AND status IN ('sending', 'unknown', 'review', 'held') GROUP BY status"
     )
     found = {row.status: row.count for row in await connection.execute(counts, {"source": source})}
@@ -401,7 +409,7 @@ async def _note_state(
         )
     open_ = """
         SELECT id, order_id, status, payroc_status, COALESCE(first_sent_at, payroc_seen_at, updated_at) AS first_sent_at,
-               payroc_seen_at, refund_ledger.now() AS now FROM refund_ledger.refunds_masked
+               payroc_seen_at, refund_ledger.now() AS now FROM refund_ledger.refunds
         WHERE source = :source AND status IN ('accepted', 'sending', 'unknown') ORDER BY id"""
     late = [
         f"Refund {row.id} (order {printable(row.order_id)}) {what}."
@@ -411,8 +419,8 @@ async def _note_state(
     late = first_of(late, _MOST_NOTES, "more refunds are late like these")
     (report.unfinished if following else report.notes).extend(late)
     stuck = """
-        SELECT r.id, r.replaces, replaced.status FROM refund_ledger.refunds_masked AS r
-        JOIN refund_ledger.refunds_masked AS replaced ON replaced.id = r.replaces
+        SELECT r.id, r.replaces, replaced.status FROM refund_ledger.refunds AS r
+        JOIN refund_ledger.refunds AS replaced ON replaced.id = r.replaces
         WHERE r.source = :source AND r.replaces IS NOT NULL
           AND r.status IN ('approved', 'held', 'released', 'sending', 'unknown')
           AND NOT refund_ledger.ended_unpaid(r.replaces)
@@ -426,7 +434,7 @@ async def _note_state(
     report.unfinished += unwritten.sentences()
     report.notes += (await other_unwritten_rows(connection, source)).sentences()
     due = f"""
-        SELECT count(*) FROM refund_ledger.refunds_masked AS r
+        SELECT count(*) FROM refund_ledger.refunds AS r
         WHERE source = :source AND (written_back_at = updated_at) IS NOT TRUE AND {NEWEST}
           AND NOT EXISTS (SELECT FROM refund_ledger.write_back_notes AS note
                           WHERE note.source = r.source AND note.source_ref = r.source_ref

@@ -18,7 +18,9 @@ from include.refunds.source_session import wait_for_locks
 from include.refunds.sql_files import SqlFile
 
 _TYPES: dict[str, TypeEngine[Any]] = {
-    name: DateTime(timezone=True) if name == "updated_at" else String() for name in WriteBack.__slots__
+    name: DateTime(timezone=True) if name == "updated_at" else String()
+    for name in WriteBack.__slots__
+    if name != "refund_id"
 }
 PARAMETERS = tuple(_TYPES)
 """The parameters that the update may use; it has to use the first."""

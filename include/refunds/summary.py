@@ -116,7 +116,7 @@ async def read_summary(
             (t for t in summary.totals if t.status in _WAITING), key=lambda t: _WAITING.index(t.status)
         )
         summary.pauses = await pause_sentences(connection)
-        oldest = "SELECT min(approved_at) FROM refund_ledger.refunds_masked WHERE source = :source AND status IN ('approved', 'held')"
+        oldest = "SELECT min(approved_at) FROM refund_ledger.refunds WHERE source = :source AND status IN ('approved', 'held')"
         found = (await connection.execute(oldest, {"source": source})).scalar_one()
         summary.oldest = found.astimezone(zone) if found else None
         summary.unwritten = (await unwritten_refunds(connection, source)).at_zone(zone)
@@ -170,12 +170,11 @@ def as_message(summary: Summary, *, url: str) -> Message:
 
 
 async def _outcomes(connection: Connection, source: str, since: datetime, until: datetime) -> list[Total]:
-    # A refund has changed when its last event is as young, and that has an index.
     query = """
         SELECT status, currency, count(*) AS count, sum(amount) AS amount FROM (
             SELECT DISTINCT r.id, e.to_status AS status, r.currency, r.amount
-            FROM refund_ledger.refunds_masked AS r JOIN refund_ledger.refund_events AS e ON e.refund_id = r.id
-            WHERE r.source = :source AND r.updated_at > :since AND e.event = 'status' AND e.at > :since AND e.at <= :until
+            FROM refund_ledger.refunds AS r JOIN refund_ledger.refund_events AS e ON e.refund_id = r.id
+            WHERE r.source = :source AND e.event = 'status' AND e.at > :since AND e.at <= :until
               AND e.to_status = ANY(:outcomes) AND e.from_status IS DISTINCT FROM e.to_status) AS became
         GROUP BY status, currency"""
     values = {"source": source, "since": since, "until": until, "outcomes": list(_OUTCOMES)}
@@ -185,7 +184,7 @@ async def _outcomes(connection: Connection, source: str, since: datetime, until:
 
 async def _totals(connection: Connection, source: str) -> list[Total]:
     query = """
-        SELECT status, currency, count(*) AS count, sum(amount) AS amount FROM refund_ledger.refunds_masked
+        SELECT status, currency, count(*) AS count, sum(amount) AS amount FROM refund_ledger.refunds
         WHERE source = :source GROUP BY status, currency ORDER BY status, currency"""
     return [total_of(row) for row in (await connection.execute(query, {"source": source}))]
 
@@ -198,8 +197,8 @@ async def _days(connection: Connection, source: str, until: datetime) -> list[Da
         SELECT day, paid, currency, count(*) AS count, sum(amount) AS amount FROM (
             SELECT DISTINCT r.id, (e.at AT TIME ZONE :zone)::date AS day, e.to_status IN ('accepted', 'settled') AS paid,
                    r.currency, r.amount
-            FROM refund_ledger.refunds_masked AS r JOIN refund_ledger.refund_events AS e ON e.refund_id = r.id
-            WHERE r.source = :source AND r.updated_at >= :start AND e.event = 'status' AND e.at >= :start AND e.at <= :until
+            FROM refund_ledger.refunds AS r JOIN refund_ledger.refund_events AS e ON e.refund_id = r.id
+            WHERE r.source = :source AND e.event = 'status' AND e.at >= :start AND e.at <= :until
               AND (e.to_status IN ('rejected', 'returned', 'reversed') OR e.to_status = 'accepted'
                    OR (e.to_status = 'settled' AND e.from_status IN ('sending', 'unknown')))
               AND e.from_status IS DISTINCT FROM e.to_status) AS became

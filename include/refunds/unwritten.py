@@ -99,8 +99,8 @@ async def _unwritten(connection: Connection, source: str, condition: str) -> Unw
     query = f"""
         SELECT note.source_ref, problem_since AS since, problem AS why, count(*) OVER () AS count
         FROM refund_ledger.write_back_notes AS note
-        LEFT JOIN refund_ledger.refunds_masked AS r
-               ON r.source = note.source AND r.source_ref = note.source_ref
+        LEFT JOIN refund_ledger.refunds AS r
+               ON r.idempotency_key = refund_ledger.refund_key(note.source, note.source_ref)
         WHERE note.source = :source AND problem IS NOT NULL AND {condition}
         ORDER BY problem_since, note.source_ref LIMIT {MOST_NAMED}"""
     rows = await connection.execute(query, {"source": source})

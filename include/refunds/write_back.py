@@ -93,9 +93,9 @@ async def write_back(source: WritableSource, ledger: Ledger) -> WrittenBack:
     done = WrittenBack()
     async with ledger.write_back_lock():
         for failed_before in (False, True):
-            after = ""
+            after = None
             while due := await ledger.due_write_backs(_BATCH, after, failed_before=failed_before):
-                after = due[-1].source_ref
+                after = due[-1]
                 # A row that has failed a moment ago has failed before, too.
                 updated = await source.write_back(
                     [item for item in due if item.source_ref not in done.not_written]

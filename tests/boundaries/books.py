@@ -16,6 +16,7 @@ from include.refunds.settings import get_settings
 from include.refunds.source import COLUMNS
 from tests.refunds.conftest import PLAIN
 from tests.support.clock import clock
+from tests.support.refunds import REFUNDS
 
 GOOD: dict[str, Any] = dict.fromkeys(COLUMNS) | {
     **PLAIN,
@@ -84,7 +85,7 @@ class Books:
     def refunds(self) -> dict[str, dict[str, Any]]:
         """Return the ledger's refunds by source_ref."""
         with self.engine.connect() as connection:
-            query = text("SELECT * FROM refund_ledger.refunds ORDER BY id")
+            query = text(f"SELECT * FROM {REFUNDS} ORDER BY id")
             rows = connection.execute(query).mappings()
             return {row["source_ref"]: dict(row) for row in rows}
 

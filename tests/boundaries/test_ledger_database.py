@@ -85,7 +85,16 @@ def is_refused(connection: psycopg.Connection, column: str, value: object) -> bo
     with connection.transaction(force_rollback=True):
         try:
             with connection.transaction():
-                connection.execute(f"UPDATE refund_ledger.refunds SET {column} = %s", [value])
+                # The key derives from the source_ref, and is refused for other reasons.
+                key = (
+                    "refund_ledger.refund_key(source, %(value)s)"
+                    if column == "source_ref"
+                    else "idempotency_key"
+                )
+                connection.execute(
+                    f"UPDATE refund_ledger.refund_instructions SET {column} = %(value)s, idempotency_key = {key}",
+                    {"value": value},
+                )
         except psycopg.errors.CheckViolation:
             return True
     return False
@@ -151,10 +160,10 @@ def test_the_database_refuses_blanks_at_an_end(stored: psycopg.Connection, colum
 def test_a_folded_form_never_changes(books: Books, column: str) -> None:
     books.pull([GOOD | {"source_ref": "ref"}])
     with (
-        pytest.raises(IntegrityError, match="what identifies the payment never changes"),
+        pytest.raises(IntegrityError, match="refund_instructions is append-only"),
         books.engine.begin() as connection,
     ):
-        connection.execute(text(f"UPDATE refund_ledger.refunds SET {column} = 'other'"))
+        connection.execute(text(f"UPDATE refund_ledger.refund_instructions SET {column} = 'other'"))
 
 
 # -- the server's log ------------------------------------------------------------------------------

@@ -136,9 +136,13 @@ def test_sums_over_what_a_bigint_holds_are_reported(new_ledger: NewDatabase) -> 
     books.pull([GOOD | {"source_ref": ref} for ref in ("one", "two")])
     with books.engine.begin() as connection:
         # As many refunds as such a sum takes would be millions.
-        connection.execute(text("ALTER TABLE refund_ledger.refunds DROP CONSTRAINT refunds_amount_check"))
+        connection.execute(
+            text(
+                "ALTER TABLE refund_ledger.refund_instructions DROP CONSTRAINT refund_instructions_amount_check"
+            )
+        )
         connection.execute(text("SET LOCAL session_replication_role = replica"))
-        connection.execute(text(f"UPDATE refund_ledger.refunds SET amount = {2**63 - 1}"))
+        connection.execute(text(f"UPDATE refund_ledger.refund_instructions SET amount = {2**63 - 1}"))
 
     async def work() -> None:
         engine, total = books.ledger.engine, 2 * (2**63 - 1)

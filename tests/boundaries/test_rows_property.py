@@ -87,7 +87,8 @@ def comes_through_or_is_named(books: Books, changes: list[dict[str, Any]]) -> No
         connection.execute(text("SET LOCAL session_replication_role = replica"))
         connection.execute(
             text(
-                "TRUNCATE refund_ledger.refunds, refund_ledger.refund_events, refund_ledger.invalid_rows CASCADE"
+                "TRUNCATE refund_ledger.refund_instructions, refund_ledger.refund_states, "
+                "refund_ledger.refund_events, refund_ledger.invalid_rows CASCADE"
             )
         )
     books.now = datetime.now(UTC)

@@ -488,15 +488,21 @@ def test_a_row_whose_refund_was_reissued_shows_the_reissue_again(world: World) -
         connection.exec_driver_sql("SET session_replication_role = replica")
         connection.execute(
             text("""
-                INSERT INTO refund_ledger.refunds (source, source_ref, source_ref_folded, processing_terminal_id,
-                    order_id, description, amount, currency, payee_fingerprint, request, request_sha256,
-                    requested_by, requested_by_folded, approved_by, approved_by_folded, approved_at,
-                    idempotency_key, status, payroc_refund_id, replaces, created_at, updated_at, written_back_at)
-                SELECT source, source_ref || '/1', source_ref_folded || '/1', processing_terminal_id,
-                    order_id || '/1', description, amount, currency, payee_fingerprint, 'x', repeat('d', 64),
-                    requested_by, requested_by_folded, approved_by, approved_by_folded, approved_at,
-                    gen_random_uuid(), 'accepted', 'ABCDEFGHIJ', id, created_at, updated_at, updated_at
-                FROM refund_ledger.refunds WHERE id = :id"""),
+                WITH reissue AS (
+                    INSERT INTO refund_ledger.refund_instructions (source, source_ref, source_ref_folded,
+                        processing_terminal_id, order_id, description, amount, currency, payee_fingerprint,
+                        request_sha256, requested_by, requested_by_folded, approved_by, approved_by_folded,
+                        approved_at, idempotency_key, replaces, reissue_reason, created_at)
+                    SELECT source, source_ref || '/1', source_ref_folded || '/1', processing_terminal_id,
+                        order_id || '/1', description, amount, currency, payee_fingerprint, repeat('d', 64),
+                        requested_by, requested_by_folded, approved_by, approved_by_folded,
+                        approved_at, refund_ledger.refund_key(source, source_ref || '/1'), id, 'x', created_at
+                    FROM refund_ledger.refund_instructions WHERE id = :id RETURNING id, replaces
+                )
+                INSERT INTO refund_ledger.refund_states
+                    (refund_id, status, payroc_refund_id, updated_at, written_back_at)
+                SELECT id, 'accepted', 'ABCDEFGHIJ', updated_at, updated_at
+                FROM reissue JOIN refund_ledger.refund_states ON refund_id = replaces"""),
             {"id": first},
         )
     world.change_source(ref, "status = NULL")
@@ -524,7 +530,7 @@ def test_a_row_that_is_not_written_is_in_status_report_message_and_summary(
     ref = ended(world)
     with world.ledger_engine.begin() as connection:
         connection.exec_driver_sql("SET session_replication_role = replica")
-        connection.exec_driver_sql("UPDATE refund_ledger.refunds SET written_back_at = NULL")
+        connection.exec_driver_sql("UPDATE refund_ledger.refund_states SET written_back_at = NULL")
     change(world, "DELETE FROM refund_requests")
     assert written_back(world).written == 0
     since = world.rows("SELECT problem_since FROM refund_ledger.write_back_notes")[0][
@@ -570,7 +576,7 @@ def test_of_many_rows_that_are_not_written_ten_are_named(world: World) -> None:
     with world.ledger_engine.begin() as connection:
         connection.exec_driver_sql("SET session_replication_role = replica")
         connection.exec_driver_sql(
-            "UPDATE refund_ledger.refunds "
+            "UPDATE refund_ledger.refund_states "
             "SET status = 'rejected', attempts = 1, first_sent_at = now(), sent_with = 'x'"
         )
     report = world.run(status_report(world.ledger.engine, world.settings.source))

@@ -63,8 +63,9 @@ PREPARE = text("""
         USING (source_ref)
     CROSS JOIN generate_series(1, CASE k.kind WHEN 'gone' THEN 0 WHEN 'doubled' THEN 2 ELSE 1 END)""")
 CHANGE = text("""
-    UPDATE refund_ledger.refunds SET status = 'rejected', reason = :reason, payroc_status = :payroc_status,
-        updated_at = :updated_at, written_back_at = NULL WHERE source_ref = :source_ref""")
+    UPDATE refund_ledger.refund_states SET status = 'rejected', reason = :reason, payroc_status = :payroc_status,
+        updated_at = :updated_at, written_back_at = NULL
+    FROM refund_ledger.refund_instructions WHERE id = refund_id AND source_ref = :source_ref""")
 
 values = st.none() | st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=40)
 instants = st.integers(946_684_800_000_000, 4_102_444_800_000_000).map(
@@ -118,7 +119,7 @@ class Shop:
             connection.exec_driver_sql(POSTGRES_TABLE)
         with world.ledger_engine.begin() as connection:
             connection.exec_driver_sql("SET session_replication_role = replica")
-            connection.exec_driver_sql("UPDATE refund_ledger.refunds SET written_back_at = updated_at")
+            connection.exec_driver_sql("UPDATE refund_ledger.refund_states SET written_back_at = updated_at")
         self._loop = asyncio.new_event_loop()
         self._ledger = Ledger(LedgerEngine(world.ledger_engine.url), world.settings, actor="test")
 
@@ -134,7 +135,7 @@ class Shop:
         with self.world.ledger_engine.begin() as connection:
             connection.exec_driver_sql("SET session_replication_role = replica")
             connection.exec_driver_sql("TRUNCATE refund_ledger.write_back_notes")
-            connection.exec_driver_sql("UPDATE refund_ledger.refunds SET written_back_at = updated_at")
+            connection.exec_driver_sql("UPDATE refund_ledger.refund_states SET written_back_at = updated_at")
             for row in rows:
                 connection.execute(CHANGE, {name: getattr(row, name) for name in CHANGE.compile().params})
 

@@ -458,7 +458,7 @@ def test_a_ledger_that_quotes_a_row_in_its_error_is_not_repeated(
     with engine.begin() as connection:
         connection.execute(
             text(
-                "ALTER TABLE refund_ledger.refunds ADD CONSTRAINT nothing_comes_in CHECK (amount < 0) NOT VALID"
+                "ALTER TABLE refund_ledger.refund_instructions ADD CONSTRAINT nothing_comes_in CHECK (amount < 0) NOT VALID"
             )
         )
     try:
@@ -466,7 +466,9 @@ def test_a_ledger_that_quotes_a_row_in_its_error_is_not_repeated(
             world.pull()
     finally:
         with engine.begin() as connection:
-            connection.execute(text("ALTER TABLE refund_ledger.refunds DROP CONSTRAINT nothing_comes_in"))
+            connection.execute(
+                text("ALTER TABLE refund_ledger.refund_instructions DROP CONSTRAINT nothing_comes_in")
+            )
         engine.dispose()
     assert talk.errors == 1
     assert_nothing_leaked()

@@ -112,7 +112,8 @@ def test_500_refunds_are_paid_once_though_a_worker_dies_one_is_added_and_the_bro
 def kept_from_being_claimed(world: World, source_refs: Sequence[str]) -> Iterator[None]:
     """Lock refunds, so that those who come to them wait; a worker who waits for too long comes again."""
     query = """
-        SELECT status FROM refund_ledger.refunds WHERE source_ref = ANY(:refs) ORDER BY id FOR UPDATE"""
+        SELECT status FROM refund_ledger.refund_states JOIN refund_ledger.refund_instructions ON id = refund_id
+        WHERE source_ref = ANY(:refs) ORDER BY refund_id FOR UPDATE OF refund_states"""
     with world.ledger_engine.begin() as connection:
         statuses = set(connection.execute(text(query), {"refs": list(source_refs)}).scalars())
         assert statuses == {"released"}, f"they had been claimed already: {statuses}"

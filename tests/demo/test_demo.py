@@ -74,7 +74,10 @@ def kill_while_it_sends(demo: subprocess.Popen[bytes], server: PostgresServer) -
     with suppress(FileNotFoundError, ValueError, psycopg.Error):
         server.port = int((server.folder / "port").read_text())
         with server.connect(LEDGER_DATABASE) as ledger, ledger.transaction():
-            refused = "SELECT status FROM refund_ledger.refunds WHERE order_id = %s FOR UPDATE"
+            refused = (
+                "SELECT status FROM refund_ledger.refund_states WHERE refund_id = "
+                "(SELECT id FROM refund_ledger.refunds WHERE order_id = %s) FOR UPDATE"
+            )
             if ledger.execute(refused, [REFUSED_BY_PAYROC]).fetchone() != ("sending",) and count_by_status(
                 ledger
             ).get("sending", 0):

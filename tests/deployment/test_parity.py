@@ -137,7 +137,7 @@ def test_the_sample_is_paid_with_the_payers_rights_once_a_person_has_unpaused_th
             "refunds_operations",
             "REFUNDS_OPERATOR_PASSWORD",
             "refunds",
-            "UPDATE refund_ledger.refunds SET amount = 1",
+            "UPDATE refund_ledger.refund_instructions SET amount = 1",
         ),
         ("refunds_operations", "REFUNDS_OPERATOR_PASSWORD", "celery", None),
         ("airflow_payer", "REFUNDS_PAYER_PASSWORD", "postgres", None),

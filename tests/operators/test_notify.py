@@ -357,7 +357,7 @@ def test_another_refund_in_review_is_news_though_as_many_are(
         if solved is not None:
             with world.ledger_engine.begin() as connection:
                 connection.exec_driver_sql(
-                    f"UPDATE refund_ledger.refunds SET status = 'rejected' WHERE id = {solved}"
+                    f"UPDATE refund_ledger.refund_states SET status = 'rejected' WHERE refund_id = {solved}"
                 )
         assert run_dag("payroc_refunds_followup").state == "failed"
     (before, after) = [text for _, text in Chat.said]

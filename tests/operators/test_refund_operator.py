@@ -221,7 +221,7 @@ def test_an_unreadable_request_stops_its_own_refund_and_not_the_others_of_the_li
     with world.ledger_engine.begin() as connection:
         connection.exec_driver_sql("SET session_replication_role = replica")
         connection.exec_driver_sql(
-            f"UPDATE refund_ledger.refunds SET request = '\\x00' WHERE id = {unreadable}"
+            f"UPDATE refund_ledger.frozen_requests SET request = '\\x00' WHERE refund_id = {unreadable}"
         )
     with pytest.raises(RefundsStopped, match=f"The request of refund {unreadable} can't be opened"):
         send(unreadable, fine)

@@ -81,7 +81,10 @@ class Deaths:
         self._noted[task] = threading.Event()
         if death is Death.BEFORE_CLAIM:
             self._locks[task] = lock = self._world.ledger_engine.connect()
-            query = "SELECT id FROM refund_ledger.refunds WHERE id = ANY(:ids) ORDER BY id FOR UPDATE"
+            query = (
+                "SELECT FROM refund_ledger.refund_states WHERE refund_id = ANY(:ids) "
+                "ORDER BY refund_id FOR UPDATE"
+            )
             lock.execute(text(query), {"ids": list(this.refund_ids)})
         elif death in (Death.BEFORE_ACCEPTANCE, Death.ACCEPTED):
             self._task_of_key |= dict.fromkeys(keys, task)

@@ -26,6 +26,7 @@ from payroc_airflow.gateway import HookGateway
 from payroc_airflow.hooks.payroc import PayrocHook
 from tests.conftest import Sandbox
 from tests.support.clock import ahead
+from tests.support.refunds import REFUNDS
 
 T = TypeVar("T")
 _numbers = itertools.count(1)
@@ -186,7 +187,7 @@ class World:
     def row(self, which: str | int) -> dict[str, Any]:
         """Return a refund's row, by source_ref or id."""
         column = "id" if isinstance(which, int) else "source_ref"
-        return self.rows(f"SELECT * FROM refund_ledger.refunds WHERE {column} = :which", which=which)[0]
+        return self.rows(f"SELECT * FROM {REFUNDS} WHERE {column} = :which", which=which)[0]
 
     def source_row(self, source_ref: str) -> dict[str, Any]:
         with self.source_engine.connect() as connection:
@@ -206,7 +207,16 @@ class World:
     def lose_the_ledger(self) -> None:
         """The ledger's refunds are gone, as after its loss."""
         tables = ", ".join(
-            f"refund_ledger.{name}" for name in ("refunds", "refund_attempts", "refund_events", "event_seals")
+            f"refund_ledger.{name}"
+            for name in (
+                "refund_instructions",
+                "frozen_requests",
+                "refund_states",
+                "first_releases",
+                "refund_attempts",
+                "refund_events",
+                "event_seals",
+            )
         )
         with self.ledger_engine.begin() as connection:
             connection.exec_driver_sql("SET session_replication_role = replica")

@@ -57,7 +57,10 @@ def bodies(world: World, *keys: str) -> list[bytes]:
     """Return every frozen body, opened with these keys alone."""
     return [
         cipher(*keys).open(bytes(row["request"]), row["request_sha256"], row["id"], row["request_key"])
-        for row in world.rows("SELECT * FROM refund_ledger.refunds WHERE request IS NOT NULL ORDER BY id")
+        for row in world.rows(
+            "SELECT * FROM refund_ledger.frozen_requests JOIN refund_ledger.refund_instructions ON id = refund_id "
+            "WHERE request IS NOT NULL ORDER BY id"
+        )
     ]
 
 
@@ -102,13 +105,15 @@ def test_a_rotation_that_was_killed_goes_on_where_it_stopped(world: World) -> No
         rotate(world, NEW, OLD, advance=lambda count: die())
     assert keys_of(world) == {key_id(NEW): 2, key_id(OLD): 3}
     done = [
-        row["request"] for row in world.rows("SELECT request FROM refund_ledger.refunds ORDER BY id LIMIT 2")
+        row["request"]
+        for row in world.rows("SELECT request FROM refund_ledger.frozen_requests ORDER BY refund_id LIMIT 2")
     ]
     assert rotate(world, NEW, OLD, advance=advanced.append) == Rotated(done=3)
     assert advanced == [2, 1]
     assert keys_of(world) == {key_id(NEW): 5}
     assert [
-        row["request"] for row in world.rows("SELECT request FROM refund_ledger.refunds ORDER BY id LIMIT 2")
+        row["request"]
+        for row in world.rows("SELECT request FROM refund_ledger.frozen_requests ORDER BY refund_id LIMIT 2")
     ] == done
     assert rotate(world, NEW, OLD) == Rotated()
 

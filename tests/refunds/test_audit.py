@@ -139,7 +139,7 @@ TAMPERED: dict[str, tuple[str, str]] = {
         r"Seal 1 \(events 1 to 9\) does not match its hash: .*",
     ),
     "a status without its event": (
-        "UPDATE refund_ledger.refunds SET status = 'cancelled' WHERE id = 1",
+        "UPDATE refund_ledger.refund_states SET status = 'cancelled' WHERE refund_id = 1",
         "Refund 1 is cancelled, and its last event says approved.",
     ),
 }

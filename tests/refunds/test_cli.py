@@ -186,7 +186,8 @@ def test_show_names_the_refunds_that_may_be_meant(case: str, world: World, ledge
     given, elsewhere = AMBIGUOUS[case]
     ids = first, second = world.released(), world.released(processing_terminal_id="7701002")
     which = str(world.row(first)[given])
-    force(world, second, f"{elsewhere} = '{which}'")
+    derived = f", idempotency_key = refund_ledger.refund_key(source, '{which}')"
+    force(world, second, f"{elsewhere} = '{which}'{derived if elsewhere == 'source_ref' else ''}")
     shown = show(which, url=ledger_url, exit_code=2)
     for row in map(world.row, ids):
         place = (str(row["id"]), row["order_id"], row["source_ref"], row["processing_terminal_id"])

@@ -212,7 +212,7 @@ def test_an_object_for_a_refund_that_was_not_paid_here_takes_it_to_review_and_pa
         with world.ledger_engine.begin() as connection:
             for step in ("approved", status):
                 connection.exec_driver_sql(
-                    f"UPDATE refund_ledger.refunds SET status = '{step}' WHERE id = {refund_id}"
+                    f"UPDATE refund_ledger.refund_states SET status = '{step}' WHERE refund_id = {refund_id}"
                 )
     assert world.row(refund_id)["status"] == status
     found = object_of(world, refund_id, "FOUND00001")
@@ -235,7 +235,7 @@ def test_what_people_resolved_is_not_thrown_back_by_an_object_that_says_the_same
     )
     with world.ledger_engine.begin() as connection:
         connection.exec_driver_sql(
-            f"UPDATE refund_ledger.refunds SET status = 'accepted' WHERE id = {refund_id}"
+            f"UPDATE refund_ledger.refund_states SET status = 'accepted' WHERE refund_id = {refund_id}"
         )
     set_at_payroc(world, refund_id, word)
     assert world.follow_up()["followed"] == 1
@@ -295,7 +295,7 @@ def test_nothing_enters_review_by_the_passing_of_time_while_a_lease_lives(world:
     world.run(claimed(world, refund_id))
     with world.ledger_engine.begin() as connection:
         connection.exec_driver_sql(
-            f"UPDATE refund_ledger.refunds SET lease_until = now() + interval '8 days' WHERE id = {refund_id}"
+            f"UPDATE refund_ledger.refund_states SET lease_until = now() + interval '8 days' WHERE refund_id = {refund_id}"
         )
     world.hours_ahead += 24 * 7
     world.follow_up()

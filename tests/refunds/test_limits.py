@@ -133,9 +133,7 @@ def test_a_payee_gets_no_more_refunds_than_its_cap_and_what_passed_longer_ago_do
     assert world.row(two)["reason"] == "Held: it would be refund number 2 to its payee within 2 days; 1 pass."
     with world.ledger_engine.begin() as connection:
         connection.exec_driver_sql("SET LOCAL session_replication_role = replica")
-        connection.exec_driver_sql(
-            "UPDATE refund_ledger.refunds SET first_released_at = first_released_at - interval '3 days'"
-        )
+        connection.exec_driver_sql("UPDATE refund_ledger.first_releases SET at = at - interval '3 days'")
     three = world.approve(account_number=ACCOUNT, amount=3)
     world.pull()
     world.release("run-2")
@@ -207,9 +205,7 @@ def test_all_runs_of_a_day_together_release_no_more_than_its_cap_and_the_next_da
     assert status(world, *refs) == ["released", "released", "approved"]
     with world.ledger_engine.begin() as connection:
         connection.exec_driver_sql("SET LOCAL session_replication_role = replica")
-        connection.exec_driver_sql(
-            "UPDATE refund_ledger.refunds SET first_released_at = first_released_at - interval '1 day'"
-        )
+        connection.exec_driver_sql("UPDATE refund_ledger.first_releases SET at = at - interval '1 day'")
     world.release("run-3")
     assert status(world, refs[2]) == ["released"]
 

@@ -19,11 +19,12 @@ from tests.refunds.test_cli import cli
 from tests.support.catalog import catalog
 
 A_REFUND = """
-    INSERT INTO refund_ledger.refunds (source, source_ref, source_ref_folded, processing_terminal_id, order_id,
-        description, amount, currency, payee_last4, payee_fingerprint, request, request_sha256, requested_by,
-        requested_by_folded, approved_by, approved_by_folded, approved_at, idempotency_key, created_at, updated_at)
-    VALUES ('shop', 'one', 'one', '7701001', 'one', 'Refund', 4999, 'USD', '4321', repeat('a', 64), 'sealed',
-        repeat('b', 64), 'ann', 'ann', 'bob', 'bob', now(), gen_random_uuid(), now(), now())"""
+    INSERT INTO refund_ledger.refund_instructions (source, source_ref, source_ref_folded,
+        processing_terminal_id, order_id, description, amount, currency, payee_last4, payee_fingerprint,
+        request_sha256, requested_by, requested_by_folded, approved_by, approved_by_folded, approved_at,
+        idempotency_key, created_at)
+    VALUES ('shop', 'one', 'one', '7701001', 'one', 'Refund', 4999, 'USD', '4321', repeat('a', 64),
+        repeat('b', 64), 'ann', 'ann', 'bob', 'bob', now(), refund_ledger.refund_key('shop', 'one'), now())"""
 OLD_REVISIONS = ("0001", "0013")
 
 # -- which ledgers ---------------------------------------------------------------------------------------------------------
@@ -110,7 +111,9 @@ def test_a_ledger_whose_refunds_break_a_new_rule_is_left_as_it_is(
     migrate(url)
     with postgres.connect("ledger_of_large_refunds") as connection:
         connection.execute(A_REFUND)
-        later("ALTER TABLE refund_ledger.refunds ADD CONSTRAINT refunds_are_small CHECK (amount < 100)")
+        later(
+            "ALTER TABLE refund_ledger.refund_instructions ADD CONSTRAINT refunds_are_small CHECK (amount < 100)"
+        )
         with pytest.raises(MigrationRefused, match="break the rule refunds_are_small of this version"):
             migrate(url)
         assert connection.execute("SELECT version_num FROM refund_ledger.schema_version").fetchall() == [
@@ -170,7 +173,7 @@ def test_a_database_owner_who_may_create_roles_makes_them_and_may_do_all_as_befo
     engine = create_engine(url)
     with engine.begin() as connection:
         connection.execute(text(A_REFUND))
-        connection.execute(text("UPDATE refund_ledger.refunds SET status = 'cancelled'"))
+        connection.execute(text("UPDATE refund_ledger.refund_states SET status = 'cancelled'"))
     engine.dispose()
 
     # Another database of the server, whose owner was granted the roles instead.
@@ -180,7 +183,9 @@ def test_a_database_owner_who_may_create_roles_makes_them_and_may_do_all_as_befo
         connection.execute("CREATE ROLE migrating LOGIN PASSWORD 'migrating' IN ROLE refunds_migrator")
     assert migrate(second) == REVISION
 
-    later("CREATE TABLE refund_ledger.later (id bigint); ALTER TABLE refund_ledger.refunds ADD later text")
+    later(
+        "CREATE TABLE refund_ledger.later (id bigint); ALTER TABLE refund_ledger.refund_states ADD later text"
+    )
     assert migrate(url.set(username="migrating", password="migrating")) == "later"
     with bare_server.connect("founder") as connection:
         assert connection.execute(

@@ -110,7 +110,7 @@ def test_the_source_shows_the_newest_of_a_chain_and_nothing_older_comes_back(wor
     assert world.write_back() == (0, [])
     with world.ledger_engine.begin() as connection:
         connection.exec_driver_sql(
-            f"UPDATE refund_ledger.refunds SET reason = 'late news', updated_at = now() WHERE id = {old}"
+            f"UPDATE refund_ledger.refund_states SET updated_at = now() WHERE refund_id = {old}"
         )
     assert world.write_back() == (0, [])
 
@@ -180,7 +180,9 @@ def test_only_what_ended_without_money_at_the_payee_is_reissued(world: World, en
 def test_a_refund_whose_request_was_emptied_is_not_reissued(world: World) -> None:
     old = returned(world)
     with world.ledger_engine.begin() as connection:
-        connection.exec_driver_sql(f"UPDATE refund_ledger.refunds SET request = NULL WHERE id = {old}")
+        connection.exec_driver_sql(
+            f"UPDATE refund_ledger.frozen_requests SET request = NULL WHERE refund_id = {old}"
+        )
     with pytest.raises(DecisionRefused, match="was emptied"):
         again(world, old, "ann")
 
@@ -230,7 +232,9 @@ def test_a_reissue_whose_predecessor_turns_out_paid_after_the_claim_is_not_poste
     async def claim_then_find(*arguments, **more):
         claimed = await claim(*arguments, **more)
         with world.ledger_engine.begin() as connection:
-            connection.exec_driver_sql(f"UPDATE refund_ledger.refunds SET status = 'review' WHERE id = {old}")
+            connection.exec_driver_sql(
+                f"UPDATE refund_ledger.refund_states SET status = 'review' WHERE refund_id = {old}"
+            )
         return claimed
 
     world.ledger.claim = claim_then_find
@@ -273,12 +277,11 @@ def insert(world: World, old: int, values: dict[str, str]) -> None:
     names = ("source", "processing_terminal_id", "amount", "currency", "payee_fingerprint")
     chosen = ", ".join(values.get(name, name) for name in names)
     statement = text(f"""
-        INSERT INTO refund_ledger.refunds ({", ".join(names)}, source_ref, source_ref_folded, order_id,
-        description,
-            request, request_sha256, requested_by, requested_by_folded, approved_by, approved_by_folded,
-            approved_at, idempotency_key, replaces, created_at, updated_at)
-        SELECT {chosen}, 'new', 'new', 'new', '', request, request_sha256, 'a', 'a', 'b', 'b', now(),
-            gen_random_uuid(), id, now(), now()
-        FROM refund_ledger.refunds WHERE id = :id""")
+        INSERT INTO refund_ledger.refund_instructions ({", ".join(names)}, source_ref, source_ref_folded,
+            order_id, description, request_sha256, requested_by, requested_by_folded, approved_by,
+            approved_by_folded, approved_at, idempotency_key, replaces, reissue_reason, created_at)
+        SELECT {chosen}, 'new', 'new', 'new', '', request_sha256, 'a', 'a', 'b', 'b', now(),
+            gen_random_uuid(), id, 'x', now()
+        FROM refund_ledger.refund_instructions WHERE id = :id""")
     with world.ledger_engine.begin() as connection:
         connection.execute(statement, {"id": old})

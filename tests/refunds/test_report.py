@@ -16,7 +16,9 @@ def age(world: World, refund_id: int, **columns: str) -> None:
     with world.ledger_engine.begin() as connection:
         connection.exec_driver_sql("SET LOCAL session_replication_role = replica")
         changes = ", ".join(f"{name} = now() - interval '{ago}'" for name, ago in columns.items())
-        connection.exec_driver_sql(f"UPDATE refund_ledger.refunds SET {changes} WHERE id = {refund_id}")
+        connection.exec_driver_sql(
+            f"UPDATE refund_ledger.refund_states SET {changes} WHERE refund_id = {refund_id}"
+        )
 
 
 def status(world: World) -> Report:

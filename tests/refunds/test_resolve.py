@@ -81,7 +81,7 @@ def harmless(world: World) -> int:
     with world.ledger_engine.begin() as connection:
         for status in ("approved", "review"):
             connection.exec_driver_sql(
-                f"UPDATE refund_ledger.refunds SET status = '{status}' WHERE id = {refund_id}"
+                f"UPDATE refund_ledger.refund_states SET status = '{status}' WHERE refund_id = {refund_id}"
             )
     return refund_id
 
@@ -175,7 +175,7 @@ def test_a_proposal_counts_in_the_review_that_it_was_made_in_only(world: World) 
     with world.ledger_engine.begin() as connection:
         for status in ("accepted", "review"):
             connection.exec_driver_sql(
-                f"UPDATE refund_ledger.refunds SET status = '{status}' WHERE id = {refund_id}"
+                f"UPDATE refund_ledger.refund_states SET status = '{status}' WHERE refund_id = {refund_id}"
             )
     assert decide(world, refund_id, "accepted", "bob") is False
 
@@ -378,7 +378,7 @@ def test_a_refund_that_changed_while_payroc_was_asked_is_not_resolved(world: Wor
         async def list_refunds(self, token, **filters):
             with world.ledger_engine.begin() as connection:
                 connection.exec_driver_sql(
-                    f"UPDATE refund_ledger.refunds SET payroc_status = 'ready' WHERE id = {refund_id}"
+                    f"UPDATE refund_ledger.refund_states SET payroc_status = 'ready' WHERE refund_id = {refund_id}"
                 )
             async for item in gateway.list_refunds(token, **filters):
                 yield item

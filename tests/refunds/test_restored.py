@@ -113,7 +113,7 @@ class Day:
         self.held = world.released()
         with world.ledger_engine.begin() as connection:
             connection.exec_driver_sql(
-                f"UPDATE refund_ledger.refunds SET status = 'held', holds = '{{by hand}}' WHERE id = {self.held}"
+                f"UPDATE refund_ledger.refund_states SET status = 'held', holds = '{{by hand}}' WHERE refund_id = {self.held}"
             )
         self.unknown = world.released("9003")
         self.declined = world.released("9001")

@@ -34,14 +34,14 @@ from tests.refunds.test_ledger_rules import force
 # -- what is forbidden ---------------------------------------------------------------------------------------------------------------
 
 A_REFUND = """
-    INSERT INTO refund_ledger.refunds (source, source_ref, source_ref_folded, processing_terminal_id,
-        order_id, description, amount, currency, payee_last4, payee_fingerprint, request, request_sha256,
-        requested_by, requested_by_folded, approved_by, approved_by_folded, approved_at, idempotency_key,
-        created_at, updated_at{more})
+    INSERT INTO refund_ledger.refund_instructions (source, source_ref, source_ref_folded,
+        processing_terminal_id, order_id, description, amount, currency, payee_last4, payee_fingerprint,
+        request_sha256, requested_by, requested_by_folded, approved_by, approved_by_folded, approved_at,
+        idempotency_key, created_at{more})
     SELECT source, '{ref}', '{ref}', processing_terminal_id, '{ref}',
-        '', amount, currency, payee_last4, payee_fingerprint, 'sealed', {sha256},
-        'ann', 'ann', 'bob', 'bob', now(), gen_random_uuid(), now(), now(){values}
-    FROM refund_ledger.refunds WHERE id = {of}"""
+        '', amount, currency, payee_last4, payee_fingerprint, {sha256},
+        'ann', 'ann', 'bob', 'bob', now(), {key}, now(){values}
+    FROM refund_ledger.refund_instructions WHERE id = {of}"""
 AN_EVENT = """
     INSERT INTO refund_ledger.refund_events (event, refund_id, actor, reason)
     VALUES ('{event}', {{accepted}}, 'ann', 'x')"""
@@ -50,7 +50,10 @@ A_NOTE = (
     "VALUES ('shop', 'RF-1', 'x', now())"
 )
 TABLES = (
-    "refunds",
+    "refund_instructions",
+    "frozen_requests",
+    "refund_states",
+    "first_releases",
     "refund_attempts",
     "refund_events",
     "event_seals",
@@ -62,7 +65,19 @@ TABLES = (
 
 
 def refund(kind: str, assignments: str) -> str:
-    return f"UPDATE refund_ledger.refunds SET {assignments} WHERE id = {{{kind}}}"
+    return f"UPDATE refund_ledger.refund_states SET {assignments} WHERE refund_id = {{{kind}}}"
+
+
+def instruction(assignments: str) -> str:
+    return f"UPDATE refund_ledger.refund_instructions SET {assignments} WHERE id = {{accepted}}"
+
+
+def request(kind: str, assignments: str) -> str:
+    return f"UPDATE refund_ledger.frozen_requests SET {assignments} WHERE refund_id = {{{kind}}}"
+
+
+def sighting(kind: str, status: str = "NULL", shown_id: str = "'ZZZZZZZZZZ'") -> str:
+    return f"SELECT refund_ledger.note_sighting({{{kind}}}, {status}, 'x', {shown_id}, 'ready', now())"
 
 
 def event(name: str) -> str:
@@ -76,13 +91,28 @@ def of_ones_choice(name: str) -> list[str]:
     return [insert.format(column, name, value) for column, value in values.items()]
 
 
-def new_refund(of: str, *, sha256: str = "repeat('c', 64)", more: str = "", values: str = "") -> str:
-    return A_REFUND.format(ref="new", of=f"{{{of}}}", sha256=sha256, more=more, values=values)
+DERIVED = "refund_ledger.refund_key(source, 'new')"
+REISSUED = {"more": ", replaces, reissue_reason", "values": ", id, 'x'"}
+
+
+def new_refund(
+    of: str, *, sha256: str = "repeat('c', 64)", key: str = DERIVED, more: str = "", values: str = ""
+) -> str:
+    return A_REFUND.format(ref="new", of=f"{{{of}}}", sha256=sha256, key=key, more=more, values=values)
 
 
 # Whoever may write nothing but by the functions of the ledger's owner.
 EVERYBODY = [
-    *(f"DELETE FROM refund_ledger.{table}" for table in TABLES[:-1]),
+    *(f"DELETE FROM refund_ledger.{table}" for table in TABLES),
+    # A lock of a table that stops readers or writers.
+    *(
+        f"LOCK TABLE refund_ledger.{table} IN {mode} MODE"
+        for table in TABLES
+        for mode in ("SHARE", "ACCESS EXCLUSIVE")
+    ),
+    "INSERT INTO refund_ledger.refund_states (refund_id, status, updated_at) VALUES (1000, 'approved', now())",
+    "INSERT INTO refund_ledger.first_releases SELECT 1000, repeat('a', 64), 1, 'USD', NULL, NULL, now()",
+    "UPDATE refund_ledger.first_releases SET at = at - interval '1 year'",
     *(f"TRUNCATE refund_ledger.{table} CASCADE" for table in TABLES),
     "UPDATE refund_ledger.refund_events SET reason = 'x'",
     "INSERT INTO refund_ledger.event_seals SELECT 1000000, 1000000, '{{}}', '{{}}', 1, '1', 1, now(), sha256('')",
@@ -93,31 +123,33 @@ EVERYBODY = [
     event("resume"),
     event("limit"),
     event("environment"),
-    refund("accepted", "amount = 1"),
-    refund("accepted", "payee_fingerprint = repeat('0', 64)"),
-    refund("accepted", "payee_last4 = '0000'"),
-    refund("accepted", "requested_by = 'eve'"),
-    refund("accepted", "approved_by = 'eve'"),
-    refund("accepted", "approved_at = now()"),
-    refund("accepted", "approved_by_folded = 'carl'"),
-    refund("accepted", "idempotency_key = gen_random_uuid()"),
-    refund("accepted", "request_sha256 = repeat('0', 64)"),
-    refund("accepted", "replaces = {rejected}"),
-    refund("accepted", "first_released_at = NULL"),
+    instruction("amount = 1"),
+    instruction("payee_fingerprint = repeat('0', 64)"),
+    instruction("payee_last4 = '0000'"),
+    instruction("requested_by = 'eve'"),
+    instruction("approved_by = 'eve'"),
+    instruction("approved_at = now()"),
+    instruction("approved_by_folded = 'carl'"),
+    instruction("idempotency_key = gen_random_uuid()"),
+    instruction("request_sha256 = repeat('0', 64)"),
+    instruction("replaces = {rejected}"),
+    refund("approved", "refund_id = 1000"),
+    instruction("reissue_reason = 'x'"),
     "UPDATE refund_ledger.refund_control SET environment = NULL",
     "CREATE TABLE refund_ledger.mine (id bigint)",
-    "ALTER TABLE refund_ledger.refunds DISABLE TRIGGER ALL",
-    "ALTER TABLE refund_ledger.refunds DROP CONSTRAINT approver_is_not_requester",
-    "DROP TRIGGER guard ON refund_ledger.refunds",
+    "ALTER TABLE refund_ledger.refund_states DISABLE TRIGGER ALL",
+    "ALTER TABLE refund_ledger.refund_instructions DROP CONSTRAINT approver_is_not_requester",
+    "DROP TRIGGER guard ON refund_ledger.refund_states",
     "CREATE OR REPLACE FUNCTION refund_ledger.require(what text, VARIADIC roles text[]) RETURNS void LANGUAGE sql AS 'SELECT'",
-    "CREATE TRIGGER mine BEFORE INSERT ON refund_ledger.refunds FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger()",
+    "CREATE TRIGGER mine BEFORE INSERT ON refund_ledger.refund_instructions FOR EACH ROW "
+    "EXECUTE FUNCTION suppress_redundant_updates_trigger()",
     "SET session_replication_role = replica",
     "LOCK TABLE refund_ledger.seal_lock IN ACCESS SHARE MODE",
     "SET ROLE refunds_migrator",
     "SET SESSION AUTHORIZATION postgres",
     "GRANT refunds_migrator TO CURRENT_USER",
     # The ledger's own trigger on a table of one's own would write events with the rights of their owner.
-    """CREATE TEMP TABLE mine (id bigint, status text, updated_at timestamptz, reason text);
+    """CREATE TEMP TABLE mine (refund_id bigint, status text, updated_at timestamptz, reason text);
        CREATE TRIGGER mine AFTER INSERT ON mine FOR EACH ROW EXECUTE FUNCTION refund_ledger.write_status_event()""",
     """CREATE TEMP TABLE mine (LIKE refund_ledger.refund_events);
        CREATE TRIGGER mine AFTER INSERT ON mine FOR EACH ROW EXECUTE FUNCTION refund_ledger.number_event()""",
@@ -132,18 +164,38 @@ FORBIDDEN: dict[str, list[str]] = {
         refund("review", "status = 'rejected'"),
         refund("approved", "released_holds = '{{largest_refund}}'"),
         refund("large", "status = 'released', released_by = 'x', released_at = now()"),
-        refund("approved", "request = NULL"),
-        refund("accepted", "request = NULL"),
-        refund("review", "request = NULL"),
-        refund("rejected", "request = 'other'"),
-        refund("rejected", "request_key = 'other'"),
+        request("approved", "request = NULL"),
+        request("accepted", "request = NULL"),
+        request("review", "request = NULL"),
+        request("rejected", "request = 'other'"),
+        request("rejected", "request_key = 'other'"),
         refund("sending", "first_sent_at = now()"),
         refund("sending", "sent_with = 'other'"),
         refund("sending", "attempts = 0"),
         # Another's body under a key of its own would be a second payment.
         new_refund("approved", sha256="request_sha256"),
-        new_refund("approved", more=", status", values=", 'accepted'"),
-        new_refund("rejected", more=", replaces", values=", id"),
+        # So would a key that does not derive from the row.
+        new_refund("approved", key="gen_random_uuid()"),
+        new_refund("approved", key="refund_ledger.refund_key(source, 'other')"),
+        new_refund("approved", key="idempotency_key"),
+        new_refund("rejected", **REISSUED),
+        # A limit that is passed, a reason that is not the database's.
+        refund("held", "holds = holds || '{{duplicate of 1}}'"),
+        refund("held", "holds = '{{by hand}}'"),
+        refund("approved", "holds = '{{by hand}}'"),
+        refund("released", "status = 'approved', holds = '{{by hand}}'"),
+        refund("held", "reason = 'Approved by the bank.'"),
+        refund("review", "reason = 'x'"),
+        refund("released", "released_at = now() + interval '1 year'"),
+        refund("again", "released_by = 'x', released_run = 'run-2'"),
+        refund("approved", "payroc_refund_id = 'ZZZZZZZZZZ'"),
+        refund("held", "payroc_refund_id = 'ZZZZZZZZZZ'"),
+        refund("released", "payroc_refund_id = 'ZZZZZZZZZZ'"),
+        refund("approved", "attempts = 1"),
+        refund("approved", "first_sent_at = now(), sent_with = 'x'"),
+        sighting("approved"),
+        sighting("held", "'approved'"),
+        sighting("review", "'rejected'", "NULL"),
         event("proposal"),
         event("reverse"),
         event("not_understood"),
@@ -180,11 +232,32 @@ FORBIDDEN: dict[str, list[str]] = {
         refund("approved", "first_sent_at = now()"),
         refund("approved", "sent_with = 'x'"),
         refund("approved", "released_holds = '{{largest_refund}}'"),
-        refund("rejected", "request = NULL"),
-        refund("rejected", "request = 'other'"),
+        request("rejected", "request = NULL"),
+        request("rejected", "request = 'other'"),
         new_refund("approved"),
-        new_refund("accepted", more=", replaces", values=", id"),
-        new_refund("rejected", sha256="request_sha256", more=", replaces", values=", id"),
+        new_refund("accepted", **REISSUED),
+        new_refund("rejected", sha256="request_sha256", **REISSUED),
+        new_refund("rejected", key="gen_random_uuid()", **REISSUED),
+        new_refund("rejected", more=", replaces", values=", id"),
+        # The fence against a worker that stands still, and what Payroc says.
+        refund("sending", "lease_until = now()"),
+        refund("sending", "lease_until = NULL"),
+        refund("review", "lease_until = NULL"),
+        refund("unknown", "next_attempt_at = now()"),
+        refund("approved", "payroc_refund_id = 'ZZZZZZZZZZ'"),
+        refund("accepted", "payroc_status = 'complete'"),
+        refund("accepted", "payroc_seen_at = now()"),
+        refund("accepted", "written_back_at = updated_at"),
+        refund("held", "reason = 'x'"),
+        refund("held", "holds = '{{by hand}}'"),
+        refund("leased", "status = 'rejected'"),
+        sighting("leased", "'rejected'", "NULL"),
+        sighting("approved"),
+        sighting("released"),
+        sighting("sending", "'accepted'"),
+        sighting("unknown", "'review'"),
+        sighting("approved", "'accepted'"),
+        sighting("approved", "'released'"),
         event("approval"),
         event("rejection"),
         event("rotation"),
@@ -199,11 +272,12 @@ FORBIDDEN: dict[str, list[str]] = {
         "SET ROLE refunds_payer",
     ],
     AUDITOR: [
-        "SELECT * FROM refund_ledger.refunds",
-        "SELECT request FROM refund_ledger.refunds",
-        "SELECT sent_with FROM refund_ledger.refunds",
-        "SELECT id FROM refund_ledger.refunds_masked FOR UPDATE",
-        "UPDATE refund_ledger.refunds_masked SET status = 'cancelled'",
+        "SELECT * FROM refund_ledger.refund_instructions",
+        "SELECT request FROM refund_ledger.frozen_requests",
+        "SELECT sent_with FROM refund_ledger.refund_states",
+        "SELECT FROM refund_ledger.first_releases FOR UPDATE",
+        "UPDATE refund_ledger.refund_states SET status = 'cancelled'",
+        sighting("review", "'accepted'"),
         refund("approved", "status = 'cancelled'"),
         event("contradiction"),
         new_refund("approved"),
@@ -217,30 +291,33 @@ FORBIDDEN: dict[str, list[str]] = {
         "SET ROLE refunds_operator",
     ],
     KEY_ROTATOR: [
-        "SELECT * FROM refund_ledger.refunds",
-        "SELECT amount FROM refund_ledger.refunds",
-        "SELECT payee_last4 FROM refund_ledger.refunds_masked",
+        "SELECT * FROM refund_ledger.refund_states",
+        "SELECT FROM refund_ledger.refund_states FOR UPDATE",
+        "SELECT amount FROM refund_ledger.refund_instructions",
+        sighting("review", "'accepted'"),
+        "SELECT payee_last4 FROM refund_ledger.refunds",
         "SELECT * FROM refund_ledger.refund_events",
         refund("approved", "status = 'cancelled'"),
-        refund("rejected", "request = NULL, request_key = NULL"),
-        refund("approved", "request = NULL"),
+        request("rejected", "request = NULL, request_key = NULL"),
+        request("approved", "request = NULL"),
         event("contradiction"),
         event("proposal"),
         *of_ones_choice("rotation"),
         "SELECT * FROM refund_ledger.refund_control",
         "SET ROLE refunds_payer",
     ],
-    REQUESTER: ["SELECT * FROM refund_ledger.refunds_masked", "SET ROLE refunds_approver"],
-    APPROVER: ["SELECT * FROM refund_ledger.refunds_masked", "SET ROLE refunds_payer"],
+    REQUESTER: ["SELECT * FROM refund_ledger.refunds", "SET ROLE refunds_approver"],
+    APPROVER: ["SELECT * FROM refund_ledger.refunds", "SET ROLE refunds_payer"],
     # Logins of their own, and those from before there were roles.
     "old login": [
         refund("approved", "status = 'cancelled'"),
         refund("approved", "status = 'released', released_by = 'x', released_at = now()"),
         refund("released", "status = 'approved'"),
         refund("accepted", "status = 'settled'"),
-        refund("rejected", "request = NULL"),
+        request("rejected", "request = NULL"),
         new_refund("approved"),
-        new_refund("rejected", more=", replaces", values=", id"),
+        new_refund("rejected", **REISSUED),
+        sighting("review", "'accepted'"),
         event("contradiction"),
         "UPDATE refund_ledger.refund_control SET paused_at = NULL, paused_by = NULL, pause_reason = NULL",
         "UPDATE refund_ledger.refund_control SET largest_refund = NULL",
@@ -304,6 +381,8 @@ WAYS: dict[str, tuple[str, ...]] = {
     "accepted": (RELEASED, SENDING, "status = 'accepted', payroc_refund_id = 'ABCDEFGHIJ'"),
     "rejected": (RELEASED, SENDING, "status = 'rejected'"),
     "review": (RELEASED, SENDING, "status = 'review'"),
+    # In review while its attempt may still be under way.
+    "leased": (RELEASED, SENDING, "status = 'review', lease_until = now() + interval '1 day'"),
 }
 IDS = {kind: number for number, kind in enumerate(WAYS, start=1)}
 
@@ -312,16 +391,21 @@ def fill(connection: Connection) -> None:
     """Put a refund of each kind into an empty ledger, a pause, a limit, a run and an invalid row."""
     for kind, assignments in WAYS.items():
         connection.exec_driver_sql(f"""
-            INSERT INTO refund_ledger.refunds (source, source_ref, source_ref_folded, processing_terminal_id,
-                order_id, description, amount, currency, payee_last4, payee_fingerprint,
-                request, request_key, request_sha256, requested_by, requested_by_folded,
-                approved_by, approved_by_folded, approved_at, idempotency_key, created_at, updated_at)
-            VALUES ('shop', '{kind}', '{kind}', '7701001', '{kind}', 'Refund',
-                {10**6 if kind == "large" else 4999}, 'USD', '4321', repeat('a', 64), 'sealed', 'first',
-                repeat(md5('{kind}'), 2), 'ann', 'ann', 'bob', 'bob', now(), gen_random_uuid(), now(), now())""")
+            WITH stored AS (
+                INSERT INTO refund_ledger.refund_instructions (source, source_ref, source_ref_folded,
+                    processing_terminal_id, order_id, description, amount, currency, payee_last4,
+                    payee_fingerprint, request_sha256, requested_by, requested_by_folded, approved_by,
+                    approved_by_folded, approved_at, idempotency_key, created_at)
+                VALUES ('shop', '{kind}', '{kind}', '7701001', '{kind}', 'Refund',
+                    {10**6 if kind == "large" else 4999}, 'USD', '4321', repeat('a', 64),
+                    repeat(md5('{kind}'), 2), 'ann', 'ann', 'bob', 'bob', now(),
+                    refund_ledger.refund_key('shop', '{kind}'), now())
+                RETURNING id
+            )
+            INSERT INTO refund_ledger.frozen_requests SELECT id, 'sealed', 'first' FROM stored""")
         for assignment in assignments:
             connection.exec_driver_sql(
-                f"UPDATE refund_ledger.refunds SET {assignment} WHERE source_ref = '{kind}'"
+                f"UPDATE refund_ledger.refund_states SET {assignment} WHERE refund_id = {IDS[kind]}"
             )
             if assignment == SENDING:
                 connection.exec_driver_sql(
@@ -574,7 +658,7 @@ def test_both_dags_do_all_their_work_with_the_payers_rights_alone(
     with world.ledger_engine.begin() as connection:
         connection.exec_driver_sql("SET LOCAL session_replication_role = replica")
         connection.exec_driver_sql(
-            "UPDATE refund_ledger.refunds SET updated_at = now() - interval '31 days' WHERE status = 'rejected'"
+            "UPDATE refund_ledger.refund_states SET updated_at = now() - interval '31 days' WHERE status = 'rejected'"
         )
     run = run_dag("payroc_refunds_followup")
     assert run.state == "success", run.log

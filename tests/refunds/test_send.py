@@ -290,7 +290,7 @@ def test_another_refund_at_payroc_with_our_order_id_is_never_adopted_and_nothing
     with world.ledger_engine.begin() as connection:
         connection.exec_driver_sql("SET session_replication_role = replica")
         connection.exec_driver_sql(
-            "UPDATE refund_ledger.refunds SET created_at = created_at - interval '2 days'"
+            "UPDATE refund_ledger.refund_instructions SET created_at = created_at - interval '2 days'"
         )
     assert world.send(refund_id).sent is Sent.REVIEW
     row = world.row(refund_id)
@@ -332,9 +332,9 @@ def test_a_release_is_good_for_a_day_only(world: World) -> None:
 def test_a_request_that_was_changed_in_the_ledger_is_not_sent(world: World) -> None:
     refund_id, other_id = world.released(), world.released()
     with world.ledger_engine.begin() as connection:
-        other = f"SELECT request FROM refund_ledger.refunds WHERE id = {other_id}"
+        other = f"SELECT request FROM refund_ledger.frozen_requests WHERE refund_id = {other_id}"
         connection.exec_driver_sql(
-            f"UPDATE refund_ledger.refunds SET request = ({other}) WHERE id = {refund_id}"
+            f"UPDATE refund_ledger.frozen_requests SET request = ({other}) WHERE refund_id = {refund_id}"
         )
     result = world.send(refund_id)
     assert result.sent is Sent.CONFIGURATION

@@ -50,7 +50,7 @@ def happened(world: World, refund_id: int, ago: str) -> None:
             f"UPDATE refund_ledger.refund_events SET at = at - interval '{ago}' WHERE refund_id = {refund_id}"
         )
         connection.exec_driver_sql(
-            f"UPDATE refund_ledger.refunds SET updated_at = updated_at - interval '{ago}' WHERE id = {refund_id}"
+            f"UPDATE refund_ledger.refund_states SET updated_at = updated_at - interval '{ago}' WHERE refund_id = {refund_id}"
         )
 
 

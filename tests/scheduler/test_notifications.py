@@ -102,7 +102,7 @@ def as_before(merchant: Merchant) -> Iterator[None]:
     with merchant.ledger_engine.begin() as connection:
         connection.exec_driver_sql("SET LOCAL session_replication_role = replica")
         connection.exec_driver_sql(
-            "UPDATE refund_ledger.refunds SET status = 'cancelled' WHERE status NOT IN ('accepted', 'rejected')"
+            "UPDATE refund_ledger.refund_states SET status = 'cancelled' WHERE status NOT IN ('accepted', 'rejected')"
         )
 
 

@@ -926,7 +926,7 @@ class MemoryLedger:
             for row in self.rows.values()
             if row.request is not None and row.status in _FINAL and row.updated_at <= before
         ]
-        ended.sort(key=lambda row: (row.updated_at, row.id))
+        ended.sort(key=lambda row: row.id)
         for row in ended[:limit]:
             row.request = row.as_refund = None
         return len(ended[:limit])
@@ -1021,7 +1021,9 @@ class MemoryLedger:
             if taken:
                 self.write_back_free = True
 
-    def due_write_backs(self, limit: int, after: str = "", *, failed_before: bool = False) -> list[WriteBack]:
+    def due_write_backs(
+        self, limit: int, after: WriteBack | None = None, *, failed_before: bool = False
+    ) -> list[WriteBack]:
         replaced = {row.replaces for row in self.rows.values() if row.status is not Status.CANCELLED}
         due = []
         for row in self.rows.values():
@@ -1029,7 +1031,7 @@ class MemoryLedger:
             cancelled_reissue = row.replaces is not None and row.status is Status.CANCELLED
             if (
                 row.written_back_at != row.updated_at
-                and ref > after
+                and (after is None or (after.refund_id is not None and row.id > after.refund_id))
                 and row.id not in replaced
                 and not cancelled_reissue
             ):
@@ -1041,19 +1043,20 @@ class MemoryLedger:
                         row.payroc_status,
                         row.reason,
                         row.updated_at,
+                        row.id,
                     )
                 )
         for ref, bad in self.invalid.items():
             if (
                 bad.written_back_at != bad.updated_at
-                and ref > after
+                and (after is None or after.refund_id is not None or ref > after.source_ref)
                 and not ref.startswith(NAMELESS)
                 and ref not in self.by_ref
             ):
                 errors = sentences(dict(sorted(bad.errors.items())))
                 due.append(WriteBack(ref, "invalid", None, None, errors, bad.updated_at))
         due = [item for item in due if self.notes.get(item.source_ref, _NO_NOTE).failed is failed_before]
-        due.sort(key=lambda item: item.source_ref)
+        due.sort(key=lambda item: (item.refund_id is None, item.refund_id or 0, item.source_ref))
         return due[:limit]
 
     def mark_written_back(
@@ -1062,13 +1065,11 @@ class MemoryLedger:
         not_written: Sequence[NotWritten] = (),
     ) -> None:
         for item in written:
-            chain = [
-                row for row in self.rows.values() if self._first_of_chain(row).source_ref == item.source_ref
-            ]
-            bad = self.invalid.get(item.source_ref)
-            for row in (*chain, *([bad] if bad is not None else [])):
-                if row.updated_at == item.updated_at:
-                    row.written_back_at = row.updated_at
+            row = (
+                self.invalid.get(item.source_ref) if item.refund_id is None else self.rows.get(item.refund_id)
+            )
+            if row is not None and row.updated_at == item.updated_at:
+                row.written_back_at = row.updated_at
             if item.source_ref in self.notes:
                 self.notes[item.source_ref].failed = False
         for problem in not_written:
@@ -1108,13 +1109,27 @@ class MemoryLedger:
                 raise _refused(f"what identifies the payment never changes ({name})")
         if new_status is not old_status and (old_status, new_status) not in EDGES:
             raise _refused(f"refund {row.id} can't go from {old_status} to {new_status}")
-        if not row.attempts <= values.get("attempts", row.attempts) <= row.attempts + 1:
-            raise _refused("attempts count up by one")
+        moves = new_status is not old_status
+        claims = new_status is Status.SENDING and values.get("attempts") == row.attempts + 1
+        if values.get("attempts", row.attempts) != row.attempts and not claims:
+            raise _refused("attempts count up by one, with a claim")
+        for name in ("reason", "holds"):
+            if values.get(name, getattr(row, name)) != getattr(row, name) and not (moves or claims):
+                raise _refused(f"{name} changes with the status alone")
+        releases = (old_status, new_status) == (Status.APPROVED, Status.RELEASED)
+        if not releases and {"released_by", "released_run", "released_at"} & set(values):
+            raise _refused("who released it changes with a release alone")
         if (
             row.payroc_refund_id is not None
             and values.get("payroc_refund_id", row.payroc_refund_id) != row.payroc_refund_id
         ):
             raise _refused("Payroc's refund id never changes")
+        if (
+            values.get("payroc_refund_id") is not None
+            and row.payroc_refund_id is None
+            and not (moves or old_status in (Status.REVIEW, Status.REJECTED))
+        ):
+            raise _refused("Payroc's refund id comes with a status")
         if row.first_sent_at is not None and "first_sent_at" in values:
             pair = (values["first_sent_at"], values.get("sent_with", row.sent_with))
             taken_back = (

@@ -27,7 +27,10 @@ _TABLES = (
     "invalid_rows",
     "write_back_notes",
     "refund_control",
-    "refunds",
+    "first_releases",
+    "refund_states",
+    "frozen_requests",
+    "refund_instructions",
 )
 
 # What the two are compared by after each call. The events and the runs' reports are the database's own.
@@ -125,8 +128,14 @@ class PostgresLedger:
         self._loop.close()
 
     def dump(self) -> list[dict[str, Any]]:
-        """Return the rows of ``refunds``."""
-        return self._run(self._rows(f"SELECT {', '.join(_COMPARED)} FROM refund_ledger.refunds ORDER BY id"))
+        """Return all refunds."""
+        query = f"""
+            SELECT {", ".join(_COMPARED)} FROM refund_ledger.refunds
+            JOIN (SELECT id, source_ref_folded, requested_by_folded, approved_by_folded, request_sha256
+                  FROM refund_ledger.refund_instructions) AS i USING (id)
+            JOIN (SELECT refund_id AS id, sent_with FROM refund_ledger.refund_states) AS s USING (id)
+            ORDER BY id"""
+        return self._run(self._rows(query))
 
     def dump_runs(self) -> dict[str, dict[str, Any]]:
         """Return what decisions are made from of ``refund_runs``, by run."""
@@ -161,7 +170,7 @@ class PostgresLedger:
                     for row in rows:
                         await connection.execute(insert, {"row": row["row"]})
                 await connection.execute(
-                    f"ALTER TABLE refund_ledger.refunds ALTER COLUMN id RESTART WITH {next_id}"
+                    f"ALTER TABLE refund_ledger.refund_instructions ALTER COLUMN id RESTART WITH {next_id}"
                 )
 
         self._run(work())

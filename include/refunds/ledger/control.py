@@ -128,7 +128,7 @@ class Control(LedgerBase):
         :raises LedgerError: when this login lacks a right that the take-over needs.
         """
         rights = "SELECT pg_has_role('refunds_payer', 'USAGE') AND pg_has_role('refunds_operator', 'USAGE')"
-        newest_change = "SELECT max(updated_at) FROM refund_ledger.refunds"
+        newest_change = "SELECT max(updated_at) FROM refund_ledger.refund_states"
         # What was paused when the backup was made is paused for another reason now.
         update = """
             UPDATE refund_ledger.refund_control SET restored_to = :restored_to, paused_at = :now, paused_by = :actor,

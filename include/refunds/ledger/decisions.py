@@ -8,7 +8,7 @@ from include.refunds.case import Case, DecisionRefused, Proposal, is_confirmed
 from include.refunds.hold import check_hold, way_to_cancelled
 from include.refunds.ledger.connection import Connection
 from include.refunds.ledger.control import Control
-from include.refunds.ledger.rows import select_refund, standing_elsewhere
+from include.refunds.ledger.rows import lock, lock_refund, select_refund, standing_elsewhere
 from include.refunds.people import person
 from include.refunds.printable import printable
 from include.refunds.refund import Refund
@@ -48,12 +48,9 @@ class Decisions(Control):
         :returns: whether the review has ended.
         :raises DecisionRefused: when it may not, or the refund has changed since it was read.
         """
-        update = """
-            UPDATE refund_ledger.refunds SET status = :status, reason = :reason, lease_until = NULL, next_attempt_at = NULL,
-                payroc_refund_id = COALESCE(payroc_refund_id, CAST(:payroc_refund_id AS text)),
-                payroc_status = COALESCE(CAST(:payroc_status AS text), payroc_status),
-                payroc_seen_at = CASE WHEN CAST(:payroc_status AS text) IS NULL THEN payroc_seen_at ELSE :now END, updated_at = :now
-            WHERE id = :id"""
+        end = """
+            SELECT FROM refund_ledger.note_sighting(:id, :status, :reason, CAST(:payroc_refund_id AS text),
+                CAST(:payroc_status AS text), :now)"""
         async with self._transaction() as (connection, now):
             case = await self._unchanged(connection, read, now)
             check_case(case, Status.REJECTED if resolution.status is Status.REJECTED else Status.ACCEPTED)
@@ -85,7 +82,7 @@ class Decisions(Control):
                 "payroc_status": found.payroc_status if found else None,
                 "now": now,
             }
-            await connection.execute(update, values)
+            await connection.execute(end, values)
             return True
 
     async def reissue(self, read: Case, new: Reissue, reason: str) -> int | None:
@@ -97,17 +94,23 @@ class Decisions(Control):
         :raises DecisionRefused: when it may not be replaced, or has changed since it was read.
         """
         insert = """
-            INSERT INTO refund_ledger.refunds (source, source_ref, source_ref_folded, processing_terminal_id,
-                order_id, description, amount, currency, payee_last4, payee_fingerprint, request, request_key,
-                request_sha256, requested_by, requested_by_folded, approved_by, approved_by_folded,
-                approved_at, idempotency_key, replaces, reason, created_at, updated_at)
-            SELECT source, :source_ref, :source_ref_folded, processing_terminal_id, :order_id, description,
-                amount, currency, payee_last4, payee_fingerprint, :request, :request_key, :request_sha256,
-                :requested_by, :requested_by_folded, :approved_by, :approved_by_folded, :now,
-                :key, id, :reason, :now, :now
-            FROM refund_ledger.refunds WHERE id = :id
-            ON CONFLICT DO NOTHING
-            RETURNING id"""
+            WITH stored AS (
+                INSERT INTO refund_ledger.refund_instructions (source, source_ref, source_ref_folded,
+                    processing_terminal_id, order_id, description, amount, currency, payee_last4,
+                    payee_fingerprint, request_sha256, requested_by, requested_by_folded,
+                    approved_by, approved_by_folded, approved_at, idempotency_key, replaces, reissue_reason,
+                    created_at)
+                SELECT source, :source_ref, :source_ref_folded, processing_terminal_id, :order_id, description,
+                    amount, currency, payee_last4, payee_fingerprint, :request_sha256,
+                    :requested_by, :requested_by_folded, :approved_by, :approved_by_folded, :now, :key, id,
+                    :reason, :now
+                FROM refund_ledger.refund_instructions WHERE id = :id
+                ON CONFLICT DO NOTHING
+                RETURNING id
+            )
+            INSERT INTO refund_ledger.frozen_requests (refund_id, request, request_key)
+            SELECT id, :request, :request_key FROM stored
+            RETURNING refund_id"""
         async with self._transaction() as (connection, now):
             case = await self._unchanged(connection, read, now)
             check_replaceable(case)
@@ -148,14 +151,14 @@ class Decisions(Control):
         :raises DecisionRefused: when it is not held, or the same person requested it.
         """
         update = """
-            UPDATE refund_ledger.refunds SET status = 'approved', reason = :reason, updated_at = :now,
+            UPDATE refund_ledger.refund_states SET status = 'approved', reason = :reason, updated_at = :now,
                 released_holds = released_holds || holds, holds = '{}'
-            WHERE id = :id"""
+            WHERE refund_id = :id"""
         async with self._transaction() as (connection, now):
-            refund = await select_refund(connection, refund_id, for_update=True)
+            refund = await lock_refund(connection, refund_id)
             query = f"""
                 SELECT requested_by, CASE WHEN {OPERATORS_HAVE_LOGINS} THEN session_user END AS login
-                FROM refund_ledger.refunds WHERE id = :id"""
+                FROM refund_ledger.refund_instructions WHERE id = :id"""
             found = (await connection.execute(query, {"id": refund_id})).one()
             check_hold(refund, found.requested_by, self._actor, found.login)
             await connection.execute(
@@ -168,11 +171,16 @@ class Decisions(Control):
 
         :raises DecisionRefused: when it may have been sent, or has ended.
         """
-        update = "UPDATE refund_ledger.refunds SET status = :status, reason = :reason, updated_at = :now WHERE id = :id"
+        update = """
+            UPDATE refund_ledger.refund_states SET status = :status, reason = :reason, updated_at = :now
+            WHERE refund_id = :id"""
         # The source has one row for a refund and its reissues; now it shows the one before again.
-        touch = "UPDATE refund_ledger.refunds SET updated_at = :now WHERE id = :id"
+        touch = "UPDATE refund_ledger.refund_states SET updated_at = :now WHERE refund_id = :id"
         async with self._transaction() as (connection, now):
-            refund = await select_refund(connection, refund_id, for_update=True)
+            refund = await select_refund(connection, refund_id)
+            # What it replaces changes with it, and both are locked before either changes.
+            await lock(connection, (item for item in (refund.replaces, refund_id) if item is not None))
+            refund = await select_refund(connection, refund_id)
             for status in way_to_cancelled(refund):
                 values = {
                     "id": refund_id,
@@ -191,7 +199,7 @@ class Decisions(Control):
         :raises DecisionRefused: when it is not accepted.
         """
         async with self._transaction() as (connection, _):
-            refund = await select_refund(connection, refund_id, for_update=True)
+            refund = await lock_refund(connection, refund_id)
             if refund.status is not Status.ACCEPTED:
                 raise DecisionRefused(
                     f"Refund {refund_id} is {refund.status}; only an accepted one, in the open batch, can be reversed."
@@ -200,17 +208,16 @@ class Decisions(Control):
             return refund
 
     async def _unchanged(self, connection: Connection, read: Case, now: datetime) -> Case:
-        case = await self._case(connection, read.refund.id, now, for_update=True)
+        await lock(connection, [read.refund.id])
+        case = await self._case(connection, read.refund.id, now)
         if case.refund != read.refund:
             raise DecisionRefused(
                 f"Refund {read.refund.id} has changed while Payroc was asked; look at it again with `show`."
             )
         return case
 
-    async def _case(
-        self, connection: Connection, refund_id: int, now: datetime, *, for_update: bool = False
-    ) -> Case:
-        refund = await select_refund(connection, refund_id, for_update=for_update)
+    async def _case(self, connection: Connection, refund_id: int, now: datetime) -> Case:
+        refund = await select_refund(connection, refund_id)
         # An attempt is without effect when Payroc refused it, or never processed it; a contradiction means that Payroc showed an object.
         query = """
             SELECT (SELECT GREATEST(max(started_at), max(finished_at)) FROM refund_ledger.refund_attempts WHERE refund_id = :id)
@@ -219,7 +226,7 @@ class Decisions(Control):
                    EXISTS (SELECT FROM refund_ledger.refund_attempts WHERE refund_id = :id
                            AND (outcome IS NULL OR outcome NOT IN ('rejected', 'configuration', 'not_sent'))) AS unproven,
                    EXISTS (SELECT FROM refund_ledger.refund_events WHERE refund_id = :id AND event = 'contradiction') AS contradicted,
-                   (SELECT id FROM refund_ledger.refunds WHERE replaces = :id) AS reissue,
+                   (SELECT id FROM refund_ledger.refund_instructions WHERE replaces = :id) AS reissue,
                    refund_ledger.first_source_ref(:id) AS first_source_ref"""
         # The database wrote the login itself.
         proposal = f"""

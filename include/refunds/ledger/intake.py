@@ -10,6 +10,9 @@ from typing import Any
 
 from include.refunds.cipher import Sealed
 from include.refunds.ledger.base import LedgerBase
+from include.refunds.ledger.connection import as_array
+from include.refunds.ledger.rows import OF_MANY, lock
+from include.refunds.text import fold
 
 # How the source_ref of a row that has none begins in invalid_rows.
 NAMELESS = "(row "
@@ -18,7 +21,7 @@ NAMELESS = "(row "
 @dataclass(frozen=True, slots=True)
 class NewRefund:
     """
-    A validated source row, ready to be stored: the columns of ``refund_ledger.refunds`` that never change.
+    A validated source row, ready to be stored: the columns of ``refund_ledger.refund_instructions``.
 
     :param source_ref_folded: the form in which two spellings of it are the same, as of the names of people.
     """
@@ -67,16 +70,18 @@ class Intake(LedgerBase):
 
     async def stored(self, source_refs: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Return what the ledger already holds of these source rows, by source_ref."""
-        query = (
-            "SELECT source_ref, id, status, request_sha256, "
-            + ", ".join(_COMPARED)
-            + " FROM refund_ledger.refunds WHERE source = :source AND source_ref = ANY(:refs)"
-        )
+        # The folded form has the index.
+        query = f"""
+            SELECT source_ref, id, status, request_sha256, {", ".join(_COMPARED)}
+            FROM refund_ledger.refund_instructions JOIN refund_ledger.refund_states ON refund_id = id
+            WHERE source = :source AND source_ref_folded = ANY(:folded) AND source_ref = ANY(:refs)"""
         async with self._transaction() as (connection, _):
-            result = await connection.execute(
-                query, {"source": self._settings.source, "refs": list(source_refs)}
-            )
-            return {row.source_ref: dict(row) for row in result}
+            values = {
+                "source": self._settings.source,
+                "refs": list(source_refs),
+                "folded": [*map(fold, source_refs)],
+            }
+            return {row.source_ref: dict(row) for row in await connection.execute(query, values)}
 
     async def store(self, rows: Sequence[tuple[NewRefund, Sealed]]) -> set[str]:
         """
@@ -86,22 +91,30 @@ class Intake(LedgerBase):
         :returns: the source_refs that were stored; one that is missing was there before, or collides with another refund.
         """
         insert = """
-            INSERT INTO refund_ledger.refunds (source, source_ref, source_ref_folded, processing_terminal_id,
-                order_id, description, amount, currency, payee_last4, payee_fingerprint,
-                request, request_key, request_sha256, requested_by, requested_by_folded,
-                approved_by, approved_by_folded, approved_at, idempotency_key, created_at, updated_at)
-            SELECT :source, source_ref, source_ref_folded, processing_terminal_id,
-                order_id, description, amount, currency, payee_last4, payee_fingerprint,
-                convert_to(request, 'UTF8'), request_key, request_sha256, requested_by, requested_by_folded,
-                approved_by, approved_by_folded, approved_at, idempotency_key, :now, :now
-            FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS row (
-                source_ref text, source_ref_folded text, processing_terminal_id text,
-                order_id text, description text, amount bigint, currency text, payee_last4 text,
-                payee_fingerprint text, request text, request_key text, request_sha256 text,
-                requested_by text, requested_by_folded text, approved_by text, approved_by_folded text,
-                approved_at timestamptz, idempotency_key uuid)
-            ON CONFLICT DO NOTHING
-            RETURNING source_ref"""
+            WITH row AS (
+                SELECT * FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS row (
+                    source_ref text, source_ref_folded text, processing_terminal_id text,
+                    order_id text, description text, amount bigint, currency text, payee_last4 text,
+                    payee_fingerprint text, request text, request_key text, request_sha256 text,
+                    requested_by text, requested_by_folded text, approved_by text, approved_by_folded text,
+                    approved_at timestamptz, idempotency_key uuid)
+            ), stored AS (
+                INSERT INTO refund_ledger.refund_instructions (source, source_ref, source_ref_folded,
+                    processing_terminal_id, order_id, description, amount, currency, payee_last4,
+                    payee_fingerprint, request_sha256, requested_by, requested_by_folded, approved_by,
+                    approved_by_folded, approved_at, idempotency_key, created_at)
+                SELECT :source, source_ref, source_ref_folded, processing_terminal_id,
+                    order_id, description, amount, currency, payee_last4, payee_fingerprint,
+                    request_sha256, requested_by, requested_by_folded,
+                    approved_by, approved_by_folded, approved_at, idempotency_key, :now
+                FROM row
+                ON CONFLICT DO NOTHING
+                RETURNING id, source_ref
+            ), frozen AS (
+                INSERT INTO refund_ledger.frozen_requests (refund_id, request, request_key)
+                SELECT id, convert_to(request, 'UTF8'), request_key FROM stored JOIN row USING (source_ref)
+            )
+            SELECT source_ref FROM stored"""
         async with self._transaction() as (connection, now):
             values = {"source": self._settings.source, "now": now, "rows": _as_json(rows)}
             return set((await connection.execute(insert, values)).scalars())
@@ -109,7 +122,7 @@ class Intake(LedgerBase):
     async def spelled(self, folded: Sequence[str]) -> set[str]:
         """Return which of these source_refs, in their folded form, the ledger holds in any spelling."""
         query = """
-            SELECT source_ref_folded FROM refund_ledger.refunds
+            SELECT source_ref_folded FROM refund_ledger.refund_instructions
             WHERE source = :source AND source_ref_folded = ANY(:folded)"""
         async with self._transaction() as (connection, _):
             values = {"source": self._settings.source, "folded": list(folded)}
@@ -129,9 +142,7 @@ class Intake(LedgerBase):
             SELECT :source, key, value, :now, :now, :now FROM jsonb_each(CAST(:invalid AS jsonb))
             ON CONFLICT (source, source_ref) DO UPDATE SET last_seen_at = :now, errors = EXCLUDED.errors,
                 updated_at = CASE WHEN known.errors = EXCLUDED.errors THEN known.updated_at ELSE :now END"""
-        forget = """
-            DELETE FROM refund_ledger.invalid_rows WHERE source = :source AND last_seen_at < :now
-            AND (source_ref = ANY(:valid) OR starts_with(source_ref, :nameless))"""
+        forget = "SELECT refund_ledger.forget_invalid_rows(:source, :valid, :nameless, :now)"
         async with self._transaction() as (connection, now):
             common = {"source": self._settings.source, "now": now}
             await connection.execute(note, {**common, "invalid": json.dumps(invalid)})
@@ -145,17 +156,25 @@ class Intake(LedgerBase):
         :returns: ids and source_refs of all refunds that wait to be sent and that the source does not stand by. Reissues are none of
             them: two people approved them in the ledger, the source has no row of theirs.
         """
-        take_back = """
-            UPDATE refund_ledger.refunds SET status = 'approved', reason = 'Its source row is no longer approved.', updated_at = :now
-            WHERE source = :source AND status = 'released' AND replaces IS NULL AND source_ref <> ALL(:standing)"""
-        query = """
-            SELECT id, source_ref FROM refund_ledger.refunds
-            WHERE source = :source AND status IN ('approved', 'held') AND replaces IS NULL AND source_ref <> ALL(:standing)
+        aside = """
+            SELECT id, source_ref, status FROM refund_ledger.refunds
+            WHERE source = :source AND status IN ('approved', 'held', 'released') AND replaces IS NULL
+              AND source_ref <> ALL(:standing)
             ORDER BY id"""
+        take_back = f"""
+            UPDATE refund_ledger.refund_states
+            SET status = 'approved', reason = 'Its source row is no longer approved.', updated_at = :now
+            WHERE refund_id {OF_MANY} AND status = 'released'"""
         async with self._transaction() as (connection, now):
             values = {"source": self._settings.source, "standing": list(standing)}
-            await connection.execute(take_back, {**values, "now": now})
-            return {row.id: row.source_ref for row in await connection.execute(query, values)}
+            released = [row.id for row in await connection.execute(aside, values) if row.status == "released"]
+            await lock(connection, released)
+            await connection.execute(take_back, {"ids": as_array(released), "now": now})
+            return {
+                row.id: row.source_ref
+                for row in await connection.execute(aside, values)
+                if row.status != "released"
+            }
 
 
 def _as_json(rows: Sequence[tuple[NewRefund, Sealed]]) -> str:

@@ -9,15 +9,16 @@ from datetime import datetime, timedelta
 from functools import cached_property
 from typing import Any
 
-from include.refunds.classify import Outcome, Sighting, Verdict
+from include.refunds.classify import Outcome, Verdict
 from include.refunds.ledger.base import NoSuchRefund
-from include.refunds.ledger.connection import Connection, as_array
+from include.refunds.ledger.connection import Connection, Rows, as_array
 from include.refunds.ledger.control import Control
 from include.refunds.ledger.grouping import Grouped
 from include.refunds.ledger.rows import (
-    COLUMNS,
     IDS,
-    by_id,
+    STATE,
+    changed,
+    lock,
     select_histories,
     select_refunds,
     standing_elsewhere,
@@ -52,12 +53,22 @@ class _Changing:
     """
     A refund and what changes of it.
 
-    :param ends_lease: the change comes from the attempt that the lease belongs to.
+    :param attempt: the attempt that it comes from, ``None`` when it comes from none.
     """
 
     refund: Refund
     change: Change
-    ends_lease: bool
+    attempt: int | None
+
+    @property
+    def ends_lease(self) -> bool:
+        """Whether it comes from the attempt that the lease belongs to."""
+        return self.refund.attempts == self.attempt
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether Payroc shows it outside an attempt: operators find that out too."""
+        return self.attempt is None and self.change.sighting is not None
 
 
 class Records(Control):
@@ -89,13 +100,14 @@ class Records(Control):
     async def _record(self, findings: Sequence[_Finding]) -> list[tuple[Refund, Refund, datetime]]:
         async with self._transaction("record") as (connection, now):
             ids = [finding.refund_id for finding in findings]
-            refunds = await select_refunds(connection, ids, for_update=True)
+            await lock(connection, ids)
+            refunds = await select_refunds(connection, ids)
             for refund_id in ids:
                 if refund_id not in refunds:
                     raise NoSuchRefund(f"The ledger holds no refund {refund_id}.")
             await _finish_attempts(connection, findings, now)
             changes = await self._decide(connection, findings, refunds, now)
-            after = refunds | await self._apply(connection, changes, now)
+            after = await self._apply(connection, refunds, changes, now)
             # The lease is the attempt's: it ends with the attempt's own record, and stands when somebody else's record takes the
             # refund to people, who must not decide while a POST may still be on its way.
             ended = [
@@ -104,9 +116,10 @@ class Records(Control):
                 if item.holds(refunds) and refunds[item.refund_id].status is Status.REVIEW
             ]
             if ended:
-                after |= await _update(
-                    connection, "lease_until = NULL", f"WHERE r.id = ANY({IDS})", {"ids": as_array(ended)}
-                )
+                update = f"""
+                    UPDATE refund_ledger.refund_states AS s SET lease_until = NULL
+                    WHERE refund_id = ANY({IDS}) RETURNING {STATE}"""
+                after |= changed(after, await connection.execute(update, {"ids": as_array(ended)}))
             return [(refunds[refund_id], after[refund_id], now) for refund_id in ids]
 
     async def _decide(
@@ -144,21 +157,27 @@ class Records(Control):
                 restored=item.restored,
             )
             if change is not None:
-                changes.append(_Changing(refund, change, ends_lease=item.holds(refunds)))
+                changes.append(_Changing(refund, change, item.attempt))
         return changes
 
     async def _apply(
-        self, connection: Connection, changes: Sequence[_Changing], now: datetime
+        self,
+        connection: Connection,
+        refunds: Mapping[int, Refund],
+        changes: Sequence[_Changing],
+        now: datetime,
     ) -> dict[int, Refund]:
-        after: dict[int, Refund] = {}
+        after = dict(refunds)
         for number in range(max((len(item.change.steps) for item in changes), default=0)):
-            after |= await _take_step(
-                connection, [item for item in changes if len(item.change.steps) > number], number, now
-            )
+            taking = [item for item in changes if len(item.change.steps) > number]
+            tried = [item for item in taking if not item.is_shown]
+            after |= changed(after, await _take_step(connection, tried, number, now))
+            shown = [item for item in taking if item.is_shown]
+            after |= changed(after, await _note_sightings(connection, shown, number, now))
+        staying = [item for item in changes if item.change.sighting and not item.change.steps]
+        after |= changed(after, await _note_sightings(connection, staying, None, now))
         for item in changes:
             change = item.change
-            if change.sighting and not change.steps:
-                after |= await _note_sighting(connection, item.refund, change.sighting, now)
             if change.contradiction:
                 detail = {"payroc_refund_id": change.contradicting_id} if change.contradicting_id else None
                 await self._event(
@@ -219,32 +238,35 @@ def _outcome(verdict: Verdict) -> Outcome:
 
 async def _take_step(
     connection: Connection, changes: Sequence[_Changing], number: int, now: datetime
-) -> dict[int, Refund]:
+) -> Rows:
     """Bring refunds to the status that their change names at this place."""
-    assignments = """
-        status = step.status, reason = COALESCE(step.reason, r.reason), updated_at = :now,
-        lease_until = CASE WHEN step.keeps_lease THEN r.lease_until ELSE step.wait_until END,
-        next_attempt_at = step.wait_until,
-        first_sent_at = CASE WHEN step.never_sent THEN NULL ELSE r.first_sent_at END,
-        sent_with = CASE WHEN step.never_sent THEN NULL ELSE r.sent_with END,
-        payroc_refund_id = COALESCE(r.payroc_refund_id, step.payroc_refund_id),
-        payroc_status = COALESCE(step.payroc_status, r.payroc_status),
-        payroc_seen_at = CASE WHEN step.payroc_status IS NULL THEN r.payroc_seen_at ELSE :now END"""
-    rows = f"""
+    update = f"""
+        UPDATE refund_ledger.refund_states AS s SET
+            status = step.status, reason = COALESCE(step.reason, s.reason), updated_at = :now,
+            lease_until = CASE WHEN step.keeps_lease THEN s.lease_until ELSE step.wait_until END,
+            next_attempt_at = step.wait_until,
+            first_sent_at = CASE WHEN step.never_sent THEN NULL ELSE s.first_sent_at END,
+            sent_with = CASE WHEN step.never_sent THEN NULL ELSE s.sent_with END,
+            payroc_refund_id = COALESCE(s.payroc_refund_id, step.payroc_refund_id),
+            payroc_status = COALESCE(step.payroc_status, s.payroc_status),
+            payroc_seen_at = CASE WHEN step.payroc_status IS NULL THEN s.payroc_seen_at ELSE :now END
         FROM json_to_recordset(CAST(:steps AS json))
-             AS step (id bigint, status text, reason text, keeps_lease boolean, wait_until timestamptz, never_sent boolean,
-                      payroc_refund_id text, payroc_status text)
-        WHERE r.id = ANY({IDS}) AND r.id = step.id"""
+             AS step (id bigint, status text, reason text, keeps_lease boolean, wait_until timestamptz,
+                      never_sent boolean, payroc_refund_id text, payroc_status text)
+        WHERE s.refund_id = ANY({IDS}) AND s.refund_id = step.id
+        RETURNING {STATE}"""
+    if not changes:
+        return Rows()
     steps = json.dumps([_step(item, item.change.steps[number]) for item in changes])
     values = {"steps": steps, "ids": as_array(item.refund.id for item in changes), "now": now}
-    return await _update(connection, assignments, rows, values)
+    return await connection.execute(update, values)
 
 
-def _step(item: _Changing, status: Status) -> dict[str, Any]:
+def _step(item: _Changing, status: Status | None) -> dict[str, Any]:
     change, sighting = item.change, item.change.sighting
     return {
         "id": item.refund.id,
-        "status": status.value,
+        "status": status,
         "reason": change.reason,
         "keeps_lease": status is Status.REVIEW and not item.ends_lease,
         "wait_until": change.wait_until.isoformat() if change.wait_until else None,
@@ -254,24 +276,16 @@ def _step(item: _Changing, status: Status) -> dict[str, Any]:
     }
 
 
-async def _note_sighting(
-    connection: Connection, refund: Refund, sighting: Sighting, now: datetime
-) -> dict[int, Refund]:
-    """Keep what Payroc said of a refund whose status stays."""
-    assignments = """
-        payroc_refund_id = COALESCE(payroc_refund_id, :payroc_refund_id), payroc_status = :payroc_status, payroc_seen_at = :now,
-        updated_at = CASE WHEN payroc_refund_id = :payroc_refund_id AND payroc_status = :payroc_status THEN updated_at ELSE :now END"""
-    values = {
-        "id": refund.id,
-        "payroc_refund_id": sighting.payroc_refund_id,
-        "payroc_status": sighting.payroc_status,
-        "now": now,
-    }
-    return await _update(connection, assignments, "WHERE r.id = :id", values)
-
-
-async def _update(
-    connection: Connection, assignments: str, rows: str, values: dict[str, Any]
-) -> dict[int, Refund]:
-    update = f"UPDATE refund_ledger.refunds AS r SET {assignments} {rows} RETURNING {COLUMNS}"
-    return by_id(await connection.execute(update, values))
+async def _note_sightings(
+    connection: Connection, changes: Sequence[_Changing], number: int | None, now: datetime
+) -> Rows:
+    """Keep what Payroc shows of refunds that go to the status at this place, or stay where they are (``None``)."""
+    note = f"""
+        SELECT {STATE} FROM json_to_recordset(CAST(:shown AS json))
+            AS shown (id bigint, status text, reason text, payroc_refund_id text, payroc_status text),
+        LATERAL refund_ledger.note_sighting(id, shown.status, shown.reason, shown.payroc_refund_id,
+            shown.payroc_status, :now) AS s"""
+    if not changes:
+        return Rows()
+    shown = [_step(item, item.change.steps[number] if number is not None else None) for item in changes]
+    return await connection.execute(note, {"shown": json.dumps(shown), "now": now})

@@ -21,21 +21,23 @@ class KeptRequest:
 
 
 class Requests(Control):
-    """The column ``request`` of ``refunds``."""
+    """The table ``frozen_requests``."""
 
     async def empty_requests(self, kept_for: timedelta, limit: int) -> int:
         """
         Empty the requests of refunds that ended long ago, and return how many. What was emptied stays empty.
 
         :param kept_for: how long a request is kept after the refund has ended.
-        :param limit: at most so many, the oldest first.
+        :param limit: at most so many, in the order of their ids.
         """
         update = """
-            UPDATE refund_ledger.refunds SET request = NULL WHERE id IN (
-                SELECT id FROM refund_ledger.refunds
+            UPDATE refund_ledger.frozen_requests SET request = NULL WHERE refund_id IN (
+                SELECT q.refund_id FROM refund_ledger.frozen_requests AS q
+                JOIN refund_ledger.refund_states AS s ON s.refund_id = q.refund_id
+                JOIN refund_ledger.refund_instructions ON id = q.refund_id
                 WHERE source = :source AND request IS NOT NULL AND updated_at <= :before
                   AND status IN ('settled', 'returned', 'reversed', 'rejected', 'cancelled')
-                ORDER BY updated_at, id LIMIT :limit)"""
+                ORDER BY q.refund_id LIMIT :limit)"""
         async with self._transaction() as (connection, now):
             values = {"source": self._settings.source, "before": now - kept_for, "limit": limit}
             return await connection.change(update, values)
@@ -43,7 +45,8 @@ class Requests(Control):
     async def requests_by_key(self) -> dict[str, int]:
         """Return how many requests each key encrypted; ``unknown`` counts those from before the ledger noted it."""
         query = """
-            SELECT COALESCE(request_key, 'unknown') AS key, count(*) AS requests FROM refund_ledger.refunds
+            SELECT COALESCE(request_key, 'unknown') AS key, count(*) AS requests
+            FROM refund_ledger.frozen_requests JOIN refund_ledger.refund_instructions ON id = refund_id
             WHERE source = :source AND request IS NOT NULL GROUP BY 1 ORDER BY 1"""
         async with self._transaction() as (connection, _):
             return {
@@ -54,9 +57,10 @@ class Requests(Control):
     async def requests_to_rotate(self, key_id: str, *, after: int, limit: int) -> list[KeptRequest]:
         """Return requests that another key encrypted, by id."""
         query = """
-            SELECT id, request, request_key, request_sha256 FROM refund_ledger.refunds
-            WHERE source = :source AND request IS NOT NULL AND request_key IS DISTINCT FROM :key_id AND id > :after
-            ORDER BY id LIMIT :limit"""
+            SELECT id, request, request_key, request_sha256
+            FROM refund_ledger.frozen_requests JOIN refund_ledger.refund_instructions ON id = refund_id
+            WHERE source = :source AND request IS NOT NULL AND request_key IS DISTINCT FROM :key_id AND refund_id > :after
+            ORDER BY refund_id LIMIT :limit"""
         async with self._transaction() as (connection, _):
             values = {"source": self._settings.source, "key_id": key_id, "after": after, "limit": limit}
             return [KeptRequest(**row) for row in (await connection.execute(query, values))]
@@ -64,7 +68,8 @@ class Requests(Control):
     async def store_rotated(self, rows: Sequence[tuple[KeptRequest, Sealed]]) -> int:
         """Put newly encrypted requests in the place of the old ones, and return how many; one that was emptied meanwhile stays empty."""
         update = """
-            UPDATE refund_ledger.refunds SET request = :new, request_key = :key_id WHERE id = :id AND request = :old"""
+            UPDATE refund_ledger.frozen_requests SET request = :new, request_key = :key_id
+            WHERE refund_id = :id AND request = :old"""
         stored = 0
         async with self._transaction() as (connection, _):
             for kept, sealed in rows:

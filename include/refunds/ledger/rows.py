@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from include.refunds.ledger.base import NoSuchRefund
@@ -11,11 +12,46 @@ from include.refunds.ledger.connection import Connection, as_array
 from include.refunds.refund import History, Refund
 from include.refunds.states import Status
 
-COLUMNS = ", ".join(f"r.{name}" for name in Refund.__slots__)
+# What changes of a refund, and what its frozen request says; all else is the instruction's.
+_OF_STATE = frozenset(
+    {
+        "sent_with",
+        "status",
+        "reason",
+        "released_at",
+        "attempts",
+        "first_sent_at",
+        "lease_until",
+        "next_attempt_at",
+        "payroc_refund_id",
+        "payroc_status",
+        "updated_at",
+    }
+)
+_OF_REQUEST = frozenset({"request", "request_key"})
+
+
+def _column(name: str) -> str:
+    return f"{'s' if name in _OF_STATE else 'q' if name in _OF_REQUEST else 'i'}.{name}"
+
+
+COLUMNS = ", ".join(map(_column, Refund.__slots__))
+"""The columns of a refund, of its state ``s``, its instruction ``i`` and its request ``q``."""
+
+REFUNDS = """refund_ledger.refund_states AS s JOIN refund_ledger.refund_instructions AS i ON i.id = s.refund_id
+    LEFT JOIN refund_ledger.frozen_requests AS q ON q.refund_id = s.refund_id"""
+"""The tables of :data:`COLUMNS`."""
+
+_STATE = [name for name in Refund.__slots__ if name in _OF_STATE]
+STATE = ", ".join(("s.refund_id", *map(_column, _STATE)))
+"""The columns that :func:`changed` takes, of a state ``s``."""
+
 _STATUS = Refund.__slots__.index("status")
 
-# Ids as a statement's value, given by as_array().
+# Ids as a statement's value, given by as_array(). Those of a group are compared with each row; those of many
+# refunds are joined, because the time of a comparison with each grows with both.
 IDS = "CAST(CAST(:ids AS text) AS bigint[])"
+OF_MANY = f"IN (SELECT unnest({IDS}))"
 
 
 def as_refund(row: Sequence[Any]) -> Refund:
@@ -30,29 +66,55 @@ def by_id(rows: Iterable[Sequence[Any]]) -> dict[int, Refund]:
     return {refund.id: refund for refund in map(as_refund, rows)}
 
 
-async def select_refunds(
-    connection: Connection, refund_ids: Sequence[int], *, for_update: bool = False
-) -> dict[int, Refund]:
-    """
-    Return refunds by their id; those that do not exist are left out.
+def changed(refunds: Mapping[int, Refund], rows: Iterable[Mapping[str, Any]]) -> dict[int, Refund]:
+    """Return refunds with the states of rows of :data:`STATE`, by their ids."""
+    return {
+        row["refund_id"]: replace(
+            refunds[row["refund_id"]],
+            **{name: row[name] for name in _STATE if name != "status"},
+            status=Status(row["status"]),
+        )
+        for row in rows
+    }
 
-    :param for_update: lock their rows until the end of the transaction, in the order of their ids, so that two workers with the same
-        refunds wait for each other and are not deadlocked.
+
+async def lock(connection: Connection, refund_ids: Iterable[int]) -> None:
     """
-    query = f"SELECT {COLUMNS} FROM refund_ledger.refunds AS r WHERE id = ANY({IDS}) ORDER BY id" + (
-        " FOR UPDATE" if for_update else ""
-    )
+    Lock the states of refunds until the end of the transaction, in the order of their ids, so that two
+    transactions with the same refunds wait for each other and are not deadlocked.
+
+    A statement that has waited for a row goes on with the snapshot that it had before. So this is a statement of
+    its own, and the next one sees everything as the last transaction left it.
+    """
+    query = f"""
+        SELECT FROM refund_ledger.refund_states WHERE refund_id {OF_MANY}
+        ORDER BY refund_id FOR NO KEY UPDATE OF refund_states"""
+    await connection.execute(query, {"ids": as_array(refund_ids)})
+
+
+async def select_refunds(connection: Connection, refund_ids: Iterable[int]) -> dict[int, Refund]:
+    """Return refunds by their id; those that do not exist are left out."""
+    query = f"SELECT {COLUMNS} FROM {REFUNDS} WHERE s.refund_id = ANY({IDS})"
     return by_id(await connection.execute(query, {"ids": as_array(refund_ids)}))
 
 
-async def select_refund(connection: Connection, refund_id: int, *, for_update: bool = False) -> Refund:
+async def lock_refund(connection: Connection, refund_id: int) -> Refund:
+    """
+    Lock a refund's state until the end of the transaction, and return the refund.
+
+    :raises NoSuchRefund: when there is none.
+    """
+    await lock(connection, [refund_id])
+    return await select_refund(connection, refund_id)
+
+
+async def select_refund(connection: Connection, refund_id: int) -> Refund:
     """
     Return a refund.
 
-    :param for_update: lock its row until the end of the transaction.
     :raises NoSuchRefund: when there is none.
     """
-    refund = (await select_refunds(connection, [refund_id], for_update=for_update)).get(refund_id)
+    refund = (await select_refunds(connection, [refund_id])).get(refund_id)
     if refund is None:
         raise NoSuchRefund(f"The ledger holds no refund {refund_id}.")
     return refund
@@ -93,12 +155,12 @@ async def standing_elsewhere(connection: Connection, payroc_refund_ids: Mapping[
     if not payroc_refund_ids:
         return set()
     query = """
-        SELECT id, payroc_refund_id FROM refund_ledger.refunds
+        SELECT refund_id, payroc_refund_id FROM refund_ledger.refund_states
         WHERE payroc_refund_id = ANY(ARRAY(SELECT json_array_elements_text(CAST(:payroc_refund_ids AS json))))"""
     found = await connection.execute(
         query, {"payroc_refund_ids": json.dumps(list(payroc_refund_ids.values()))}
     )
-    owner = {row.payroc_refund_id: row.id for row in found}
+    owner = {row.payroc_refund_id: row.refund_id for row in found}
     return {
         refund_id
         for refund_id, named in payroc_refund_ids.items()

@@ -15,7 +15,7 @@ from include.refunds.classify import EVERYTHING
 from include.refunds.ledger.base import LedgerError
 from include.refunds.ledger.connection import Connection, Row, as_array
 from include.refunds.ledger.control import NOT_PAUSED, Control
-from include.refunds.ledger.rows import IDS
+from include.refunds.ledger.rows import IDS, OF_MANY, lock
 from include.refunds.limits import (
     LIMITS,
     AtTheGate,
@@ -38,9 +38,9 @@ RELEASE_VALID = timedelta(hours=24)
 # A refund in doubt whose wait ends within this time is worth waiting for inside a run.
 DUE_WITHIN = timedelta(minutes=5)
 
-# True of a row r of refunds that replaces none, or of whose chain none was paid, or none is any more: a refund that turned out to be
+# True of a refund that replaces none, or of whose chain none was paid, or none is any more: a refund that turned out to be
 # paid after all must not be paid again by a reissue.
-REPLACED_STANDS = "(r.replaces IS NULL OR refund_ledger.ended_unpaid(r.replaces))"
+REPLACED_STANDS = "(replaces IS NULL OR refund_ledger.ended_unpaid(replaces))"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +85,18 @@ class Runs(Control):
 
     async def return_stale_releases(self) -> int:
         """Return released refunds that nobody sent in time to ``approved``, and their number."""
-        update = """
-            UPDATE refund_ledger.refunds SET status = 'approved', reason = 'The release was not used in time.', updated_at = :now
+        stale = """
+            SELECT id FROM refund_ledger.refunds
             WHERE source = :source AND status = 'released' AND released_at <= :oldest"""
+        update = f"""
+            UPDATE refund_ledger.refund_states
+            SET status = 'approved', reason = 'The release was not used in time.', updated_at = :now
+            WHERE refund_id {OF_MANY} AND status = 'released' AND released_at <= :oldest"""
         async with self._transaction() as (connection, now):
             values = {"source": self._settings.source, "now": now, "oldest": now - RELEASE_VALID}
-            return await connection.change(update, values)
+            ids = (await connection.execute(stale, values)).scalars()
+            await lock(connection, ids)
+            return await connection.change(update, {**values, "ids": as_array(ids)})
 
     async def candidates(
         self, selection: Selection, *, standing: Sequence[str] | None = None, ids: Sequence[int] | None = None
@@ -105,11 +111,11 @@ class Runs(Control):
         :param ids: only those of these ids.
         """
         query = f"""
-            SELECT {", ".join(Candidate.__slots__)} FROM refund_ledger.refunds AS r
+            SELECT {", ".join(Candidate.__slots__)} FROM refund_ledger.refunds
             WHERE source = :source AND status IN ('approved', 'released') AND payroc_refund_id IS NULL
               AND {NOT_PAUSED} AND {REPLACED_STANDS}
               AND (CAST(:standing AS text[]) IS NULL OR source_ref = ANY(CAST(:standing AS text[])) OR replaces IS NOT NULL)
-              AND (CAST(:ids AS bigint[]) IS NULL OR id = ANY(CAST(:ids AS bigint[])))
+              AND (CAST(:ids AS text) IS NULL OR id {OF_MANY})
               AND (CAST(:refs AS text[]) IS NULL OR source_ref = ANY(CAST(:refs AS text[])))
               AND (CAST(:terminal AS text) IS NULL OR processing_terminal_id = :terminal)
               AND (CAST(:before AS timestamptz) IS NULL OR approved_at < :before)
@@ -117,7 +123,7 @@ class Runs(Control):
         values = {
             "source": self._settings.source,
             "standing": None if standing is None else list(standing),
-            "ids": None if ids is None else list(ids),
+            "ids": None if ids is None else as_array(ids),
             "refs": list(selection.source_refs) or None,
             "terminal": selection.processing_terminal_id,
             "before": selection.approved_before,
@@ -244,10 +250,9 @@ class Runs(Control):
                 approved_by = NULL, approved_at = NULL, approved_hash = NULL
             WHERE run_id = :run_id AND asked_hash = candidates_hash"""
         # The next run must not let pass by itself what a person has refused.
-        mark = """
-            UPDATE refund_ledger.refunds SET run_rejected_by = :by
-            WHERE status IN ('approved', 'released') AND id IN (
-                SELECT unnest(candidate_ids) FROM refund_ledger.refund_runs WHERE run_id = :run_id)"""
+        mark = f"""
+            UPDATE refund_ledger.refund_states SET run_rejected_by = :by
+            WHERE status IN ('approved', 'released') AND refund_id {OF_MANY}"""
         await self._answered(run_id, update, "rejection", by, mark)
 
     async def _answered(self, run_id: str, update: str, event: str, by: str, also: str | None = None) -> None:
@@ -259,7 +264,8 @@ class Runs(Control):
                     "so the answer counts for nothing: trigger a new run, which asks about what is approved now."
                 )
             if also is not None:
-                await connection.execute(also, {"run_id": run_id, "by": by})
+                await lock(connection, run.candidate_ids)
+                await connection.execute(also, {"ids": as_array(run.candidate_ids), "by": by})
             detail = {"run_id": run_id, "candidates_hash": run.candidates_hash, **run.approval_basis}
             await self._event(
                 connection, event, reason=f"Answered by {by} in Airflow.", detail=detail, actor=by
@@ -293,19 +299,20 @@ class Runs(Control):
         :raises LedgerError: when the run holds no answer about its approval, or one about other candidates.
         """
         take_back = """
-            UPDATE refund_ledger.refunds SET status = 'approved', reason = :reason, updated_at = :now
-            WHERE id = :id AND status = 'released'"""
-        release = """
-            UPDATE refund_ledger.refunds SET status = 'released', reason = NULL, holds = '{}',
-                first_released_approver = :approver, run_rejected_by = NULL,
+            UPDATE refund_ledger.refund_states SET status = 'approved', reason = :reason, updated_at = :now
+            WHERE refund_id = :id AND status = 'released'"""
+        release = f"""
+            UPDATE refund_ledger.refund_states SET status = 'released', reason = NULL, holds = '{{}}',
+                run_rejected_by = NULL,
                 released_by = :actor, released_run = :run_id, released_at = :now, updated_at = :now
-            WHERE id = ANY(:ids) AND status = 'approved'"""
+            WHERE refund_id {OF_MANY} AND status = 'approved'"""
         hold = """
-            UPDATE refund_ledger.refunds SET status = 'held', holds = :holds, reason = :reason, updated_at = :now
-            WHERE id = :id AND status IN ('approved', 'released')"""
-        query = """
+            UPDATE refund_ledger.refund_states
+            SET status = 'held', holds = :holds, reason = :reason, updated_at = :now
+            WHERE refund_id = :id AND status IN ('approved', 'released')"""
+        query = f"""
             SELECT id, amount, currency FROM refund_ledger.refunds
-            WHERE id = ANY(:ids) AND status = 'released' ORDER BY approved_at, id"""
+            WHERE id {OF_MANY} AND status = 'released' ORDER BY approved_at, id"""
         note = """
             UPDATE refund_ledger.refund_runs SET released = :released, released_totals = CAST(:totals AS jsonb),
                 counted = CAST(:counted AS jsonb), findings = findings || CAST(:findings AS jsonb)
@@ -317,6 +324,7 @@ class Runs(Control):
             control = await self._control(connection)
             run = await self._run(connection, run_id)
             await self._check_approval(connection, run, candidate_ids, control.limits, now)
+            await lock(connection, candidate_ids)
             for refund_id, finding in withdrawn.items():
                 await connection.execute(take_back, {"id": refund_id, "reason": finding, "now": now})
             ids = sorted({*standing_ids} & {*candidate_ids})
@@ -324,9 +332,8 @@ class Runs(Control):
             await connection.execute(
                 release,
                 {
-                    "ids": decision.released,
+                    "ids": as_array(decision.released),
                     "actor": self._actor,
-                    "approver": run.approved_by,
                     "run_id": run_id,
                     "now": now,
                 },
@@ -335,7 +342,7 @@ class Runs(Control):
                 await connection.execute(
                     hold, {"id": refund_id, "holds": list(held.names), "reason": held.reason, "now": now}
                 )
-            released = await connection.execute(query, {"ids": decision.released})
+            released = await connection.execute(query, {"ids": as_array(decision.released)})
             await connection.execute(
                 note,
                 {
@@ -388,26 +395,25 @@ class Runs(Control):
     ) -> GateDecision:
         columns = """id, order_id, amount, currency, payee_fingerprint AS payee, status, released_holds, first_released_at"""
         asking = f"""
-            SELECT {columns} FROM refund_ledger.refunds AS r
-            WHERE id = ANY(:ids) AND source = :source AND status IN ('approved', 'released')
+            SELECT {columns} FROM refund_ledger.refunds
+            WHERE id {OF_MANY} AND source = :source AND status IN ('approved', 'released')
               AND processing_terminal_id <> ALL(:paused) AND {REPLACED_STANDS}
             ORDER BY approved_at, id"""
         earlier = f"""
-            SELECT {columns} FROM refund_ledger.refunds
-            WHERE source = :source AND payee_fingerprint = ANY(:payees) AND first_released_at > :since"""
+            SELECT {columns} FROM refund_ledger.refunds WHERE id IN (
+                SELECT refund_id FROM refund_ledger.first_releases
+                WHERE payee_fingerprint = ANY(:payees) AND at > :since)"""
         source = self._settings.source
         wanted = [] if EVERYTHING in control.paused else list(ids)
         rows = _at_the_gate(
             await connection.execute(
-                asking, {"ids": wanted, "source": source, "paused": list(control.paused)}
+                asking, {"ids": as_array(wanted), "source": source, "paused": list(control.paused)}
             )
         )
         before: list[AtTheGate] = []
         if control.limits.looks_back:
             since, payees = now - control.limits.looks_back, list({row.payee for row in rows})
-            before = _at_the_gate(
-                await connection.execute(earlier, {"source": source, "payees": payees, "since": since})
-            )
+            before = _at_the_gate(await connection.execute(earlier, {"payees": payees, "since": since}))
         today = await self._released_today(connection, now)
         return decide_at_gate(rows, control.limits, run=counted, day=today, earlier=before, now=now)
 
@@ -415,7 +421,7 @@ class Runs(Control):
         self, connection: Connection, run: Row, now: datetime
     ) -> dict[str, dict[str, int]]:
         """Return what other runs released today without a person, and this one before it was pulled anew."""
-        others = "first_released_run IS DISTINCT FROM :run_id AND first_released_approver IS NULL"
+        others = "run IS DISTINCT FROM :run_id AND approver IS NULL"
         return added(
             await self._released_today(connection, now, others, run_id=run.run_id), run.counted_before
         )
@@ -424,16 +430,14 @@ class Runs(Control):
         self, connection: Connection, now: datetime, condition: str = "true", **values: str
     ) -> dict[str, dict[str, int]]:
         """Return the sums of what passed the gate for the first time today, per currency."""
-        # What was released today was changed today, and that has an index.
         query = f"""
-            SELECT currency, count(*) AS count, sum(amount) AS amount FROM refund_ledger.refunds
-            WHERE source = :source AND updated_at >= :day AND first_released_at >= :day AND {condition} GROUP BY currency"""
-        day = day_start(now, self._settings.timezone)
-        return await _sums(connection, query, {"source": self._settings.source, "day": day, **values})
+            SELECT currency, count(*) AS count, sum(amount) AS amount FROM refund_ledger.first_releases
+            WHERE at >= :day AND {condition} GROUP BY currency"""
+        return await _sums(connection, query, {"day": day_start(now, self._settings.timezone), **values})
 
     async def terminals(self, refund_ids: Sequence[int]) -> set[str]:
         """Return the processing terminals of refunds."""
-        query = f"SELECT DISTINCT processing_terminal_id FROM refund_ledger.refunds WHERE id = ANY({IDS})"
+        query = f"SELECT DISTINCT processing_terminal_id FROM refund_ledger.refund_instructions WHERE id = ANY({IDS})"
         async with self._transaction() as (connection, _):
             return set((await connection.execute(query, {"ids": as_array(refund_ids)})).scalars())
 
@@ -466,28 +470,29 @@ def _no_run(run_id: str) -> LedgerError:
 
 async def _why_ask(connection: Connection, limits: Limits, today: Totals, run: Row) -> str | None:
     # Counted now and not when the run was pulled: another run with these refunds may have been rejected since.
-    rejected = "SELECT count(run_rejected_by) FROM refund_ledger.refunds WHERE id = ANY(:ids)"
-    count = (await connection.execute(rejected, {"ids": run.candidate_ids})).scalar_one()
+    rejected = f"SELECT count(run_rejected_by) FROM refund_ledger.refund_states WHERE refund_id {OF_MANY}"
+    count = (await connection.execute(rejected, {"ids": as_array(run.candidate_ids)})).scalar_one()
     return who_to_ask(limits, today=today, run=run.approval_basis["totals"], rejected=count)
 
 
 async def _approval_basis(connection: Connection, ids: Sequence[int]) -> dict[str, Any]:
     """Return what a run would release for the first time, to how many new payees, and how many again."""
-    sums = """
+    sums = f"""
         SELECT currency, count(*) AS count, sum(amount) AS amount, max(amount) AS largest
-        FROM refund_ledger.refunds WHERE id = ANY(:ids) AND first_released_at IS NULL GROUP BY currency"""
-    payees = """
+        FROM refund_ledger.refunds WHERE id {OF_MANY} AND first_released_at IS NULL GROUP BY currency"""
+    payees = f"""
         SELECT count(DISTINCT payee_fingerprint) FROM refund_ledger.refunds AS r
-        WHERE id = ANY(:ids) AND first_released_at IS NULL AND NOT EXISTS (
-            SELECT FROM refund_ledger.refunds AS before
-            WHERE before.payee_fingerprint = r.payee_fingerprint AND before.first_released_at IS NOT NULL)"""
-    others = """
+        WHERE id {OF_MANY} AND first_released_at IS NULL AND NOT EXISTS (
+            SELECT FROM refund_ledger.first_releases AS before
+            WHERE before.payee_fingerprint = r.payee_fingerprint)"""
+    others = f"""
         SELECT count(*) FILTER (WHERE first_released_at IS NOT NULL) AS again
-        FROM refund_ledger.refunds WHERE id = ANY(:ids)"""
+        FROM refund_ledger.refunds WHERE id {OF_MANY}"""
+    values = {"ids": as_array(ids)}
     return {
-        "totals": await _sums(connection, sums, {"ids": list(ids)}),
-        **(await connection.execute(others, {"ids": list(ids)})).one(),
-        "new_payees": (await connection.execute(payees, {"ids": list(ids)})).scalar_one(),
+        "totals": await _sums(connection, sums, values),
+        **(await connection.execute(others, values)).one(),
+        "new_payees": (await connection.execute(payees, values)).scalar_one(),
     }
 
 
@@ -502,9 +507,9 @@ async def _sums(connection: Connection, query: str, values: dict[str, Any]) -> d
 
 async def _waiting(connection: Connection, waiting: dict[int, str]) -> dict[str, dict[str, dict[str, int]]]:
     """Return counts and sums per cap and currency of what waits for room."""
-    query = "SELECT id, currency, amount FROM refund_ledger.refunds WHERE id = ANY(:ids)"
+    query = f"SELECT id, currency, amount FROM refund_ledger.refund_instructions WHERE id {OF_MANY}"
     by_cap: dict[str, list[tuple[str, int]]] = {}
-    for row in await connection.execute(query, {"ids": list(waiting)}):
+    for row in await connection.execute(query, {"ids": as_array(waiting)}):
         by_cap.setdefault(waiting[row.id], []).append((row.currency, row.amount))
     return {cap: totals(amounts) for cap, amounts in by_cap.items()}
 

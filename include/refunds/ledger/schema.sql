@@ -5,20 +5,24 @@
 --
 --   1  Schema and owner
 --   2  Functions that several tables use
---   3  Refunds
---   4  Attempts
---   5  Events and their seals
---   6  Runs
---   7  Control: pauses, bonds, limits, restore
---   8  Invalid rows and write-back notes
---   9  The view without requests
---   10 Who may do what
+--   3  Refunds: what was approved
+--   4  Refunds: what happens to them
+--   5  Attempts
+--   6  Events and their seals
+--   7  Runs
+--   8  Control: pauses, bonds, limits, restore
+--   9  Invalid rows and write-back notes
+--   10 The view of all refunds
+--   11 Who may do what
+--
+-- What was approved never changes, so it is a table of its own, and so is the frozen request, which holds the
+-- bank data. What happens to a refund is a narrow row beside them. The view of section 10 puts them together.
 --
 -- The life of a refund: it is approved; a limit may hold it until an operator unholds or cancels it; a run
 -- releases it, which is the only gate to Payroc; a worker sends it. Then Payroc has accepted or rejected it,
 -- or nobody knows (unknown) and it is looked up or sent again with the same key and the same bytes. What is
 -- accepted settles; a bank may return it, an operator may reverse it. What nobody but an operator can decide
--- is in review. Section 3 has the complete graph, in guard_refund.
+-- is in review. Section 4 has the complete graph, in guard_state.
 --
 -- Roles. They belong to the server and cannot log in; each login is granted one of them.
 --
@@ -66,11 +70,15 @@ SET LOCAL ROLE refunds_migrator;
 -- Every function here but now() sets its search path: with the caller's, operators of a schema of the
 -- caller's could stand in the place of `=` and `<>`.
 
--- Refuse what none of these roles may do. A login that was granted none of them is refused as well.
+-- Refuse what none of these roles may do. A login that was granted none of them is refused as well. In a
+-- function with its owner's rights the login behind the call counts.
 CREATE FUNCTION refund_ledger.require(what text, VARIADIC roles text[]) RETURNS void
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    login CONSTANT name :=
+        CASE WHEN current_user = 'refunds_migrator' THEN session_user ELSE current_user END;
 BEGIN
-    IF NOT EXISTS (SELECT FROM unnest(roles) AS role WHERE pg_has_role(current_user, role, 'USAGE')) THEN
+    IF NOT EXISTS (SELECT FROM unnest(roles) AS role WHERE pg_has_role(login, role, 'USAGE')) THEN
         RAISE EXCEPTION '% takes the role %', what, array_to_string(roles, ' or ')
             USING ERRCODE = 'insufficient_privilege';
     END IF;
@@ -97,16 +105,50 @@ BEGIN
 END $$;
 
 
--- 3  Refunds ------------------------------------------------------------------------------------------------
+-- 3  Refunds: what was approved -----------------------------------------------------------------------------
 
--- One row per approved refund, and per reissue. It is inserted once, moves along the graph of guard_refund,
--- and is never deleted.
-CREATE TABLE refund_ledger.refunds (
+-- A text as Python's json.dumps writes it: in ASCII, with \u and four hex digits for everything else.
+CREATE FUNCTION refund_ledger.json_text(value text) RETURNS text
+    LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT '"' || COALESCE(string_agg(CASE
+            WHEN letter IN ('"', '\') THEN '\' || letter
+            WHEN code BETWEEN 32 AND 126 THEN letter
+            WHEN code IN (8, 9, 10, 12, 13) THEN '\' || translate(letter, E'\b\t\n\f\r', 'btnfr')
+            WHEN code < 65536 THEN '\u' || lpad(to_hex(code), 4, '0')
+            -- Beyond the first 65,536 code points JSON has two surrogates.
+            ELSE '\u' || to_hex(55296 + ((code - 65536) >> 10))
+                || '\u' || to_hex(56320 + ((code - 65536) & 1023))
+        END, '' ORDER BY place), '') || '"'
+    FROM unnest(string_to_array(value, NULL)) WITH ORDINALITY AS letters (letter, place),
+         LATERAL (SELECT ascii(letter)) AS codes (code)
+$$;
+
+-- The idempotency key of a refund, as idempotency_key of include/refunds/keys.py derives it: the first half
+-- of the SHA-256 of json.dumps([source, source_ref]), with the bits that say "UUID, version 4". Names in
+-- plain ASCII, nearly all there are, take a way that is ten times as short.
+CREATE FUNCTION refund_ledger.refund_key(source text, source_ref text) RETURNS uuid
+    LANGUAGE plpgsql IMMUTABLE STRICT PARALLEL SAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    json text;
+    half bytea;
+BEGIN
+    IF source || source_ref ~ '[^ -~]' THEN
+        json := '[' || refund_ledger.json_text(source) || ', ' || refund_ledger.json_text(source_ref) || ']';
+    ELSE
+        json := '["' || replace(replace(source, '\', '\\'), '"', '\"')
+            || '", "' || replace(replace(source_ref, '\', '\\'), '"', '\"') || '"]';
+    END IF;
+    half := substring(sha256(convert_to(json, 'UTF8')) FROM 1 FOR 16);
+    half := set_byte(half, 6, get_byte(half, 6) & 15 | 64);
+    half := set_byte(half, 8, get_byte(half, 8) & 63 | 128);
+    RETURN encode(half, 'hex')::uuid;
+END $$;
+
+-- One row per approved refund, and per reissue: what was approved. A row is inserted once and never changed:
+-- no role has the right, and a trigger refuses it to the owner too.
+CREATE TABLE refund_ledger.refund_instructions (
     -- The ledger's number of the refund; tasks and operators name it by this.
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-
-    -- What was approved. None of it ever changes (guard_refund).
-
     -- The source's name, from PAYROC_REFUNDS_SOURCE. The key derives from it.
     source text NOT NULL CHECK (length(source) BETWEEN 1 AND 100),
     -- The id of the row in the source, or of a reissue its own. The key derives from it.
@@ -143,90 +185,24 @@ CREATE TABLE refund_ledger.refunds (
     -- When it was approved, by the source's clock. Infinity and years before the project are mistakes.
     approved_at timestamptz NOT NULL
         CHECK (approved_at >= '2000-01-01 00:00:00+00' AND approved_at < 'infinity'),
-    -- The key that every attempt sends, derived from source and source_ref. Unique: two refunds never share
-    -- one.
+    -- The key that every attempt sends. Unique, and derived (key_is_derived): so a source row becomes a
+    -- refund once, however often it is pulled, and a row is found by its source_ref.
     idempotency_key uuid NOT NULL UNIQUE,
     -- The refund that this one pays again (a reissue); NULL for all that come from the source.
-    replaces bigint REFERENCES refund_ledger.refunds (id),
+    replaces bigint REFERENCES refund_ledger.refund_instructions (id),
+    -- Why it is paid again, in a sentence for people; NULL for all that come from the source.
+    reissue_reason text,
     -- When the ledger stored it.
     created_at timestamptz NOT NULL,
 
-    -- The frozen request.
-
-    -- The body that every attempt sends, encrypted; it holds the bank data. The follow-up empties it some
-    -- time (PAYROC_REFUNDS_REQUEST_DAYS) after the refund has settled or ended otherwise; then it stays NULL.
-    request bytea,
-    -- Which key encrypted it, by the first digits of the key's hash; a rotation finds by it what is left to
-    -- do.
-    request_key text,
-
-    -- Where it is.
-
-    -- Its place in the graph of guard_refund.
-    status text NOT NULL DEFAULT 'approved' CHECK (status IN (
-        'approved', 'held', 'released', 'sending', 'unknown', 'accepted',
-        'settled', 'returned', 'reversed', 'rejected', 'review', 'cancelled')),
-    -- Why it is there, in a sentence for people, without bank data.
-    reason text,
-    -- When status, reason or Payroc's answer last changed. No two changes of a refund share one
-    -- (guard_refund).
-    updated_at timestamptz NOT NULL,
-    -- The updated_at that the source has; any other value means that the row is due to be written.
-    written_back_at timestamptz,
-
-    -- The gate.
-
-    -- The limits that hold it now, such as largest_refund or "duplicate of 17"; empty when none does.
-    holds text[] NOT NULL DEFAULT '{}',
-    -- The holds that an operator has ended; the same ones do not hold it again.
-    released_holds text[] NOT NULL DEFAULT '{}',
-    -- Who rejected a run with this refund; every later run with it needs approval, until one releases it.
-    run_rejected_by text,
-    -- Who released it last: the actor of the run.
-    released_by text,
-    -- Which run released it last.
-    released_run text,
-    -- When it was last released. A release is good for 24 hours.
-    released_at timestamptz,
-    -- When it was first released, or found to be paid without that. From then on it counts against the
-    -- limits.
-    first_released_at timestamptz,
-    -- Which run released it first.
-    first_released_run text,
-    -- Who approved that run; NULL when the thresholds asked nobody.
-    first_released_approver text,
-
-    -- Sending.
-
-    -- How many attempts were claimed. The newest has this number.
-    attempts integer NOT NULL DEFAULT 0 CHECK (attempts >= 0),
-    -- When the first attempt that may have reached Payroc was claimed. Payroc keeps a key for 7 days from
-    -- then on; after 6 there is no POST any more.
-    first_sent_at timestamptz,
-    -- A hash of the API host and key of that attempt; a key may mean nothing with others.
-    sent_with text,
-    -- Until when the newest attempt may still send: longer than its token lives. Nobody else sends before
-    -- that.
-    lease_until timestamptz,
-    -- When the next attempt may begin at the earliest.
-    next_attempt_at timestamptz,
-
-    -- What Payroc says.
-
-    -- The id of Payroc's object; Payroc's length. Once known it never changes.
-    payroc_refund_id text CHECK (length(payroc_refund_id) = 10),
-    -- Payroc's own word for the object's state.
-    payroc_status text,
-    -- When Payroc last showed the object.
-    payroc_seen_at timestamptz,
-
-    -- A source row becomes a refund once, however often it is pulled.
-    CONSTRAINT refunds_source_source_ref_key UNIQUE (source, source_ref),
-    -- Two spellings of one id are not two refunds.
-    CONSTRAINT refunds_source_source_ref_folded_key UNIQUE (source, source_ref_folded),
+    -- A key that is drawn, or another refund's, would be a second payment: whoever inserts has to give the
+    -- one that Payroc knows this refund by.
+    CONSTRAINT key_is_derived CHECK (idempotency_key = refund_ledger.refund_key(source, source_ref)),
+    -- Two spellings of one id are not two refunds. A pull finds its rows by it.
+    CONSTRAINT one_refund_per_spelling UNIQUE (source, source_ref_folded),
     -- A refund is looked up by terminal and order, so no two share both. The order first: people search by
     -- it.
-    CONSTRAINT refunds_order_id_processing_terminal_id_key UNIQUE (order_id, processing_terminal_id),
+    CONSTRAINT one_refund_per_order UNIQUE (order_id, processing_terminal_id),
     -- Two people, by the folded names: one name in two spellings is one person.
     CONSTRAINT approver_is_not_requester CHECK (requested_by_folded <> approved_by_folded),
     -- Printable ASCII alone, so that no two order ids look alike.
@@ -253,11 +229,181 @@ CREATE TABLE refund_ledger.refunds (
             U&' \00A0\1680\2000\2001\2002\2003\2004\2005\2006\2007\2008\2009\200A\202F\205F\3000')
         AND approved_by = btrim(approved_by,
             U&' \00A0\1680\2000\2001\2002\2003\2004\2005\2006\2007\2008\2009\200A\202F\205F\3000')),
-    -- What may still be sent needs its bytes. A rejected refund whose request was emptied may turn out to be
-    -- paid, so accepted and review are here too; when a request may be emptied is guard_refund's to say.
-    CONSTRAINT request_is_kept_until_final CHECK (
-        request IS NOT NULL
-        OR status IN ('accepted', 'settled', 'returned', 'reversed', 'rejected', 'cancelled', 'review')),
+    -- A reissue shows why it was made, and nothing else does.
+    CONSTRAINT reissue_says_why CHECK ((replaces IS NULL) = (reissue_reason IS NULL))
+);
+
+-- The frozen body holds the refund's own key, so two refunds never have the same: who has no encryption key
+-- and so cannot make a body cannot copy another refund's either. As bytes a hash takes half the room.
+CREATE UNIQUE INDEX one_refund_per_request
+    ON refund_ledger.refund_instructions (decode(request_sha256, 'hex'));
+
+-- A refund is replaced at most once. The write-back and the look at a case ask by what a refund is replaced.
+-- Hardly any is: without the others the index is next to nothing.
+CREATE UNIQUE INDEX one_reissue_per_refund ON refund_ledger.refund_instructions (replaces)
+    WHERE replaces IS NOT NULL;
+
+-- The bodies that are sent, encrypted; they hold the bank data. Each is emptied some time after its refund
+-- has ended.
+CREATE TABLE refund_ledger.frozen_requests (
+    -- Whose body it is; a refund has one.
+    refund_id bigint PRIMARY KEY REFERENCES refund_ledger.refund_instructions (id),
+    -- The body that every attempt sends. The follow-up empties it some time (PAYROC_REFUNDS_REQUEST_DAYS)
+    -- after the refund has settled or ended otherwise; then it stays NULL.
+    request bytea,
+    -- Which key encrypted it, by the first digits of the key's hash; a rotation finds by it what is left to
+    -- do.
+    request_key text
+);
+
+-- The bodies that are kept, for their emptying and a rotation; of a large ledger most are emptied.
+CREATE INDEX requests_kept ON refund_ledger.frozen_requests (refund_id) WHERE request IS NOT NULL;
+
+-- A refund from the source takes the payer, a reissue an operator. A reissue pays the same again, so what it
+-- replaces must have ended unpaid, and it pays the same amount to the same payee. The replaced refund is
+-- locked, so that it cannot turn out to be paid before the commit.
+CREATE FUNCTION refund_ledger.guard_instruction() RETURNS trigger
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    replaced   refund_ledger.refund_instructions;
+    its_status text;
+BEGIN
+    IF NEW.replaces IS NULL THEN
+        IF NOT pg_has_role(current_user, 'refunds_payer', 'USAGE') THEN
+            PERFORM refund_ledger.require('a refund from the source', 'refunds_payer');
+        END IF;
+        RETURN NEW;
+    END IF;
+    PERFORM refund_ledger.require('a reissue', 'refunds_operator');
+    SELECT status INTO its_status FROM refund_ledger.refund_states
+    WHERE refund_id = NEW.replaces FOR NO KEY UPDATE;
+    IF NOT refund_ledger.ended_unpaid(NEW.replaces) THEN
+        RAISE EXCEPTION
+            'refund % is %: only one that is rejected, returned or reversed, '
+            'as all that it replaces, is replaced',
+            NEW.replaces, COALESCE(its_status, 'not there') USING ERRCODE = 'check_violation';
+    END IF;
+    SELECT * INTO replaced FROM refund_ledger.refund_instructions WHERE id = NEW.replaces;
+    IF (NEW.source, NEW.amount, NEW.currency, NEW.payee_fingerprint, NEW.processing_terminal_id)
+       IS DISTINCT FROM
+       (replaced.source, replaced.amount, replaced.currency, replaced.payee_fingerprint,
+        replaced.processing_terminal_id) THEN
+        RAISE EXCEPTION 'a refund pays what the one that it replaces (%) was to pay', NEW.replaces
+            USING ERRCODE = 'check_violation';
+    END IF;
+    RETURN NEW;
+END $$;
+
+-- A right to INSERT says nothing about what is inserted.
+CREATE TRIGGER guard BEFORE INSERT ON refund_ledger.refund_instructions
+    FOR EACH ROW EXECUTE FUNCTION refund_ledger.guard_instruction();
+
+-- What was approved never changes.
+CREATE TRIGGER never_changed BEFORE UPDATE OR DELETE ON refund_ledger.refund_instructions
+    FOR EACH ROW EXECUTE FUNCTION refund_ledger.refuse_change();
+
+-- TRUNCATE fires no trigger of a row.
+CREATE TRIGGER never_emptied BEFORE TRUNCATE ON refund_ledger.refund_instructions
+    FOR EACH STATEMENT EXECUTE FUNCTION refund_ledger.refuse_change();
+
+-- A body may be emptied by the payer once its refund has ended, and encrypted again by a rotation. What it
+-- says never changes: the instruction has its hash.
+CREATE FUNCTION refund_ledger.guard_request() RETURNS trigger
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    its_status text;
+BEGIN
+    IF NEW.refund_id <> OLD.refund_id OR OLD.request IS NULL AND NEW.request IS NOT NULL THEN
+        RAISE EXCEPTION 'refund %: an emptied request stays empty', OLD.refund_id
+            USING ERRCODE = 'check_violation';
+    END IF;
+    IF NEW.request IS NOT NULL OR NEW.request_key IS DISTINCT FROM OLD.request_key THEN
+        PERFORM refund_ledger.require('another encryption of a request', 'refunds_key_rotator');
+    END IF;
+    IF NEW.request IS NULL AND OLD.request IS NOT NULL THEN
+        PERFORM refund_ledger.require('the emptying of a request', 'refunds_payer');
+        SELECT status INTO its_status FROM refund_ledger.refund_states WHERE refund_id = OLD.refund_id;
+        IF its_status NOT IN ('settled', 'returned', 'reversed', 'rejected', 'cancelled') THEN
+            RAISE EXCEPTION 'refund %: the request of a refund that is % is kept', OLD.refund_id, its_status
+                USING ERRCODE = 'check_violation';
+        END IF;
+    END IF;
+    RETURN NEW;
+END $$;
+
+-- Column rights cannot tell an emptied request from another one.
+CREATE TRIGGER guard BEFORE UPDATE ON refund_ledger.frozen_requests
+    FOR EACH ROW EXECUTE FUNCTION refund_ledger.guard_request();
+
+-- A refund without its body could be neither sent nor reissued.
+CREATE TRIGGER never_deleted BEFORE DELETE ON refund_ledger.frozen_requests
+    FOR EACH ROW EXECUTE FUNCTION refund_ledger.refuse_change();
+
+-- TRUNCATE fires no trigger of a row.
+CREATE TRIGGER never_emptied BEFORE TRUNCATE ON refund_ledger.frozen_requests
+    FOR EACH STATEMENT EXECUTE FUNCTION refund_ledger.refuse_change();
+
+
+-- 4  Refunds: what happens to them --------------------------------------------------------------------------
+
+-- One row per instruction: where the refund is. It begins as approved, made by a trigger of the instruction;
+-- nobody has the right to INSERT one. It moves along the graph of guard_state, and is never deleted. It is
+-- narrow and has few indexes, because it changes seven times in the life of a refund. Rows are locked FOR NO
+-- KEY UPDATE in the order of refund_id, so that two transactions wait for each other and are not deadlocked.
+CREATE TABLE refund_ledger.refund_states (
+    -- Which instruction. No foreign key: the trigger that makes the row has the instruction at hand.
+    refund_id bigint PRIMARY KEY,
+    -- Its place in the graph of guard_state.
+    status text NOT NULL DEFAULT 'approved' CHECK (status IN (
+        'approved', 'held', 'released', 'sending', 'unknown', 'accepted',
+        'settled', 'returned', 'reversed', 'rejected', 'review', 'cancelled')),
+    -- Why it is there, in a sentence for people, without bank data.
+    reason text,
+    -- When status, reason or Payroc's answer last changed. No two changes of a refund share one
+    -- (guard_state).
+    updated_at timestamptz NOT NULL,
+    -- The updated_at that the source has; any other value means that the row is due to be written.
+    written_back_at timestamptz,
+
+    -- The gate.
+
+    -- The limits that hold it now, such as largest_refund or "duplicate of 17"; empty when none does.
+    holds text[] NOT NULL DEFAULT '{}',
+    -- The holds that an operator has ended; the same ones do not hold it again.
+    released_holds text[] NOT NULL DEFAULT '{}',
+    -- Who rejected a run with this refund; every later run with it needs approval, until one releases it.
+    run_rejected_by text,
+    -- Who released it last: the actor of the run.
+    released_by text,
+    -- Which run released it last.
+    released_run text,
+    -- When it was last released. A release is good for 24 hours.
+    released_at timestamptz,
+
+    -- Sending.
+
+    -- How many attempts were claimed. The newest has this number.
+    attempts integer NOT NULL DEFAULT 0 CHECK (attempts >= 0),
+    -- When the first attempt that may have reached Payroc was claimed. Payroc keeps a key for 7 days from
+    -- then on; after 6 there is no POST any more.
+    first_sent_at timestamptz,
+    -- A hash of the API host and key of that attempt; a key may mean nothing with others.
+    sent_with text,
+    -- Until when the newest attempt may still send: longer than its token lives. Nobody else sends before
+    -- that.
+    lease_until timestamptz,
+    -- When the next attempt may begin at the earliest.
+    next_attempt_at timestamptz,
+
+    -- What Payroc says.
+
+    -- The id of Payroc's object; Payroc's length. Once known it never changes.
+    payroc_refund_id text CHECK (length(payroc_refund_id) = 10),
+    -- Payroc's own word for the object's state.
+    payroc_status text,
+    -- When Payroc last showed the object.
+    payroc_seen_at timestamptz,
+
     -- An operator who unholds a refund has to see what for.
     CONSTRAINT held_says_for_what CHECK (status <> 'held' OR holds <> '{}'),
     -- A release without its actor and its time could not be shown, and would not end after 24 hours.
@@ -273,107 +419,129 @@ CREATE TABLE refund_ledger.refunds (
         status NOT IN ('accepted', 'settled', 'returned', 'reversed') OR payroc_refund_id IS NOT NULL)
 );
 
--- A refund is replaced at most once. Hardly any is: without the others the index is next to nothing.
-CREATE UNIQUE INDEX refunds_replaces_key ON refund_ledger.refunds (replaces) WHERE replaces IS NOT NULL;
-
--- One object of Payroc's belongs to one refund. Until Payroc has answered there is no id, and no entry to
--- maintain.
-CREATE UNIQUE INDEX refunds_payroc_refund_id_key ON refund_ledger.refunds (payroc_refund_id)
+-- One object of Payroc's belongs to one refund, and a list of Payroc's is compared by it. Until Payroc has
+-- answered there is no id, and no entry to maintain.
+CREATE UNIQUE INDEX one_refund_per_payroc_refund ON refund_ledger.refund_states (payroc_refund_id)
     WHERE payroc_refund_id IS NOT NULL;
 
--- The frozen body holds the refund's own key, so two refunds never have the same: who has no encryption key
--- and so cannot make a body cannot copy another refund's either. As bytes a hash takes half the room.
-CREATE UNIQUE INDEX one_refund_per_request ON refund_ledger.refunds (decode(request_sha256, 'hex'));
+-- What has not ended: what a run chooses from, what is under way, what needs someone. Pull, release, send,
+-- follow-up and every report ask by status.
+CREATE INDEX states_open ON refund_ledger.refund_states (status, refund_id)
+    WHERE status IN ('approved', 'held', 'released', 'sending', 'unknown', 'review', 'accepted');
 
--- What a run chooses from, oldest approval first.
-CREATE INDEX refunds_queue ON refund_ledger.refunds (source, approved_at, id)
-    WHERE status IN ('approved', 'held', 'released');
-
--- What is under way or needs someone: every report counts it.
-CREATE INDEX refunds_open ON refund_ledger.refunds (status, id)
-    WHERE status IN ('held', 'sending', 'unknown', 'review', 'accepted');
-
--- Settled refunds by their time: a bank may still return those of the last days.
-CREATE INDEX refunds_settled ON refund_ledger.refunds (updated_at) WHERE status = 'settled';
-
--- What is due to be written back.
-CREATE INDEX refunds_to_write_back ON refund_ledger.refunds (source, source_ref)
+-- What is due to be written back, in the order in which it is.
+CREATE INDEX states_to_write_back ON refund_ledger.refund_states (refund_id)
     WHERE (written_back_at = updated_at) IS NOT TRUE;
 
 -- The planner believes that two columns nearly always differ, and would read the whole table for the few rows
 -- in which they do. With statistics of the expression it takes the index above.
-CREATE STATISTICS refund_ledger.refunds_written_back ON (written_back_at = updated_at)
-    FROM refund_ledger.refunds;
+CREATE STATISTICS refund_ledger.states_written_back ON (written_back_at = updated_at)
+    FROM refund_ledger.refund_states;
+
+-- When a refund was released for the first time, or found to be paid without that: from then on it counts
+-- against all limits, once. Inserted by a trigger of the states alone; nobody has a right to write here.
+-- Everything that a limit counts is here, so a release reads nothing else for it.
+CREATE TABLE refund_ledger.first_releases (
+    -- Which refund. No foreign key: the trigger that makes the row has the instruction at hand.
+    refund_id bigint PRIMARY KEY,
+    -- The instruction's payee, amount and currency.
+    payee_fingerprint text NOT NULL,
+    -- In minor units.
+    amount bigint NOT NULL,
+    -- ISO 4217.
+    currency text NOT NULL,
+    -- Which run released it; NULL when it was found to be paid.
+    run text,
+    -- Who approved that run; NULL when the thresholds asked nobody.
+    approver text,
+    -- When.
+    at timestamptz NOT NULL
+);
+
+-- What was released today. The rows are in the order of their time, so the smallest kind of index serves.
+CREATE INDEX first_releases_by_time ON refund_ledger.first_releases USING brin (at)
+    WITH (pages_per_range = 16, autosummarize = on);
+
+-- What a payee got before: limits per payee, duplicates, new payees.
+CREATE INDEX first_releases_by_payee ON refund_ledger.first_releases (payee_fingerprint, at);
 
 -- What a run released, for its report.
-CREATE INDEX refunds_by_run ON refund_ledger.refunds (released_run) WHERE released_run IS NOT NULL;
+CREATE INDEX first_releases_by_run ON refund_ledger.first_releases (run);
 
--- What a payee got before: limits per payee and duplicates.
-CREATE INDEX refunds_by_payee ON refund_ledger.refunds (payee_fingerprint, created_at);
-
--- What changed lately: the day's totals and the follow-up.
-CREATE INDEX refunds_by_change ON refund_ledger.refunds (updated_at);
-
--- What was sent in a span of time: the comparison with Payroc.
-CREATE INDEX refunds_by_first_sent ON refund_ledger.refunds (first_sent_at) WHERE first_sent_at IS NOT NULL;
-
--- Whose requests may be emptied, oldest first.
-CREATE INDEX refunds_to_empty ON refund_ledger.refunds (updated_at)
-    WHERE request IS NOT NULL AND status IN ('settled', 'returned', 'reversed', 'rejected', 'cancelled');
-
--- A new refund is approved and unsent. One that exists moves only along the graph, what identifies the
--- payment never changes, and what a first attempt fixed (when, and with which API host and key) is taken back
--- only by the edge that proves that no attempt reached Payroc's processing. include/refunds/states.py has the
--- same graph.
-CREATE FUNCTION refund_ledger.guard_refund() RETURNS trigger
-    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+-- Each new instruction gets its state and its first event. It runs with its owner's rights, because nobody
+-- has the right to INSERT a state.
+CREATE FUNCTION refund_ledger.make_states() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    IF TG_OP = 'DELETE' THEN
-        RAISE EXCEPTION 'refund % is never deleted', OLD.id USING ERRCODE = 'restrict_violation';
-    END IF;
-    IF TG_OP = 'INSERT' THEN
-        IF NEW.status <> 'approved' OR NEW.attempts <> 0 OR NEW.first_sent_at IS NOT NULL
-           OR NEW.payroc_refund_id IS NOT NULL THEN
-            RAISE EXCEPTION 'a new refund is approved and unsent, not %', NEW.status
-                USING ERRCODE = 'check_violation';
-        END IF;
-        RETURN NEW;
-    END IF;
-    IF (NEW.id, NEW.source, NEW.source_ref, NEW.source_ref_folded, NEW.processing_terminal_id, NEW.order_id,
-        NEW.description, NEW.amount, NEW.currency, NEW.payee_last4, NEW.payee_fingerprint, NEW.request_sha256,
-        NEW.requested_by, NEW.requested_by_folded, NEW.approved_by, NEW.approved_by_folded, NEW.approved_at,
-        NEW.idempotency_key, NEW.replaces, NEW.created_at)
-       IS DISTINCT FROM
-       (OLD.id, OLD.source, OLD.source_ref, OLD.source_ref_folded, OLD.processing_terminal_id, OLD.order_id,
-        OLD.description, OLD.amount, OLD.currency, OLD.payee_last4, OLD.payee_fingerprint, OLD.request_sha256,
-        OLD.requested_by, OLD.requested_by_folded, OLD.approved_by, OLD.approved_by_folded, OLD.approved_at,
-        OLD.idempotency_key, OLD.replaces, OLD.created_at) THEN
-        RAISE EXCEPTION 'refund %: what identifies the payment never changes', OLD.id
-            USING ERRCODE = 'check_violation';
-    END IF;
-    IF OLD.request IS NULL AND NEW.request IS NOT NULL THEN
-        RAISE EXCEPTION 'refund %: an emptied request stays empty', OLD.id USING ERRCODE = 'check_violation';
-    END IF;
-    IF OLD.request IS NOT NULL AND NEW.request IS NULL
-       AND OLD.status NOT IN ('settled', 'returned', 'reversed', 'rejected', 'cancelled') THEN
-        RAISE EXCEPTION 'refund %: the request of a refund that is % is kept', OLD.id, OLD.status
-            USING ERRCODE = 'check_violation';
-    END IF;
-    IF NEW.attempts < OLD.attempts OR NEW.attempts > OLD.attempts + 1 THEN
-        RAISE EXCEPTION 'refund %: attempts count up by one', OLD.id USING ERRCODE = 'check_violation';
-    END IF;
-    IF OLD.payroc_refund_id IS NOT NULL AND NEW.payroc_refund_id IS DISTINCT FROM OLD.payroc_refund_id THEN
-        RAISE EXCEPTION 'refund %: Payroc''s refund id never changes', OLD.id
-            USING ERRCODE = 'check_violation';
-    END IF;
-    IF OLD.first_sent_at IS NOT NULL
-       AND (NEW.first_sent_at, NEW.sent_with) IS DISTINCT FROM (OLD.first_sent_at, OLD.sent_with)
-       AND NOT (OLD.status = 'sending' AND NEW.status = 'released'
-                AND NEW.first_sent_at IS NULL AND NEW.sent_with IS NULL) THEN
-        RAISE EXCEPTION 'refund %: first_sent_at and sent_with never change', OLD.id
-            USING ERRCODE = 'check_violation';
-    END IF;
-    IF NEW.status <> OLD.status AND NEW.status <> ALL (CASE OLD.status
+    WITH made AS (
+        INSERT INTO refund_ledger.refund_states (refund_id, reason, updated_at)
+        -- The source has one row for a refund and its reissue, and takes no news that is older than what it
+        -- has.
+        SELECT i.id, i.reissue_reason, GREATEST(i.created_at, replaced.updated_at + interval '1 microsecond')
+        FROM inserted AS i
+        LEFT JOIN refund_ledger.refund_states AS replaced ON replaced.refund_id = i.replaces
+        ORDER BY i.id
+        RETURNING refund_id, status, reason
+    )
+    INSERT INTO refund_ledger.refund_events (event, refund_id, to_status, actor, reason)
+    SELECT 'status', refund_id, status, refund_ledger.actor(), reason
+    FROM made ORDER BY refund_id;
+    RETURN NULL;
+END $$;
+
+-- Once for all rows of a pull.
+CREATE TRIGGER make_states AFTER INSERT ON refund_ledger.refund_instructions
+    REFERENCING NEW TABLE AS inserted FOR EACH STATEMENT EXECUTE FUNCTION refund_ledger.make_states();
+
+-- Whether a refund, and all that it replaces to the first of the chain, moved no money or brought it back. It
+-- reads with its owner's rights, and tells no more of a chain of reissues than the view of section 10 does.
+CREATE FUNCTION refund_ledger.ended_unpaid(refund_id bigint) RETURNS boolean
+    LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    WITH RECURSIVE chain AS (
+        SELECT id, replaces FROM refund_ledger.refund_instructions WHERE id = ended_unpaid.refund_id
+        UNION ALL
+        SELECT i.id, i.replaces
+        FROM refund_ledger.refund_instructions AS i JOIN chain ON i.id = chain.replaces
+    )
+    SELECT COALESCE(bool_and(s.status IN ('rejected', 'returned', 'reversed')), false)
+    FROM chain JOIN refund_ledger.refund_states AS s ON s.refund_id = chain.id
+$$;
+
+-- The source_ref of the first refund of a chain of reissues: the only one that the source knows. It reads
+-- with its owner's rights, and tells no more of a chain than the view of section 10 does.
+CREATE FUNCTION refund_ledger.first_source_ref(refund_id bigint) RETURNS text
+    LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    WITH RECURSIVE chain AS (
+        SELECT source_ref, replaces FROM refund_ledger.refund_instructions
+        WHERE id = first_source_ref.refund_id
+        UNION ALL
+        SELECT i.source_ref, i.replaces
+        FROM refund_ledger.refund_instructions AS i JOIN chain ON i.id = chain.replaces
+    )
+    SELECT source_ref FROM chain WHERE replaces IS NULL
+$$;
+
+-- A refund moves only along the graph, and only by the role whose step it is. What goes with a step changes
+-- with that step alone: nobody adds a hold, another reason or an id of Payroc's to a refund that stays where
+-- it is. What a first attempt fixed (when, and with which API host and key) is taken back only by the edge
+-- that proves that no attempt reached Payroc's processing. include/refunds/states.py has the same graph.
+--
+-- An expression of PL/pgSQL with a query in it runs the query even where what stands before it has decided
+-- already; hence each query has an IF of its own, and a role that is there is found without one.
+CREATE FUNCTION refund_ledger.guard_state() RETURNS trigger
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    -- In note_sighting, which has its owner's rights, the login behind the call counts.
+    login       CONSTANT name :=
+        CASE WHEN current_user = 'refunds_migrator' THEN session_user ELSE current_user END;
+    is_payer    CONSTANT boolean := pg_has_role(login, 'refunds_payer', 'USAGE');
+    is_operator CONSTANT boolean := pg_has_role(login, 'refunds_operator', 'USAGE');
+    moves       CONSTANT boolean := NEW.status <> OLD.status;
+    claims      CONSTANT boolean := NEW.status = 'sending' AND NEW.attempts = OLD.attempts + 1;
+    releases    CONSTANT boolean := NEW.status = 'released' AND OLD.status = 'approved';
+BEGIN
+    IF moves THEN
+        IF NEW.status <> ALL (CASE OLD.status
             WHEN 'approved'  THEN ARRAY['held', 'released', 'cancelled', 'review']
             WHEN 'held'      THEN ARRAY['approved', 'cancelled', 'review']
             WHEN 'released'  THEN ARRAY['sending', 'approved', 'held']
@@ -388,80 +556,9 @@ BEGIN
             WHEN 'rejected'  THEN ARRAY['review']
             WHEN 'cancelled' THEN ARRAY['review']
         END) THEN
-        RAISE EXCEPTION 'refund % can''t go from % to %', OLD.id, OLD.status, NEW.status
-            USING ERRCODE = 'check_violation';
-    END IF;
-    -- A write-back remembers the updated_at it read, so two changes must never share one.
-    IF NEW.status <> OLD.status OR NEW.updated_at <> OLD.updated_at THEN
-        NEW.updated_at := GREATEST(NEW.updated_at, OLD.updated_at + interval '1 microsecond');
-    END IF;
-    RETURN NEW;
-END $$;
-
--- Triggers of one kind fire in the order of their names, so this one is the first.
-CREATE TRIGGER guard BEFORE INSERT OR UPDATE OR DELETE ON refund_ledger.refunds
-    FOR EACH ROW EXECUTE FUNCTION refund_ledger.guard_refund();
-
--- Whether a refund, and all that it replaces to the first of the chain, moved no money or brought it back. It
--- reads with its owner's rights, and tells no more of a chain of reissues than the view of section 9 does.
-CREATE FUNCTION refund_ledger.ended_unpaid(refund_id bigint) RETURNS boolean
-    LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-    WITH RECURSIVE chain AS (
-        SELECT status, replaces FROM refund_ledger.refunds WHERE id = refund_id
-        UNION ALL
-        SELECT r.status, r.replaces FROM refund_ledger.refunds AS r JOIN chain ON r.id = chain.replaces
-    )
-    SELECT COALESCE(bool_and(status IN ('rejected', 'returned', 'reversed')), false) FROM chain
-$$;
-
--- A reissue pays the same again, so what it replaces must have ended unpaid, and it pays the same amount to
--- the same payee. The replaced row is locked, so that it cannot turn out to be paid before the commit.
-CREATE FUNCTION refund_ledger.guard_reissue() RETURNS trigger
-    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-    replaced refund_ledger.refunds;
-BEGIN
-    SELECT * INTO replaced FROM refund_ledger.refunds WHERE id = NEW.replaces FOR SHARE;
-    IF NOT refund_ledger.ended_unpaid(NEW.replaces) THEN
-        RAISE EXCEPTION
-            'refund % is %: only one that is rejected, returned or reversed, '
-            'as all that it replaces, is replaced',
-            NEW.replaces, COALESCE(replaced.status, 'not there') USING ERRCODE = 'check_violation';
-    END IF;
-    IF (NEW.source, NEW.amount, NEW.currency, NEW.payee_fingerprint, NEW.processing_terminal_id)
-       IS DISTINCT FROM
-       (replaced.source, replaced.amount, replaced.currency, replaced.payee_fingerprint,
-        replaced.processing_terminal_id) THEN
-        RAISE EXCEPTION 'a refund pays what the one that it replaces (%) was to pay', NEW.replaces
-            USING ERRCODE = 'check_violation';
-    END IF;
-    -- The source has one row for both, and takes no news that is older than what it has.
-    NEW.updated_at := GREATEST(NEW.updated_at, replaced.updated_at + interval '1 microsecond');
-    RETURN NEW;
-END $$;
-
--- Only reissues pay for the check.
-CREATE TRIGGER guard_reissue BEFORE INSERT ON refund_ledger.refunds
-    FOR EACH ROW WHEN (NEW.replaces IS NOT NULL) EXECUTE FUNCTION refund_ledger.guard_reissue();
-
--- Which role may make which change. It runs for each change of each refund. An expression of PL/pgSQL with a
--- query in it runs the query even where what stands before it has decided already; hence each query has an IF
--- of its own, and a role that is there is found without one.
-CREATE FUNCTION refund_ledger.guard_roles_of_refunds() RETURNS trigger
-    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-    is_payer    CONSTANT boolean := pg_has_role(current_user, 'refunds_payer', 'USAGE');
-    is_operator CONSTANT boolean := pg_has_role(current_user, 'refunds_operator', 'USAGE');
-BEGIN
-    IF TG_OP = 'INSERT' THEN
-        IF NEW.replaces IS NULL AND NOT is_payer THEN
-            PERFORM refund_ledger.require('a refund from the source', 'refunds_payer');
-        ELSIF NEW.replaces IS NOT NULL AND NOT is_operator THEN
-            PERFORM refund_ledger.require('a reissue', 'refunds_operator');
+            RAISE EXCEPTION 'refund % can''t go from % to %', OLD.refund_id, OLD.status, NEW.status
+                USING ERRCODE = 'check_violation';
         END IF;
-        RETURN NEW;
-    END IF;
-    IF NEW.status <> OLD.status THEN
         -- What the DAGs alone do: hold, release, send, and find out what became of what was sent.
         IF NEW.status IN ('released', 'sending', 'held', 'unknown')
            OR OLD.status IN ('sending', 'unknown') THEN
@@ -479,78 +576,110 @@ BEGIN
             PERFORM refund_ledger.require(format('%s to %s', OLD.status, NEW.status),
                 'refunds_payer', 'refunds_operator');
         END IF;
+        IF OLD.status = 'review' AND OLD.lease_until > refund_ledger.now() THEN
+            RAISE EXCEPTION 'refund %: an attempt may still be under way', OLD.refund_id
+                USING ERRCODE = 'check_violation';
+        END IF;
     END IF;
-    IF NOT is_payer
-       AND (NEW.attempts, NEW.first_sent_at, NEW.sent_with,
-            NEW.released_by, NEW.released_run, NEW.released_at)
-           IS DISTINCT FROM
-           (OLD.attempts, OLD.first_sent_at, OLD.sent_with,
-            OLD.released_by, OLD.released_run, OLD.released_at) THEN
-        PERFORM refund_ledger.require('what is known of the sending', 'refunds_payer');
-    END IF;
-    -- Held to approved takes an operator, see above, and has its event.
-    IF NEW.released_holds <> OLD.released_holds AND (OLD.status <> 'held' OR NEW.status <> 'approved') THEN
-        RAISE EXCEPTION 'refund %: only what is held is released from a hold', OLD.id
+    IF NEW.refund_id <> OLD.refund_id THEN
+        RAISE EXCEPTION 'refund %: a state stays its refund''s', OLD.refund_id
             USING ERRCODE = 'check_violation';
     END IF;
+    IF NEW.attempts <> OLD.attempts AND NOT claims THEN
+        RAISE EXCEPTION 'refund %: attempts count up by one, with a claim', OLD.refund_id
+            USING ERRCODE = 'check_violation';
+    END IF;
+    IF (NEW.reason IS DISTINCT FROM OLD.reason OR NEW.holds <> OLD.holds) AND NOT (moves OR claims) THEN
+        RAISE EXCEPTION 'refund %: reason and holds change with the status alone', OLD.refund_id
+            USING ERRCODE = 'check_violation';
+    END IF;
+    IF NEW.holds <> OLD.holds AND NEW.holds <> '{}' AND NEW.status <> 'held' THEN
+        RAISE EXCEPTION 'refund %: only what is held has another hold', OLD.refund_id
+            USING ERRCODE = 'check_violation';
+    END IF;
+    IF NEW.released_holds <> OLD.released_holds AND (OLD.status <> 'held' OR NEW.status <> 'approved') THEN
+        RAISE EXCEPTION 'refund %: only what is held is released from a hold', OLD.refund_id
+            USING ERRCODE = 'check_violation';
+    END IF;
+    IF NOT releases THEN
+        IF (NEW.released_by, NEW.released_run, NEW.released_at)
+           IS DISTINCT FROM (OLD.released_by, OLD.released_run, OLD.released_at) THEN
+            RAISE EXCEPTION 'refund %: who released it changes with a release alone', OLD.refund_id
+                USING ERRCODE = 'check_violation';
+        END IF;
+        IF OLD.run_rejected_by IS NOT NULL AND NEW.run_rejected_by IS NULL THEN
+            RAISE EXCEPTION 'refund %: a rejection ends with a release alone', OLD.refund_id
+                USING ERRCODE = 'check_violation';
+        END IF;
     -- The payer decides what is released, with one exception: only an operator may set the largest amount
     -- that is released without anybody's look at it.
-    IF OLD.status = 'approved' AND NEW.status = 'released'
-       AND 'largest_refund' <> ALL (NEW.released_holds) THEN
-        IF NEW.amount > (SELECT largest_refund FROM refund_ledger.refund_control WHERE scope = '*') THEN
-            RAISE EXCEPTION 'refund % is larger than the largest that passes by itself', OLD.id
+    ELSIF 'largest_refund' <> ALL (NEW.released_holds) THEN
+        IF EXISTS (SELECT FROM refund_ledger.refund_instructions, refund_ledger.refund_control
+                   WHERE id = OLD.refund_id AND scope = '*' AND amount > largest_refund) THEN
+            RAISE EXCEPTION 'refund % is larger than the largest that passes by itself', OLD.refund_id
                 USING ERRCODE = 'check_violation';
         END IF;
     END IF;
-    -- The key window starts again only when no attempt was processed: Payroc counts it from the first one
-    -- that was, whatever it has answered.
-    IF OLD.first_sent_at IS NOT NULL AND NEW.first_sent_at IS NULL THEN
-        IF EXISTS (SELECT FROM refund_ledger.refund_attempts
-                   WHERE refund_id = OLD.id
-                     AND COALESCE(outcome, 'unknown') NOT IN ('not_sent', 'configuration')) THEN
-            RAISE EXCEPTION 'refund %: an attempt may have reached Payroc', OLD.id
+    IF (NEW.first_sent_at, NEW.sent_with) IS DISTINCT FROM (OLD.first_sent_at, OLD.sent_with) THEN
+        IF OLD.first_sent_at IS NULL AND NEW.status <> 'sending'
+           OR OLD.first_sent_at IS NOT NULL AND NOT (
+               OLD.status = 'sending' AND NEW.status = 'released'
+               AND NEW.first_sent_at IS NULL AND NEW.sent_with IS NULL) THEN
+            RAISE EXCEPTION 'refund %: first_sent_at and sent_with never change', OLD.refund_id
+                USING ERRCODE = 'check_violation';
+        END IF;
+        IF NOT is_payer THEN
+            PERFORM refund_ledger.require('what is known of the sending', 'refunds_payer');
+        END IF;
+        -- The key window starts again only when no attempt was processed: Payroc counts it from the first one
+        -- that was, whatever it has answered.
+        IF NEW.first_sent_at IS NULL THEN
+            IF EXISTS (SELECT FROM refund_ledger.refund_attempts
+                       WHERE refund_id = OLD.refund_id
+                         AND COALESCE(outcome, 'unknown') NOT IN ('not_sent', 'configuration')) THEN
+                RAISE EXCEPTION 'refund %: an attempt may have reached Payroc', OLD.refund_id
+                    USING ERRCODE = 'check_violation';
+            END IF;
+        END IF;
+    END IF;
+    IF NEW.payroc_refund_id IS DISTINCT FROM OLD.payroc_refund_id THEN
+        IF OLD.payroc_refund_id IS NOT NULL THEN
+            RAISE EXCEPTION 'refund %: Payroc''s refund id never changes', OLD.refund_id
+                USING ERRCODE = 'check_violation';
+        END IF;
+        -- An id of Payroc's keeps a refund from being sent; so one that waits gets it only on its way to
+        -- review, which has its event.
+        IF NOT moves AND OLD.status NOT IN ('review', 'rejected') THEN
+            RAISE EXCEPTION 'refund %: Payroc''s refund id comes with a status', OLD.refund_id
                 USING ERRCODE = 'check_violation';
         END IF;
     END IF;
-    IF OLD.request IS NOT NULL AND NEW.request IS NULL AND NOT is_payer THEN
-        PERFORM refund_ledger.require('the emptying of a request', 'refunds_payer');
-    END IF;
-    IF NEW.request_key IS DISTINCT FROM OLD.request_key
-       OR (NEW.request IS NOT NULL AND NEW.request IS DISTINCT FROM OLD.request) THEN
-        PERFORM refund_ledger.require('another encryption of a request', 'refunds_key_rotator');
+    -- A write-back remembers the updated_at it read, so two changes must never share one.
+    IF moves OR NEW.updated_at <> OLD.updated_at THEN
+        NEW.updated_at := GREATEST(NEW.updated_at, OLD.updated_at + interval '1 microsecond');
     END IF;
     RETURN NEW;
 END $$;
 
--- For what column rights cannot say: which status a role may set.
-CREATE TRIGGER guard_roles BEFORE INSERT OR UPDATE ON refund_ledger.refunds
-    FOR EACH ROW EXECUTE FUNCTION refund_ledger.guard_roles_of_refunds();
+-- Not for what anyone with the right to the column may change at any time: when a refund was written back,
+-- when Payroc showed it and with which word, and how long to wait.
+CREATE TRIGGER guard BEFORE UPDATE ON refund_ledger.refund_states FOR EACH ROW
+    WHEN ((OLD.refund_id, OLD.status, OLD.reason, OLD.updated_at, OLD.holds, OLD.released_holds,
+           OLD.run_rejected_by, OLD.released_by, OLD.released_run, OLD.released_at, OLD.attempts,
+           OLD.first_sent_at, OLD.sent_with, OLD.payroc_refund_id)
+          IS DISTINCT FROM
+          (NEW.refund_id, NEW.status, NEW.reason, NEW.updated_at, NEW.holds, NEW.released_holds,
+           NEW.run_rejected_by, NEW.released_by, NEW.released_run, NEW.released_at, NEW.attempts,
+           NEW.first_sent_at, NEW.sent_with, NEW.payroc_refund_id))
+    EXECUTE FUNCTION refund_ledger.guard_state();
 
--- A refund counts against the limits once, from when it was first released; the database notes that moment
--- itself. One that turns out to be paid without having been released counts from then on: else a restored
--- ledger would forget it for totals, duplicates and new payees.
-CREATE FUNCTION refund_ledger.note_first_release() RETURNS trigger
-    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
-BEGIN
-    IF OLD.first_released_at IS NOT NULL THEN
-        NEW.first_released_at := OLD.first_released_at;
-        NEW.first_released_run := OLD.first_released_run;
-        NEW.first_released_approver := OLD.first_released_approver;
-    ELSIF NEW.status = 'released' THEN
-        NEW.first_released_at := NEW.released_at;
-        NEW.first_released_run := NEW.released_run;
-    ELSE
-        NEW.first_released_at :=
-            CASE WHEN NEW.status IN ('accepted', 'settled', 'returned', 'reversed') THEN NEW.updated_at END;
-        NEW.first_released_run := NULL;
-        NEW.first_released_approver := NULL;
-    END IF;
-    RETURN NEW;
-END $$;
+-- A refund without a state would be neither sent nor reported.
+CREATE TRIGGER never_deleted BEFORE DELETE ON refund_ledger.refund_states
+    FOR EACH ROW EXECUTE FUNCTION refund_ledger.refuse_change();
 
--- Nobody but this trigger decides when a refund counts.
-CREATE TRIGGER note_first_release BEFORE UPDATE ON refund_ledger.refunds
-    FOR EACH ROW EXECUTE FUNCTION refund_ledger.note_first_release();
+-- TRUNCATE fires no trigger of a row.
+CREATE TRIGGER never_emptied BEFORE TRUNCATE ON refund_ledger.refund_states
+    FOR EACH STATEMENT EXECUTE FUNCTION refund_ledger.refuse_change();
 
 -- The event of a status, written by the database with its owner's rights: no way of changing a status can
 -- forget it, and nobody can write one by hand.
@@ -559,45 +688,100 @@ CREATE FUNCTION refund_ledger.write_status_event() RETURNS trigger
 BEGIN
     -- The actor is that of refund_ledger.actor(), which costs more to call than the rest of this.
     INSERT INTO refund_ledger.refund_events (event, refund_id, from_status, to_status, actor, reason)
-    VALUES ('status', NEW.id, CASE WHEN TG_OP = 'UPDATE' THEN OLD.status END, NEW.status,
+    VALUES ('status', NEW.refund_id, OLD.status, NEW.status,
             COALESCE(NULLIF(current_setting('refund_ledger.actor', true), ''), session_user), NEW.reason);
     RETURN NULL;
 END $$;
 
--- The first event of each refund.
-CREATE TRIGGER event_of_a_new_refund AFTER INSERT ON refund_ledger.refunds
-    FOR EACH ROW EXECUTE FUNCTION refund_ledger.write_status_event();
-
 -- An attempt that follows another one leaves the status at sending, and is an event too.
-CREATE TRIGGER event_of_a_change AFTER UPDATE ON refund_ledger.refunds
+CREATE TRIGGER event_of_a_change AFTER UPDATE ON refund_ledger.refund_states
     FOR EACH ROW WHEN (OLD.status <> NEW.status OR OLD.attempts <> NEW.attempts)
     EXECUTE FUNCTION refund_ledger.write_status_event();
 
+-- The event of an id of Payroc's that a refund gets while its status stays. Written with its owner's rights,
+-- as that of a status.
+CREATE FUNCTION refund_ledger.write_sighting_event() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    INSERT INTO refund_ledger.refund_events (event, refund_id, actor, detail)
+    VALUES ('sighting', NEW.refund_id, refund_ledger.actor(),
+            jsonb_build_object('payroc_refund_id', NEW.payroc_refund_id));
+    RETURN NULL;
+END $$;
+
+-- With a change of status the event of the status says enough.
+CREATE TRIGGER event_of_a_sighting AFTER UPDATE ON refund_ledger.refund_states
+    FOR EACH ROW WHEN (OLD.payroc_refund_id IS DISTINCT FROM NEW.payroc_refund_id AND OLD.status = NEW.status)
+    EXECUTE FUNCTION refund_ledger.write_sighting_event();
+
+-- From its first release on a refund counts against the limits. One that turns out to be paid without having
+-- been released counts from then on: else a restored ledger would forget it for totals, duplicates and new
+-- payees. It runs with its owner's rights, because nobody has a right to write to first_releases.
+CREATE FUNCTION refund_ledger.note_first_release() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    INSERT INTO refund_ledger.first_releases
+        (refund_id, payee_fingerprint, amount, currency, run, approver, at)
+    SELECT i.id, i.payee_fingerprint, i.amount, i.currency, NEW.released_run,
+           (SELECT approved_by FROM refund_ledger.refund_runs WHERE run_id = NEW.released_run),
+           COALESCE(NEW.released_at, NEW.updated_at)
+    FROM refund_ledger.refund_instructions AS i WHERE i.id = NEW.refund_id
+    -- A refund that was found to be paid takes several steps as such.
+    ON CONFLICT (refund_id) DO NOTHING;
+    RETURN NULL;
+END $$;
+
+-- Only these two steps can be a first one: who was released once keeps its released_at.
+CREATE TRIGGER first_release AFTER UPDATE ON refund_ledger.refund_states FOR EACH ROW
+    WHEN (OLD.status <> NEW.status AND OLD.released_at IS NULL
+          AND NEW.status IN ('released', 'accepted', 'settled', 'returned', 'reversed'))
+    EXECUTE FUNCTION refund_ledger.note_first_release();
+
+-- A first release counts forever.
+CREATE TRIGGER append_only BEFORE UPDATE OR DELETE ON refund_ledger.first_releases
+    FOR EACH ROW EXECUTE FUNCTION refund_ledger.refuse_change();
+
 -- TRUNCATE fires no trigger of a row.
-CREATE TRIGGER never_emptied BEFORE TRUNCATE ON refund_ledger.refunds
+CREATE TRIGGER never_emptied BEFORE TRUNCATE ON refund_ledger.first_releases
     FOR EACH STATEMENT EXECUTE FUNCTION refund_ledger.refuse_change();
 
--- The source_ref of the first refund of a chain of reissues: the only one that the source knows. It reads
--- with its owner's rights, and tells no more of a chain than the view of section 9 does.
-CREATE FUNCTION refund_ledger.first_source_ref(refund_id bigint) RETURNS text
-    LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-    WITH RECURSIVE chain AS (
-        SELECT source_ref, replaces FROM refund_ledger.refunds WHERE id = refund_id
-        UNION ALL
-        SELECT r.source_ref, r.replaces FROM refund_ledger.refunds AS r JOIN chain ON r.id = chain.replaces
-    )
-    SELECT source_ref FROM chain WHERE replaces IS NULL
+-- What Payroc shows of a refund, noted outside an attempt: by the follow-up, and by an operator who resolves,
+-- reissues or reverses. It runs with its owner's rights, so that an operator needs none to Payroc's columns
+-- or to a lease; guard_state looks at the login behind the call, so each does only what is theirs. A refund
+-- that leaves review has no lease any more; one that goes there keeps it, because its attempt may be under
+-- way.
+CREATE FUNCTION refund_ledger.note_sighting(
+    of_refund bigint,      -- refund_id
+    to_status text,        -- its next status; NULL leaves it
+    because   text,        -- the reason that goes with it; NULL leaves it
+    shown_id  text,        -- Payroc's id of the object; NULL when there is none
+    shown     text,        -- Payroc's word for the object's state
+    moment    timestamptz  -- the ledger's time
+) RETURNS refund_ledger.refund_states
+    LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    UPDATE refund_ledger.refund_states SET
+        status = COALESCE(to_status, status),
+        reason = CASE WHEN to_status IS NULL THEN reason ELSE COALESCE(because, reason) END,
+        lease_until = CASE WHEN to_status IS NULL OR to_status = 'review' THEN lease_until END,
+        next_attempt_at = CASE WHEN to_status IS NULL THEN next_attempt_at END,
+        payroc_refund_id = COALESCE(payroc_refund_id, shown_id),
+        payroc_status = COALESCE(shown, payroc_status),
+        payroc_seen_at = CASE WHEN shown IS NULL THEN payroc_seen_at ELSE moment END,
+        updated_at = CASE WHEN to_status IS NULL AND payroc_refund_id = shown_id AND payroc_status = shown
+                          THEN updated_at ELSE moment END
+    WHERE refund_id = of_refund
+    RETURNING *
 $$;
 
 
--- 4  Attempts -----------------------------------------------------------------------------------------------
+-- 5  Attempts -----------------------------------------------------------------------------------------------
 
 -- One row per claim, so per POST at most. It is committed before the POST and finished after it: a row
 -- without an outcome is an attempt that may have reached Payroc.
 CREATE TABLE refund_ledger.refund_attempts (
-    -- Whose attempt it is.
-    refund_id bigint NOT NULL REFERENCES refund_ledger.refunds (id),
-    -- Its number, from 1; refunds.attempts has the newest.
+    -- Whose attempt it is. No foreign key: guard_attempt looks for the claim.
+    refund_id bigint NOT NULL,
+    -- Its number, from 1; the state has the newest.
     attempt integer NOT NULL CHECK (attempt > 0),
     -- The Airflow run that sent it.
     run_id text NOT NULL,
@@ -632,8 +816,8 @@ DECLARE
     without_effect CONSTANT text[] := '{rejected,configuration,not_sent}';
 BEGIN
     IF TG_OP = 'INSERT' THEN
-        IF NOT EXISTS (SELECT FROM refund_ledger.refunds
-                       WHERE id = NEW.refund_id AND status = 'sending' AND attempts = NEW.attempt) THEN
+        IF NOT EXISTS (SELECT FROM refund_ledger.refund_states
+                       WHERE refund_id = NEW.refund_id AND status = 'sending' AND attempts = NEW.attempt) THEN
             RAISE EXCEPTION 'attempt % of refund % was not claimed', NEW.attempt, NEW.refund_id
                 USING ERRCODE = 'check_violation';
         END IF;
@@ -659,7 +843,7 @@ CREATE TRIGGER never_emptied BEFORE TRUNCATE ON refund_ledger.refund_attempts
     FOR EACH STATEMENT EXECUTE FUNCTION refund_ledger.refuse_change();
 
 
--- 5  Events and their seals ---------------------------------------------------------------------------------
+-- 6  Events and their seals ---------------------------------------------------------------------------------
 
 -- The audit trail: one row per change of a status, a limit, a pause or a bond, and per decision. Only ever
 -- inserted.
@@ -668,13 +852,16 @@ CREATE TABLE refund_ledger.refund_events (
     id bigint PRIMARY KEY,
     -- When it happened, from number_event.
     at timestamptz NOT NULL,
-    -- What happened. The database itself writes status, pause, resume, limit, restore, and the bonds
-    -- environment, source and fingerprint_check; who may write the others is guard_roles_of_events' to say.
+    -- What happened. The database itself writes status, sighting, pause, resume, limit, restore, and the
+    -- bonds environment, source and fingerprint_check; who may write the others is guard_roles_of_events' to
+    -- say.
     event text NOT NULL CHECK (event IN (
-        'status', 'contradiction', 'pause', 'resume', 'environment', 'source', 'fingerprint_check',
-        'proposal', 'reverse', 'limit', 'approval', 'rejection', 'rotation', 'restore', 'not_understood')),
-    -- Which refund it is about; NULL when it is about none.
-    refund_id bigint REFERENCES refund_ledger.refunds (id),
+        'status', 'sighting', 'contradiction', 'pause', 'resume', 'environment', 'source',
+        'fingerprint_check', 'proposal', 'reverse', 'limit', 'approval', 'rejection', 'rotation', 'restore',
+        'not_understood')),
+    -- Which refund it is about; NULL when it is about none. No foreign key, which would lock the instruction
+    -- for each event: the database knows the refund, and guard_roles_of_events looks for that of the others.
+    refund_id bigint,
     -- The status before; NULL for a new refund and for an event of another kind.
     from_status text,
     -- The status after; NULL for an event of another kind.
@@ -694,6 +881,10 @@ CREATE SEQUENCE refund_ledger.event_numbers OWNED BY refund_ledger.refund_events
 
 -- The history of one refund.
 CREATE INDEX events_by_refund ON refund_ledger.refund_events (refund_id, id);
+
+-- What happened lately: the daily summary. The rows are in the order of their time, so the smallest kind of
+-- index serves.
+CREATE INDEX events_by_time ON refund_ledger.refund_events USING brin (at) WITH (autosummarize = on);
 
 -- Number, time and login are the database's, whoever writes the event. The transaction gets its id before
 -- the event draws its number: a number that is missing belongs to a transaction that is older than the next
@@ -729,6 +920,11 @@ BEGIN
     END;
     IF NOT pg_has_role(current_user, takes[1], 'USAGE') THEN
         PERFORM refund_ledger.require(format('the event %s', NEW.event), VARIADIC takes);
+    END IF;
+    IF takes <> '{refunds_migrator}' AND NEW.refund_id IS NOT NULL THEN
+        IF NOT EXISTS (SELECT FROM refund_ledger.refund_instructions WHERE id = NEW.refund_id) THEN
+            RAISE EXCEPTION 'there is no refund %', NEW.refund_id USING ERRCODE = 'foreign_key_violation';
+        END IF;
     END IF;
     RETURN NEW;
 END $$;
@@ -863,7 +1059,7 @@ BEGIN
 END $$;
 
 
--- 6  Runs ---------------------------------------------------------------------------------------------------
+-- 7  Runs ---------------------------------------------------------------------------------------------------
 
 -- One row per run of the DAG that pulled: what it is about, what was asked and answered, what it released. A
 -- pull that is repeated starts the row again and takes its approval back.
@@ -917,7 +1113,7 @@ CREATE TABLE refund_ledger.refund_runs (
 );
 
 
--- 7  Control: pauses, bonds, limits, restore ----------------------------------------------------------------
+-- 8  Control: pauses, bonds, limits, restore ----------------------------------------------------------------
 
 -- One row for everything ('*') and one for each terminal that was ever paused.
 CREATE TABLE refund_ledger.refund_control (
@@ -1067,7 +1263,7 @@ CREATE TRIGGER events AFTER INSERT OR UPDATE ON refund_ledger.refund_control
     FOR EACH ROW EXECUTE FUNCTION refund_ledger.write_control_events();
 
 
--- 8  Invalid rows and write-back notes ----------------------------------------------------------------------
+-- 9  Invalid rows and write-back notes ----------------------------------------------------------------------
 
 -- Source rows that cannot become refunds, each with what is wrong. A row that is valid later is forgotten.
 CREATE TABLE refund_ledger.invalid_rows (
@@ -1088,6 +1284,21 @@ CREATE TABLE refund_ledger.invalid_rows (
     -- A row is invalid once, however often it is pulled.
     PRIMARY KEY (source, source_ref)
 );
+
+-- Forgets source rows that were not found invalid lately and are valid now, or have no id and so are known by
+-- their place alone. It runs with its owner's rights, because a right to DELETE would allow a lock of the
+-- whole table.
+CREATE FUNCTION refund_ledger.forget_invalid_rows(
+    of_source text,        -- the source's name
+    valid     text[],      -- ids of the rows that are valid now
+    nameless  text,        -- how the place of a row without an id begins
+    since     timestamptz  -- rows found invalid since then stay
+) RETURNS void
+    LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    DELETE FROM refund_ledger.invalid_rows
+    WHERE source = of_source AND last_seen_at < since
+      AND (source_ref = ANY (valid) OR starts_with(source_ref, nameless))
+$$;
 
 -- Source rows whose write-back needs or needed attention; all others have no note.
 CREATE TABLE refund_ledger.write_back_notes (
@@ -1111,27 +1322,33 @@ CREATE TABLE refund_ledger.write_back_notes (
 CREATE INDEX unwritten_rows ON refund_ledger.write_back_notes (source, source_ref) WHERE problem IS NOT NULL;
 
 
--- 9  The view without requests ------------------------------------------------------------------------------
+-- 10  The view of all refunds ------------------------------------------------------------------------------
 
--- What reports, people and auditors look at: every refund without its frozen request, the request's hash, the
--- folded texts and the hash of the API key. It reads with its owner's rights, so that the auditor needs none
--- on the table.
-CREATE VIEW refund_ledger.refunds_masked AS
-SELECT id, source, source_ref, processing_terminal_id, order_id, description, amount, currency,
-       payee_last4, payee_fingerprint, requested_by, approved_by, approved_at, idempotency_key,
-       status, reason, released_by, released_run, released_at,
-       first_released_at, first_released_run, first_released_approver, run_rejected_by, holds, released_holds,
-       attempts, first_sent_at, lease_until, next_attempt_at,
-       payroc_refund_id, payroc_status, payroc_seen_at, replaces, created_at, updated_at, written_back_at,
-       request IS NOT NULL AS has_request, request_key
-FROM refund_ledger.refunds;
+-- What reports, people and auditors look at: every refund with its state, without its frozen request, the
+-- request's hash, the folded texts and the hash of the API key. It reads with its owner's rights, so that the
+-- auditor needs none on the tables.
+CREATE VIEW refund_ledger.refunds AS
+SELECT i.id, i.source, i.source_ref, i.processing_terminal_id, i.order_id, i.description, i.amount,
+       i.currency, i.payee_last4, i.payee_fingerprint, i.requested_by, i.approved_by, i.approved_at,
+       i.idempotency_key,
+       s.status, s.reason, s.released_by, s.released_run, s.released_at,
+       f.at AS first_released_at, f.run AS first_released_run, f.approver AS first_released_approver,
+       s.run_rejected_by, s.holds, s.released_holds,
+       s.attempts, s.first_sent_at, s.lease_until, s.next_attempt_at,
+       s.payroc_refund_id, s.payroc_status, s.payroc_seen_at, i.replaces,
+       i.created_at, s.updated_at, s.written_back_at,
+       q.request IS NOT NULL AS has_request, q.request_key
+FROM refund_ledger.refund_instructions AS i
+JOIN refund_ledger.refund_states AS s ON s.refund_id = i.id
+LEFT JOIN refund_ledger.first_releases AS f ON f.refund_id = i.id
+LEFT JOIN refund_ledger.frozen_requests AS q ON q.refund_id = i.id;
 
 
--- 10  Who may do what ---------------------------------------------------------------------------------------
+-- 11  Who may do what ---------------------------------------------------------------------------------------
 
--- Columns are granted rather than tables: with a right to UPDATE or DELETE on a table a login may lock the
--- whole of it. Two tables are granted as a whole, refund_runs and invalid_rows; a lock of those stops no
--- pause.
+-- Columns are granted, never tables: with a right to UPDATE or DELETE on a table a login may lock the whole
+-- of it. A right to UPDATE one column is enough to lock a row, so nobody who may not change a state has one
+-- there.
 
 -- Nobody has a right that is not named here, whatever defaults the database has.
 REVOKE ALL ON ALL TABLES IN SCHEMA refund_ledger FROM PUBLIC;
@@ -1144,8 +1361,9 @@ REVOKE ALL ON ALL FUNCTIONS IN SCHEMA refund_ledger FROM PUBLIC;
 GRANT USAGE ON SCHEMA refund_ledger TO refunds_payer, refunds_operator, refunds_auditor, refunds_key_rotator;
 
 -- Everything except the requests, for all who report.
-GRANT SELECT ON refund_ledger.refunds_masked, refund_ledger.refund_attempts, refund_ledger.refund_events,
-    refund_ledger.event_numbers, refund_ledger.event_seals, refund_ledger.refund_runs,
+GRANT SELECT ON refund_ledger.refunds, refund_ledger.first_releases, refund_ledger.refund_attempts,
+    refund_ledger.refund_events, refund_ledger.event_numbers, refund_ledger.event_seals,
+    refund_ledger.refund_runs,
     refund_ledger.refund_control, refund_ledger.invalid_rows, refund_ledger.write_back_notes
     TO refunds_payer, refunds_operator, refunds_auditor;
 
@@ -1153,8 +1371,9 @@ GRANT SELECT ON refund_ledger.refunds_masked, refund_ledger.refund_attempts, ref
 GRANT SELECT ON refund_ledger.schema_version
     TO refunds_payer, refunds_operator, refunds_auditor, refunds_key_rotator;
 
--- Reports and write-backs look at chains of reissues.
-GRANT EXECUTE ON FUNCTION refund_ledger.ended_unpaid(bigint), refund_ledger.first_source_ref(bigint)
+-- Reports and write-backs look at chains of reissues, and find a refund by its source_ref.
+GRANT EXECUTE ON FUNCTION refund_ledger.ended_unpaid(bigint), refund_ledger.first_source_ref(bigint),
+    refund_ledger.refund_key(text, text), refund_ledger.json_text(text)
     TO refunds_payer, refunds_operator, refunds_auditor;
 
 -- Whoever works with the ledger asks it for the time.
@@ -1166,41 +1385,50 @@ GRANT EXECUTE ON FUNCTION refund_ledger.require(text, text[])
     TO refunds_payer, refunds_operator, refunds_key_rotator;
 
 -- The payer and operators send and decide by what the refund says, its encrypted request included.
-GRANT SELECT ON refund_ledger.refunds TO refunds_payer, refunds_operator;
+GRANT SELECT ON refund_ledger.refund_instructions, refund_ledger.refund_states, refund_ledger.frozen_requests
+    TO refunds_payer, refunds_operator;
 
--- The payer stores what was approved, and never changes it.
+-- The payer stores what was approved.
 GRANT INSERT (source, source_ref, source_ref_folded, processing_terminal_id, order_id, description, amount,
-        currency, payee_last4, payee_fingerprint, request, request_sha256, request_key,
-        requested_by, requested_by_folded, approved_by, approved_by_folded, approved_at,
-        idempotency_key, created_at, updated_at)
-    ON refund_ledger.refunds TO refunds_payer;
+        currency, payee_last4, payee_fingerprint, request_sha256, requested_by, requested_by_folded,
+        approved_by, approved_by_folded, approved_at, idempotency_key, created_at)
+    ON refund_ledger.refund_instructions TO refunds_payer;
 
--- The payer moves a refund along its graph, empties its request after the end, and notes what was written
--- back.
-GRANT UPDATE (status, reason, holds, released_by, released_run, released_at, first_released_approver,
-        run_rejected_by, attempts, first_sent_at, sent_with, lease_until, next_attempt_at, payroc_refund_id,
-        payroc_status, payroc_seen_at, request, updated_at, written_back_at)
-    ON refund_ledger.refunds TO refunds_payer;
-
--- An operator inserts reissues, which alone have these columns: replaces and a reason.
+-- An operator inserts reissues, which alone have these columns: replaces and reissue_reason.
 GRANT INSERT (source, source_ref, source_ref_folded, processing_terminal_id, order_id, description, amount,
-        currency, payee_last4, payee_fingerprint, request, request_sha256, request_key,
-        requested_by, requested_by_folded, approved_by, approved_by_folded, approved_at,
-        idempotency_key, replaces, reason, created_at, updated_at)
-    ON refund_ledger.refunds TO refunds_operator;
+        currency, payee_last4, payee_fingerprint, request_sha256, requested_by, requested_by_folded,
+        approved_by, approved_by_folded, approved_at, idempotency_key, replaces, reissue_reason, created_at)
+    ON refund_ledger.refund_instructions TO refunds_operator;
 
--- An operator unholds, cancels, resolves and takes over what Payroc says. first_sent_at and sent_with may be
--- named in an UPDATE and not changed (guard_roles_of_refunds).
-GRANT UPDATE (status, reason, holds, released_holds, first_sent_at, sent_with, lease_until, next_attempt_at,
-        payroc_refund_id, payroc_status, payroc_seen_at, updated_at)
-    ON refund_ledger.refunds TO refunds_operator;
+-- Each with its body.
+GRANT INSERT (refund_id, request, request_key) ON refund_ledger.frozen_requests
+    TO refunds_payer, refunds_operator;
 
--- A rotation reads encrypted requests; it sees neither amount nor payee.
-GRANT SELECT (id, source, request, request_key, request_sha256)
-    ON refund_ledger.refunds TO refunds_key_rotator;
+-- The payer empties a body after the end (guard_request).
+GRANT UPDATE (request) ON refund_ledger.frozen_requests TO refunds_payer;
+
+-- A rotation reads encrypted bodies and their hashes; it sees neither amount nor payee.
+GRANT SELECT (refund_id, request, request_key) ON refund_ledger.frozen_requests TO refunds_key_rotator;
+
+-- The hash says whether the bytes are the same.
+GRANT SELECT (id, source, request_sha256) ON refund_ledger.refund_instructions TO refunds_key_rotator;
 
 -- A rotation puts another encryption of the same bytes in their place.
-GRANT UPDATE (request, request_key) ON refund_ledger.refunds TO refunds_key_rotator;
+GRANT UPDATE (request, request_key) ON refund_ledger.frozen_requests TO refunds_key_rotator;
+
+-- The payer moves a refund along its graph, and notes what was written back.
+GRANT UPDATE (status, reason, holds, released_by, released_run, released_at, run_rejected_by, attempts,
+        first_sent_at, sent_with, lease_until, next_attempt_at, payroc_refund_id, payroc_status,
+        payroc_seen_at, updated_at, written_back_at)
+    ON refund_ledger.refund_states TO refunds_payer;
+
+-- An operator unholds and cancels.
+GRANT UPDATE (status, reason, holds, released_holds, updated_at)
+    ON refund_ledger.refund_states TO refunds_operator;
+
+-- The payer's follow-up and an operator's decisions note what Payroc shows.
+GRANT EXECUTE ON FUNCTION refund_ledger.note_sighting(bigint, text, text, text, text, timestamptz)
+    TO refunds_payer, refunds_operator;
 
 -- The payer claims an attempt.
 GRANT INSERT (refund_id, attempt, run_id, map_index, try_number, started_at)
@@ -1219,8 +1447,16 @@ GRANT INSERT (event, refund_id, actor, reason, detail)
 GRANT EXECUTE ON FUNCTION refund_ledger.seal(integer)
     TO refunds_payer, refunds_operator, refunds_key_rotator;
 
--- The payer notes what a run is about, and the answer that was given in Airflow.
-GRANT INSERT, UPDATE ON refund_ledger.refund_runs TO refunds_payer;
+-- The payer notes what a run is about.
+GRANT INSERT (run_id, params, candidates, candidate_ids, candidate_totals, candidates_hash, approval_basis,
+        findings, started_at)
+    ON refund_ledger.refund_runs TO refunds_payer;
+
+-- The payer notes the answer that was given in Airflow, and what was released.
+GRANT UPDATE (params, candidates, candidate_ids, candidate_totals, candidates_hash, approval_basis, findings,
+        started_at, finished_at, approval_needed, asked_hash, question, approved_by, approved_at,
+        approved_hash, rejected_by, rejected_at, counted, counted_before, released, released_totals)
+    ON refund_ledger.refund_runs TO refunds_payer;
 
 -- The payer binds the ledger to the first Payroc, source and fingerprint key that it works with.
 GRANT UPDATE (environment, source, fingerprint_check) ON refund_ledger.refund_control TO refunds_payer;
@@ -1238,8 +1474,16 @@ GRANT UPDATE (largest_refund, run_total, run_count, day_total, day_count, payee_
         payee_days, duplicate_days, approval_total, approval_count, restored_to)
     ON refund_ledger.refund_control TO refunds_operator;
 
--- The payer notes invalid rows, and forgets those that are valid now.
-GRANT INSERT, UPDATE, DELETE ON refund_ledger.invalid_rows TO refunds_payer;
+-- The payer notes invalid rows.
+GRANT INSERT (source, source_ref, errors, first_seen_at, last_seen_at, updated_at)
+    ON refund_ledger.invalid_rows TO refunds_payer;
+
+-- The payer notes that a row is still invalid, and that this was written back.
+GRANT UPDATE (last_seen_at, errors, updated_at, written_back_at)
+    ON refund_ledger.invalid_rows TO refunds_payer;
+
+-- The payer forgets rows that are valid now.
+GRANT EXECUTE ON FUNCTION refund_ledger.forget_invalid_rows(text, text[], text, timestamptz) TO refunds_payer;
 
 -- The payer notes rows that could not be written back.
 GRANT INSERT (source, source_ref, problem, problem_since, offered_again_at)

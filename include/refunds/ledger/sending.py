@@ -14,7 +14,15 @@ from include.refunds.ledger.connection import as_array
 from include.refunds.ledger.control import NOT_PAUSED
 from include.refunds.ledger.grouping import Grouped
 from include.refunds.ledger.records import Records
-from include.refunds.ledger.rows import COLUMNS, IDS, as_refund, by_id, select_histories
+from include.refunds.ledger.rows import (
+    COLUMNS,
+    IDS,
+    REFUNDS,
+    as_refund,
+    by_id,
+    lock,
+    select_histories,
+)
 from include.refunds.ledger.runs import RELEASE_VALID, REPLACED_STANDS
 from include.refunds.refund import History, Refund
 
@@ -66,7 +74,7 @@ class Sending(Records):
 
     async def labels(self, refund_ids: Sequence[int]) -> list[str]:
         """Return the order ids of refunds, in the order given."""
-        query = f"SELECT id, order_id FROM refund_ledger.refunds WHERE id = ANY({IDS})"
+        query = f"SELECT id, order_id FROM refund_ledger.refund_instructions WHERE id = ANY({IDS})"
         async with self._statement() as connection:
             found = {
                 row.id: row.order_id for row in await connection.execute(query, {"ids": as_array(refund_ids)})
@@ -89,7 +97,7 @@ class Sending(Records):
         return Grouped(self._read)
 
     async def _read(self, refund_ids: Sequence[int]) -> list[tuple[Refund, History, datetime] | None]:
-        query = f"SELECT {COLUMNS}, refund_ledger.now() AS now FROM refund_ledger.refunds AS r WHERE id = ANY({IDS})"
+        query = f"SELECT {COLUMNS}, refund_ledger.now() AS now FROM {REFUNDS} WHERE s.refund_id = ANY({IDS})"
         async with self._statement("read") as connection:
             rows = await connection.execute(query, {"ids": as_array(refund_ids)})
             refunds = {row.id: (as_refund(row[:-1]), row.now) for row in rows}
@@ -126,25 +134,24 @@ class Sending(Records):
     async def _claim(self, calls: Sequence[_Claiming]) -> list[Claim | None]:
         claim = f"""
             WITH asked AS (
-                SELECT * FROM json_to_recordset(CAST(:asked AS json)) AS asked (refund_id bigint, asked_environment text, asked_with text,
-                    asked_until timestamptz, run_id text, map_index integer, try_number integer)
-            ), locked AS (
-                -- By the ids alone, whatever the planner believes of the other columns, and in their order, so that two workers with the
-                -- same refunds are not deadlocked. What is locked is as the last transaction left it.
-                SELECT * FROM refund_ledger.refunds WHERE id = ANY({IDS}) ORDER BY id FOR NO KEY UPDATE
-            ), claimable AS (
-                SELECT asked.* FROM locked AS r JOIN asked ON refund_id = id
-                WHERE source = :source AND request IS NOT NULL AND payroc_refund_id IS NULL
+                SELECT * FROM json_to_recordset(CAST(:asked AS json)) AS asked (refund_id bigint,
+                    asked_environment text, asked_with text, asked_until timestamptz, run_id text,
+                    map_index integer, try_number integer)
+            ), claimed AS (
+                UPDATE refund_ledger.refund_states AS s
+                SET status = 'sending', attempts = s.attempts + 1, reason = NULL, lease_until = asked_until,
+                    next_attempt_at = asked_until, first_sent_at = COALESCE(s.first_sent_at, :now),
+                    sent_with = COALESCE(s.sent_with, asked_with), updated_at = :now
+                FROM asked
+                JOIN refund_ledger.refund_instructions AS i ON i.id = asked.refund_id
+                JOIN refund_ledger.frozen_requests AS q ON q.refund_id = asked.refund_id
+                WHERE s.refund_id = ANY({IDS}) AND s.refund_id = asked.refund_id
+                  AND source = :source AND request IS NOT NULL AND payroc_refund_id IS NULL
                   AND EXISTS (SELECT FROM refund_ledger.refund_control WHERE scope = '*' AND environment = asked_environment)
                   AND {NOT_PAUSED} AND {REPLACED_STANDS}
                   AND (first_sent_at IS NULL OR (first_sent_at > :window_start AND sent_with = asked_with))
                   AND (status = 'released' AND released_at > :oldest_release
                        OR status IN ('unknown', 'sending') AND lease_until <= :now AND next_attempt_at <= :now)
-            ), claimed AS (
-                UPDATE refund_ledger.refunds AS r
-                SET status = 'sending', attempts = attempts + 1, reason = NULL, lease_until = asked_until, next_attempt_at = asked_until,
-                    first_sent_at = COALESCE(first_sent_at, :now), sent_with = COALESCE(sent_with, asked_with), updated_at = :now
-                FROM claimable WHERE id = refund_id
                 RETURNING {COLUMNS}
             ), attempt AS (
                 INSERT INTO refund_ledger.refund_attempts (refund_id, attempt, run_id, map_index, try_number, started_at)
@@ -161,6 +168,7 @@ class Sending(Records):
                 "window_start": now - timedelta(days=self._settings.key_window_days),
                 "oldest_release": now - RELEASE_VALID,
             }
+            await lock(connection, ids)
             refunds = by_id(await connection.execute(claim, values))
             histories = await select_histories(
                 connection, {refund.id: refund.attempts for refund in refunds.values()}
@@ -194,10 +202,12 @@ class Sending(Records):
 
     async def _check_last(self, calls: Sequence[tuple[Claim, float]]) -> list[bool]:
         query = f"""
-            SELECT id FROM unnest({IDS}, CAST(CAST(:attempts AS text) AS integer[]), CAST(CAST(:seconds AS text) AS double precision[]))
-                 AS claimed (refund_id, attempt, seconds)
-            JOIN refund_ledger.refunds AS r ON id = refund_id
-            WHERE id = ANY({IDS}) AND attempts = attempt AND status = 'sending'
+            SELECT s.refund_id
+            FROM unnest({IDS}, CAST(CAST(:attempts AS text) AS integer[]),
+                        CAST(CAST(:seconds AS text) AS double precision[])) AS claimed (refund_id, attempt, seconds)
+            JOIN refund_ledger.refund_states AS s ON s.refund_id = claimed.refund_id
+            JOIN refund_ledger.refund_instructions AS i ON i.id = s.refund_id
+            WHERE s.refund_id = ANY({IDS}) AND attempts = attempt AND status = 'sending'
               AND lease_until > refund_ledger.now() + seconds * interval '1 second'
               AND {NOT_PAUSED} AND {REPLACED_STANDS}"""
         values = {
@@ -211,17 +221,18 @@ class Sending(Records):
 
     async def mark_seen(self, refund_ids: Sequence[int]) -> None:
         """Note that Payroc's list showed these refunds, without news."""
-        update = f"UPDATE refund_ledger.refunds SET payroc_seen_at = :now WHERE id = ANY({IDS})"
+        update = f"UPDATE refund_ledger.refund_states SET payroc_seen_at = :now WHERE refund_id = ANY({IDS})"
         async with self._transaction() as (connection, now):
+            await lock(connection, refund_ids)
             await connection.execute(update, {"ids": as_array(refund_ids), "now": now})
 
     async def in_doubt(self) -> list[Refund]:
         """Return all refunds that are sending or unknown."""
-        return await self._refunds("r.status IN ('sending', 'unknown')", {})
+        return await self._refunds("s.status IN ('sending', 'unknown')", {})
 
     async def not_sent(self) -> list[Refund]:
         """Return all refunds that wait to be sent: approved, held or released."""
-        return await self._refunds("r.status IN ('approved', 'held', 'released')", {})
+        return await self._refunds("s.status IN ('approved', 'held', 'released')", {})
 
     async def followed(self, changed_within: timedelta) -> dict[str, datetime]:
         """
@@ -252,8 +263,11 @@ class Sending(Records):
         self, keys: Sequence[str], payroc_refund_ids: Sequence[str], order_ids: Sequence[str] = ()
     ) -> list[Refund]:
         """Return the refunds with one of these idempotency keys, of these refund ids of Payroc's, or of these order ids."""
-        condition = """r.idempotency_key = ANY(CAST(:keys AS uuid[])) OR r.payroc_refund_id = ANY(:payroc_refund_ids)
-            OR r.order_id = ANY(:order_ids)"""
+        # One branch for each index: a single OR over them would read the whole ledger.
+        condition = """s.refund_id IN (
+            SELECT id FROM refund_ledger.refund_instructions
+            WHERE idempotency_key = ANY(CAST(:keys AS uuid[])) OR order_id = ANY(:order_ids)
+            UNION SELECT refund_id FROM refund_ledger.refund_states WHERE payroc_refund_id = ANY(:payroc_refund_ids))"""
         values = {
             "keys": list(keys),
             "payroc_refund_ids": list(payroc_refund_ids),
@@ -268,12 +282,12 @@ class Sending(Records):
         :param after: only those with a greater id.
         :param limit: at most so many.
         """
-        condition = "r.first_sent_at >= :start AND r.first_sent_at < :end AND r.id > :after"
+        condition = "s.first_sent_at >= :start AND s.first_sent_at < :end AND s.refund_id > :after"
         return await self._refunds(condition, {"start": start, "end": end, "after": after}, limit=limit)
 
     async def all_terminals(self) -> list[str]:
         """Return the processing terminals of all refunds, sorted."""
-        query = "SELECT DISTINCT processing_terminal_id FROM refund_ledger.refunds WHERE source = :source ORDER BY 1"
+        query = "SELECT DISTINCT processing_terminal_id FROM refund_ledger.refund_instructions WHERE source = :source ORDER BY 1"
         async with self._transaction() as (connection, _):
             return list((await connection.execute(query, {"source": self._settings.source})).scalars())
 
@@ -281,18 +295,21 @@ class Sending(Records):
         """Return what a refund replaces: the one before it, the one before that, to the first of the chain."""
         query = f"""
             WITH RECURSIVE chain AS (
-                SELECT replaces AS id, 1 AS place FROM refund_ledger.refunds WHERE id = :id
+                SELECT replaces AS id, 1 AS place FROM refund_ledger.refund_instructions WHERE id = :id
                 UNION ALL
-                SELECT r.replaces, place + 1 FROM refund_ledger.refunds AS r JOIN chain ON r.id = chain.id
+                SELECT i.replaces, place + 1
+                FROM refund_ledger.refund_instructions AS i JOIN chain ON i.id = chain.id
             )
-            SELECT {COLUMNS} FROM chain JOIN refund_ledger.refunds AS r ON r.id = chain.id ORDER BY place"""
+            SELECT {COLUMNS} FROM {REFUNDS} JOIN chain ON chain.id = i.id ORDER BY place"""
         async with self._transaction() as (connection, _):
             return [as_refund(row) for row in await connection.execute(query, {"id": refund_id})]
 
     async def _refunds(
         self, condition: str, values: dict[str, Any], limit: int | None = None
     ) -> list[Refund]:
-        query = f"SELECT {COLUMNS} FROM refund_ledger.refunds AS r WHERE source = :source AND ({condition}) ORDER BY id LIMIT :limit"
+        query = f"""
+            SELECT {COLUMNS} FROM {REFUNDS}
+            WHERE source = :source AND {condition} ORDER BY s.refund_id LIMIT :limit"""
         async with self._transaction() as (connection, _):
             result = await connection.execute(
                 query, {**values, "source": self._settings.source, "limit": limit}

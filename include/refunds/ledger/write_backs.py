@@ -10,13 +10,19 @@ from datetime import datetime, timedelta
 
 from include.refunds.database_errors import Kind, describe
 from include.refunds.ledger.base import LedgerBase, LedgerUnavailable
-from include.refunds.ledger.connection import DATABASE_ERRORS
+from include.refunds.ledger.connection import DATABASE_ERRORS, as_array
 from include.refunds.ledger.intake import NAMELESS
+from include.refunds.ledger.rows import IDS, lock
+from include.refunds.text import fold
 
 
 @dataclass(frozen=True, slots=True)
 class WriteBack:
-    """One line for the source: what became of a refund, or why its row is invalid."""
+    """
+    One line for the source: what became of a refund, or why its row is invalid.
+
+    :param refund_id: the refund that it shows, ``None`` for an invalid row.
+    """
 
     source_ref: str
     status: str
@@ -24,6 +30,7 @@ class WriteBack:
     payroc_status: str | None
     reason: str | None
     updated_at: datetime
+    refund_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,24 +49,19 @@ class NotWritten:
 
 # True of a row r of refunds that the source's row shows: of a refund and its reissues the newest that was not cancelled.
 NEWEST = """(r.replaces IS NULL OR r.status <> 'cancelled') AND NOT EXISTS (
-    SELECT FROM refund_ledger.refunds_masked AS newer WHERE newer.replaces = r.id AND newer.status <> 'cancelled')"""
+    SELECT FROM refund_ledger.refunds AS newer WHERE newer.replaces = r.id AND newer.status <> 'cancelled')"""
 
 # Longer than a write-back of thousands of refunds takes.
 _LOCK_SECONDS = 60
-
-# Where a line for the source came from: a refund, the newest reissue of one, or an invalid row.
-_WRITTEN = (
-    ("refunds", "target.source_ref = row.source_ref"),
-    ("refunds", "target.replaces IS NOT NULL AND refund_ledger.first_source_ref(target.id) = row.source_ref"),
-    ("invalid_rows", "target.source_ref = row.source_ref"),
-)
-
 
 # True of a source_ref whose row could not be written when it was tried last.
 _FAILED_BEFORE = """EXISTS (SELECT FROM refund_ledger.write_back_notes AS note
     WHERE note.source = :source AND note.source_ref = {ref} AND note.problem IS NOT NULL)"""
 
 _LONGEST_REASON = 500
+
+# Behind every refund.
+_LAST_ID = 2**63 - 1
 
 # What ends a refund, or nearly: our select_approved.sql does not offer a row that shows one of these.
 ENDED = ("accepted", "settled", "returned", "reversed", "rejected", "cancelled")
@@ -105,46 +107,45 @@ class WriteBacks(LedgerBase):
                     )
 
     async def due_write_backs(
-        self, limit: int, after: str = "", *, failed_before: bool = False
+        self, limit: int, after: WriteBack | None = None, *, failed_before: bool = False
     ) -> list[WriteBack]:
         """
-        Return changes that the source does not have yet, ordered by source_ref.
+        Return changes that the source does not have yet: those of refunds in the order of their ids, then invalid rows by source_ref.
 
         Of a refund and its reissues the source has one row, which shows the newest that was not cancelled; the others are not written
         back any more.
 
         :param limit: at most so many.
-        :param after: only those with a greater source_ref.
+        :param after: only those behind this one.
         :param failed_before: those whose last attempt failed, instead of all others.
         """
         query = f"""
-            (SELECT source_ref, status, payroc_refund_id, payroc_status, reason, updated_at FROM refund_ledger.refunds AS r
-             WHERE source = :source AND (written_back_at = updated_at) IS NOT TRUE AND source_ref > :after
-               AND replaces IS NULL AND {NEWEST}
-               AND {_FAILED_BEFORE.format(ref="r.source_ref")} = :failed_before
-             ORDER BY source_ref LIMIT :limit)
-            UNION ALL
-            (SELECT first.source_ref, status, payroc_refund_id, payroc_status, reason, updated_at FROM refund_ledger.refunds AS r
-             CROSS JOIN LATERAL (SELECT refund_ledger.first_source_ref(r.id) AS source_ref) AS first
-             WHERE source = :source AND (written_back_at = updated_at) IS NOT TRUE AND first.source_ref > :after
-               AND replaces IS NOT NULL AND {NEWEST}
+            (SELECT first.source_ref, status, payroc_refund_id, payroc_status, reason, updated_at, r.id AS refund_id
+             FROM refund_ledger.refunds AS r CROSS JOIN LATERAL (
+                 SELECT CASE WHEN r.replaces IS NULL THEN r.source_ref
+                             ELSE refund_ledger.first_source_ref(r.id) END AS source_ref) AS first
+             WHERE source = :source AND (written_back_at = updated_at) IS NOT TRUE AND r.id > :after_id AND {NEWEST}
                AND {_FAILED_BEFORE.format(ref="first.source_ref")} = :failed_before
-             ORDER BY first.source_ref LIMIT :limit)
+             ORDER BY r.id LIMIT :limit)
             UNION ALL
             (SELECT source_ref, 'invalid', NULL, NULL,
                     (SELECT string_agg('`' || key || '` ' || value || '.', ' ' ORDER BY key)
-                     FROM jsonb_each_text(errors)), updated_at
+                     FROM jsonb_each_text(errors)), updated_at, NULL
              FROM refund_ledger.invalid_rows AS invalid
-             WHERE source = :source AND written_back_at IS DISTINCT FROM updated_at AND source_ref > :after
+             WHERE source = :source AND written_back_at IS DISTINCT FROM updated_at AND source_ref > :after_ref
                AND NOT starts_with(source_ref, :nameless)
-               AND NOT EXISTS (SELECT FROM refund_ledger.refunds AS r
-                               WHERE r.source = invalid.source AND r.source_ref = invalid.source_ref)
+               AND NOT EXISTS (SELECT FROM refund_ledger.refund_instructions AS i
+                               WHERE i.idempotency_key = refund_ledger.refund_key(invalid.source, invalid.source_ref))
                AND {_FAILED_BEFORE.format(ref="invalid.source_ref")} = :failed_before
              ORDER BY source_ref LIMIT :limit)
-            ORDER BY source_ref LIMIT :limit"""
+            ORDER BY refund_id, source_ref LIMIT :limit"""
+        after_id, after_ref = 0, ""
+        if after is not None:
+            after_id, after_ref = (after.refund_id, "") if after.refund_id else (_LAST_ID, after.source_ref)
         values = {
             "source": self._settings.source,
-            "after": after,
+            "after_id": after_id,
+            "after_ref": after_ref,
             "limit": limit,
             "nameless": NAMELESS,
             "failed_before": failed_before,
@@ -164,8 +165,25 @@ class WriteBacks(LedgerBase):
         :param not_written: rows that could not be written, each with the reason; they stay due.
         """
         rows = json.dumps(
-            [{"source_ref": item.source_ref, "updated_at": item.updated_at.isoformat()} for item in written]
+            [
+                {
+                    "refund_id": item.refund_id,
+                    "source_ref": item.source_ref,
+                    "updated_at": item.updated_at.isoformat(),
+                }
+                for item in written
+            ]
         )
+        of_refunds = """
+            UPDATE refund_ledger.refund_states AS s SET written_back_at = row.updated_at
+            FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS row (refund_id bigint, updated_at timestamptz)
+            WHERE s.refund_id = row.refund_id AND s.updated_at = row.updated_at"""
+        of_invalid_rows = """
+            UPDATE refund_ledger.invalid_rows AS invalid SET written_back_at = row.updated_at
+            FROM jsonb_to_recordset(CAST(:rows AS jsonb))
+                AS row (refund_id bigint, source_ref text, updated_at timestamptz)
+            WHERE row.refund_id IS NULL AND invalid.source = :source
+              AND invalid.source_ref = row.source_ref AND invalid.updated_at = row.updated_at"""
         problems = json.dumps({item.source_ref: item.reason[:_LONGEST_REASON] for item in not_written})
         settle = """
             UPDATE refund_ledger.write_back_notes AS note SET problem = NULL, problem_since = NULL
@@ -177,12 +195,9 @@ class WriteBacks(LedgerBase):
             ON CONFLICT (source, source_ref) DO UPDATE SET problem = EXCLUDED.problem,
                 problem_since = COALESCE(known.problem_since, EXCLUDED.problem_since)"""
         async with self._transaction() as (connection, now):
-            for table, condition in _WRITTEN:
-                update = f"""
-                    UPDATE refund_ledger.{table} AS target SET written_back_at = row.updated_at
-                    FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS row (source_ref text, updated_at timestamptz)
-                    WHERE target.source = :source AND {condition} AND target.updated_at = row.updated_at"""
-                await connection.execute(update, {"rows": rows, "source": self._settings.source})
+            await lock(connection, (item.refund_id for item in written if item.refund_id is not None))
+            await connection.execute(of_refunds, {"rows": rows})
+            await connection.execute(of_invalid_rows, {"rows": rows, "source": self._settings.source})
             await connection.execute(settle, {"rows": rows, "source": self._settings.source})
             if not_written:
                 values = {"source": self._settings.source, "problems": problems, "now": now}
@@ -197,33 +212,45 @@ class WriteBacks(LedgerBase):
         :param offered: source_refs that the source returns as approved.
         :returns: how many are due again, and how many are offered again too soon after that.
         """
+        # The folded form has the index.
+        ended = f"""
+            SELECT r.id, r.source_ref FROM refund_ledger.refunds AS r
+            WHERE {_WRITTEN_AND_ENDED} AND r.id IN (
+                SELECT id FROM refund_ledger.refund_instructions
+                WHERE source = :source AND source_ref_folded = ANY(:folded) AND source_ref = ANY(:offered)
+                  AND replaces IS NULL)
+            UNION ALL
+            SELECT r.id, first.source_ref FROM refund_ledger.refunds AS r
+            CROSS JOIN LATERAL (SELECT refund_ledger.first_source_ref(r.id) AS source_ref) AS first
+            WHERE r.source = :source AND r.replaces IS NOT NULL AND first.source_ref = ANY(:offered)
+              AND {_WRITTEN_AND_ENDED}"""
         again = f"""
             WITH ended AS (
-                SELECT r.id, r.source_ref FROM refund_ledger.refunds AS r
-                WHERE r.source = :source AND r.source_ref = ANY(:offered) AND r.replaces IS NULL
-                  AND {_WRITTEN_AND_ENDED}
-                UNION ALL
-                SELECT r.id, first.source_ref FROM refund_ledger.refunds AS r
-                CROSS JOIN LATERAL (SELECT refund_ledger.first_source_ref(r.id) AS source_ref) AS first
-                WHERE r.source = :source AND r.replaces IS NOT NULL AND first.source_ref = ANY(:offered)
-                  AND {_WRITTEN_AND_ENDED}
+                SELECT * FROM unnest({IDS}, CAST(:refs AS text[])) AS ended (id, source_ref)
             ), noted AS (
                 INSERT INTO refund_ledger.write_back_notes AS known (source, source_ref, offered_again_at)
                 SELECT :source, source_ref, :now FROM ended
                 ON CONFLICT (source, source_ref) DO UPDATE SET offered_again_at = EXCLUDED.offered_again_at
                 WHERE known.offered_again_at IS NULL OR known.offered_again_at <= :before
                 RETURNING source_ref
-            ), due AS (
-                UPDATE refund_ledger.refunds AS r SET written_back_at = NULL
-                FROM ended JOIN noted USING (source_ref) WHERE r.id = ended.id RETURNING r.id
             )
-            SELECT (SELECT count(*) FROM due) AS due, (SELECT count(*) FROM ended) AS ended"""
+            UPDATE refund_ledger.refund_states AS s SET written_back_at = NULL
+            FROM ended JOIN noted USING (source_ref) WHERE s.refund_id = ended.id"""
         async with self._transaction() as (connection, now):
             values = {
                 "source": self._settings.source,
                 "offered": list(offered),
+                "folded": [*map(fold, offered)],
+            }
+            found = await connection.execute(ended, values)
+            ids = [row.id for row in found]
+            await lock(connection, ids)
+            noted = {
+                "source": self._settings.source,
+                "ids": as_array(ids),
+                "refs": [row.source_ref for row in found],
                 "now": now,
                 "before": now - _WRITE_AGAIN_AFTER,
             }
-            row = (await connection.execute(again, values)).one()
-            return row.due, row.ended - row.due
+            due = await connection.change(again, noted)
+            return due, len(ids) - due
