@@ -101,6 +101,7 @@ class Shop(Merchant):
         for refund_id in self.release(selection=Selection(source_refs=source_refs)):
             self.send(refund_id)
         self.write_back()
+        self.run(self.ledger.seals.seal())
 
     def assert_sent_once(self, *source_refs: str) -> None:
         """Each exists once at Payroc, and the ledger knows that one; whether the source does is not looked at."""
