@@ -149,11 +149,14 @@ def migrate(
     from include.refunds.migrations import MigrationRefused
     from include.refunds.migrations import migrate as migrate_ledger
 
+    notes: list[str] = []
     try:
-        revision = migrate_ledger(ledger_url(url))
+        revision = migrate_ledger(ledger_url(url), say=notes.append)
     except MigrationRefused as error:
         _fail(str(error))
     _say(f"The ledger is at revision {revision}.")
+    for note in notes:
+        _say(note)
     if demo:
         demo_source.create_table(source_url(source))
         _say("The source has the table public.refund_requests.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import asdict, is_dataclass
 from datetime import datetime
 from enum import Enum
@@ -26,7 +26,10 @@ _TABLES = (
     "refund_runs",
     "invalid_rows",
     "write_back_notes",
-    "refund_control",
+    "pauses",
+    "refund_limits",
+    "bindings",
+    "write_back_turn",
     "first_releases",
     "refund_states",
     "frozen_requests",
@@ -156,8 +159,12 @@ class PostgresLedger:
 
         return self._run(work())
 
-    def restore(self, backup: dict[str, Any], next_id: int) -> None:
-        """Go back to a backup."""
+    def restore(self, backup: dict[str, Any], **next_ids: int) -> None:
+        """
+        Go back to a backup.
+
+        :param next_ids: by table, the number that its next row gets.
+        """
 
         async def work() -> None:
             async with self.engine.begin() as connection:
@@ -169,16 +176,18 @@ class PostgresLedger:
                     )
                     for row in rows:
                         await connection.execute(insert, {"row": row["row"]})
-                await connection.execute(
-                    f"ALTER TABLE refund_ledger.refund_instructions ALTER COLUMN id RESTART WITH {next_id}"
-                )
+                for name, number in next_ids.items():
+                    await connection.execute(
+                        f"ALTER TABLE refund_ledger.{name} ALTER COLUMN id RESTART WITH {number}"
+                    )
 
         self._run(work())
 
     async def _empty(self) -> None:
         async with self.engine.begin() as connection:
             await _truncate(connection)
-            await connection.execute("INSERT INTO refund_ledger.refund_control (scope) VALUES ('*')")
+            for table in ("refund_limits", "write_back_turn"):
+                await connection.execute(f"INSERT INTO refund_ledger.{table} DEFAULT VALUES")
             await connection.execute(clock("SELECT current_setting('tests.now')::timestamptz"))
 
     async def _rows(self, query: str) -> list[dict[str, Any]]:
@@ -211,14 +220,6 @@ class Twins:
     def actor(self, actor: str) -> None:
         self.memory.actor = self.postgres.real._actor = actor
 
-    def write_back_lock(self) -> AbstractContextManager[bool]:
-        """Take the memory's lock: a call of the real one would wait for another worker that only this thread can run."""
-        return self.memory.write_back_lock()
-
-    def restore_lock(self) -> AbstractContextManager[bool]:
-        """Take the memory's lock, for the same reason."""
-        return self.memory.restore_lock()
-
     def backup(self) -> tuple[Any, Any]:
         """Return a copy of both."""
         return self.memory.backup(), self.postgres.backup()
@@ -226,7 +227,9 @@ class Twins:
     def restore(self, backup: Any) -> None:
         """Go back to a backup of both."""
         self.memory.restore(backup[0])
-        self.postgres.restore(backup[1], self.memory.next_id)
+        self.postgres.restore(
+            backup[1], refund_instructions=self.memory.next_id, pauses=self.memory.next_pause
+        )
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:

@@ -14,10 +14,10 @@ from include.refunds.case import DecisionRefused
 from include.refunds.classify import EVERYTHING
 from include.refunds.ledger.base import LedgerError
 from include.refunds.ledger.connection import Connection, Row, as_array
-from include.refunds.ledger.control import NOT_PAUSED, Control
+from include.refunds.ledger.gate import Gate
+from include.refunds.ledger.pauses import NOT_PAUSED
 from include.refunds.ledger.rows import IDS, OF_MANY, lock
 from include.refunds.limits import (
-    LIMITS,
     AtTheGate,
     GateDecision,
     Limits,
@@ -80,7 +80,7 @@ def hash_of_ids(ids: Iterable[int]) -> str:
     return hashlib.sha256(json.dumps(sorted(ids)).encode()).hexdigest()
 
 
-class Runs(Control):
+class Runs(Gate):
     """What a run reads and writes before and after the sending."""
 
     async def return_stale_releases(self) -> int:
@@ -357,12 +357,9 @@ class Runs(Control):
             return [row.id for row in released]
 
     async def _control(self, connection: Connection) -> _State:
-        query = "SELECT *, paused_at IS NOT NULL AS paused FROM refund_ledger.refund_control"
-        rows = await connection.execute(query)
-        limits = next(
-            Limits(**{name: row[name] for name in LIMITS}) for row in rows if row["scope"] == EVERYTHING
-        )
-        return _State({row["scope"] for row in rows if row["paused"]}, limits)
+        query = "SELECT DISTINCT scope FROM refund_ledger.pauses WHERE ended_at IS NULL"
+        paused = set((await connection.execute(query)).scalars())
+        return _State(paused, await self._limits(connection))
 
     async def _run(self, connection: Connection, run_id: str) -> Row:
         query = """
@@ -456,7 +453,7 @@ class Runs(Control):
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """What ``refund_control`` says: the paused scopes and the limits."""
+    """The paused scopes and the limits."""
 
     paused: set[str]
     limits: Limits

@@ -10,7 +10,7 @@
 --   5  Attempts
 --   6  Events and their seals
 --   7  Runs
---   8  Control: pauses, bonds, limits, restore
+--   8  Pauses, the gate, limits, bindings, the turn of the write-back
 --   9  Invalid rows and write-back notes
 --   10 The view of all refunds
 --   11 Who may do what
@@ -67,7 +67,7 @@ SET LOCAL ROLE refunds_migrator;
 
 -- 2  Functions that several tables use ----------------------------------------------------------------------
 
--- Every function here but now() sets its search path: with the caller's, operators of a schema of the
+-- Every function here except now() sets its search path: with the caller's, operators of a schema of the
 -- caller's could stand in the place of `=` and `<>`.
 
 -- Refuse what none of these roles may do. A login that was granted none of them is refused as well. In a
@@ -614,8 +614,8 @@ BEGIN
     -- The payer decides what is released, with one exception: only an operator may set the largest amount
     -- that is released without anybody's look at it.
     ELSIF 'largest_refund' <> ALL (NEW.released_holds) THEN
-        IF EXISTS (SELECT FROM refund_ledger.refund_instructions, refund_ledger.refund_control
-                   WHERE id = OLD.refund_id AND scope = '*' AND amount > largest_refund) THEN
+        IF EXISTS (SELECT FROM refund_ledger.refund_instructions, refund_ledger.refund_limits
+                   WHERE id = OLD.refund_id AND amount > largest_refund) THEN
             RAISE EXCEPTION 'refund % is larger than the largest that passes by itself', OLD.refund_id
                 USING ERRCODE = 'check_violation';
         END IF;
@@ -845,16 +845,16 @@ CREATE TRIGGER never_emptied BEFORE TRUNCATE ON refund_ledger.refund_attempts
 
 -- 6  Events and their seals ---------------------------------------------------------------------------------
 
--- The audit trail: one row per change of a status, a limit, a pause or a bond, and per decision. Only ever
--- inserted.
+-- The audit trail: one row per change of a status, a limit or a pause, per binding and per decision. It is
+-- only inserted.
 CREATE TABLE refund_ledger.refund_events (
     -- Its number, from number_event. Numbers of transactions that were rolled back are missing.
     id bigint PRIMARY KEY,
     -- When it happened, from number_event.
     at timestamptz NOT NULL,
     -- What happened. The database itself writes status, sighting, pause, resume, limit, restore, and the
-    -- bonds environment, source and fingerprint_check; who may write the others is guard_roles_of_events' to
-    -- say.
+    -- bindings environment, source and fingerprint_check; who may write the others is for
+    -- guard_roles_of_events to say.
     event text NOT NULL CHECK (event IN (
         'status', 'sighting', 'contradiction', 'pause', 'resume', 'environment', 'source',
         'fingerprint_check', 'proposal', 'reverse', 'limit', 'approval', 'rejection', 'rotation', 'restore',
@@ -1113,34 +1113,132 @@ CREATE TABLE refund_ledger.refund_runs (
 );
 
 
--- 8  Control: pauses, bonds, limits, restore ----------------------------------------------------------------
+-- 8  Pauses, the gate, limits, bindings, the turn of the write-back -----------------------------------------
 
--- One row for everything ('*') and one for each terminal that was ever paused.
-CREATE TABLE refund_ledger.refund_control (
-    -- '*' or a processing terminal id.
-    scope text PRIMARY KEY,
+-- The kill switch: one row per pause, only ever inserted. Sending is paused while one of its scope has not
+-- ended. No unique constraint and no foreign key, because an INSERT that checks one may wait for another
+-- transaction; and no role has a right by which it could lock the table. So nobody can hold a pause up.
+CREATE TABLE refund_ledger.pauses (
+    -- Its number. The first open pause of a scope is the one that is shown.
+    id bigint GENERATED ALWAYS AS IDENTITY,
+    -- '*' for everything, or a processing terminal id.
+    scope text NOT NULL CHECK (scope <> ''),
+    -- When it began.
+    paused_at timestamptz NOT NULL DEFAULT refund_ledger.now(),
+    -- Who paused, as the program says.
+    paused_by text NOT NULL DEFAULT refund_ledger.actor(),
+    -- Why.
+    reason text NOT NULL,
 
-    -- Bonds: what the ledger belongs to. Set once, never changed (guard_control).
+    -- A restore. It is a pause of everything that can't end before the comparison with Payroc has.
 
-    -- Payroc's API base URL. Keys mean nothing at another Payroc.
-    environment text,
-    -- The source's name. Under another one the same refunds would have other keys, and be paid again.
-    source text,
-    -- A hash that only the same fingerprint key gives. With another one no payee would be recognised.
-    fingerprint_check text,
+    -- From when the ledger may have forgotten anything, because it was restored from a backup; NULL for every
+    -- other pause.
+    restored_to timestamptz,
+    -- When the comparison with Payroc ended.
+    compared_at timestamptz,
 
-    -- The pause. The payer and operators begin one, an operator alone ends it.
+    -- The end. Only an operator has a right to these columns.
 
-    -- Since when sending is paused; NULL when it is not.
-    paused_at timestamptz,
-    -- Who paused it.
-    paused_by text,
-    -- Why they did, in a sentence that every command and report shows.
-    pause_reason text,
+    -- When it ended; NULL while it is open.
+    ended_at timestamptz,
+    -- Who resumed, as the program says.
+    ended_by text,
+    -- Why.
+    end_reason text,
 
-    -- Limits, in the row '*' alone. NULL allows everything. Totals are in minor units and apply to each
-    -- currency separately; counts apply to all currencies together.
+    -- A restore concerns everything.
+    CONSTRAINT a_restore_pauses_everything CHECK (
+        CASE WHEN restored_to IS NULL THEN compared_at IS NULL ELSE scope = '*' END),
+    -- What a restored ledger has forgotten could be paid again, so it is compared with Payroc first.
+    CONSTRAINT a_restored_ledger_stays_paused CHECK (
+        restored_to IS NULL OR ended_at IS NULL OR compared_at IS NOT NULL),
+    -- The report and the audit trail name who resumed.
+    CONSTRAINT ended_says_by_whom CHECK ((ended_at IS NULL) = (ended_by IS NULL))
+);
 
+-- Each claim and each last check look for open pauses. Those that ended stay, and grow in number.
+CREATE INDEX open_pauses ON refund_ledger.pauses (scope) WHERE ended_at IS NULL;
+
+-- A pause never changes except by its end, which has the database's time and stays. It takes an operator,
+-- whatever rights a login was given by hand.
+CREATE FUNCTION refund_ledger.guard_pause() RETURNS trigger
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM refund_ledger.require('the end of a pause', 'refunds_operator');
+    IF (NEW.id, NEW.scope, NEW.paused_at, NEW.paused_by, NEW.reason, NEW.restored_to)
+       IS DISTINCT FROM (OLD.id, OLD.scope, OLD.paused_at, OLD.paused_by, OLD.reason, OLD.restored_to)
+       OR OLD.ended_at IS NOT NULL
+       OR (OLD.compared_at IS NOT NULL AND NEW.compared_at IS DISTINCT FROM OLD.compared_at) THEN
+        RAISE EXCEPTION 'a pause never changes except by its end' USING ERRCODE = 'check_violation';
+    END IF;
+    IF NEW.compared_at IS NOT NULL AND OLD.compared_at IS NULL THEN
+        NEW.compared_at := refund_ledger.now();
+    END IF;
+    IF NEW.ended_at IS NOT NULL THEN
+        NEW.ended_at := refund_ledger.now();
+        NEW.ended_by := refund_ledger.actor();
+    END IF;
+    RETURN NEW;
+END $$;
+
+-- The right to UPDATE a column does not say that only its first value counts.
+CREATE TRIGGER guard BEFORE UPDATE ON refund_ledger.pauses
+    FOR EACH ROW EXECUTE FUNCTION refund_ledger.guard_pause();
+
+-- No pause is forgotten, by the owner either.
+CREATE TRIGGER never_deleted BEFORE DELETE ON refund_ledger.pauses
+    FOR EACH ROW EXECUTE FUNCTION refund_ledger.refuse_change();
+
+-- TRUNCATE fires no trigger of a row.
+CREATE TRIGGER never_emptied BEFORE TRUNCATE ON refund_ledger.pauses
+    FOR EACH STATEMENT EXECUTE FUNCTION refund_ledger.refuse_change();
+
+-- The events of a pause: pause, resume, and restore for the end of the comparison with Payroc. Written by the
+-- database with its owner's rights, so that no pause can begin or end without its event.
+CREATE FUNCTION refund_ledger.write_pause_event() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    which jsonb := jsonb_strip_nulls(jsonb_build_object(
+        'pause', NEW.id, 'scope', NEW.scope, 'restored_to', NEW.restored_to));
+BEGIN
+    IF TG_OP = 'INSERT' THEN
+        INSERT INTO refund_ledger.refund_events (event, actor, reason, detail)
+        VALUES ('pause', NEW.paused_by, NEW.reason, which);
+        RETURN NULL;
+    END IF;
+    IF NEW.compared_at IS DISTINCT FROM OLD.compared_at THEN
+        INSERT INTO refund_ledger.refund_events (event, actor, reason, detail)
+        VALUES ('restore', refund_ledger.actor(),
+                NULLIF(current_setting('refund_ledger.reason', true), ''), which);
+    END IF;
+    IF NEW.ended_at IS NOT NULL THEN
+        INSERT INTO refund_ledger.refund_events (event, actor, reason, detail)
+        VALUES ('resume', NEW.ended_by, NEW.end_reason, which);
+    END IF;
+    RETURN NULL;
+END $$;
+
+-- Whoever pauses or resumes.
+CREATE TRIGGER events AFTER INSERT OR UPDATE ON refund_ledger.pauses
+    FOR EACH ROW EXECUTE FUNCTION refund_ledger.write_pause_event();
+
+-- The gate's lock. Whoever releases refunds or changes a limit locks its only row first, so that what is
+-- counted against a limit stays true until the commit. An advisory lock could be taken by anybody who may
+-- connect; this row only by whoever may update its column, which are the payer and operators.
+CREATE TABLE refund_ledger.gate (
+    -- Makes it one row. Its value never changes; the right to UPDATE it is the right to lock the row.
+    only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row)
+);
+
+-- The row is there from the beginning.
+INSERT INTO refund_ledger.gate DEFAULT VALUES;
+
+-- The limits, in one row. NULL allows everything. Totals are in minor units and apply to each currency
+-- separately; counts apply to all currencies together. Only operators set them, under the gate's lock.
+CREATE TABLE refund_ledger.refund_limits (
+    -- Makes it one row.
+    only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
     -- A larger refund is held.
     largest_refund bigint CHECK (largest_refund > 0),
     -- The sum that one run releases; the rest waits.
@@ -1163,104 +1261,92 @@ CREATE TABLE refund_ledger.refund_control (
     approval_total bigint CHECK (approval_total >= 0),
     -- The number of refunds that a day releases without an approval of the run; above it the run needs one.
     approval_count bigint CHECK (approval_count >= 0),
-
-    -- A restore.
-
-    -- From when the ledger may have forgotten things: it was restored from a backup and not yet compared with
-    -- Payroc. NULL otherwise.
-    restored_to timestamptz,
-
-    -- A terminal has a pause of its own, and nothing else.
-    CONSTRAINT only_pauses_belong_to_a_terminal CHECK (scope = '*' OR num_nonnulls(
-        environment, source, fingerprint_check, largest_refund, run_total, run_count, day_total, day_count,
-        payee_total, payee_count, payee_days, duplicate_days, approval_total, approval_count) = 0),
-    -- Every command and report shows who and why.
-    CONSTRAINT pause_says_by_whom_and_why CHECK (
-        paused_at IS NULL OR (paused_by IS NOT NULL AND pause_reason IS NOT NULL)),
     -- A limit per payee without its days would mean nothing.
-    CONSTRAINT a_payees_cap_has_its_days CHECK (
-        num_nonnulls(payee_total, payee_count) = 0 OR payee_days IS NOT NULL),
-    -- What was forgotten could be paid again, so nothing is sent until the comparison has come to its end.
-    CONSTRAINT a_restored_ledger_is_paused CHECK (
-        restored_to IS NULL OR (scope = '*' AND paused_at IS NOT NULL))
+    CONSTRAINT a_payees_limit_has_its_days CHECK (
+        num_nonnulls(payee_total, payee_count) = 0 OR payee_days IS NOT NULL)
 );
 
--- The row for everything is there from the beginning: limits and bonds are updates of it.
-INSERT INTO refund_ledger.refund_control (scope) VALUES ('*');
+-- The row is there from the beginning, without a limit.
+INSERT INTO refund_ledger.refund_limits DEFAULT VALUES;
 
--- What the right to UPDATE a column cannot say: a bond is set once, only an operator ends or changes a pause
--- or sets a limit. What is no limit is named, so a new column is one until somebody decides otherwise.
-CREATE FUNCTION refund_ledger.guard_control() RETURNS trigger
+-- Setting a limit takes an operator, whatever rights a login was given by hand.
+CREATE FUNCTION refund_ledger.guard_limits() RETURNS trigger
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-    no_limits CONSTANT text[] :=
-        '{scope,environment,source,fingerprint_check,paused_at,paused_by,pause_reason}';
 BEGIN
-    IF (OLD.environment IS NOT NULL AND NEW.environment IS DISTINCT FROM OLD.environment)
-       OR (OLD.source IS NOT NULL AND NEW.source IS DISTINCT FROM OLD.source)
-       OR (OLD.fingerprint_check IS NOT NULL
-           AND NEW.fingerprint_check IS DISTINCT FROM OLD.fingerprint_check) THEN
-        RAISE EXCEPTION 'what the ledger is bound to never changes' USING ERRCODE = 'check_violation';
-    END IF;
-    IF OLD.paused_at IS NOT NULL AND (NEW.paused_at, NEW.paused_by, NEW.pause_reason)
-                                     IS DISTINCT FROM (OLD.paused_at, OLD.paused_by, OLD.pause_reason) THEN
-        PERFORM refund_ledger.require('the end or the change of a pause', 'refunds_operator');
-    END IF;
-    IF to_jsonb(NEW) - no_limits <> to_jsonb(OLD) - no_limits THEN
-        PERFORM refund_ledger.require('a limit', 'refunds_operator');
-    END IF;
+    PERFORM refund_ledger.require('a limit', 'refunds_operator');
     RETURN NEW;
 END $$;
 
--- An INSERT needs no guard: its columns are the pause of a terminal, which both roles may begin.
-CREATE TRIGGER guard BEFORE UPDATE ON refund_ledger.refund_control
-    FOR EACH ROW EXECUTE FUNCTION refund_ledger.guard_control();
+-- For every change.
+CREATE TRIGGER guard BEFORE UPDATE ON refund_ledger.refund_limits
+    FOR EACH ROW EXECUTE FUNCTION refund_ledger.guard_limits();
 
--- The events of a pause, a bond, a limit and a restore, written by the database with its owner's rights: no
--- way of changing one of them can forget its event. The program gives the reason as a setting of its
--- transaction.
-CREATE FUNCTION refund_ledger.write_control_events() RETURNS trigger
+-- An event for each limit that changes, with both values. Written by the database with its owner's rights, so
+-- that no change can forget its event. The program gives the reason as a setting of its transaction.
+CREATE FUNCTION refund_ledger.write_limit_events() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-    before  jsonb := CASE WHEN TG_OP = 'UPDATE' THEN to_jsonb(OLD) ELSE '{}' END;
-    after   jsonb := to_jsonb(NEW);
-    because text := NULLIF(current_setting('refund_ledger.reason', true), '');
-    name    text;
-    kind    text;
 BEGIN
-    IF NEW.paused_at IS NOT NULL
-       AND (before ->> 'paused_at', before ->> 'paused_by', before ->> 'pause_reason')
-           IS DISTINCT FROM (after ->> 'paused_at', after ->> 'paused_by', after ->> 'pause_reason') THEN
-        INSERT INTO refund_ledger.refund_events (event, actor, reason, detail)
-        VALUES ('pause', NEW.paused_by, NEW.pause_reason,
-                jsonb_build_object('scope', NEW.scope));
-    ELSIF NEW.paused_at IS NULL AND before ->> 'paused_at' IS NOT NULL THEN
-        INSERT INTO refund_ledger.refund_events (event, actor, reason, detail)
-        VALUES ('resume', refund_ledger.actor(), because, jsonb_build_object('scope', NEW.scope));
-    END IF;
-    FOR name IN SELECT key
-                FROM jsonb_object_keys(after - '{scope,paused_at,paused_by,pause_reason}'::text[])
-                     AS keys (key)
-                WHERE before -> key IS DISTINCT FROM after -> key
-                  AND COALESCE(before ->> key, after ->> key) IS NOT NULL
-                ORDER BY key LOOP
-        kind := CASE WHEN name IN ('environment', 'source', 'fingerprint_check') THEN name
-                     WHEN name = 'restored_to' THEN 'restore' ELSE 'limit' END;
-        INSERT INTO refund_ledger.refund_events (event, actor, reason, detail)
-        VALUES (kind, refund_ledger.actor(),
-                CASE WHEN kind = name THEN after ->> name ELSE because END,
-                CASE kind
-                    WHEN 'limit' THEN
-                        jsonb_build_object('limit', name, 'from', before -> name, 'to', after -> name)
-                    WHEN 'restore' THEN jsonb_build_object('from', before -> name, 'to', after -> name)
-                END);
-    END LOOP;
+    INSERT INTO refund_ledger.refund_events (event, actor, reason, detail)
+    SELECT 'limit', refund_ledger.actor(),
+           NULLIF(current_setting('refund_ledger.reason', true), ''),
+           jsonb_build_object('limit', name, 'from', to_jsonb(OLD) -> name, 'to', value)
+    FROM jsonb_each(to_jsonb(NEW)) AS after (name, value)
+    WHERE to_jsonb(OLD) -> name IS DISTINCT FROM value ORDER BY name;
     RETURN NULL;
 END $$;
 
--- For an INSERT too: a terminal's first pause makes its row.
-CREATE TRIGGER events AFTER INSERT OR UPDATE ON refund_ledger.refund_control
-    FOR EACH ROW EXECUTE FUNCTION refund_ledger.write_control_events();
+-- Whoever sets a limit.
+CREATE TRIGGER events AFTER UPDATE ON refund_ledger.refund_limits
+    FOR EACH ROW EXECUTE FUNCTION refund_ledger.write_limit_events();
+
+-- What the ledger is bound to, one row each. Bound once and forever: nobody has the right to change a row.
+CREATE TABLE refund_ledger.bindings (
+    -- environment: Payroc's API base URL, because keys mean nothing at another Payroc. source: the source's
+    -- name, because under another one the same refunds would have other keys, and be paid again.
+    -- fingerprint_check: a hash that only the same fingerprint key gives, because with another one no payee
+    -- would be recognised.
+    name text PRIMARY KEY CHECK (name IN ('environment', 'source', 'fingerprint_check')),
+    -- To which one.
+    value text NOT NULL CHECK (value <> '')
+);
+
+-- The event of a binding, of the kind that its name says. Written by the database with its owner's rights.
+CREATE FUNCTION refund_ledger.write_binding_event() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    INSERT INTO refund_ledger.refund_events (event, actor, reason)
+    VALUES (NEW.name, refund_ledger.actor(), NEW.value);
+    RETURN NULL;
+END $$;
+
+-- Whoever binds it.
+CREATE TRIGGER event AFTER INSERT ON refund_ledger.bindings
+    FOR EACH ROW EXECUTE FUNCTION refund_ledger.write_binding_event();
+
+-- The owner can't bind it to anything else either.
+CREATE TRIGGER append_only BEFORE UPDATE OR DELETE ON refund_ledger.bindings
+    FOR EACH ROW EXECUTE FUNCTION refund_ledger.refuse_change();
+
+-- TRUNCATE fires no trigger of a row.
+CREATE TRIGGER never_emptied BEFORE TRUNCATE ON refund_ledger.bindings
+    FOR EACH STATEMENT EXECUTE FUNCTION refund_ledger.refuse_change();
+
+-- Whose turn it is to write back, in one row, so that an older write-back does not overtake a newer one. A
+-- turn is taken for two minutes and renewed with each batch: no transaction stays open while the source is
+-- written, and a worker that dies keeps the others waiting no longer than that.
+CREATE TABLE refund_ledger.write_back_turn (
+    -- Makes it one row.
+    only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
+    -- Who has it, by a name that no other write-back has; NULL for nobody.
+    holder text,
+    -- When it ends unless it is renewed.
+    until timestamptz,
+    -- A turn without its end would never end.
+    CONSTRAINT turn_says_until_when CHECK ((holder IS NULL) = (until IS NULL))
+);
+
+-- The row is there from the beginning.
+INSERT INTO refund_ledger.write_back_turn DEFAULT VALUES;
 
 
 -- 9  Invalid rows and write-back notes ----------------------------------------------------------------------
@@ -1363,8 +1449,8 @@ GRANT USAGE ON SCHEMA refund_ledger TO refunds_payer, refunds_operator, refunds_
 -- Everything except the requests, for all who report.
 GRANT SELECT ON refund_ledger.refunds, refund_ledger.first_releases, refund_ledger.refund_attempts,
     refund_ledger.refund_events, refund_ledger.event_numbers, refund_ledger.event_seals,
-    refund_ledger.refund_runs,
-    refund_ledger.refund_control, refund_ledger.invalid_rows, refund_ledger.write_back_notes
+    refund_ledger.refund_runs, refund_ledger.pauses, refund_ledger.refund_limits, refund_ledger.bindings,
+    refund_ledger.invalid_rows, refund_ledger.write_back_notes
     TO refunds_payer, refunds_operator, refunds_auditor;
 
 -- Everybody checks that the ledger is at the revision that the program knows.
@@ -1458,21 +1544,33 @@ GRANT UPDATE (params, candidates, candidate_ids, candidate_totals, candidates_ha
         approved_hash, rejected_by, rejected_at, counted, counted_before, released, released_totals)
     ON refund_ledger.refund_runs TO refunds_payer;
 
--- The payer binds the ledger to the first Payroc, source and fingerprint key that it works with.
-GRANT UPDATE (environment, source, fingerprint_check) ON refund_ledger.refund_control TO refunds_payer;
+-- A pause names who pauses and who resumes.
+GRANT EXECUTE ON FUNCTION refund_ledger.actor() TO refunds_payer, refunds_operator;
 
--- Whoever sees something wrong may pause. A terminal's first pause is a new row.
-GRANT INSERT (scope, paused_at, paused_by, pause_reason)
-    ON refund_ledger.refund_control TO refunds_payer, refunds_operator;
+-- Whoever sees something wrong may pause.
+GRANT INSERT (scope, reason) ON refund_ledger.pauses TO refunds_payer, refunds_operator;
 
--- Later pauses are updates. Ending one takes an operator (guard_control).
-GRANT UPDATE (paused_at, paused_by, pause_reason)
-    ON refund_ledger.refund_control TO refunds_payer, refunds_operator;
+-- A restore takes an operator.
+GRANT INSERT (restored_to) ON refund_ledger.pauses TO refunds_operator;
 
--- Operators set limits, and begin and end what follows a restore.
+-- Only an operator resumes, and says that a restored ledger was compared with Payroc. The payer may UPDATE no
+-- column, so it can lock no row and hold no operator up.
+GRANT UPDATE (compared_at, ended_at, end_reason) ON refund_ledger.pauses TO refunds_operator;
+
+-- Both release or change limits under the gate's lock. To lock a row takes the right to read the table and to
+-- UPDATE a column of it.
+GRANT SELECT, UPDATE (only_row) ON refund_ledger.gate TO refunds_payer, refunds_operator;
+
+-- Operators set limits.
 GRANT UPDATE (largest_refund, run_total, run_count, day_total, day_count, payee_total, payee_count,
-        payee_days, duplicate_days, approval_total, approval_count, restored_to)
-    ON refund_ledger.refund_control TO refunds_operator;
+        payee_days, duplicate_days, approval_total, approval_count)
+    ON refund_ledger.refund_limits TO refunds_operator;
+
+-- The payer binds the ledger to the first Payroc, source and fingerprint key that it works with.
+GRANT INSERT (name, value) ON refund_ledger.bindings TO refunds_payer;
+
+-- The payer takes, renews and ends the turn of the write-back.
+GRANT SELECT, UPDATE (holder, until) ON refund_ledger.write_back_turn TO refunds_payer;
 
 -- The payer notes invalid rows.
 GRANT INSERT (source, source_ref, errors, first_seen_at, last_seen_at, updated_at)
