@@ -79,7 +79,7 @@ def _set_limit(stack: Stack) -> None:
 def _resume(stack: Stack) -> bool:
     """Let the sending go on after the demo's own pause; ``False`` when there is none."""
     with stack.ledger() as ledger:
-        query = "SELECT 1 FROM refund_ledger.refund_control WHERE scope = '*' AND paused_by = %s"
+        query = "SELECT FROM refund_ledger.pauses WHERE scope = '*' AND paused_by = %s AND ended_at IS NULL LIMIT 1"
         if ledger.execute(query, [_BY]).fetchone() is None:
             return False
     with step(f"{_BY} resumes the sending; the next run goes on where the paused one stopped"):

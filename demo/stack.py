@@ -104,7 +104,7 @@ class Stack:
     def limit(self, name: str) -> int | None:
         """Return a limit of the sending, as the ledger has it."""
         with self.ledger() as ledger:
-            query = "SELECT to_jsonb(control) -> %s FROM refund_ledger.refund_control AS control WHERE scope = '*'"
+            query = "SELECT to_jsonb(limits) -> %s FROM refund_ledger.refund_limits AS limits"
             row = ledger.execute(query, [name]).fetchone()
         return row[0] if row else None
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import psycopg
 from psycopg.sql import SQL, Identifier, Literal
 
-from include.refunds.roles import KEY_ROTATOR, OPERATOR, PAYER, ROLES
+from include.refunds.roles import KEY_ROTATOR, OPERATOR, PAYER
 
 SUPERUSER = "postgres"
 LEDGER_OWNER = "refunds_owner"
@@ -91,13 +91,13 @@ def migrate_ledger() -> None:
 
 
 def grant_roles() -> None:
-    """Give each login its role, the roles the way into the ledger, and take from the owner what only the logins need."""
+    """Give each login its role and the right to connect, and take from the owner what only the logins need."""
     with _connection("postgres", SUPERUSER, "POSTGRES_PASSWORD") as connection:
-        for role in ROLES:
-            connection.execute(
-                SQL("GRANT CONNECT ON DATABASE {} TO {}").format(Identifier(LEDGER), Identifier(role))
-            )
         for login, _, role in MEMBERS:
+            # Not to the role, which every other ledger of the server has, too.
+            connection.execute(
+                SQL("GRANT CONNECT ON DATABASE {} TO {}").format(Identifier(LEDGER), Identifier(login))
+            )
             connection.execute(SQL("GRANT {} TO {}").format(Identifier(role), Identifier(login)))
     with _connection(LEDGER, LEDGER_OWNER, "REFUNDS_OWNER_PASSWORD") as connection:
         # By the owner itself: it has granted them to itself, and only that is taken back.

@@ -193,10 +193,12 @@ def ledger_url(shared_ledger: URL, postgres: PostgresServer) -> URL:
         connection.execute(
             "TRUNCATE refund_ledger.refund_instructions, refund_ledger.frozen_requests, refund_ledger.refund_states, "
             "refund_ledger.first_releases, refund_ledger.refund_attempts, refund_ledger.refund_events, refund_ledger.refund_runs, "
-            "refund_ledger.event_seals, refund_ledger.refund_control, refund_ledger.invalid_rows, "
+            "refund_ledger.event_seals, refund_ledger.pauses, refund_ledger.refund_limits, "
+            "refund_ledger.bindings, refund_ledger.write_back_turn, refund_ledger.invalid_rows, "
             "refund_ledger.write_back_notes RESTART IDENTITY"
         )
-        connection.execute("INSERT INTO refund_ledger.refund_control (scope) VALUES ('*')")
+        for table in ("refund_limits", "write_back_turn"):
+            connection.execute(f"INSERT INTO refund_ledger.{table} DEFAULT VALUES")
         # Logins belong to the server: those that another test gave to operators would make this one's people need two.
         connection.execute(
             "DO $$ DECLARE name text; BEGIN FOR name IN SELECT member::regrole::text FROM pg_auth_members AS m JOIN pg_roles AS r "
@@ -223,7 +225,7 @@ Login = Callable[..., URL]
 
 @pytest.fixture(scope="session")
 def login(postgres: PostgresServer) -> Login:
-    """A function that returns a database's URL for a login that is granted one of the roles, and nothing else; it may be named."""
+    """A function that returns a database's URL for a login that is granted a role and CONNECT, and nothing else; it may be named."""
     made: set[str] = set()
 
     def url_of(url: URL, role: str, name: str = "") -> URL:
@@ -233,6 +235,7 @@ def login(postgres: PostgresServer) -> Login:
                 connection.execute(f"CREATE ROLE {name} LOGIN PASSWORD '{name}'")
                 made.add(name)
             connection.execute(f"GRANT {role} TO {name}")
+            connection.execute(f"GRANT CONNECT ON DATABASE {url.database} TO {name}")
         return url.set(username=name, password=name)
 
     return url_of
@@ -333,6 +336,10 @@ def _copier(postgres: PostgresServer, kind: str) -> NewDatabase:
     def make() -> URL:
         name = f"{kind}_{next(numbers)}"
         postgres.create_database(name, template=f"{kind}_template")
+        if kind == "ledger":
+            # As `migrate` does; a copy does not keep it.
+            with postgres.connect() as connection:
+                connection.execute(f"REVOKE CONNECT, TEMPORARY ON DATABASE {name} FROM PUBLIC")
         return postgres.url(name)
 
     return make

@@ -149,11 +149,14 @@ def migrate(
     from include.refunds.migrations import MigrationRefused
     from include.refunds.migrations import migrate as migrate_ledger
 
+    notes: list[str] = []
     try:
-        revision = migrate_ledger(ledger_url(url))
+        revision = migrate_ledger(ledger_url(url), say=notes.append)
     except MigrationRefused as error:
         _fail(str(error))
     _say(f"The ledger is at revision {revision}.")
+    for note in notes:
+        _say(note)
     if demo:
         demo_source.create_table(source_url(source))
         _say("The source has the table public.refund_requests.")
@@ -789,17 +792,9 @@ def _events(events: list[dict[str, Any]]) -> Table:
     for name in ("at", "what", "by", "reason"):
         table.add_column(name, overflow="fold")
     for row in events:
-        # The table of attempts has it.
-        if row["event"] != "attempt":
-            what = row["to_status"] if row["event"] == "status" else row["event"]
-            _add(table, _instant(row["at"]), what, row["actor"], row["reason"] or _changed(row))
+        what = row["to_status"] if row["event"] == "status" else row["event"]
+        _add(table, _instant(row["at"]), what, row["actor"], row["reason"])
     return table
-
-
-def _changed(event: dict[str, Any]) -> str:
-    """Return the new values of an event that is a change and nothing else."""
-    values = (event["detail"] or {}) if event["event"] == "change" else {}
-    return ", ".join(f"{name}: {value}" for name, value in values.items())
 
 
 def _instant(value: str | None) -> str:

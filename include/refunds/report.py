@@ -378,11 +378,14 @@ def warning_notes(warnings: Mapping[str, Sequence[str]]) -> list[str]:
 
 async def pause_sentences(connection: Connection) -> list[str]:
     """Return what is paused, by whom and why, a sentence each."""
-    query = "SELECT scope, pause_reason, paused_by FROM refund_ledger.refund_control WHERE paused_at IS NOT NULL ORDER BY scope"
+    # The first of each scope, and beside it the restore that has to be compared with Payroc.
+    query = """
+        SELECT DISTINCT ON (scope, restored_to IS NULL) scope, reason, paused_by FROM refund_ledger.pauses
+        WHERE ended_at IS NULL ORDER BY scope, restored_to IS NULL, id"""
     sentences = []
     for row in await connection.execute(query):
         scope = "The sending" if row.scope == "*" else f"The sending for terminal {printable(row.scope)}"
-        sentences.append(f"{scope} is paused by {printable(row.paused_by)}: {printable(row.pause_reason)}")
+        sentences.append(f"{scope} is paused by {printable(row.paused_by)}: {printable(row.reason)}")
     return sentences
 
 

@@ -96,45 +96,45 @@ async def restored(
     :raises PayrocError: when Payroc did not tell everything.
     :raises SourceError: when the source can't be read.
     :raises LedgerError: when the ledger belongs to another Payroc or source, this login lacks a right, or
-        another one is at work; or when Payroc lists objects that can't be understood, and nobody has accepted
-        that.
+        another one was begun after this one; or when Payroc lists objects that can't be understood, and nobody
+        has accepted that.
     """
     now = await ledger.now()
     if backup_at > now:
         raise RangeError(
             f"The backup can't be of {backup_at:%Y-%m-%d %H:%M %Z}, which is in the future: give the instant when it was made."
         )
-    async with ledger.restore_lock():
-        since = await ledger.begin_restore(backup_at, reason)
-        await ledger.check_environment(gateway.environment)
-        reader = FreshTokenReader(gateway)
-        pulled = await pull(source, ledger, cipher, settings)
-        taken_over: list[TakenOver] = []
-        lost: dict[str, str] = {}
-        for terminal in sorted({*await ledger.all_terminals(), *terminals}):
-            listed = reader.list_refunds(
-                await reader.token(), processing_terminal_id=terminal, date_from=since - _MARGIN
-            )
-            # Of what can't be understood the comparison speaks.
-            with suppress(PayrocIncompleteList):
-                async for batch in in_batches(listed):
-                    taken_over += await _take_over(batch, lost, ledger)
-        await _set_aside_reissued(lost, ledger, settings)
-        if failed := (await follow_up(ledger, gateway, settings)).counts["failed"]:
-            raise LedgerError(
-                f"{failed} look-ups or lists failed at Payroc, so not everything is known: run it again."
-            )
-        comparison = await verify(
-            since - _MARGIN, now + _MARGIN, terminals=terminals, ledger=ledger, gateway=gateway
+    begun = await ledger.begin_restore(backup_at, reason)
+    since = begun.since
+    await ledger.check_environment(gateway.environment)
+    reader = FreshTokenReader(gateway)
+    pulled = await pull(source, ledger, cipher, settings)
+    taken_over: list[TakenOver] = []
+    lost: dict[str, str] = {}
+    for terminal in sorted({*await ledger.all_terminals(), *terminals}):
+        listed = reader.list_refunds(
+            await reader.token(), processing_terminal_id=terminal, date_from=since - _MARGIN
         )
-        if comparison.hidden and not accept_not_understood:
-            objects = objects_named(comparison.hidden, comparison.hidden_names)
-            raise LedgerError(
-                f"Payroc lists {objects} that can't be understood, and a refund that the ledger forgot may be "
-                "among them: look at them in Payroc's portal, then run `restored` again with "
-                "--accept-not-understood; until then the sending stays paused."
-            )
-        await ledger.end_restore(reason, comparison.hidden, comparison.hidden_names)
+        # Of what can't be understood the comparison speaks.
+        with suppress(PayrocIncompleteList):
+            async for batch in in_batches(listed):
+                taken_over += await _take_over(batch, lost, ledger)
+    await _set_aside_reissued(lost, ledger, settings)
+    if failed := (await follow_up(ledger, gateway, settings)).counts["failed"]:
+        raise LedgerError(
+            f"{failed} look-ups or lists failed at Payroc, so not everything is known: run it again."
+        )
+    comparison = await verify(
+        since - _MARGIN, now + _MARGIN, terminals=terminals, ledger=ledger, gateway=gateway
+    )
+    if comparison.hidden and not accept_not_understood:
+        objects = objects_named(comparison.hidden, comparison.hidden_names)
+        raise LedgerError(
+            f"Payroc lists {objects} that can't be understood, and a refund that the ledger forgot may be "
+            "among them: look at them in Payroc's portal, then run `restored` again with "
+            "--accept-not-understood; until then the sending stays paused."
+        )
+    await ledger.end_restore(begun.number, reason, comparison.hidden, comparison.hidden_names)
     return Restored(since, pulled, taken_over, comparison)
 
 

@@ -89,9 +89,10 @@ async def write_back(source: WritableSource, ledger: Ledger) -> WrittenBack:
     The source is written before the ledger notes it, so a death in between only writes the same values again.
 
     :raises SourceError: when the file can't be used; trouble with the database is returned.
+    :raises LedgerUnavailable: when another write-back has the turn, or took it over.
     """
     done = WrittenBack()
-    async with ledger.write_back_lock():
+    async with ledger.write_back_turn() as holder:
         for failed_before in (False, True):
             after = None
             while due := await ledger.due_write_backs(_BATCH, after, failed_before=failed_before):
@@ -100,7 +101,7 @@ async def write_back(source: WritableSource, ledger: Ledger) -> WrittenBack:
                 updated = await source.write_back(
                     [item for item in due if item.source_ref not in done.not_written]
                 )
-                await ledger.mark_written_back(updated.written, updated.not_written)
+                await ledger.mark_written_back(holder, updated.written, updated.not_written)
                 done.add(updated)
                 done.trouble = updated.stopped
                 if not failed_before and not done.written:

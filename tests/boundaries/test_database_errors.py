@@ -282,7 +282,7 @@ def test_a_login_of_the_ledger_that_lacks_a_right_fails_at_once_and_names_the_ta
     ledger = Ledger(
         LedgerEngine(login(world.ledger_engine.url, AUDITOR), pool_size=0), world.settings, actor="test"
     )
-    with pytest.raises(LedgerError, match="the login lacks a right: refund_control") as caught:
+    with pytest.raises(LedgerError, match="the login lacks a right: pauses") as caught:
         world.run(ledger.pause("*", "the bank called"))
     assert PayrocRetryPolicy().evaluate(caught.value, 1, 5).action is RetryAction.FAIL
 

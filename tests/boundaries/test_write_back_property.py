@@ -306,10 +306,12 @@ def test_the_property_finds_that_a_refused_row_is_noted_as_written(
 ) -> None:
     mark = Ledger.mark_written_back
 
-    async def mark_all(self: Ledger, written: Any, not_written: Any) -> None:
+    async def mark_all(self: Ledger, holder: str, written: Any, not_written: Any) -> None:
         refused = {item.source_ref for item in not_written}
         due = await self.due_write_backs(100)
-        await mark(self, [*written, *(item for item in due if item.source_ref in refused)], not_written)
+        await mark(
+            self, holder, [*written, *(item for item in due if item.source_ref in refused)], not_written
+        )
 
     monkeypatch.setattr(Ledger, "mark_written_back", mark_all)
     with pytest.raises(AssertionError):

@@ -201,9 +201,7 @@ def test_production_needs_a_source_name_of_ones_own(
     assert "PAYROC_REFUNDS_SOURCE is refund_requests, its default, and the connection is Payroc's" in run.log
     for table in ("refunds", "refund_events", "refund_runs"):
         assert world.rows(f"SELECT * FROM refund_ledger.{table}") == []
-    assert world.rows("SELECT source, environment FROM refund_ledger.refund_control WHERE scope = '*'") == [
-        {"source": None, "environment": None}
-    ]
+    assert world.rows("SELECT * FROM refund_ledger.bindings") == []
 
 
 def test_a_refund_in_review_fails_the_run_and_blocks_no_other(world: World, run_dag: Runner) -> None:

@@ -45,9 +45,5 @@ def test_a_threshold_ends_with_make_up_for_in_make_demo_nobody_could_be_asked(
     for change in (up._set_threshold, Stack._let_runs_pass):
         change(stack)
         with stack.ledger() as ledger:
-            found.append(
-                ledger.execute(
-                    "SELECT approval_total FROM refund_ledger.refund_control WHERE scope = '*'"
-                ).fetchone()
-            )
+            found.append(ledger.execute("SELECT approval_total FROM refund_ledger.refund_limits").fetchone())
     assert found == [(up.THRESHOLD,), (None,)]

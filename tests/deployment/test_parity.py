@@ -125,7 +125,7 @@ def test_the_sample_is_paid_with_the_payers_rights_once_a_person_has_unpaused_th
             "airflow_payer",
             "REFUNDS_PAYER_PASSWORD",
             "refunds",
-            "UPDATE refund_ledger.refund_control SET largest_refund = 1",
+            "UPDATE refund_ledger.refund_limits SET largest_refund = 1",
         ),
         (
             "airflow_payer",

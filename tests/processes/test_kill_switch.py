@@ -76,7 +76,7 @@ def test_a_pause_stops_every_worker_in_the_middle_of_its_list_before_its_next_po
     late = [post for post in line.posts if post.at > paused_at[0] and post.order_id in paused_orders]
     claimed = """
         SELECT order_id FROM refund_ledger.refunds JOIN refund_ledger.refund_attempts ON refund_id = id
-        WHERE started_at <= (SELECT paused_at FROM refund_ledger.refund_control WHERE scope = :scope)"""
+        WHERE started_at <= (SELECT paused_at FROM refund_ledger.pauses WHERE scope = :scope)"""
     assert {post.order_id for post in late} <= {row["order_id"] for row in world.rows(claimed, scope=scope)}
     # A worker that has not counted the others yet takes all the places of the host.
     assert len(late) <= _WORKERS * _IN_FLIGHT, "a worker sends more than what it had on its way already"

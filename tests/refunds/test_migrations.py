@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psycopg
 import pytest
 from sqlalchemy import URL, create_engine, text
 
@@ -13,8 +15,9 @@ from demo.postgres import PostgresServer
 from include.refunds import migrations
 from include.refunds.migrations import MigrationRefused, migrate
 from include.refunds.revision import REVISION
-from include.refunds.roles import AUDITOR, MIGRATOR, ROLES, RolesMissing
+from include.refunds.roles import AUDITOR, MIGRATOR, OPERATOR, PAYER, ROLES, RolesMissing
 from tests.conftest import SCRATCH, Login
+from tests.patience import eventually
 from tests.refunds.test_cli import cli
 from tests.support.catalog import catalog
 
@@ -181,6 +184,7 @@ def test_a_database_owner_who_may_create_roles_makes_them_and_may_do_all_as_befo
     with bare_server.connect() as connection:
         connection.execute(f"GRANT {', '.join(ROLES)} TO second")
         connection.execute("CREATE ROLE migrating LOGIN PASSWORD 'migrating' IN ROLE refunds_migrator")
+        connection.execute("GRANT CONNECT ON DATABASE founder TO migrating")
     assert migrate(second) == REVISION
 
     later(
@@ -196,3 +200,77 @@ def test_a_database_owner_who_may_create_roles_makes_them_and_may_do_all_as_befo
 def test_a_login_of_another_role_can_not_migrate(ledger_url: URL, login: Login) -> None:
     with pytest.raises(RolesMissing, match="migrate as one that is granted refunds_migrator"):
         migrate(login(ledger_url, AUDITOR))
+
+
+# -- who may connect -------------------------------------------------------------------------------------------------------
+
+
+def connect(url: URL, statement: str = "SELECT 1") -> None:
+    conninfo = url.set(drivername="postgresql").render_as_string(hide_password=False)
+    with psycopg.connect(conninfo) as connection:
+        connection.execute(statement)
+
+
+@pytest.mark.parametrize("role", [PAYER, OPERATOR, AUDITOR])
+def test_a_login_of_a_ledger_beside_it_can_not_connect(
+    postgres: PostgresServer, ledger_url: URL, login: Login, role: str
+) -> None:
+    name = f"production_without_{role}"
+    postgres.create_database(name)
+    sentences: list[str] = []
+    migrate(postgres.url(name), say=sentences.append)
+    assert [sentence.partition(":")[0] for sentence in sentences] == [
+        f"Only logins that are granted CONNECT on the database {name} may connect to it from now on"
+    ]
+    # Roles belong to the server, so this login of the test ledger has the same one here.
+    theirs = login(ledger_url, role, f"{role}_of_the_test_ledger").set(database=name)
+    with pytest.raises(psycopg.OperationalError, match="permission denied for database"):
+        connect(theirs)
+    own = login(postgres.url(name), role, f"{role}_of_production")
+    connect(own)
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        connect(own, "CREATE TEMP TABLE mine (id bigint)")
+    migrate(postgres.url(name), say=sentences.append)
+    assert len(sentences) == 1
+
+
+def test_a_database_with_tables_of_others_stays_open_and_migrate_says_what_to_do(
+    postgres: PostgresServer, ledger_url: URL, login: Login
+) -> None:
+    postgres.create_database("shop_with_a_ledger")
+    url = postgres.url("shop_with_a_ledger")
+    with postgres.connect("shop_with_a_ledger") as connection:
+        connection.execute("CREATE TABLE orders (id bigint)")
+    migrated = cli("migrate", ledger=url)
+    assert "holds other tables too" in migrated.stdout
+    assert "`REVOKE CONNECT, TEMPORARY ON DATABASE shop_with_a_ledger FROM PUBLIC`" in migrated.stdout
+    connect(login(ledger_url, AUDITOR).set(database="shop_with_a_ledger"))
+
+
+def test_a_migrator_who_does_not_own_the_database_is_told_who_can_close_it(
+    postgres: PostgresServer, login: Login
+) -> None:
+    postgres.create_database("opened_again")
+    migrate(postgres.url("opened_again"))
+    with postgres.connect() as connection:
+        connection.execute("GRANT CONNECT ON DATABASE opened_again TO PUBLIC")
+    sentences: list[str] = []
+    migrate(login(postgres.url("opened_again"), MIGRATOR, "later_migrations"), say=sentences.append)
+    assert "it belongs to another login" in sentences[0]
+
+
+def test_two_first_migrations_at_once_both_end_well(postgres: PostgresServer) -> None:
+    postgres.create_database("migrated_by_two")
+    url = postgres.url("migrated_by_two")
+    with (
+        postgres.connect("migrated_by_two") as connection,
+        postgres.connect() as observer,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        with connection.transaction():
+            connection.execute("CREATE SCHEMA refund_ledger")
+            both = [pool.submit(cli, "migrate", ledger=url) for _ in range(2)]
+            waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = 'migrated_by_two' AND wait_event_type = 'Lock'"
+            eventually(lambda: observer.execute(waiting).fetchone() == (2,), "both wait for the schema")
+            connection.execute("DROP SCHEMA refund_ledger")
+        assert [migration.result().returncode for migration in both] == [0, 0]

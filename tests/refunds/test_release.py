@@ -375,7 +375,7 @@ def test_what_was_released_under_the_default_name_is_not_sent_to_production(worl
     refund_id = world.released()
     with world.ledger_engine.begin() as connection:
         connection.exec_driver_sql("SET session_replication_role = replica")
-        connection.exec_driver_sql("UPDATE refund_ledger.refund_control SET environment = NULL")
+        connection.exec_driver_sql("DELETE FROM refund_ledger.bindings WHERE name = 'environment'")
     with pytest.raises(LedgerError, match="set a name of your own, such as acme_refunds"):
         world.send(refund_id, in_production(world))  # type: ignore[arg-type]  # it delegates what it lacks
     assert (world.row(refund_id)["attempts"], world.posts(refund_id)) == (0, 0)

@@ -18,6 +18,7 @@ from demo.postgres import HOST, PostgresServer
 from include.refunds.audit import verify_audit
 from include.refunds.keys import default_order_id, idempotency_key
 from include.refunds.ledger import LedgerError
+from include.refunds.report import status_report
 from include.refunds.restored import Restored, restored
 from include.refunds.verify import RangeError
 from tests.refunds.conftest import World
@@ -315,14 +316,18 @@ def test_a_refund_whose_reissue_the_ledger_has_forgotten_goes_to_people_instead_
     )
 
 
-def test_of_two_at_a_time_the_second_is_refused(world: World) -> None:
-    async def work() -> None:
-        async with world.ledger.restore_lock():
-            with pytest.raises(LedgerError, match="Another `restored` is at work"):
-                await restoring(world, datetime.now(UTC))
-        await restoring(world, datetime.now(UTC))
-
-    world.run(work())
+def test_of_two_at_a_time_only_the_one_that_began_last_ends_the_restore(world: World) -> None:
+    backup_at = datetime.now(UTC)
+    first = world.run(world.ledger.begin_restore(backup_at - timedelta(hours=1), "The disk was lost."))
+    second = world.run(world.ledger.begin_restore(backup_at, "It was begun again."))
+    assert second.since == first.since
+    with pytest.raises(LedgerError, match="Another `restored` was begun after this one"):
+        world.run(world.ledger.end_restore(first.number, "Compared."))
+    with pytest.raises(LedgerError, match="not compared with Payroc since"):
+        world.run(world.ledger.resume("*", "Compared."))
+    world.run(world.ledger.end_restore(second.number, "Compared."))
+    assert world.run(world.ledger.resume("*", "Compared."))
+    assert world.paused() == {}
 
 
 def test_a_look_up_that_fails_leaves_the_comparison_open(world: World, back_up: Callable[[], Backup]) -> None:
@@ -349,9 +354,11 @@ def test_what_was_paused_when_the_backup_was_made_says_so_beside_the_restore(
     backup = back_up()
     restore(world, backup)
     run_restored(world, backup.at)
-    (reason,) = world.paused().values()
-    assert reason.startswith("The ledger was restored from a backup of ")
-    assert reason.endswith(" Before that: the bank called")
+    assert world.paused() == {"*": "the bank called"}
+    report = world.run(status_report(world.ledger.engine, world.settings.source))
+    first, second = (sentence for sentence in report.unfinished if "is paused by" in sentence)
+    assert "is paused by test: The ledger was restored from a backup of " in first
+    assert second.endswith("is paused by test: the bank called")
 
 
 def test_a_backup_of_the_future_is_a_mistake(world: World) -> None:

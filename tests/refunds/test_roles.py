@@ -49,6 +49,11 @@ A_NOTE = (
     "INSERT INTO refund_ledger.write_back_notes (source, source_ref, problem, problem_since) "
     "VALUES ('shop', 'RF-1', 'x', now())"
 )
+A_PAUSE = "INSERT INTO refund_ledger.pauses (scope, reason) VALUES ('*', 'x')"
+A_RESTORE = "INSERT INTO refund_ledger.pauses (scope, reason, restored_to) VALUES ('*', 'x', now())"
+RESUME = "UPDATE refund_ledger.pauses SET ended_at = now(), end_reason = 'x'"
+COMPARED = "UPDATE refund_ledger.pauses SET compared_at = now() WHERE restored_to IS NOT NULL"
+NO_LIMIT = "UPDATE refund_ledger.refund_limits SET largest_refund = NULL"
 TABLES = (
     "refund_instructions",
     "frozen_requests",
@@ -58,7 +63,11 @@ TABLES = (
     "refund_events",
     "event_seals",
     "refund_runs",
-    "refund_control",
+    "pauses",
+    "refund_limits",
+    "bindings",
+    "gate",
+    "write_back_turn",
     "write_back_notes",
     "invalid_rows",
 )
@@ -123,11 +132,6 @@ EVERYBODY = [
     event("resume"),
     event("limit"),
     event("environment"),
-    event("change"),
-    event("attempt"),
-    event("run"),
-    event("approval"),
-    event("rejection"),
     instruction("amount = 1"),
     instruction("payee_fingerprint = repeat('0', 64)"),
     instruction("payee_last4 = '0000'"),
@@ -140,7 +144,14 @@ EVERYBODY = [
     instruction("replaces = {rejected}"),
     refund("approved", "refund_id = 1000"),
     instruction("reissue_reason = 'x'"),
-    "UPDATE refund_ledger.refund_control SET environment = NULL",
+    "UPDATE refund_ledger.bindings SET value = 'https://elsewhere.example.com'",
+    "INSERT INTO refund_ledger.gate VALUES (true)",
+    "UPDATE refund_ledger.pauses SET reason = 'another'",
+    "UPDATE refund_ledger.pauses SET restored_to = NULL",
+    "UPDATE refund_ledger.pauses SET paused_at = now()",
+    "INSERT INTO refund_ledger.pauses (scope, reason, paused_by) VALUES ('*', 'x', 'eve')",
+    "INSERT INTO refund_ledger.pauses (scope, reason, ended_at, ended_by) VALUES ('*', 'x', now(), 'eve')",
+    "CREATE OR REPLACE FUNCTION refund_ledger.now() RETURNS timestamptz LANGUAGE sql AS 'SELECT now()'",
     "CREATE TABLE refund_ledger.mine (id bigint)",
     "ALTER TABLE refund_ledger.refund_states DISABLE TRIGGER ALL",
     "ALTER TABLE refund_ledger.refund_instructions DROP CONSTRAINT approver_is_not_requester",
@@ -155,7 +166,7 @@ EVERYBODY = [
     "GRANT refunds_migrator TO CURRENT_USER",
     # The ledger's own trigger on a table of one's own would write events with the rights of their owner.
     """CREATE TEMP TABLE mine (refund_id bigint, status text, updated_at timestamptz, reason text);
-       CREATE TRIGGER mine AFTER INSERT ON mine FOR EACH ROW EXECUTE FUNCTION refund_ledger.write_state_event()""",
+       CREATE TRIGGER mine AFTER INSERT ON mine FOR EACH ROW EXECUTE FUNCTION refund_ledger.write_status_event()""",
     """CREATE TEMP TABLE mine (LIKE refund_ledger.refund_events);
        CREATE TRIGGER mine AFTER INSERT ON mine FOR EACH ROW EXECUTE FUNCTION refund_ledger.number_event()""",
 ]
@@ -206,14 +217,15 @@ FORBIDDEN: dict[str, list[str]] = {
         event("not_understood"),
         event("rotation"),
         *of_ones_choice("contradiction"),
-        "UPDATE refund_ledger.refund_control SET paused_at = NULL, paused_by = NULL, pause_reason = NULL",
-        "UPDATE refund_ledger.refund_control SET pause_reason = 'another' WHERE paused_at IS NOT NULL",
-        "UPDATE refund_ledger.refund_control SET environment = 'https://elsewhere.example.com'",
-        "UPDATE refund_ledger.refund_control SET source = 'elsewhere'",
-        "UPDATE refund_ledger.refund_control SET fingerprint_check = NULL",
-        "UPDATE refund_ledger.refund_control SET largest_refund = NULL",
-        "UPDATE refund_ledger.refund_control SET approval_count = 1000000",
-        "INSERT INTO refund_ledger.refund_control (scope, largest_refund) VALUES ('7701001', 1)",
+        RESUME,
+        COMPARED,
+        "SELECT FROM refund_ledger.pauses FOR UPDATE",
+        "SELECT FROM refund_ledger.pauses FOR KEY SHARE",
+        A_RESTORE,
+        "INSERT INTO refund_ledger.bindings (name, value) VALUES ('environment', 'https://elsewhere.example.com')",
+        "INSERT INTO refund_ledger.bindings (name, value) VALUES ('source', 'elsewhere')",
+        NO_LIMIT,
+        "UPDATE refund_ledger.refund_limits SET approval_count = 1000000",
         refund("sending", "status = 'released', first_sent_at = NULL, sent_with = NULL"),
         # Attempts that were never claimed, and another outcome of one that has ended.
         "INSERT INTO refund_ledger.refund_attempts (refund_id, attempt, run_id, started_at) VALUES ({rejected}, 2, 'run-2', now())",
@@ -263,9 +275,16 @@ FORBIDDEN: dict[str, list[str]] = {
         sighting("unknown", "'review'"),
         sighting("approved", "'accepted'"),
         sighting("approved", "'released'"),
+        event("approval"),
+        event("rejection"),
         event("rotation"),
         *of_ones_choice("proposal"),
-        "UPDATE refund_ledger.refund_control SET environment = 'https://elsewhere.example.com'",
+        "INSERT INTO refund_ledger.bindings (name, value) VALUES ('environment', 'https://elsewhere.example.com')",
+        "UPDATE refund_ledger.write_back_turn SET holder = 'erin', until = now()",
+        "UPDATE refund_ledger.pauses SET ended_at = now() WHERE restored_to IS NOT NULL",
+        "UPDATE refund_ledger.pauses SET compared_at = now() WHERE restored_to IS NULL",
+        "UPDATE refund_ledger.pauses SET ended_at = NULL WHERE ended_at IS NOT NULL",
+        "UPDATE refund_ledger.pauses SET end_reason = 'another' WHERE ended_at IS NOT NULL",
         "UPDATE refund_ledger.refund_runs SET approved_by = 'eve'",
         "INSERT INTO refund_ledger.refund_attempts (refund_id, attempt, run_id, started_at) VALUES ({sending}, 2, 'run-2', now())",
         "UPDATE refund_ledger.refund_attempts SET outcome = 'not_sent' WHERE refund_id = {sending}",
@@ -275,6 +294,7 @@ FORBIDDEN: dict[str, list[str]] = {
         "SET ROLE refunds_payer",
     ],
     AUDITOR: [
+        "SELECT * FROM refund_ledger.refund_instructions",
         "SELECT request FROM refund_ledger.frozen_requests",
         "SELECT sent_with FROM refund_ledger.refund_states",
         "SELECT FROM refund_ledger.first_releases FOR UPDATE",
@@ -283,9 +303,12 @@ FORBIDDEN: dict[str, list[str]] = {
         refund("approved", "status = 'cancelled'"),
         event("contradiction"),
         new_refund("approved"),
-        "INSERT INTO refund_ledger.refund_control (scope, paused_at, paused_by, pause_reason) VALUES ('7701001', now(), 'ann', 'x')",
-        "UPDATE refund_ledger.refund_control SET paused_at = NULL, paused_by = NULL, pause_reason = NULL",
-        "UPDATE refund_ledger.refund_control SET largest_refund = NULL",
+        A_PAUSE,
+        A_RESTORE,
+        RESUME,
+        COMPARED,
+        NO_LIMIT,
+        "SELECT FROM refund_ledger.gate FOR KEY SHARE",
         "UPDATE refund_ledger.refund_runs SET approved_by = 'eve'",
         "DELETE FROM refund_ledger.invalid_rows",
         A_NOTE,
@@ -305,7 +328,10 @@ FORBIDDEN: dict[str, list[str]] = {
         event("contradiction"),
         event("proposal"),
         *of_ones_choice("rotation"),
-        "SELECT * FROM refund_ledger.refund_control",
+        "SELECT * FROM refund_ledger.pauses",
+        "SELECT * FROM refund_ledger.refund_limits",
+        A_PAUSE,
+        RESUME,
         "SET ROLE refunds_payer",
     ],
     REQUESTER: ["SELECT * FROM refund_ledger.refunds", "SET ROLE refunds_approver"],
@@ -321,8 +347,8 @@ FORBIDDEN: dict[str, list[str]] = {
         new_refund("rejected", **REISSUED),
         sighting("review", "'accepted'"),
         event("contradiction"),
-        "UPDATE refund_ledger.refund_control SET paused_at = NULL, paused_by = NULL, pause_reason = NULL",
-        "UPDATE refund_ledger.refund_control SET largest_refund = NULL",
+        RESUME,
+        NO_LIMIT,
     ],
 }
 
@@ -419,8 +445,13 @@ def fill(connection: Connection) -> None:
                 f"UPDATE refund_ledger.refund_attempts SET finished_at = now(), outcome = '{kind}' WHERE refund_id = {IDS[kind]}"
             )
     connection.exec_driver_sql("""
-        UPDATE refund_ledger.refund_control SET environment = 'https://api.example.com', source = 'shop', fingerprint_check = 'x',
-            largest_refund = 100000, paused_at = now(), paused_by = 'ann', pause_reason = 'x'""")
+        INSERT INTO refund_ledger.bindings
+        VALUES ('environment', 'https://api.example.com'), ('source', 'shop'), ('fingerprint_check', 'x')""")
+    connection.exec_driver_sql("UPDATE refund_ledger.refund_limits SET largest_refund = 100000")
+    for _ in range(2):
+        connection.exec_driver_sql(A_PAUSE)
+    connection.exec_driver_sql(RESUME + " WHERE id = 1")
+    connection.exec_driver_sql(A_RESTORE)
     connection.exec_driver_sql("""
         INSERT INTO refund_ledger.refund_runs (run_id, params, candidates, candidate_totals, candidates_hash, started_at)
         VALUES ('run-1', '{}', 1, '{}', 'hash', now())""")
@@ -438,6 +469,7 @@ def filled_ledger(new_ledger: NewDatabase) -> URL:
         fill(connection)
         # As a login of an installation that is older than the roles: it was given the tables.
         connection.exec_driver_sql("CREATE ROLE old_login LOGIN PASSWORD 'old_login'")
+        connection.exec_driver_sql(f"GRANT CONNECT ON DATABASE {url.database} TO old_login")
         connection.exec_driver_sql("GRANT USAGE ON SCHEMA refund_ledger TO old_login")
         connection.exec_driver_sql(
             "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA refund_ledger TO old_login"
@@ -774,8 +806,8 @@ def test_what_follows_a_restore_takes_the_rights_of_payer_and_operator_together(
         assert "give --ledger-url a login that is granted both" in refused.stderr
     assert world.paused() == {}
     with postgres.connect() as connection:
-        connection.execute(f"CREATE ROLE restorer LOGIN PASSWORD 'restorer' IN ROLE {PAYER}, {OPERATOR}")
-    both = ledger_url.set(username="restorer", password="restorer")
+        connection.execute(f"GRANT {PAYER} TO {login(ledger_url, OPERATOR, 'restorer').username}")
+    both = login(ledger_url, OPERATOR, "restorer")
     assert f"Refund {refund_id} " in command(both, *arguments)
     assert world.row(refund_id)["status"] == "accepted"
     command(both, "resume", by="erin")
@@ -828,17 +860,15 @@ def test_a_changed_limit_and_the_end_of_a_pause_leave_their_events_though_they_a
     engine = create_engine(login(ledger_url, OPERATOR), poolclass=NullPool)
     with engine.begin() as connection:
         connection.exec_driver_sql(
-            "UPDATE refund_ledger.refund_control SET paused_at = NULL, paused_by = NULL, pause_reason = NULL"
+            "UPDATE refund_ledger.pauses SET ended_at = '2020-01-01', end_reason = 'all is well'"
         )
-        connection.exec_driver_sql(
-            "UPDATE refund_ledger.refund_control SET day_total = 5, approval_count = 0 WHERE scope = '*'"
-        )
+        connection.exec_driver_sql("UPDATE refund_ledger.refund_limits SET day_total = 5, approval_count = 0")
     name = engine.url.username
     events = world.rows(
         "SELECT event, actor, login, reason, detail FROM refund_ledger.refund_events ORDER BY id"
     )
     assert [tuple(row.values()) for row in events[1:]] == [
-        ("resume", name, name, None, {"scope": "*"}),
+        ("resume", name, name, "all is well", {"pause": 1, "scope": "*"}),
         ("limit", name, name, None, {"limit": "approval_count", "from": None, "to": 0}),
         ("limit", name, name, None, {"limit": "day_total", "from": None, "to": 5}),
     ]

@@ -37,7 +37,8 @@ def two_released(world: World) -> tuple[int, int]:
 def a_write_back(world: World) -> tuple[int, int, Begin]:
     ids = two_released(world)
     due = world.run(world.ledger.due_write_backs(10))
-    return *ids, lambda: world.ledger.mark_written_back(due[::-1])
+    assert world.run(world.ledger.take_turn("test"))
+    return *ids, lambda: world.ledger.mark_written_back("test", due[::-1])
 
 
 def a_list_of_payrocs(world: World) -> tuple[int, int, Begin]:

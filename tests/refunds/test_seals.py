@@ -315,7 +315,7 @@ def test_an_event_has_the_time_and_the_login_of_the_database(
     operator.execute("SET refund_ledger.at = '2000-01-01'")
     before = value(operator, "SELECT clock_timestamp()")
     operator.execute(EVENT[OPERATOR])
-    operator.execute("UPDATE refund_ledger.refund_control SET day_count = 5 WHERE scope = '*'")
+    operator.execute("UPDATE refund_ledger.refund_limits SET day_count = 5")
     after = value(operator, "SELECT clock_timestamp()")
     rows = operator.execute("SELECT at, login FROM refund_ledger.refund_events").fetchall()
     assert [before <= at <= after for at, _ in rows] == [True, True]

@@ -120,7 +120,7 @@ def _fill(connection: psycopg.Connection) -> None:
             connection.execute(
                 f"UPDATE refund_ledger.{table} SET {column} = {values[kind]}", {"canary": CANARY}
             )
-    connection.execute("UPDATE refund_ledger.refund_control SET scope = %s WHERE scope <> '*'", [CANARY])
+    connection.execute("UPDATE refund_ledger.pauses SET scope = %s WHERE scope <> '*'", [CANARY])
     findings = {
         "changed": {CANARY: [CANARY]},
         "withdrawn": {CANARY: CANARY},

@@ -33,12 +33,12 @@ def test_the_same_write_back_may_come_twice(world: World) -> None:
 def test_a_write_back_does_not_wait_forever_for_another_and_names_the_source(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(write_backs, "_LOCK_SECONDS", 1)
+    monkeypatch.setattr(write_backs, "_WAIT_SECONDS", 1)
     world.released()
 
     async def second_next_to_the_first() -> None:
-        async with world.ledger.write_back_lock(), world.ledger.write_back_lock():
-            pytest.fail("two write-backs hold the lock")
+        async with world.ledger.write_back_turn(), world.ledger.write_back_turn():
+            pytest.fail("two write-backs have the turn")
 
     with pytest.raises(LedgerUnavailable, match=r"Another write-back is at work.*connection refunds_source"):
         world.run(second_next_to_the_first())

@@ -138,6 +138,7 @@ class Strand:
         "parent",
         "seen_source",
         "waits_for_answer",
+        "write_back",
     )
 
     def __init__(
@@ -160,6 +161,8 @@ class Strand:
         self.checked: tuple[int, int] | None = None
         self.is_queued = self.has_turn = self.waits_for_answer = False
         self.seen_source: dict[str, Any] | None = None
+        # The name under which it has, or had, the turn of the write-back.
+        self.write_back: str | None = None
         # When it last looked at the ledger.
         self.looked_at = -1.0
 

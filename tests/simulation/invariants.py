@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from include.refunds.classify import EVERYTHING
 from include.refunds.ledger import Claim
 from include.refunds.ledger.runs import hash_of_ids
+from include.refunds.ledger.write_backs import TURN
 from include.refunds.states import PAID, REPLACEABLE, Status
 from include.refunds.verify import Difference
 from tests.simulation.engine import HOUR, Engine, Strand, Violation
@@ -75,7 +76,13 @@ class Invariants:
             "may_post": self._looked_last,
             "record": self._recorded,
             "release": self._released,
+            "take_turn": self._took_turn,
+            "mark_written_back": self._marked,
+            "end_turn": self._ended_turn,
         }
+        # Who has the turn of the write-back, and until when.
+        self._turn: tuple[str, datetime] | None = None
+        merchant.writer = lambda: self._turn[0] if self._turn else None
         payroc.watch.sent = self.sent
         payroc.watch.processing = self.processing
         payroc.watch.created = self.created
@@ -85,6 +92,8 @@ class Invariants:
         self.restored = True
         self.merchant.restored = True
         self._posted.clear()
+        # The processes that had it are gone.
+        self._turn = None
 
     @property
     def _strand(self) -> Strand:
@@ -290,6 +299,22 @@ class Invariants:
                 f"{claim.refund.source_ref} is claimed before the restored ledger was compared with Payroc."
             )
 
+    def _took_turn(self, args: tuple[Any, ...], kwargs: dict[str, Any], taken: bool) -> None:
+        now = self.ledger.clock()
+        if taken:
+            if self._turn is not None and self._turn[1] > now:
+                raise Violation(f"{args[0]} takes the turn that {self._turn[0]} has.")
+            self._turn = args[0], now + TURN
+
+    def _marked(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: None) -> None:
+        if self._turn is None or self._turn[0] != args[0]:
+            raise Violation(f"{args[0]} notes what it wrote and has no turn.")
+        self._turn = args[0], self.ledger.clock() + TURN
+
+    def _ended_turn(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: None) -> None:
+        if self._turn is not None and self._turn[0] == args[0]:
+            self._turn = None
+
     def _looked_last(self, args: tuple[Any, ...], kwargs: dict[str, Any], may_post: bool) -> None:
         claim: Claim = args[0]
         self._strand.checked = (claim.refund.id, claim.attempt) if may_post else None
@@ -363,10 +388,12 @@ class Invariants:
             newest = self._newest_of_chain(row)
             newer = self.restored and item.updated_at is not None and item.updated_at > newest.updated_at
             unseen = item.reset and item.withdrawn
+            # The write-back that overtook a newer one died before it could say so.
+            overtaken = item.is_overtaken and newest.written_back_at == newest.updated_at
             if (item.status, item.updated_at) != (
                 newest.status.value,
                 newest.updated_at,
-            ) and not newer | unseen:
+            ) and not newer | unseen | overtaken:
                 raise Violation(
                     f"{item.source_ref} is {newest.status} in the ledger, and the source says {item.status}."
                 )

@@ -9,8 +9,7 @@ after every call.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from operator import attrgetter
@@ -28,6 +27,7 @@ from include.refunds.ledger import (
     Candidate,
     Claim,
     LedgerError,
+    LedgerUnavailable,
     NewRefund,
     NoSuchRefund,
     NotWritten,
@@ -35,8 +35,9 @@ from include.refunds.ledger import (
     Task,
     WriteBack,
 )
+from include.refunds.ledger.pauses import BegunRestore
 from include.refunds.ledger.runs import DUE_WITHIN, hash_of_ids
-from include.refunds.ledger.write_backs import ENDED
+from include.refunds.ledger.write_backs import ENDED, TURN
 from include.refunds.limits import (
     AtTheGate,
     GateDecision,
@@ -208,8 +209,14 @@ class MemoryLedger:
         self.runs: dict[str, Run] = {}
         self.invalid: dict[str, InvalidRow] = {}
         self.notes: dict[str, Note] = {}
+        # The first reason of each scope that is paused.
         self.paused: dict[str, str] = {}
-        self.restored_to: datetime | None = None
+        self.next_pause = 1
+        # Restores that were not compared with Payroc yet, by number: from when each may have forgotten anything.
+        self.restores: dict[int, datetime] = {}
+        self.newest_restore = 0
+        # Who has the turn of the write-back, and until when.
+        self.turn: tuple[str, datetime] | None = None
         self.environment: str | None = None
         self.source: str | None = None
         self.fingerprint_key: str | None = None
@@ -217,8 +224,6 @@ class MemoryLedger:
         self.events: list[Event] = []
         # Who acts, as the events name it.
         self.actor = "simulation"
-        self.write_back_free = True
-        self.restore_free = True
         self.next_id = 1
 
     # -- copies ----------------------------------------------------------------------------------------------------
@@ -232,7 +237,10 @@ class MemoryLedger:
             "invalid": _copied(self.invalid),
             "notes": _copied(self.notes),
             "paused": dict(self.paused),
-            "restored_to": self.restored_to,
+            "next_pause": self.next_pause,
+            "restores": dict(self.restores),
+            "newest_restore": self.newest_restore,
+            "turn": self.turn,
             "environment": self.environment,
             "source": self.source,
             "fingerprint_key": self.fingerprint_key,
@@ -280,10 +288,11 @@ class MemoryLedger:
     def set_limit(self, name: str, value: int | None, reason: str) -> None:
         after = replace(self.limited, **{name: value})
         if after.payee_days is None and (after.payee_total, after.payee_count) != (None, None):
-            raise LedgerError("A cap per payee needs its days.")
+            raise LedgerError("A limit per payee needs its days.")
         self.limited = after
 
     def pause(self, scope: str, reason: str) -> None:
+        self.next_pause += 1
         self.paused.setdefault(scope, reason)
 
     def resume(self, scope: str, reason: str) -> bool:
@@ -291,30 +300,26 @@ class MemoryLedger:
             raise LedgerError("The ledger was restored from a backup and not compared with Payroc since.")
         return self.paused.pop(scope, None) is not None
 
-    def begin_restore(self, backup_at: datetime, reason: str) -> datetime:
-        if self.restored_to is not None:
-            return min(backup_at, self.restored_to)
-        self.restored_to = min(
-            backup_at, max((row.updated_at for row in self.rows.values()), default=backup_at)
-        )
-        before = f" Before that: {self.paused[EVERYTHING]}" if EVERYTHING in self.paused else ""
-        self.paused[EVERYTHING] = (
-            f"The ledger was restored from a backup of {self.restored_to:%Y-%m-%d %H:%M %Z}.{before}"
-        )
-        return self.restored_to
+    @property
+    def restored_to(self) -> datetime | None:
+        """From when a ledger that was not compared with Payroc yet may have forgotten anything."""
+        return min(self.restores.values(), default=None)
 
-    @contextmanager
-    def restore_lock(self) -> Iterator[bool]:
-        """Yield whether the lock was free; then it is held."""
-        taken, self.restore_free = self.restore_free, False
-        try:
-            yield taken
-        finally:
-            if taken:
-                self.restore_free = True
+    def begin_restore(self, backup_at: datetime, reason: str) -> BegunRestore:
+        known_until = self.restored_to or max(
+            (row.updated_at for row in self.rows.values()), default=backup_at
+        )
+        begun = BegunRestore(self.next_pause, min(backup_at, known_until))
+        self.restores[begun.number], self.newest_restore = begun.since, begun.number
+        self.pause(
+            EVERYTHING, f"The ledger was restored from a backup of {begun.since:%Y-%m-%d %H:%M %Z}: {reason}"
+        )
+        return begun
 
-    def end_restore(self, reason: str, hidden: int = 0, names: Sequence[str] = ()) -> None:
-        self.restored_to = None
+    def end_restore(self, number: int, reason: str, hidden: int = 0, names: Sequence[str] = ()) -> None:
+        if number != self.newest_restore:
+            raise LedgerError("Another `restored` was begun after this one.")
+        self.restores.clear()
 
     def pauses(self) -> dict[str, str]:
         return dict(sorted(self.paused.items()))
@@ -1011,15 +1016,19 @@ class MemoryLedger:
 
     # -- write-backs -----------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def write_back_lock(self) -> Iterator[bool]:
-        """Yield whether the lock was free; then it is held."""
-        taken, self.write_back_free = self.write_back_free, False
-        try:
-            yield taken
-        finally:
-            if taken:
-                self.write_back_free = True
+    def take_turn(self, holder: str) -> bool:
+        now = self.clock()
+        if self.turn is not None and self.turn[1] > now:
+            return False
+        self.turn = holder, now + TURN
+        return True
+
+    def end_turn(self, holder: str) -> None:
+        if self._has_turn(holder):
+            self.turn = None
+
+    def _has_turn(self, holder: str) -> bool:
+        return self.turn is not None and self.turn[0] == holder
 
     def due_write_backs(
         self, limit: int, after: WriteBack | None = None, *, failed_before: bool = False
@@ -1061,19 +1070,37 @@ class MemoryLedger:
 
     def mark_written_back(
         self,
+        holder: str,
         written: Sequence[WriteBack],
         not_written: Sequence[NotWritten] = (),
     ) -> None:
+        has_turn = self._has_turn(holder)
+        if has_turn:
+            self.turn = holder, self.clock() + TURN
         for item in written:
-            row = (
-                self.invalid.get(item.source_ref) if item.refund_id is None else self.rows.get(item.refund_id)
-            )
-            if row is not None and row.updated_at == item.updated_at:
-                row.written_back_at = row.updated_at
+            if not has_turn:
+                self._make_due(item.source_ref)
+            else:
+                row = (
+                    self.invalid.get(item.source_ref)
+                    if item.refund_id is None
+                    else self.rows.get(item.refund_id)
+                )
+                if row is not None and row.updated_at == item.updated_at:
+                    row.written_back_at = row.updated_at
             if item.source_ref in self.notes:
                 self.notes[item.source_ref].failed = False
         for problem in not_written:
             self.notes.setdefault(problem.source_ref, Note()).failed = True
+        if not has_turn:
+            raise LedgerUnavailable("Another write-back took the turn.")
+
+    def _make_due(self, source_ref: str) -> None:
+        for row in self.rows.values():
+            if self._first_of_chain(row).source_ref == source_ref:
+                row.written_back_at = None
+        if source_ref in self.invalid:
+            self.invalid[source_ref].written_back_at = None
 
     def write_again(self, offered: Collection[str]) -> tuple[int, int]:
         now, due, ended = self.clock(), 0, 0

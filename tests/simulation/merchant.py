@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -57,6 +57,7 @@ class Approved:
 
     :param versions: what of it was ever approved: order, amount, terminal, payee. One of these may be paid, once.
     :param reset: somebody took its status away after the refund had ended, so it is offered again.
+    :param is_overtaken: a write-back that had lost its turn put something older there.
     :param first: the refund that this one is a reissue of; two people approved it in the ledger, the table has no row of it.
     """
 
@@ -68,6 +69,7 @@ class Approved:
     status: str | None = None
     updated_at: datetime | None = None
     reset: bool = False
+    is_overtaken: bool = False
     first: Approved | None = None
 
     @property
@@ -98,6 +100,8 @@ class Merchant:
         self.read_only = False
         # The UPDATE refuses what is older than what is there, as our write_back.sql does; an adopter's own may not.
         self.guarded = False
+        # Who has the turn of the write-back, as the ledger says.
+        self.writer: Callable[[], str | None] = lambda: None
         # A restored ledger knows less than the source for a while.
         self.restored = False
 
@@ -196,9 +200,16 @@ class SimulatedSource:
                 if merchant.guarded:
                     updated.not_written.append(NotWritten(item.source_ref, "The row is newer."))
                     continue
-                raise Violation(
-                    f"An older write-back overtakes a newer one: {item.source_ref} goes from {target.status} back to {item.status}."
-                )
+                assert engine.current is not None
+                if engine.current.write_back == merchant.writer():
+                    raise Violation(
+                        f"An older write-back overtakes a newer one: {item.source_ref} goes from {target.status} "
+                        f"back to {item.status}."
+                    )
+                # It stood still for so long that its turn has ended: this is written again, unless it dies now.
+                target.is_overtaken = True
+            else:
+                target.is_overtaken = False
             target.status, target.updated_at = item.status, item.updated_at
             updated.written.append(item)
         if not before:

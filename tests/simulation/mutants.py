@@ -509,16 +509,26 @@ _token = SimulatedGateway.token
 # -- around the sending --------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _no_lock(self: MemoryLedger) -> Iterator[bool]:
-    yield True
+def _take_any_turn(self: MemoryLedger, holder: str) -> bool:
+    self.turn = None
+    return _take_turn(self, holder)
 
 
-def _mark_whatever_is_there(self: MemoryLedger, written: Any, *not_written: Any) -> None:
-    for item in written:
-        row = self.by_ref.get(item.source_ref)
-        if row is not None:
-            row.written_back_at = row.updated_at
+_take_turn = MemoryLedger.take_turn
+
+
+def _mark_after_the_turn(self: MemoryLedger, holder: str, *rest: Any) -> None:
+    self.turn = holder, self.clock()
+    _mark_written_back(self, holder, *rest)
+
+
+_mark_written_back = MemoryLedger.mark_written_back
+
+
+def _mark_whatever_is_there(self: MemoryLedger, holder: str, written: Any, *not_written: Any) -> None:
+    _mark_written_back(self, holder, written, *not_written)
+    for row in self.rows.values():
+        row.written_back_at = row.updated_at
 
 
 def _no_changes(*anything: Any) -> dict[str, str]:
@@ -643,9 +653,14 @@ def _rejected_whatever(listed: Any, known: Any) -> resolve.Resolution:
     return resolve.Resolution(Status.REJECTED)
 
 
-def _begin_restore_without_a_pause(self: MemoryLedger, backup_at: datetime, reason: str) -> datetime:
-    self.restored_to = backup_at
-    return backup_at
+def _begin_restore_without_a_pause(self: MemoryLedger, backup_at: datetime, reason: str) -> Any:
+    paused = dict(self.paused)
+    begun = _begin_restore(self, backup_at, reason)
+    self.paused = paused
+    return begun
+
+
+_begin_restore = MemoryLedger.begin_restore
 
 
 MUTANTS = (
@@ -827,7 +842,11 @@ MUTANTS = (
         ((MemoryLedger, "release", _release_what_was_not_looked_up),),
     ),
     Mutant("the source is not read again before the release", ((release, "source_changes", _no_changes),)),
-    Mutant("write-backs overtake one another", ((MemoryLedger, "write_back_lock", _no_lock),)),
+    Mutant("two write-backs have the turn", ((MemoryLedger, "take_turn", _take_any_turn),)),
+    Mutant(
+        "a write-back that lost its turn notes what it wrote",
+        ((MemoryLedger, "mark_written_back", _mark_after_the_turn),),
+    ),
     Mutant(
         "a write-back notes more than it wrote",
         ((MemoryLedger, "mark_written_back", _mark_whatever_is_there),),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import asdict, is_dataclass
 from datetime import datetime
 from enum import Enum
@@ -12,7 +12,6 @@ from typing import Any
 
 from sqlalchemy import URL
 
-from include.refunds.audit import verify_audit
 from include.refunds.ledger import Ledger, LedgerEngine
 from include.refunds.ledger.connection import Connection
 from include.refunds.settings import Settings
@@ -27,7 +26,10 @@ _TABLES = (
     "refund_runs",
     "invalid_rows",
     "write_back_notes",
-    "refund_control",
+    "pauses",
+    "refund_limits",
+    "bindings",
+    "write_back_turn",
     "first_releases",
     "refund_states",
     "frozen_requests",
@@ -146,24 +148,23 @@ class PostgresLedger:
         return {row.pop("run_id"): row for row in rows}
 
     def backup(self) -> dict[str, Any]:
-        """Return a copy of everything but the seals."""
+        """Return a copy of everything but the events, which no decision is made from."""
 
         async def work() -> dict[str, Any]:
             return {
                 name: await self._rows(f"SELECT to_jsonb(t)::text AS row FROM refund_ledger.{name} AS t")
                 for name in _TABLES
-                if name != "event_seals"
+                if name not in ("refund_events", "event_seals")
             }
 
         return self._run(work())
 
-    def audit(self) -> list[str]:
-        """Return what the ledger holds and its events do not say."""
-        findings: list[str] = self._run(verify_audit(self.engine)).findings
-        return findings
+    def restore(self, backup: dict[str, Any], **next_ids: int) -> None:
+        """
+        Go back to a backup.
 
-    def restore(self, backup: dict[str, Any], next_id: int) -> None:
-        """Go back to a backup."""
+        :param next_ids: by table, the number that its next row gets.
+        """
 
         async def work() -> None:
             async with self.engine.begin() as connection:
@@ -175,19 +176,18 @@ class PostgresLedger:
                     )
                     for row in rows:
                         await connection.execute(insert, {"row": row["row"]})
-                await connection.execute(
-                    f"ALTER TABLE refund_ledger.refund_instructions ALTER COLUMN id RESTART WITH {next_id}"
-                )
-                await connection.execute(
-                    "SELECT setval('refund_ledger.event_numbers', max(id)) FROM refund_ledger.refund_events"
-                )
+                for name, number in next_ids.items():
+                    await connection.execute(
+                        f"ALTER TABLE refund_ledger.{name} ALTER COLUMN id RESTART WITH {number}"
+                    )
 
         self._run(work())
 
     async def _empty(self) -> None:
         async with self.engine.begin() as connection:
             await _truncate(connection)
-            await connection.execute("INSERT INTO refund_ledger.refund_control (scope) VALUES ('*')")
+            for table in ("refund_limits", "write_back_turn"):
+                await connection.execute(f"INSERT INTO refund_ledger.{table} DEFAULT VALUES")
             await connection.execute(clock("SELECT current_setting('tests.now')::timestamptz"))
 
     async def _rows(self, query: str) -> list[dict[str, Any]]:
@@ -220,14 +220,6 @@ class Twins:
     def actor(self, actor: str) -> None:
         self.memory.actor = self.postgres.real._actor = actor
 
-    def write_back_lock(self) -> AbstractContextManager[bool]:
-        """Take the memory's lock: a call of the real one would wait for another worker that only this thread can run."""
-        return self.memory.write_back_lock()
-
-    def restore_lock(self) -> AbstractContextManager[bool]:
-        """Take the memory's lock, for the same reason."""
-        return self.memory.restore_lock()
-
     def backup(self) -> tuple[Any, Any]:
         """Return a copy of both."""
         return self.memory.backup(), self.postgres.backup()
@@ -235,7 +227,9 @@ class Twins:
     def restore(self, backup: Any) -> None:
         """Go back to a backup of both."""
         self.memory.restore(backup[0])
-        self.postgres.restore(backup[1], self.memory.next_id)
+        self.postgres.restore(
+            backup[1], refund_instructions=self.memory.next_id, pauses=self.memory.next_pause
+        )
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import types
 from collections.abc import AsyncIterator, Callable, Generator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from include.refunds.ledger import LedgerError, LedgerUnavailable
 from tests.simulation.engine import Engine
 
-_LOCK_POLL = 15.0
-_LOCK_TIMEOUT = 60.0
+_LOOK_AGAIN_SECONDS = 15.0
+_WAIT_SECONDS = 60.0
+
+_write_backs = itertools.count(1)
 
 
 class SteppedLedger:
@@ -36,23 +39,29 @@ class SteppedLedger:
         self.watch = watch
 
     @asynccontextmanager
-    async def write_back_lock(self) -> AsyncIterator[None]:
-        # Postgres lets go of an advisory lock when its session dies; so does this when the coroutine is closed.
-        give_up = self.engine.time + _LOCK_TIMEOUT
-        while self.engine.time < give_up:
-            with self.ledger.write_back_lock() as taken:
-                if taken:
-                    yield
-                    return
-            await self.engine.sleep(_LOCK_POLL)
-        raise LedgerUnavailable("Another write-back holds the lock.")
+    async def write_back_turn(self) -> AsyncIterator[str]:
+        holder = f"write-back {next(_write_backs)}"
+        give_up = self.engine.time + _WAIT_SECONDS
+        while not await self.take_turn(holder):
+            if self.engine.time >= give_up:
+                raise LedgerUnavailable("Another write-back has the turn.")
+            await self.engine.sleep(_LOOK_AGAIN_SECONDS)
+        assert self.engine.current is not None
+        self.engine.current.write_back = holder
+        try:
+            yield holder
+        except GeneratorExit:
+            # The process was killed: its turn ends by itself.
+            raise
+        except BaseException:
+            await self._end_turn(holder)
+            raise
+        else:
+            await self._end_turn(holder)
 
-    @asynccontextmanager
-    async def restore_lock(self) -> AsyncIterator[None]:
-        with self.ledger.restore_lock() as taken:
-            if not taken:
-                raise LedgerError("Another `restored` is at work.")
-            yield
+    async def _end_turn(self, holder: str) -> None:
+        with suppress(LedgerError):
+            await self.end_turn(holder)
 
 
 def _stepped(name: str) -> Callable[..., Any]:
@@ -124,6 +133,8 @@ for _name in (
     "case",
     "resolve",
     "reissue",
+    "take_turn",
+    "end_turn",
     "due_write_backs",
     "mark_written_back",
     "write_again",

@@ -8,6 +8,7 @@ throughout.
 from functools import cached_property
 
 from include.refunds.ledger.base import LedgerError, LedgerUnavailable, NoSuchRefund
+from include.refunds.ledger.bindings import Bindings
 from include.refunds.ledger.connection import LedgerEngine
 from include.refunds.ledger.decisions import Decisions
 from include.refunds.ledger.intake import NAMELESS, Intake, NewRefund, differences
@@ -37,7 +38,7 @@ __all__ = [
 ]
 
 
-class Ledger(Intake, Runs, Sending, Decisions, Requests, WriteBacks):
+class Ledger(Intake, Runs, Sending, Decisions, Requests, WriteBacks, Bindings):
     """
     The refund ledger.
 

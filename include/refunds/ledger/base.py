@@ -25,9 +25,6 @@ _NO_SUCH_TABLE = ("42P01", "42883", "3F000")
 CLOCK = "SELECT pg_catalog.clock_timestamp()"
 """The body of ``refund_ledger.now()``, as ``schema.sql`` has it."""
 
-LOCK_SECONDS = 60
-"""How long a transaction waits for another one's lock, unless it says otherwise."""
-
 
 class LedgerError(Exception):
     """The ledger can't be used; the message says what is wrong and what to run."""
@@ -44,6 +41,9 @@ class NoSuchRefund(LedgerError):
 class LedgerBase:
     """What all parts of :class:`~include.refunds.ledger.Ledger` stand on; its parameters are described there."""
 
+    lock_seconds = 60
+    """How long a transaction waits for another one's lock, unless it says otherwise."""
+
     def __init__(
         self,
         engine: LedgerEngine,
@@ -58,13 +58,13 @@ class LedgerBase:
 
     @asynccontextmanager
     async def _transaction(
-        self, purpose: str = "", *, lock_seconds: int = LOCK_SECONDS
+        self, purpose: str = "", *, lock_seconds: int | None = None
     ) -> AsyncIterator[tuple[Connection, datetime]]:
         """
         Yield a connection in a transaction, and the ledger's time at its start.
 
         :param purpose: see :meth:`LedgerEngine.connect`.
-        :param lock_seconds: how long it waits for another transaction's lock.
+        :param lock_seconds: how long it waits for another transaction's lock; by default :attr:`lock_seconds`.
         """
         try:
             if self._rehearsal is not None:
@@ -92,7 +92,7 @@ class LedgerBase:
         except DATABASE_ERRORS as error:
             raise self._explained(error) from None
 
-    async def _begin(self, connection: Connection, lock_seconds: int) -> datetime:
+    async def _begin(self, connection: Connection, lock_seconds: int | None) -> datetime:
         # Local to the transaction: the connection is used for others after it. A worker that stands still in the
         # middle of one must not keep its rows locked until it wakes up. A commit that is not on the disk may be
         # lost after it was acknowledged, and with it a claim whose POST has left.
@@ -103,7 +103,7 @@ class LedgerBase:
                    CASE WHEN current_setting('synchronous_commit') IN ('off', 'local')
                         THEN set_config('synchronous_commit', 'on', true) END,
                    refund_ledger.now() AS now"""
-        values = {"actor": self._actor, "lock_timeout": f"{lock_seconds}s"}
+        values = {"actor": self._actor, "lock_timeout": f"{lock_seconds or self.lock_seconds}s"}
         now: datetime = (await connection.execute(statement, values)).one().now
         return now
 

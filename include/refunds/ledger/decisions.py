@@ -7,7 +7,7 @@ from datetime import datetime
 from include.refunds.case import Case, DecisionRefused, Proposal, is_confirmed
 from include.refunds.hold import check_hold, way_to_cancelled
 from include.refunds.ledger.connection import Connection
-from include.refunds.ledger.control import Control
+from include.refunds.ledger.events import Events
 from include.refunds.ledger.rows import lock, lock_refund, select_refund, standing_elsewhere
 from include.refunds.people import person
 from include.refunds.printable import printable
@@ -26,7 +26,7 @@ OPERATORS_HAVE_LOGINS = """EXISTS (
       AND has_database_privilege(login.oid, current_database(), 'CONNECT'))"""
 
 
-class Decisions(Control):
+class Decisions(Events):
     """Decisions, each checked again and carried out under the row's lock. The ledger's actor is the person who decides."""
 
     async def case(self, refund_id: int) -> Case:

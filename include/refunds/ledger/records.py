@@ -12,8 +12,8 @@ from typing import Any
 from include.refunds.classify import Outcome, Verdict
 from include.refunds.ledger.base import NoSuchRefund
 from include.refunds.ledger.connection import Connection, Rows, as_array
-from include.refunds.ledger.control import Control
 from include.refunds.ledger.grouping import Grouped
+from include.refunds.ledger.pauses import Pauses
 from include.refunds.ledger.rows import (
     IDS,
     STATE,
@@ -71,7 +71,7 @@ class _Changing:
         return self.attempt is None and self.change.sighting is not None
 
 
-class Records(Control):
+class Records(Pauses):
     """Recording, the outcome of an attempt committed."""
 
     async def record(
@@ -188,7 +188,7 @@ class Records(Control):
                     detail=detail,
                 )
             if change.pause:
-                await self._pause(connection, change.pause, change.reason or "", now)
+                await self._pause(connection, change.pause, change.reason or "")
         return after
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from include.refunds.cipher import Sealed
-from include.refunds.ledger.control import Control
+from include.refunds.ledger.events import Events
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class KeptRequest:
     request_sha256: str
 
 
-class Requests(Control):
+class Requests(Events):
     """The table ``frozen_requests``."""
 
     async def empty_requests(self, kept_for: timedelta, limit: int) -> int:

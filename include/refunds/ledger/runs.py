@@ -14,10 +14,10 @@ from include.refunds.case import DecisionRefused
 from include.refunds.classify import EVERYTHING
 from include.refunds.ledger.base import LedgerError
 from include.refunds.ledger.connection import Connection, Row, as_array
-from include.refunds.ledger.control import NOT_PAUSED, Control
+from include.refunds.ledger.gate import Gate
+from include.refunds.ledger.pauses import NOT_PAUSED
 from include.refunds.ledger.rows import IDS, OF_MANY, lock
 from include.refunds.limits import (
-    LIMITS,
     AtTheGate,
     GateDecision,
     Limits,
@@ -80,7 +80,7 @@ def hash_of_ids(ids: Iterable[int]) -> str:
     return hashlib.sha256(json.dumps(sorted(ids)).encode()).hexdigest()
 
 
-class Runs(Control):
+class Runs(Gate):
     """What a run reads and writes before and after the sending."""
 
     async def return_stale_releases(self) -> int:
@@ -237,7 +237,7 @@ class Runs(Control):
             UPDATE refund_ledger.refund_runs SET approved_by = :by, approved_at = :now, approved_hash = candidates_hash,
                 rejected_by = NULL, rejected_at = NULL
             WHERE run_id = :run_id AND asked_hash = candidates_hash"""
-        await self._answered(run_id, update, by)
+        await self._answered(run_id, update, "approval", by)
 
     async def record_rejection(self, run_id: str, *, by: str) -> None:
         """
@@ -253,9 +253,9 @@ class Runs(Control):
         mark = f"""
             UPDATE refund_ledger.refund_states SET run_rejected_by = :by
             WHERE status IN ('approved', 'released') AND refund_id {OF_MANY}"""
-        await self._answered(run_id, update, by, mark)
+        await self._answered(run_id, update, "rejection", by, mark)
 
-    async def _answered(self, run_id: str, update: str, by: str, also: str | None = None) -> None:
+    async def _answered(self, run_id: str, update: str, event: str, by: str, also: str | None = None) -> None:
         async with self._transaction() as (connection, now):
             run = await self._run(connection, run_id)
             if await connection.change(update, {"run_id": run_id, "by": by, "now": now}) == 0:
@@ -266,6 +266,10 @@ class Runs(Control):
             if also is not None:
                 await lock(connection, run.candidate_ids)
                 await connection.execute(also, {"ids": as_array(run.candidate_ids), "by": by})
+            detail = {"run_id": run_id, "candidates_hash": run.candidates_hash, **run.approval_basis}
+            await self._event(
+                connection, event, reason=f"Answered by {by} in Airflow.", detail=detail, actor=by
+            )
 
     async def at_the_gate(self, ids: Sequence[int]) -> GateDecision:
         """Return what the gate would do with refunds now, in a run of their own. Nothing is changed."""
@@ -353,12 +357,9 @@ class Runs(Control):
             return [row.id for row in released]
 
     async def _control(self, connection: Connection) -> _State:
-        query = "SELECT *, paused_at IS NOT NULL AS paused FROM refund_ledger.refund_control"
-        rows = await connection.execute(query)
-        limits = next(
-            Limits(**{name: row[name] for name in LIMITS}) for row in rows if row["scope"] == EVERYTHING
-        )
-        return _State({row["scope"] for row in rows if row["paused"]}, limits)
+        query = "SELECT DISTINCT scope FROM refund_ledger.pauses WHERE ended_at IS NULL"
+        paused = set((await connection.execute(query)).scalars())
+        return _State(paused, await self._limits(connection))
 
     async def _run(self, connection: Connection, run_id: str) -> Row:
         query = """
@@ -452,7 +453,7 @@ class Runs(Control):
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """What ``refund_control`` says: the paused scopes and the limits."""
+    """The paused scopes and the limits."""
 
     paused: set[str]
     limits: Limits

@@ -10,7 +10,7 @@
 --   5  Attempts
 --   6  Events and their seals
 --   7  Runs
---   8  Control: pauses, bonds, limits, restore
+--   8  Pauses, the gate, limits, bindings, the turn of the write-back
 --   9  Invalid rows and write-back notes
 --   10 The view of all refunds
 --   11 Who may do what
@@ -67,7 +67,7 @@ SET LOCAL ROLE refunds_migrator;
 
 -- 2  Functions that several tables use ----------------------------------------------------------------------
 
--- Every function here but now() sets its search path: with the caller's, operators of a schema of the
+-- Every function here except now() sets its search path: with the caller's, operators of a schema of the
 -- caller's could stand in the place of `=` and `<>`.
 
 -- Refuse what none of these roles may do. A login that was granted none of them is refused as well. In a
@@ -468,8 +468,8 @@ CREATE INDEX first_releases_by_payee ON refund_ledger.first_releases (payee_fing
 -- What a run released, for its report.
 CREATE INDEX first_releases_by_run ON refund_ledger.first_releases (run);
 
--- Each new instruction gets its state and its first event, which has a hash of the instruction. It runs with
--- its owner's rights, because nobody has the right to INSERT a state.
+-- Each new instruction gets its state and its first event. It runs with its owner's rights, because nobody
+-- has the right to INSERT a state.
 CREATE FUNCTION refund_ledger.make_states() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
@@ -483,17 +483,9 @@ BEGIN
         ORDER BY i.id
         RETURNING refund_id, status, reason
     )
-    INSERT INTO refund_ledger.refund_events (event, refund_id, to_status, actor, reason, detail)
-    SELECT 'status', refund_id, status, refund_ledger.actor(), reason,
-           -- Columns of include/refunds/replay.py. An instruction that is changed later has another hash.
-           jsonb_build_object('instruction', (
-               SELECT encode(sha256(record_send(instruction)), 'hex')
-               FROM (SELECT i.id, i.source, i.source_ref, i.source_ref_folded, i.processing_terminal_id,
-                            i.order_id, i.description, i.amount, i.currency, i.payee_last4,
-                            i.payee_fingerprint, i.request_sha256, i.requested_by, i.requested_by_folded,
-                            i.approved_by, i.approved_by_folded, i.approved_at, i.idempotency_key,
-                            i.replaces, i.reissue_reason, i.created_at) AS instruction))
-    FROM made JOIN inserted AS i ON i.id = refund_id ORDER BY refund_id;
+    INSERT INTO refund_ledger.refund_events (event, refund_id, to_status, actor, reason)
+    SELECT 'status', refund_id, status, refund_ledger.actor(), reason
+    FROM made ORDER BY refund_id;
     RETURN NULL;
 END $$;
 
@@ -622,8 +614,8 @@ BEGIN
     -- The payer decides what is released, with one exception: only an operator may set the largest amount
     -- that is released without anybody's look at it.
     ELSIF 'largest_refund' <> ALL (NEW.released_holds) THEN
-        IF EXISTS (SELECT FROM refund_ledger.refund_instructions, refund_ledger.refund_control
-                   WHERE id = OLD.refund_id AND scope = '*' AND amount > largest_refund) THEN
+        IF EXISTS (SELECT FROM refund_ledger.refund_instructions, refund_ledger.refund_limits
+                   WHERE id = OLD.refund_id AND amount > largest_refund) THEN
             RAISE EXCEPTION 'refund % is larger than the largest that passes by itself', OLD.refund_id
                 USING ERRCODE = 'check_violation';
         END IF;
@@ -689,58 +681,38 @@ CREATE TRIGGER never_deleted BEFORE DELETE ON refund_ledger.refund_states
 CREATE TRIGGER never_emptied BEFORE TRUNCATE ON refund_ledger.refund_states
     FOR EACH STATEMENT EXECUTE FUNCTION refund_ledger.refuse_change();
 
--- The event of a state: `status` for another status or attempt, `change` for what changes while both stay.
--- It is written by the database with its owner's rights: no way of changing a state can forget it, and
--- nobody can write one by hand. It has the new value of every column that changed with it, so that the
--- events alone say what the state is. include/refunds/replay.py compares the two, and names the columns
--- that no event has.
-CREATE FUNCTION refund_ledger.write_state_event() RETURNS trigger
+-- The event of a status, written by the database with its owner's rights: no way of changing a status can
+-- forget it, and nobody can write one by hand.
+CREATE FUNCTION refund_ledger.write_status_event() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-    -- That of refund_ledger.actor(), which costs more to call than the rest of this.
-    who     CONSTANT text :=
-        COALESCE(NULLIF(current_setting('refund_ledger.actor', true), ''), session_user);
-    changed jsonb := '{}';
 BEGIN
-    IF NEW.attempts <> OLD.attempts THEN
-        changed := jsonb_build_object('attempts', NEW.attempts);
-    END IF;
-    IF NEW.holds <> OLD.holds THEN
-        changed := changed || jsonb_build_object('holds', NEW.holds);
-    END IF;
-    IF NEW.released_holds <> OLD.released_holds THEN
-        changed := changed || jsonb_build_object('released_holds', NEW.released_holds);
-    END IF;
-    IF NEW.run_rejected_by IS DISTINCT FROM OLD.run_rejected_by THEN
-        changed := changed || jsonb_build_object('run_rejected_by', NEW.run_rejected_by);
-    END IF;
-    IF NEW.released_run IS DISTINCT FROM OLD.released_run THEN
-        changed := changed || jsonb_build_object('released_run', NEW.released_run);
-    END IF;
-    -- Who released it is the event's actor, unless the event says otherwise.
-    IF OLD.status = 'approved' AND NEW.status = 'released' AND NEW.released_by <> who THEN
-        changed := changed || jsonb_build_object('released_by', NEW.released_by);
-    END IF;
-    IF NEW.payroc_refund_id IS DISTINCT FROM OLD.payroc_refund_id THEN
-        changed := changed || jsonb_build_object('payroc_refund_id', NEW.payroc_refund_id);
-    END IF;
-    IF NEW.status <> OLD.status OR NEW.attempts <> OLD.attempts THEN
-        INSERT INTO refund_ledger.refund_events
-            (event, refund_id, from_status, to_status, actor, reason, detail)
-        VALUES ('status', NEW.refund_id, OLD.status, NEW.status, who, NEW.reason, NULLIF(changed, '{}'));
-    ELSE
-        INSERT INTO refund_ledger.refund_events (event, refund_id, actor, detail)
-        VALUES ('change', NEW.refund_id, who, changed);
-    END IF;
+    -- The actor is that of refund_ledger.actor(), which costs more to call than the rest of this.
+    INSERT INTO refund_ledger.refund_events (event, refund_id, from_status, to_status, actor, reason)
+    VALUES ('status', NEW.refund_id, OLD.status, NEW.status,
+            COALESCE(NULLIF(current_setting('refund_ledger.actor', true), ''), session_user), NEW.reason);
     RETURN NULL;
 END $$;
 
--- The other columns that an event has change only with these (guard_state).
-CREATE TRIGGER event_of_a_change AFTER UPDATE ON refund_ledger.refund_states FOR EACH ROW
-    WHEN (OLD.status <> NEW.status OR OLD.attempts <> NEW.attempts
-          OR OLD.run_rejected_by IS DISTINCT FROM NEW.run_rejected_by
-          OR OLD.payroc_refund_id IS DISTINCT FROM NEW.payroc_refund_id)
-    EXECUTE FUNCTION refund_ledger.write_state_event();
+-- An attempt that follows another one leaves the status at sending, and is an event too.
+CREATE TRIGGER event_of_a_change AFTER UPDATE ON refund_ledger.refund_states
+    FOR EACH ROW WHEN (OLD.status <> NEW.status OR OLD.attempts <> NEW.attempts)
+    EXECUTE FUNCTION refund_ledger.write_status_event();
+
+-- The event of an id of Payroc's that a refund gets while its status stays. Written with its owner's rights,
+-- as that of a status.
+CREATE FUNCTION refund_ledger.write_sighting_event() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    INSERT INTO refund_ledger.refund_events (event, refund_id, actor, detail)
+    VALUES ('sighting', NEW.refund_id, refund_ledger.actor(),
+            jsonb_build_object('payroc_refund_id', NEW.payroc_refund_id));
+    RETURN NULL;
+END $$;
+
+-- With a change of status the event of the status says enough.
+CREATE TRIGGER event_of_a_sighting AFTER UPDATE ON refund_ledger.refund_states
+    FOR EACH ROW WHEN (OLD.payroc_refund_id IS DISTINCT FROM NEW.payroc_refund_id AND OLD.status = NEW.status)
+    EXECUTE FUNCTION refund_ledger.write_sighting_event();
 
 -- From its first release on a refund counts against the limits. One that turns out to be paid without having
 -- been released counts from then on: else a restored ledger would forget it for totals, duplicates and new
@@ -862,25 +834,6 @@ END $$;
 CREATE TRIGGER guard BEFORE INSERT OR UPDATE ON refund_ledger.refund_attempts
     FOR EACH ROW EXECUTE FUNCTION refund_ledger.guard_attempt();
 
--- The event of an attempt's outcome, written by the database with its owner's rights. The claim has the
--- event of its status, with the attempt's number.
-CREATE FUNCTION refund_ledger.write_attempt_event() RETURNS trigger
-    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-BEGIN
-    INSERT INTO refund_ledger.refund_events (event, refund_id, actor, detail)
-    VALUES ('attempt', NEW.refund_id,
-            COALESCE(NULLIF(current_setting('refund_ledger.actor', true), ''), session_user),
-            jsonb_strip_nulls(jsonb_build_object(
-                'attempt', NEW.attempt, 'outcome', NEW.outcome, 'http_status', NEW.http_status,
-                'problem_type', NEW.problem_type)));
-    RETURN NULL;
-END $$;
-
--- Later attempts and the key window rest on these columns, so they leave a trace when they are changed again.
-CREATE TRIGGER event_of_an_outcome
-    AFTER UPDATE OF finished_at, http_status, problem_type, outcome ON refund_ledger.refund_attempts
-    FOR EACH ROW EXECUTE FUNCTION refund_ledger.write_attempt_event();
-
 -- An attempt that is gone would be one that never was.
 CREATE TRIGGER never_deleted BEFORE DELETE ON refund_ledger.refund_attempts
     FOR EACH ROW EXECUTE FUNCTION refund_ledger.refuse_change();
@@ -892,20 +845,20 @@ CREATE TRIGGER never_emptied BEFORE TRUNCATE ON refund_ledger.refund_attempts
 
 -- 6  Events and their seals ---------------------------------------------------------------------------------
 
--- The audit trail: one row per change of a status, a limit, a pause or a bond, and per decision. Only ever
--- inserted.
+-- The audit trail: one row per change of a status, a limit or a pause, per binding and per decision. It is
+-- only inserted.
 CREATE TABLE refund_ledger.refund_events (
     -- Its number, from number_event. Numbers of transactions that were rolled back are missing.
     id bigint PRIMARY KEY,
     -- When it happened, from number_event.
     at timestamptz NOT NULL,
-    -- What happened. The database itself writes status, change and attempt, run, approval and rejection,
-    -- pause, resume, limit, restore, and the bonds environment, source and fingerprint_check; who may write
-    -- the others is guard_roles_of_events' to say.
+    -- What happened. The database itself writes status, sighting, pause, resume, limit, restore, and the
+    -- bindings environment, source and fingerprint_check; who may write the others is for
+    -- guard_roles_of_events to say.
     event text NOT NULL CHECK (event IN (
-        'status', 'change', 'attempt', 'contradiction', 'pause', 'resume', 'environment', 'source',
-        'fingerprint_check', 'proposal', 'reverse', 'limit', 'run', 'approval', 'rejection', 'rotation',
-        'restore', 'not_understood')),
+        'status', 'sighting', 'contradiction', 'pause', 'resume', 'environment', 'source',
+        'fingerprint_check', 'proposal', 'reverse', 'limit', 'approval', 'rejection', 'rotation', 'restore',
+        'not_understood')),
     -- Which refund it is about; NULL when it is about none. No foreign key, which would lock the instruction
     -- for each event: the database knows the refund, and guard_roles_of_events looks for that of the others.
     refund_id bigint,
@@ -917,7 +870,7 @@ CREATE TABLE refund_ledger.refund_events (
     actor text NOT NULL,
     -- Why, in a sentence for people, without bank data.
     reason text,
-    -- What else belongs to it: the new values of what changed.
+    -- What else belongs to it, such as a limit's old and new value.
     detail jsonb,
     -- Which login wrote it, from number_event.
     login text NOT NULL
@@ -959,6 +912,7 @@ DECLARE
 BEGIN
     takes := CASE
         WHEN NEW.event IN ('proposal', 'reverse', 'not_understood') THEN '{refunds_operator}'
+        WHEN NEW.event IN ('approval', 'rejection') THEN '{refunds_payer}'
         WHEN NEW.event = 'contradiction' THEN '{refunds_payer,refunds_operator}'
         WHEN NEW.event = 'rotation' THEN '{refunds_key_rotator}'
         -- All others are written by the database itself.
@@ -1158,61 +1112,133 @@ CREATE TABLE refund_ledger.refund_runs (
     counted_before jsonb NOT NULL DEFAULT '{}'
 );
 
--- The event of an answer: `approval`, `rejection`, or `run` when the thresholds ask nobody, or an answer is
--- taken back. Written by the database with its owner's rights, so that no answer can be noted without its
--- event.
-CREATE FUNCTION refund_ledger.write_answer_event() RETURNS trigger
+
+-- 8  Pauses, the gate, limits, bindings, the turn of the write-back -----------------------------------------
+
+-- The kill switch: one row per pause, only ever inserted. Sending is paused while one of its scope has not
+-- ended. No unique constraint and no foreign key, because an INSERT that checks one may wait for another
+-- transaction; and no role has a right by which it could lock the table. So nobody can hold a pause up.
+CREATE TABLE refund_ledger.pauses (
+    -- Its number. The first open pause of a scope is the one that is shown.
+    id bigint GENERATED ALWAYS AS IDENTITY,
+    -- '*' for everything, or a processing terminal id.
+    scope text NOT NULL CHECK (scope <> ''),
+    -- When it began.
+    paused_at timestamptz NOT NULL DEFAULT refund_ledger.now(),
+    -- Who paused, as the program says.
+    paused_by text NOT NULL DEFAULT refund_ledger.actor(),
+    -- Why.
+    reason text NOT NULL,
+
+    -- A restore. It is a pause of everything that can't end before the comparison with Payroc has.
+
+    -- From when the ledger may have forgotten anything, because it was restored from a backup; NULL for every
+    -- other pause.
+    restored_to timestamptz,
+    -- When the comparison with Payroc ended.
+    compared_at timestamptz,
+
+    -- The end. Only an operator has a right to these columns.
+
+    -- When it ended; NULL while it is open.
+    ended_at timestamptz,
+    -- Who resumed, as the program says.
+    ended_by text,
+    -- Why.
+    end_reason text,
+
+    -- A restore concerns everything.
+    CONSTRAINT a_restore_pauses_everything CHECK (
+        CASE WHEN restored_to IS NULL THEN compared_at IS NULL ELSE scope = '*' END),
+    -- What a restored ledger has forgotten could be paid again, so it is compared with Payroc first.
+    CONSTRAINT a_restored_ledger_stays_paused CHECK (
+        restored_to IS NULL OR ended_at IS NULL OR compared_at IS NOT NULL),
+    -- The report and the audit trail name who resumed.
+    CONSTRAINT ended_says_by_whom CHECK ((ended_at IS NULL) = (ended_by IS NULL))
+);
+
+-- Each claim and each last check look for open pauses. Those that ended stay, and grow in number.
+CREATE INDEX open_pauses ON refund_ledger.pauses (scope) WHERE ended_at IS NULL;
+
+-- A pause never changes except by its end, which has the database's time and stays. It takes an operator,
+-- whatever rights a login was given by hand.
+CREATE FUNCTION refund_ledger.guard_pause() RETURNS trigger
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM refund_ledger.require('the end of a pause', 'refunds_operator');
+    IF (NEW.id, NEW.scope, NEW.paused_at, NEW.paused_by, NEW.reason, NEW.restored_to)
+       IS DISTINCT FROM (OLD.id, OLD.scope, OLD.paused_at, OLD.paused_by, OLD.reason, OLD.restored_to)
+       OR OLD.ended_at IS NOT NULL
+       OR (OLD.compared_at IS NOT NULL AND NEW.compared_at IS DISTINCT FROM OLD.compared_at) THEN
+        RAISE EXCEPTION 'a pause never changes except by its end' USING ERRCODE = 'check_violation';
+    END IF;
+    IF NEW.compared_at IS NOT NULL AND OLD.compared_at IS NULL THEN
+        NEW.compared_at := refund_ledger.now();
+    END IF;
+    IF NEW.ended_at IS NOT NULL THEN
+        NEW.ended_at := refund_ledger.now();
+        NEW.ended_by := refund_ledger.actor();
+    END IF;
+    RETURN NEW;
+END $$;
+
+-- The right to UPDATE a column does not say that only its first value counts.
+CREATE TRIGGER guard BEFORE UPDATE ON refund_ledger.pauses
+    FOR EACH ROW EXECUTE FUNCTION refund_ledger.guard_pause();
+
+-- No pause is forgotten, by the owner either.
+CREATE TRIGGER never_deleted BEFORE DELETE ON refund_ledger.pauses
+    FOR EACH ROW EXECUTE FUNCTION refund_ledger.refuse_change();
+
+-- TRUNCATE fires no trigger of a row.
+CREATE TRIGGER never_emptied BEFORE TRUNCATE ON refund_ledger.pauses
+    FOR EACH STATEMENT EXECUTE FUNCTION refund_ledger.refuse_change();
+
+-- The events of a pause: pause, resume, and restore for the end of the comparison with Payroc. Written by the
+-- database with its owner's rights, so that no pause can begin or end without its event.
+CREATE FUNCTION refund_ledger.write_pause_event() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    answered_by CONSTANT text := COALESCE(
-        NULLIF(NEW.approved_by, OLD.approved_by), NULLIF(NEW.rejected_by, OLD.rejected_by));
+    which jsonb := jsonb_strip_nulls(jsonb_build_object(
+        'pause', NEW.id, 'scope', NEW.scope, 'restored_to', NEW.restored_to));
 BEGIN
-    INSERT INTO refund_ledger.refund_events (event, actor, reason, detail)
-    VALUES (CASE WHEN answered_by IS NULL THEN 'run'
-                 WHEN answered_by = NEW.approved_by THEN 'approval' ELSE 'rejection' END,
-            COALESCE(answered_by, refund_ledger.actor()),
-            'Answered by ' || answered_by || ' in Airflow.',
-            NEW.approval_basis || jsonb_build_object(
-                'run_id', NEW.run_id, 'candidates_hash', NEW.candidates_hash, 'approved_by', NEW.approved_by,
-                'approved_hash', NEW.approved_hash, 'rejected_by', NEW.rejected_by));
+    IF TG_OP = 'INSERT' THEN
+        INSERT INTO refund_ledger.refund_events (event, actor, reason, detail)
+        VALUES ('pause', NEW.paused_by, NEW.reason, which);
+        RETURN NULL;
+    END IF;
+    IF NEW.compared_at IS DISTINCT FROM OLD.compared_at THEN
+        INSERT INTO refund_ledger.refund_events (event, actor, reason, detail)
+        VALUES ('restore', refund_ledger.actor(),
+                NULLIF(current_setting('refund_ledger.reason', true), ''), which);
+    END IF;
+    IF NEW.ended_at IS NOT NULL THEN
+        INSERT INTO refund_ledger.refund_events (event, actor, reason, detail)
+        VALUES ('resume', NEW.ended_by, NEW.end_reason, which);
+    END IF;
     RETURN NULL;
 END $$;
 
--- A release rests on these columns.
-CREATE TRIGGER event_of_an_answer AFTER UPDATE ON refund_ledger.refund_runs FOR EACH ROW
-    WHEN ((OLD.approved_by, OLD.approved_hash, OLD.rejected_by)
-          IS DISTINCT FROM (NEW.approved_by, NEW.approved_hash, NEW.rejected_by))
-    EXECUTE FUNCTION refund_ledger.write_answer_event();
+-- Whoever pauses or resumes.
+CREATE TRIGGER events AFTER INSERT OR UPDATE ON refund_ledger.pauses
+    FOR EACH ROW EXECUTE FUNCTION refund_ledger.write_pause_event();
 
+-- The gate's lock. Whoever releases refunds or changes a limit locks its only row first, so that what is
+-- counted against a limit stays true until the commit. An advisory lock could be taken by anybody who may
+-- connect; this row only by whoever may update its column, which are the payer and operators.
+CREATE TABLE refund_ledger.gate (
+    -- Makes it one row. Its value never changes; the right to UPDATE it is the right to lock the row.
+    only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row)
+);
 
--- 8  Control: pauses, bonds, limits, restore ----------------------------------------------------------------
+-- The row is there from the beginning.
+INSERT INTO refund_ledger.gate DEFAULT VALUES;
 
--- One row for everything ('*') and one for each terminal that was ever paused.
-CREATE TABLE refund_ledger.refund_control (
-    -- '*' or a processing terminal id.
-    scope text PRIMARY KEY,
-
-    -- Bonds: what the ledger belongs to. Set once, never changed (guard_control).
-
-    -- Payroc's API base URL. Keys mean nothing at another Payroc.
-    environment text,
-    -- The source's name. Under another one the same refunds would have other keys, and be paid again.
-    source text,
-    -- A hash that only the same fingerprint key gives. With another one no payee would be recognised.
-    fingerprint_check text,
-
-    -- The pause. The payer and operators begin one, an operator alone ends it.
-
-    -- Since when sending is paused; NULL when it is not.
-    paused_at timestamptz,
-    -- Who paused it.
-    paused_by text,
-    -- Why they did, in a sentence that every command and report shows.
-    pause_reason text,
-
-    -- Limits, in the row '*' alone. NULL allows everything. Totals are in minor units and apply to each
-    -- currency separately; counts apply to all currencies together.
-
+-- The limits, in one row. NULL allows everything. Totals are in minor units and apply to each currency
+-- separately; counts apply to all currencies together. Only operators set them, under the gate's lock.
+CREATE TABLE refund_ledger.refund_limits (
+    -- Makes it one row.
+    only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
     -- A larger refund is held.
     largest_refund bigint CHECK (largest_refund > 0),
     -- The sum that one run releases; the rest waits.
@@ -1235,104 +1261,92 @@ CREATE TABLE refund_ledger.refund_control (
     approval_total bigint CHECK (approval_total >= 0),
     -- The number of refunds that a day releases without an approval of the run; above it the run needs one.
     approval_count bigint CHECK (approval_count >= 0),
-
-    -- A restore.
-
-    -- From when the ledger may have forgotten things: it was restored from a backup and not yet compared with
-    -- Payroc. NULL otherwise.
-    restored_to timestamptz,
-
-    -- A terminal has a pause of its own, and nothing else.
-    CONSTRAINT only_pauses_belong_to_a_terminal CHECK (scope = '*' OR num_nonnulls(
-        environment, source, fingerprint_check, largest_refund, run_total, run_count, day_total, day_count,
-        payee_total, payee_count, payee_days, duplicate_days, approval_total, approval_count) = 0),
-    -- Every command and report shows who and why.
-    CONSTRAINT pause_says_by_whom_and_why CHECK (
-        paused_at IS NULL OR (paused_by IS NOT NULL AND pause_reason IS NOT NULL)),
     -- A limit per payee without its days would mean nothing.
-    CONSTRAINT a_payees_cap_has_its_days CHECK (
-        num_nonnulls(payee_total, payee_count) = 0 OR payee_days IS NOT NULL),
-    -- What was forgotten could be paid again, so nothing is sent until the comparison has come to its end.
-    CONSTRAINT a_restored_ledger_is_paused CHECK (
-        restored_to IS NULL OR (scope = '*' AND paused_at IS NOT NULL))
+    CONSTRAINT a_payees_limit_has_its_days CHECK (
+        num_nonnulls(payee_total, payee_count) = 0 OR payee_days IS NOT NULL)
 );
 
--- The row for everything is there from the beginning: limits and bonds are updates of it.
-INSERT INTO refund_ledger.refund_control (scope) VALUES ('*');
+-- The row is there from the beginning, without a limit.
+INSERT INTO refund_ledger.refund_limits DEFAULT VALUES;
 
--- What the right to UPDATE a column cannot say: a bond is set once, only an operator ends or changes a pause
--- or sets a limit. What is no limit is named, so a new column is one until somebody decides otherwise.
-CREATE FUNCTION refund_ledger.guard_control() RETURNS trigger
+-- Setting a limit takes an operator, whatever rights a login was given by hand.
+CREATE FUNCTION refund_ledger.guard_limits() RETURNS trigger
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-    no_limits CONSTANT text[] :=
-        '{scope,environment,source,fingerprint_check,paused_at,paused_by,pause_reason}';
 BEGIN
-    IF (OLD.environment IS NOT NULL AND NEW.environment IS DISTINCT FROM OLD.environment)
-       OR (OLD.source IS NOT NULL AND NEW.source IS DISTINCT FROM OLD.source)
-       OR (OLD.fingerprint_check IS NOT NULL
-           AND NEW.fingerprint_check IS DISTINCT FROM OLD.fingerprint_check) THEN
-        RAISE EXCEPTION 'what the ledger is bound to never changes' USING ERRCODE = 'check_violation';
-    END IF;
-    IF OLD.paused_at IS NOT NULL AND (NEW.paused_at, NEW.paused_by, NEW.pause_reason)
-                                     IS DISTINCT FROM (OLD.paused_at, OLD.paused_by, OLD.pause_reason) THEN
-        PERFORM refund_ledger.require('the end or the change of a pause', 'refunds_operator');
-    END IF;
-    IF to_jsonb(NEW) - no_limits <> to_jsonb(OLD) - no_limits THEN
-        PERFORM refund_ledger.require('a limit', 'refunds_operator');
-    END IF;
+    PERFORM refund_ledger.require('a limit', 'refunds_operator');
     RETURN NEW;
 END $$;
 
--- An INSERT needs no guard: its columns are the pause of a terminal, which both roles may begin.
-CREATE TRIGGER guard BEFORE UPDATE ON refund_ledger.refund_control
-    FOR EACH ROW EXECUTE FUNCTION refund_ledger.guard_control();
+-- For every change.
+CREATE TRIGGER guard BEFORE UPDATE ON refund_ledger.refund_limits
+    FOR EACH ROW EXECUTE FUNCTION refund_ledger.guard_limits();
 
--- The events of a pause, a bond, a limit and a restore, written by the database with its owner's rights: no
--- way of changing one of them can forget its event. The program gives the reason as a setting of its
--- transaction.
-CREATE FUNCTION refund_ledger.write_control_events() RETURNS trigger
+-- An event for each limit that changes, with both values. Written by the database with its owner's rights, so
+-- that no change can forget its event. The program gives the reason as a setting of its transaction.
+CREATE FUNCTION refund_ledger.write_limit_events() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-    before  jsonb := CASE WHEN TG_OP = 'UPDATE' THEN to_jsonb(OLD) ELSE '{}' END;
-    after   jsonb := to_jsonb(NEW);
-    because text := NULLIF(current_setting('refund_ledger.reason', true), '');
-    name    text;
-    kind    text;
 BEGIN
-    IF NEW.paused_at IS NOT NULL
-       AND (before ->> 'paused_at', before ->> 'paused_by', before ->> 'pause_reason')
-           IS DISTINCT FROM (after ->> 'paused_at', after ->> 'paused_by', after ->> 'pause_reason') THEN
-        INSERT INTO refund_ledger.refund_events (event, actor, reason, detail)
-        VALUES ('pause', NEW.paused_by, NEW.pause_reason,
-                jsonb_build_object('scope', NEW.scope));
-    ELSIF NEW.paused_at IS NULL AND before ->> 'paused_at' IS NOT NULL THEN
-        INSERT INTO refund_ledger.refund_events (event, actor, reason, detail)
-        VALUES ('resume', refund_ledger.actor(), because, jsonb_build_object('scope', NEW.scope));
-    END IF;
-    FOR name IN SELECT key
-                FROM jsonb_object_keys(after - '{scope,paused_at,paused_by,pause_reason}'::text[])
-                     AS keys (key)
-                WHERE before -> key IS DISTINCT FROM after -> key
-                  AND COALESCE(before ->> key, after ->> key) IS NOT NULL
-                ORDER BY key LOOP
-        kind := CASE WHEN name IN ('environment', 'source', 'fingerprint_check') THEN name
-                     WHEN name = 'restored_to' THEN 'restore' ELSE 'limit' END;
-        INSERT INTO refund_ledger.refund_events (event, actor, reason, detail)
-        VALUES (kind, refund_ledger.actor(),
-                CASE WHEN kind = name THEN after ->> name ELSE because END,
-                CASE kind
-                    WHEN 'limit' THEN
-                        jsonb_build_object('limit', name, 'from', before -> name, 'to', after -> name)
-                    WHEN 'restore' THEN jsonb_build_object('from', before -> name, 'to', after -> name)
-                END);
-    END LOOP;
+    INSERT INTO refund_ledger.refund_events (event, actor, reason, detail)
+    SELECT 'limit', refund_ledger.actor(),
+           NULLIF(current_setting('refund_ledger.reason', true), ''),
+           jsonb_build_object('limit', name, 'from', to_jsonb(OLD) -> name, 'to', value)
+    FROM jsonb_each(to_jsonb(NEW)) AS after (name, value)
+    WHERE to_jsonb(OLD) -> name IS DISTINCT FROM value ORDER BY name;
     RETURN NULL;
 END $$;
 
--- For an INSERT too: a terminal's first pause makes its row.
-CREATE TRIGGER events AFTER INSERT OR UPDATE ON refund_ledger.refund_control
-    FOR EACH ROW EXECUTE FUNCTION refund_ledger.write_control_events();
+-- Whoever sets a limit.
+CREATE TRIGGER events AFTER UPDATE ON refund_ledger.refund_limits
+    FOR EACH ROW EXECUTE FUNCTION refund_ledger.write_limit_events();
+
+-- What the ledger is bound to, one row each. Bound once and forever: nobody has the right to change a row.
+CREATE TABLE refund_ledger.bindings (
+    -- environment: Payroc's API base URL, because keys mean nothing at another Payroc. source: the source's
+    -- name, because under another one the same refunds would have other keys, and be paid again.
+    -- fingerprint_check: a hash that only the same fingerprint key gives, because with another one no payee
+    -- would be recognised.
+    name text PRIMARY KEY CHECK (name IN ('environment', 'source', 'fingerprint_check')),
+    -- To which one.
+    value text NOT NULL CHECK (value <> '')
+);
+
+-- The event of a binding, of the kind that its name says. Written by the database with its owner's rights.
+CREATE FUNCTION refund_ledger.write_binding_event() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    INSERT INTO refund_ledger.refund_events (event, actor, reason)
+    VALUES (NEW.name, refund_ledger.actor(), NEW.value);
+    RETURN NULL;
+END $$;
+
+-- Whoever binds it.
+CREATE TRIGGER event AFTER INSERT ON refund_ledger.bindings
+    FOR EACH ROW EXECUTE FUNCTION refund_ledger.write_binding_event();
+
+-- The owner can't bind it to anything else either.
+CREATE TRIGGER append_only BEFORE UPDATE OR DELETE ON refund_ledger.bindings
+    FOR EACH ROW EXECUTE FUNCTION refund_ledger.refuse_change();
+
+-- TRUNCATE fires no trigger of a row.
+CREATE TRIGGER never_emptied BEFORE TRUNCATE ON refund_ledger.bindings
+    FOR EACH STATEMENT EXECUTE FUNCTION refund_ledger.refuse_change();
+
+-- Whose turn it is to write back, in one row, so that an older write-back does not overtake a newer one. A
+-- turn is taken for two minutes and renewed with each batch: no transaction stays open while the source is
+-- written, and a worker that dies keeps the others waiting no longer than that.
+CREATE TABLE refund_ledger.write_back_turn (
+    -- Makes it one row.
+    only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
+    -- Who has it, by a name that no other write-back has; NULL for nobody.
+    holder text,
+    -- When it ends unless it is renewed.
+    until timestamptz,
+    -- A turn without its end would never end.
+    CONSTRAINT turn_says_until_when CHECK ((holder IS NULL) = (until IS NULL))
+);
+
+-- The row is there from the beginning.
+INSERT INTO refund_ledger.write_back_turn DEFAULT VALUES;
 
 
 -- 9  Invalid rows and write-back notes ----------------------------------------------------------------------
@@ -1435,8 +1449,8 @@ GRANT USAGE ON SCHEMA refund_ledger TO refunds_payer, refunds_operator, refunds_
 -- Everything except the requests, for all who report.
 GRANT SELECT ON refund_ledger.refunds, refund_ledger.first_releases, refund_ledger.refund_attempts,
     refund_ledger.refund_events, refund_ledger.event_numbers, refund_ledger.event_seals,
-    refund_ledger.refund_runs,
-    refund_ledger.refund_control, refund_ledger.invalid_rows, refund_ledger.write_back_notes
+    refund_ledger.refund_runs, refund_ledger.pauses, refund_ledger.refund_limits, refund_ledger.bindings,
+    refund_ledger.invalid_rows, refund_ledger.write_back_notes
     TO refunds_payer, refunds_operator, refunds_auditor;
 
 -- Everybody checks that the ledger is at the revision that the program knows.
@@ -1459,15 +1473,6 @@ GRANT EXECUTE ON FUNCTION refund_ledger.require(text, text[])
 -- The payer and operators send and decide by what the refund says, its encrypted request included.
 GRANT SELECT ON refund_ledger.refund_instructions, refund_ledger.refund_states, refund_ledger.frozen_requests
     TO refunds_payer, refunds_operator;
-
--- verify-audit compares what was approved and where it is with the events. The hash of the body says nothing
--- without its key.
-GRANT SELECT ON refund_ledger.refund_instructions TO refunds_auditor;
-
--- Not the hash of the API key.
-GRANT SELECT (refund_id, status, reason, holds, released_holds, run_rejected_by, released_by, released_run,
-        released_at, attempts, payroc_refund_id)
-    ON refund_ledger.refund_states TO refunds_auditor;
 
 -- The payer stores what was approved.
 GRANT INSERT (source, source_ref, source_ref_folded, processing_terminal_id, order_id, description, amount,
@@ -1539,21 +1544,33 @@ GRANT UPDATE (params, candidates, candidate_ids, candidate_totals, candidates_ha
         approved_hash, rejected_by, rejected_at, counted, counted_before, released, released_totals)
     ON refund_ledger.refund_runs TO refunds_payer;
 
--- The payer binds the ledger to the first Payroc, source and fingerprint key that it works with.
-GRANT UPDATE (environment, source, fingerprint_check) ON refund_ledger.refund_control TO refunds_payer;
+-- A pause names who pauses and who resumes.
+GRANT EXECUTE ON FUNCTION refund_ledger.actor() TO refunds_payer, refunds_operator;
 
--- Whoever sees something wrong may pause. A terminal's first pause is a new row.
-GRANT INSERT (scope, paused_at, paused_by, pause_reason)
-    ON refund_ledger.refund_control TO refunds_payer, refunds_operator;
+-- Whoever sees something wrong may pause.
+GRANT INSERT (scope, reason) ON refund_ledger.pauses TO refunds_payer, refunds_operator;
 
--- Later pauses are updates. Ending one takes an operator (guard_control).
-GRANT UPDATE (paused_at, paused_by, pause_reason)
-    ON refund_ledger.refund_control TO refunds_payer, refunds_operator;
+-- A restore takes an operator.
+GRANT INSERT (restored_to) ON refund_ledger.pauses TO refunds_operator;
 
--- Operators set limits, and begin and end what follows a restore.
+-- Only an operator resumes, and says that a restored ledger was compared with Payroc. The payer may UPDATE no
+-- column, so it can lock no row and hold no operator up.
+GRANT UPDATE (compared_at, ended_at, end_reason) ON refund_ledger.pauses TO refunds_operator;
+
+-- Both release or change limits under the gate's lock. To lock a row takes the right to read the table and to
+-- UPDATE a column of it.
+GRANT SELECT, UPDATE (only_row) ON refund_ledger.gate TO refunds_payer, refunds_operator;
+
+-- Operators set limits.
 GRANT UPDATE (largest_refund, run_total, run_count, day_total, day_count, payee_total, payee_count,
-        payee_days, duplicate_days, approval_total, approval_count, restored_to)
-    ON refund_ledger.refund_control TO refunds_operator;
+        payee_days, duplicate_days, approval_total, approval_count)
+    ON refund_ledger.refund_limits TO refunds_operator;
+
+-- The payer binds the ledger to the first Payroc, source and fingerprint key that it works with.
+GRANT INSERT (name, value) ON refund_ledger.bindings TO refunds_payer;
+
+-- The payer takes, renews and ends the turn of the write-back.
+GRANT SELECT, UPDATE (holder, until) ON refund_ledger.write_back_turn TO refunds_payer;
 
 -- The payer notes invalid rows.
 GRANT INSERT (source, source_ref, errors, first_seen_at, last_seen_at, updated_at)

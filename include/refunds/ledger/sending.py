@@ -10,9 +10,10 @@ from functools import cached_property
 from typing import Any
 
 from include.refunds.ledger.base import NoSuchRefund
+from include.refunds.ledger.bindings import IN_ITS_ENVIRONMENT
 from include.refunds.ledger.connection import as_array
-from include.refunds.ledger.control import NOT_PAUSED
 from include.refunds.ledger.grouping import Grouped
+from include.refunds.ledger.pauses import NOT_PAUSED
 from include.refunds.ledger.records import Records
 from include.refunds.ledger.rows import (
     COLUMNS,
@@ -147,8 +148,7 @@ class Sending(Records):
                 JOIN refund_ledger.frozen_requests AS q ON q.refund_id = asked.refund_id
                 WHERE s.refund_id = ANY({IDS}) AND s.refund_id = asked.refund_id
                   AND source = :source AND request IS NOT NULL AND payroc_refund_id IS NULL
-                  AND EXISTS (SELECT FROM refund_ledger.refund_control WHERE scope = '*' AND environment = asked_environment)
-                  AND {NOT_PAUSED} AND {REPLACED_STANDS}
+                  AND {IN_ITS_ENVIRONMENT} AND {NOT_PAUSED} AND {REPLACED_STANDS}
                   AND (first_sent_at IS NULL OR (first_sent_at > :window_start AND sent_with = asked_with))
                   AND (status = 'released' AND released_at > :oldest_release
                        OR status IN ('unknown', 'sending') AND lease_until <= :now AND next_attempt_at <= :now)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Collection, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from uuid import uuid4
 
-from include.refunds.database_errors import Kind, describe
-from include.refunds.ledger.base import LedgerBase, LedgerUnavailable
-from include.refunds.ledger.connection import DATABASE_ERRORS, as_array
+from include.refunds.ledger.base import LedgerBase, LedgerError, LedgerUnavailable
+from include.refunds.ledger.connection import Connection, as_array
 from include.refunds.ledger.intake import NAMELESS
-from include.refunds.ledger.rows import IDS, lock
+from include.refunds.ledger.rows import IDS, OF_MANY, lock
 from include.refunds.text import fold
 
 
@@ -51,8 +53,12 @@ class NotWritten:
 NEWEST = """(r.replaces IS NULL OR r.status <> 'cancelled') AND NOT EXISTS (
     SELECT FROM refund_ledger.refunds AS newer WHERE newer.replaces = r.id AND newer.status <> 'cancelled')"""
 
+TURN = timedelta(minutes=2)
+"""How long a write-back's turn lasts unless it is renewed. A batch takes seconds."""
+
 # Longer than a write-back of thousands of refunds takes.
-_LOCK_SECONDS = 60
+_WAIT_SECONDS = 60
+_LOOK_AGAIN_SECONDS = 1
 
 # True of a source_ref whose row could not be written when it was tried last.
 _FAILED_BEFORE = """EXISTS (SELECT FROM refund_ledger.write_back_notes AS note
@@ -77,34 +83,45 @@ class WriteBacks(LedgerBase):
     """What the write-back reads and notes."""
 
     @asynccontextmanager
-    async def write_back_lock(self) -> AsyncIterator[None]:
+    async def write_back_turn(self) -> AsyncIterator[str]:
         """
-        Hold the lock that lets write-backs run one at a time, so that an older one never overtakes a newer one.
+        Yield the name under which this write-back has the turn: one at a time, so that no older one overtakes it.
 
-        :raises LedgerUnavailable: when another one works, or stands still, with it for more than a minute.
+        :raises LedgerUnavailable: when another one has it for more than a minute.
         """
-        async with AsyncExitStack() as stack:
-            try:
-                connection = await stack.enter_async_context(self.engine.connect())
-                # The lock is the session's and outlives this transaction, the patience does not.
-                async with connection.transaction():
-                    await connection.execute(f"SET LOCAL lock_timeout = '{_LOCK_SECONDS}s'")
-                    await connection.execute("SELECT pg_advisory_lock(hashtext('refund_ledger.write_back'))")
-            except DATABASE_ERRORS as error:
-                if describe(error).kind is Kind.LOCKED:
-                    raise LedgerUnavailable(
-                        f"Another write-back is at work and has not ended for {_LOCK_SECONDS} s, so this one "
-                        "did not begin: find out what it waits for in the source (connection refunds_source)."
-                    ) from None
-                raise self._explained(error) from None
-            try:
-                yield
-            finally:
-                # A session that has ended has released it.
-                with suppress(*DATABASE_ERRORS):
-                    await connection.execute(
-                        "SELECT pg_advisory_unlock(hashtext('refund_ledger.write_back'))"
-                    )
+        holder = str(uuid4())
+        give_up = time.monotonic() + _WAIT_SECONDS
+        while not await self.take_turn(holder):
+            if time.monotonic() >= give_up:
+                raise LedgerUnavailable(
+                    f"Another write-back is at work and has not ended for {_WAIT_SECONDS} s, so this one "
+                    "did not begin: find out what it waits for in the source (connection refunds_source)."
+                )
+            await asyncio.sleep(_LOOK_AGAIN_SECONDS)
+        try:
+            yield holder
+        finally:
+            # Otherwise it ends by itself.
+            with suppress(LedgerError):
+                await self.end_turn(holder)
+
+    async def take_turn(self, holder: str) -> bool:
+        """
+        Take the turn of the write-back for two minutes; ``False`` when another one has it.
+
+        :param holder: a name that no other write-back has.
+        """
+        update = """
+            UPDATE refund_ledger.write_back_turn SET holder = :holder, until = :until
+            WHERE holder IS NULL OR until <= :now"""
+        async with self._transaction() as (connection, now):
+            return await connection.change(update, {"holder": holder, "until": now + TURN, "now": now}) > 0
+
+    async def end_turn(self, holder: str) -> None:
+        """Let another write-back have the turn; nothing happens when another one has it."""
+        update = "UPDATE refund_ledger.write_back_turn SET holder = NULL, until = NULL WHERE holder = :holder"
+        async with self._transaction() as (connection, _):
+            await connection.execute(update, {"holder": holder})
 
     async def due_write_backs(
         self, limit: int, after: WriteBack | None = None, *, failed_before: bool = False
@@ -156,14 +173,21 @@ class WriteBacks(LedgerBase):
 
     async def mark_written_back(
         self,
+        holder: str,
         written: Sequence[WriteBack],
         not_written: Sequence[NotWritten] = (),
     ) -> None:
         """
-        Note what the source has now: the very ``updated_at`` that was read, so a later change stays due.
+        Note what the source has now, and renew the turn.
 
+        The very ``updated_at`` that was read is noted, so a later change stays due. A write-back that lost its turn
+        may have overtaken a newer one, so what it wrote is due again.
+
+        :param holder: who has the turn, from :meth:`write_back_turn`.
         :param not_written: rows that could not be written, each with the reason; they stay due.
+        :raises LedgerUnavailable: when another write-back has the turn.
         """
+        renew = "UPDATE refund_ledger.write_back_turn SET until = :until WHERE holder = :holder"
         rows = json.dumps(
             [
                 {
@@ -195,13 +219,39 @@ class WriteBacks(LedgerBase):
             ON CONFLICT (source, source_ref) DO UPDATE SET problem = EXCLUDED.problem,
                 problem_since = COALESCE(known.problem_since, EXCLUDED.problem_since)"""
         async with self._transaction() as (connection, now):
-            await lock(connection, (item.refund_id for item in written if item.refund_id is not None))
-            await connection.execute(of_refunds, {"rows": rows})
-            await connection.execute(of_invalid_rows, {"rows": rows, "source": self._settings.source})
+            has_turn = await connection.change(renew, {"holder": holder, "until": now + TURN}) > 0
+            if not has_turn:
+                await self._make_due(connection, [item.source_ref for item in written])
+            else:
+                await lock(connection, (item.refund_id for item in written if item.refund_id is not None))
+                await connection.execute(of_refunds, {"rows": rows})
+                await connection.execute(of_invalid_rows, {"rows": rows, "source": self._settings.source})
             await connection.execute(settle, {"rows": rows, "source": self._settings.source})
             if not_written:
                 values = {"source": self._settings.source, "problems": problems, "now": now}
                 await connection.execute(note, values)
+        if not has_turn:
+            raise LedgerUnavailable(
+                "This write-back stood still for so long that another one took its turn: what it wrote is written "
+                "again."
+            )
+
+    async def _make_due(self, connection: Connection, source_refs: Sequence[str]) -> None:
+        """Make all refunds and invalid rows due that these rows of the source may show."""
+        query = """
+            SELECT id FROM refund_ledger.refunds AS r WHERE source = :source AND (source_ref = ANY(:refs)
+                OR replaces IS NOT NULL AND refund_ledger.first_source_ref(id) = ANY(:refs))"""
+        of_refunds = (
+            f"UPDATE refund_ledger.refund_states SET written_back_at = NULL WHERE refund_id {OF_MANY}"
+        )
+        of_invalid_rows = """
+            UPDATE refund_ledger.invalid_rows SET written_back_at = NULL
+            WHERE source = :source AND source_ref = ANY(:refs)"""
+        values = {"source": self._settings.source, "refs": list(source_refs)}
+        ids = (await connection.execute(query, values)).scalars()
+        await lock(connection, ids)
+        await connection.execute(of_refunds, {"ids": as_array(ids)})
+        await connection.execute(of_invalid_rows, values)
 
     async def write_again(self, offered: Collection[str]) -> tuple[int, int]:
         """

@@ -21,6 +21,8 @@ with told_in_one_sentence(
     elif found == MIGRATOR:
         # What a later revision makes belongs to the same owner as the rest, whoever migrates.
         connection.execute(text(f"SET LOCAL ROLE {MIGRATOR}"))
+        # One migration at a time. Nobody but the owner has a right by which this lock could be kept from it.
+        connection.execute(text(f"LOCK TABLE refund_ledger.{VERSION_TABLE} IN SHARE ROW EXCLUSIVE MODE"))
     context.configure(
         connection=connection, version_table=VERSION_TABLE, version_table_schema="refund_ledger"
     )

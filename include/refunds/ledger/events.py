@@ -1,0 +1,40 @@
+"""The events that the database does not write itself, and the reason of those that it does."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from include.refunds.ledger.base import LedgerBase
+from include.refunds.ledger.connection import Connection
+
+
+class Events(LedgerBase):
+    """Writes to the audit trail."""
+
+    async def _because(self, connection: Connection, reason: str) -> None:
+        """Give the reason of this transaction's changes to the events that triggers write."""
+        await connection.execute(
+            "SELECT set_config('refund_ledger.reason', :reason, true)", {"reason": reason}
+        )
+
+    async def _event(
+        self,
+        connection: Connection,
+        event: str,
+        *,
+        reason: str,
+        refund_id: int | None = None,
+        detail: dict[str, Any] | None = None,
+        actor: str | None = None,
+    ) -> None:
+        insert = """
+            INSERT INTO refund_ledger.refund_events (event, refund_id, actor, reason, detail)
+            VALUES (:event, :refund_id, :actor, :reason, CAST(:detail AS jsonb))"""
+        values = {
+            "event": event,
+            "refund_id": refund_id,
+            "actor": actor or self._actor,
+            "reason": reason,
+        }
+        await connection.execute(insert, {**values, "detail": json.dumps(detail) if detail else None})
