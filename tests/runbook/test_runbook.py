@@ -238,8 +238,11 @@ def test_the_ledger_was_restored_from_a_backup(shop: Shop, shell: Shell, section
 def test_the_project_is_upgraded(
     shell: Shell, section: Section, postgres: PostgresServer, login: Login
 ) -> None:
-    # There is no earlier revision yet; a database that was never migrated takes the same commands.
+    # There is no earlier revision yet; a database that was never migrated takes the same commands. An earlier
+    # migration would have taken this right from PUBLIC.
     postgres.create_database("ledger_of_yesterday")
+    with postgres.connect() as connection:
+        connection.execute("REVOKE CONNECT, TEMPORARY ON DATABASE ledger_of_yesterday FROM PUBLIC")
     use_ledger(shell, postgres.url("ledger_of_yesterday"), login)
     section.rest()
 
