@@ -93,7 +93,7 @@ with DAG(
         show_return_value_in_logs=False,
     )
     async def report() -> dict[str, Any]:
-        """Show the whole ledger; fail when a refund is in review or late, the sending is paused, or the follow-up itself failed."""
+        """Show the whole ledger; fail when a refund is in review or late, sending is paused, or the follow-up itself failed."""
         from include.payroc.errors import objects_named
         from include.refunds.report import follow_up_report
 

@@ -32,7 +32,7 @@ DAG = "payroc_refunds"
 _MOST_RUNS = 4
 # One refund of the sample is larger.
 _LARGEST_REFUND = 500_000
-# While refunds go out, a person pauses the sending: after so many.
+# While refunds go out, a person pauses sending: after so many.
 _PAUSE_AFTER = 8
 _BY = "Fiona (finance)"
 _LONGEST_WAIT_SECONDS = 60
@@ -82,7 +82,7 @@ def _resume(stack: Stack) -> bool:
         query = "SELECT FROM refund_ledger.pauses WHERE scope = '*' AND paused_by = %s AND ended_at IS NULL LIMIT 1"
         if ledger.execute(query, [_BY]).fetchone() is None:
             return False
-    with step(f"{_BY} resumes the sending; the next run goes on where the paused one stopped"):
+    with step(f"{_BY} resumes sending; the next run goes on where the paused one stopped"):
         _command(stack, "resume", "--reason", "All is well.")
     return True
 
@@ -117,7 +117,7 @@ def _follow(stack: Stack, process: subprocess.Popen[bytes], *, may_pause: bool) 
         while not processes.has_ended(process):
             counts = count_by_status(ledger)
             if may_pause and sent(counts) >= to_pause:
-                say(f"{_BY} pauses the sending: no POST goes out any more, in the middle of the run")
+                say(f"{_BY} pauses sending: no POST goes out any more, in the middle of the run")
                 _command(stack, "pause", "--reason", "A look at the first ones.")
                 may_pause = False
             if counts:

@@ -72,7 +72,7 @@ compare it with Payroc, check its audit trail.
 
 The ledger is --ledger-url, else PAYROC_REFUNDS_LEDGER_URL, else AIRFLOW_CONN_REFUNDS_LEDGER (a URI or JSON). Exit codes:
 0 all is well, 1 something needs people (for status: a refund is sending, unknown, in review or not
-written back, or the sending is paused;
+written back, or sending is paused;
 for resolve and reissue: a second person has to run the command), 2 the command could not run, or was refused.""",
 )
 
@@ -250,9 +250,9 @@ def pause(
     terminal: Annotated[str | None, typer.Option("--terminal", help="Only this processing terminal.")] = None,
     url: LedgerUrl = None,
 ) -> None:
-    """Stop the sending, at once and for every worker; what is in flight at Payroc can't be called back."""
+    """Pause sending, at once and for every worker; what is in flight at Payroc can't be called back."""
     _with_ledger(url, by, lambda ledger: ledger.pause(terminal or EVERYTHING, reason))
-    _say(f"The sending is paused{f' for terminal {printable(terminal)}' if terminal else ''}.")
+    _say(f"Sending is paused{f' for terminal {printable(terminal)}' if terminal else ''}.")
 
 
 @app.command()
@@ -263,19 +263,19 @@ def resume(
     terminal: Annotated[str | None, typer.Option("--terminal", help="Only this processing terminal.")] = None,
     url: LedgerUrl = None,
 ) -> None:
-    """Let the sending go on after a pause."""
+    """Resume sending after a pause."""
     if not _with_ledger(url, by, lambda ledger: ledger.resume(terminal or EVERYTHING, reason)):
         _fail(
-            f"The sending was not paused{f' for terminal {printable(terminal)}' if terminal else ''}; `status` shows what is."
+            f"Sending was not paused{f' for terminal {printable(terminal)}' if terminal else ''}; `status` shows what is."
         )
-    _say(f"The sending goes on{f' for terminal {printable(terminal)}' if terminal else ''}.")
+    _say(f"Sending has resumed{f' for terminal {printable(terminal)}' if terminal else ''}.")
 
 
 @app.command()
 def limits(
     url: LedgerUrl = None, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
 ) -> None:
-    """Show the limits of the sending. All are unset at first, and what is unset lets pass."""
+    """Show the limits. No limits are set by default; an unset limit allows everything."""
     found = _with_ledger(url, "limits", lambda ledger: ledger.limits())
     if as_json:
         _json(asdict(found))
@@ -295,7 +295,7 @@ def limit(
     url: LedgerUrl = None,
 ) -> None:
     """
-    Set a limit of the sending, or take it away. It holds from the next refund that passes the gate.
+    Set a limit, or unset it. It applies from the next refund that reaches the gate.
 
     Amounts are in minor units (100000 is 1,000.00 USD) and hold for each currency by itself. Set payee_days before the caps per payee.
     """
@@ -492,7 +492,7 @@ def restored(
     """
     The first command after the ledger was restored from a backup. Once it was begun, nobody can resume before it has come to its end.
 
-    It pauses the sending, takes over what Payroc has and the ledger has forgotten, and compares both. Cut off, run it again. It sends
+    It pauses sending, takes over what Payroc has and the ledger has forgotten, and compares both. Cut off, run it again. It sends
     nothing. Exit codes: 0 ledger and Payroc agree, 1 they differ, 2 it could not be done.
     """
     settings = get_settings()
@@ -514,7 +514,7 @@ def restored(
 
     found = _with_payroc(url, by, conn_id, work)
     _say(
-        f"The sending is paused. What happened since {found.since:%Y-%m-%d %H:%M %Z} may be forgotten, and was looked for."
+        f"Sending is paused. What happened since {found.since:%Y-%m-%d %H:%M %Z} may be forgotten, and was looked for."
     )
     _say(f"{found.pulled.new} refunds were pulled anew; {len(found.taken_over)} were taken over from Payroc.")
     for source_ref in sorted({*found.pulled.invalid, *found.pulled.changed}):
@@ -525,7 +525,7 @@ def restored(
     _compared(found.comparison)
     _say(
         "What no comparison brings back, look at it before you resume: limits, pauses, holds, cancellations and resolutions since then. "
-        "`python -m include.refunds resume` lets the sending go on."
+        "`python -m include.refunds resume` resumes sending."
     )
     if found.comparison.differences:
         raise typer.Exit(EXIT_TROUBLE)
@@ -710,7 +710,7 @@ def _limit(name: str, value: int) -> str:
 
 
 def _limits(found: Limits) -> Table:
-    table = Table(title="Limits of the sending", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title="Limits", title_justify="left", box=SIMPLE_HEAD)
     for name in ("name", "value", "what it means"):
         table.add_column(name, overflow="fold")
     for name, value in asdict(found).items():

@@ -46,7 +46,7 @@ async def rehearse(
     ]
     report.notes += warning_notes(pulled.warnings)
     report.notes += [
-        f"The sending is paused for {'everything' if scope == '*' else printable(scope)}: {printable(why)}"
+        f"Sending is paused for {'everything' if scope == '*' else printable(scope)}: {printable(why)}"
         for scope, why in pauses.items()
     ]
     return report

@@ -140,7 +140,7 @@ async def _judge_preflight(error: PayrocError, terminal: str, ledger: Ledger, ga
     advice = f"; {NO_SUCH_ADDRESS}" if status == 404 else ""
     await ledger.pause(EVERYTHING, f"{error}, for terminal {terminal}, before anything was sent{advice}.")
     raise PreflightRefused(
-        f"{error}; the sending is paused and nothing was released{advice} ({gateway.connection})."
+        f"{error}; sending is paused and nothing was released{advice} ({gateway.connection})."
     ) from None
 
 

@@ -76,7 +76,7 @@ class Report:
     :param unfinished: sentences for which a run counts as failed.
     :param rejected: a person rejected the run, so that nothing was released.
     :param waiting: refunds wait for room under a limit.
-    :param paused: the sending is paused, for all or for a terminal.
+    :param paused: sending is paused, for all or for a terminal.
     :param unwritten: rows of refunds in the source that could not be written.
     :param audit_head: the end of the audit trail, for people to keep.
     """
@@ -384,7 +384,7 @@ async def pause_sentences(connection: Connection) -> list[str]:
         WHERE ended_at IS NULL ORDER BY scope, restored_to IS NULL, id"""
     sentences = []
     for row in await connection.execute(query):
-        scope = "The sending" if row.scope == "*" else f"The sending for terminal {printable(row.scope)}"
+        scope = "Sending" if row.scope == "*" else f"Sending for terminal {printable(row.scope)}"
         sentences.append(f"{scope} is paused by {printable(row.paused_by)}: {printable(row.reason)}")
     return sentences
 

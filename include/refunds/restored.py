@@ -132,7 +132,7 @@ async def restored(
         raise LedgerError(
             f"Payroc lists {objects} that can't be understood, and a refund that the ledger forgot may be "
             "among them: look at them in Payroc's portal, then run `restored` again with "
-            "--accept-not-understood; until then the sending stays paused."
+            "--accept-not-understood; until then sending stays paused."
         )
     await ledger.end_restore(begun.number, reason, comparison.hidden, comparison.hidden_names)
     return Restored(since, pulled, taken_over, comparison)

@@ -266,7 +266,7 @@ async def _stopped(refund: Refund, now: datetime, ledger: Ledger) -> Result:
     pauses = await ledger.pauses()
     for scope in (EVERYTHING, refund.processing_terminal_id):
         if scope in pauses:
-            what = "The sending" if scope == EVERYTHING else f"The sending for terminal {scope}"
+            what = "Sending" if scope == EVERYTHING else f"Sending for terminal {scope}"
             reason = f"{what} is paused: {pauses[scope]}"
             return Result(
                 refund.id, refund.order_id, Sent.CONFIGURATION, reason, stops_all=scope == EVERYTHING

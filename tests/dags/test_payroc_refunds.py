@@ -335,7 +335,7 @@ def test_a_configuration_error_at_the_first_post_stops_the_run_before_the_second
     run = run_dag()
     assert run.state == "failed"
     assert posted(world) == before + 1
-    assert "The sending is paused" in run.log
+    assert "Sending is paused" in run.log
     assert {world.row(ref)["status"] for ref in refs} == {"released"}
     world.run(world.ledger.resume("*", "mended"))
     assert run_dag().state == "success"

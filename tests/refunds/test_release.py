@@ -176,7 +176,7 @@ def test_a_refusal_that_is_about_no_terminal_pauses_everything(world: World) -> 
     world.approve()
     world.pull()
     world.fault(None, "problem", "list", problem="forbidden")
-    with pytest.raises(PreflightRefused, match="the sending is paused and nothing was released"):
+    with pytest.raises(PreflightRefused, match="sending is paused and nothing was released"):
         world.release()
     assert list(world.paused()) == ["*"]
 

@@ -73,7 +73,7 @@ def test_the_follow_up_reports_what_people_have_to_do_and_not_what_time_will_tel
     world.run(world.ledger.pause("*", "the bank called"))
     assert "1 in review: people have to look at them" in unfinished()
     assert "`python -m include.refunds resolve ID`" in unfinished()
-    assert "The sending is paused by test: the bank called" in unfinished()
+    assert "Sending is paused by test: the bank called" in unfinished()
 
 
 def test_a_weekend_is_no_business_day() -> None:

@@ -388,4 +388,4 @@ def test_the_command_says_what_it_did_and_resume_is_refused_until_it_ran(
     assert f"Refund {day.released} " in done.stdout
     assert "The ledger and Payroc agree." in done.stdout
     resumed = cli("resume", "--by", "bob", "--reason", "compared", ledger=ledger_url)
-    assert (resumed.returncode, resumed.stdout) == (0, "The sending goes on.\n")
+    assert (resumed.returncode, resumed.stdout) == (0, "Sending has resumed.\n")

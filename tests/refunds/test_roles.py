@@ -675,7 +675,7 @@ def test_both_dags_do_all_their_work_with_the_payers_rights_alone(
     }
     assert rows == {"paid": "accepted", "rejected": "rejected", "invalid": "invalid", "large": "held"}
 
-    # A configuration error pauses the sending, people let it go on.
+    # A configuration error pauses sending, people let it go on.
     world.fault(None, "problem", problem="forbidden")
     enter(source_url, login, "roles-later")
     assert run_dag().state == "failed"

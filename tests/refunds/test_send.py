@@ -444,7 +444,7 @@ def test_a_pause_that_stopped_a_post_is_told_with_its_reason(world: World) -> No
 
     ledger.claim = claim_then_pause  # type: ignore[method-assign]
     result = world.send(refund_id)
-    assert (result.sent, result.reason) == (Sent.CONFIGURATION, "The sending is paused: the bank called")
+    assert (result.sent, result.reason) == (Sent.CONFIGURATION, "Sending is paused: the bank called")
     assert (world.row(refund_id)["status"], world.attempts(refund_id), world.paid(refund_id)) == (
         "released",
         ["not_sent"],

@@ -235,7 +235,7 @@ def test_while_the_sending_is_paused_each_run_tells_once_and_the_follow_ups_of_a
     client.wait_for_run(DAG, run_id, "failed")
     mail = the_mail(mailbox, run_id)
     assert mail["subject"] == "Payroc refunds: run failed, sending paused"
-    assert "The sending is paused by test: the bank called" in body_of(mail)
+    assert "Sending is paused by test: the bank called" in body_of(mail)
     # Airflow removes the deadline of a run that succeeds, and calls back for one that has failed.
     let_its_deadline_pass(merchant, postgres, run_id)
     assert len(mailbox.about(run_id)) == 1

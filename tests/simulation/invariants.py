@@ -136,7 +136,7 @@ class Invariants:
         for scope in (EVERYTHING, row.processing_terminal_id):
             if self._strand.looked_at > self._paused_since.get(scope, self.engine.time):
                 raise Violation(
-                    f"A POST for {item.source_ref} goes out after its worker could see that the sending is paused."
+                    f"A POST for {item.source_ref} goes out after its worker could see that sending is paused."
                 )
 
     def _check_fence(self, item: Approved, post: Post) -> None:
@@ -293,7 +293,7 @@ class Invariants:
         if claim is not None and not self.ledger.paused.keys().isdisjoint(
             (EVERYTHING, claim.refund.processing_terminal_id)
         ):
-            raise Violation(f"{claim.refund.source_ref} is claimed while the sending is paused.")
+            raise Violation(f"{claim.refund.source_ref} is claimed while sending is paused.")
         if claim is not None and self.ledger.restored_to is not None:
             raise Violation(
                 f"{claim.refund.source_ref} is claimed before the restored ledger was compared with Payroc."

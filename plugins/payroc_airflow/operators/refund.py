@@ -40,7 +40,7 @@ class PayrocRefundOperator(BaseOperator):
     :param refund_ids: ids of refunds in the ledger. Only ids cross from task to task, never bank data.
     :param payroc_conn_id: Airflow connection of type ``payroc``.
     :param ledger_conn_id: Airflow connection of the ledger, a Postgres database.
-    :raises RefundsStopped: a configuration error; the sending is paused where it has to be. Not retried.
+    :raises RefundsStopped: a configuration error; sending is paused where it has to be. Not retried.
     :raises RefundsInDoubt: an outcome is not known yet, or another worker holds a refund. Retried when the wait has ended.
     :raises RefundsNotPaid: a refund was rejected, is in review, or was not released. Not retried.
     """
