@@ -14,7 +14,7 @@ from include.refunds.ledger import NAMELESS, Ledger, NewRefund, differences
 from include.refunds.people import person
 from include.refunds.rows import InvalidRow, RefundRow, name_of
 from include.refunds.settings import Settings
-from include.refunds.source import Source, SourceRow
+from include.refunds.source import ReadableSource, SourceRow
 from include.refunds.text import fold
 
 _BATCH = 1000
@@ -53,7 +53,7 @@ class Pulled:
         return f"{self.rows} rows in the source: {counts}."
 
 
-async def pull(source: Source, ledger: Ledger, cipher: Cipher, settings: Settings) -> Pulled:
+async def pull(source: ReadableSource, ledger: Ledger, cipher: Cipher, settings: Settings) -> Pulled:
     """
     Store the source's approved refunds that the ledger does not have yet, each with its key and its frozen body.
 

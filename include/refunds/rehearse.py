@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from include.refunds.cipher import Cipher
 from include.refunds.ledger import Candidate, Ledger
 from include.refunds.limits import GateDecision
@@ -10,23 +12,36 @@ from include.refunds.printable import printable
 from include.refunds.pull import pull
 from include.refunds.report import Line, Report, totals_of, warning_notes
 from include.refunds.settings import Settings
-from include.refunds.source import Source
+from include.refunds.source import ReadableSource, SourceRow
 from include.refunds.unmatched import unmatched
+
+
+class _Read:
+    """A source that was read already."""
+
+    def __init__(self, rows: Sequence[SourceRow]) -> None:
+        self._rows = rows
+
+    async def select_approved(self) -> Sequence[SourceRow]:
+        return self._rows
+
 
 # A name that no run of Airflow has; its row is rolled back.
 _RUN = "dry run"
 
 
 async def rehearse(
-    params: RunParams, source: Source, ledger: Ledger, cipher: Cipher, settings: Settings
+    params: RunParams, source: ReadableSource, ledger: Ledger, cipher: Cipher, settings: Settings
 ) -> Report:
     """
     Report what a run with these params would send. Nothing is stored, asked of a person, sent or written back.
 
     :raises SourceError: when the source can't be read.
     """
+    # Before the transaction, which must not stay open while the source takes its time.
+    read = _Read(await source.select_approved())
     async with ledger.rehearsal() as rehearsal:
-        pulled = await pull(source, rehearsal, cipher, settings)
+        pulled = await pull(read, rehearsal, cipher, settings)
         candidates = await rehearsal.candidates(params.selection(), standing=pulled.standing)
         await rehearsal.begin_run(_RUN, params.model_dump(mode="json"), candidates, {}, pulled.at)
         missing = await unmatched(params, pulled, candidates, rehearsal)

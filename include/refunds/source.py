@@ -42,11 +42,15 @@ COLUMNS = (
 SourceRow = Mapping[str, Any]
 
 
-class Source(Protocol):
-    """The source, as pull, release and write-back see it."""
+class ReadableSource(Protocol):
+    """The source, as pull sees it."""
 
     async def select_approved(self) -> Sequence[SourceRow]:
         """Return the approved refunds, one row each, with the columns of :data:`COLUMNS`."""
+
+
+class Source(ReadableSource, Protocol):
+    """The source, as release and write-back see it, too."""
 
     async def write_back(self, rows: Sequence[WriteBack]) -> Updated:
         """Write the outcomes of refunds; return which rows were written and which were not."""

@@ -14,9 +14,12 @@ from sqlalchemy import URL
 from demo.postgres import PostgresServer
 from include.refunds.ledger import Claim, Ledger, LedgerEngine, LedgerUnavailable, Task
 from include.refunds.migrations import migrate
+from include.refunds.params import RunParams
+from include.refunds.pull import pull
+from include.refunds.rehearse import rehearse
 from include.refunds.roles import APPROVER, AUDITOR, KEY_ROTATOR, OPERATOR, PAYER, REQUESTER
 from include.refunds.write_back import write_back
-from tests.conftest import Login
+from tests.conftest import ROOT, Login
 from tests.refunds.conftest import World
 
 MODES = (
@@ -248,3 +251,43 @@ def test_a_turn_that_was_not_renewed_goes_to_the_next_write_back_and_what_is_lat
     assert not world.run(ledger.take_turn("third"))
     world.run(ledger.end_turn("second"))
     assert world.run(ledger.take_turn("third"))
+
+
+IN_A_TRANSACTION = """
+    SELECT count(*) AS n FROM pg_stat_activity
+    WHERE datname = current_database() AND state LIKE 'idle in transaction%' AND pid <> pg_backend_pid()"""
+
+
+class Watching:
+    """A source that counts the ledger's open transactions while it is read or written."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.open: list[int] = []
+
+    def _count(self) -> None:
+        self.open.append(self._world.rows(IN_A_TRANSACTION)[0]["n"])
+
+    async def select_approved(self) -> Any:
+        self._count()
+        return await self._world.source.select_approved()
+
+    async def write_back(self, rows: Any) -> Any:
+        self._count()
+        return await self._world.source.write_back(rows)
+
+
+def test_no_transaction_of_the_ledger_is_open_while_the_source_is_read_or_written(world: World) -> None:
+    source = Watching(world)
+    world.approve()
+    world.run(rehearse(RunParams(dry_run=True), source, world.ledger, world.cipher, world.settings))
+    world.run(pull(source, world.ledger, world.cipher, world.settings))
+    world.run(write_back(source, world.ledger))
+    assert source.open == [0, 0, 0]
+
+
+def test_nothing_takes_an_advisory_lock() -> None:
+    files = [path for folder in ("include", "plugins", "dags") for path in (ROOT / folder).rglob("*")]
+    assert [
+        path for path in files if path.suffix in (".py", ".sql") and "advisory_" in path.read_text()
+    ] == []
