@@ -792,9 +792,17 @@ def _events(events: list[dict[str, Any]]) -> Table:
     for name in ("at", "what", "by", "reason"):
         table.add_column(name, overflow="fold")
     for row in events:
-        what = row["to_status"] if row["event"] == "status" else row["event"]
-        _add(table, _instant(row["at"]), what, row["actor"], row["reason"])
+        # The table of attempts has it.
+        if row["event"] != "attempt":
+            what = row["to_status"] if row["event"] == "status" else row["event"]
+            _add(table, _instant(row["at"]), what, row["actor"], row["reason"] or _changed(row))
     return table
+
+
+def _changed(event: dict[str, Any]) -> str:
+    """Return the new values of an event that is a change and nothing else."""
+    values = (event["detail"] or {}) if event["event"] == "change" else {}
+    return ", ".join(f"{name}: {value}" for name, value in values.items())
 
 
 def _instant(value: str | None) -> str:

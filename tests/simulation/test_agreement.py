@@ -34,6 +34,7 @@ def test_both_ledgers_agree_after_every_call_of_the_same_histories(
         history = History(seed, new_ledger=twins)
         try:
             counts.add(history.run())
+            assert history.ledger.postgres.audit() == []
         finally:
             history.ledger.postgres.close()
         calls += history.ledger.calls

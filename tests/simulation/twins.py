@@ -12,6 +12,7 @@ from typing import Any
 
 from sqlalchemy import URL
 
+from include.refunds.audit import verify_audit
 from include.refunds.ledger import Ledger, LedgerEngine
 from include.refunds.ledger.connection import Connection
 from include.refunds.settings import Settings
@@ -148,16 +149,21 @@ class PostgresLedger:
         return {row.pop("run_id"): row for row in rows}
 
     def backup(self) -> dict[str, Any]:
-        """Return a copy of everything but the events, which no decision is made from."""
+        """Return a copy of everything but the seals."""
 
         async def work() -> dict[str, Any]:
             return {
                 name: await self._rows(f"SELECT to_jsonb(t)::text AS row FROM refund_ledger.{name} AS t")
                 for name in _TABLES
-                if name not in ("refund_events", "event_seals")
+                if name != "event_seals"
             }
 
         return self._run(work())
+
+    def audit(self) -> list[str]:
+        """Return what the ledger holds and its events do not say."""
+        findings: list[str] = self._run(verify_audit(self.engine)).findings
+        return findings
 
     def restore(self, backup: dict[str, Any], **next_ids: int) -> None:
         """
@@ -180,6 +186,9 @@ class PostgresLedger:
                     await connection.execute(
                         f"ALTER TABLE refund_ledger.{name} ALTER COLUMN id RESTART WITH {number}"
                     )
+                await connection.execute(
+                    "SELECT setval('refund_ledger.event_numbers', max(id)) FROM refund_ledger.refund_events"
+                )
 
         self._run(work())
 

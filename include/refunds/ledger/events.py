@@ -26,7 +26,6 @@ class Events(LedgerBase):
         reason: str,
         refund_id: int | None = None,
         detail: dict[str, Any] | None = None,
-        actor: str | None = None,
     ) -> None:
         insert = """
             INSERT INTO refund_ledger.refund_events (event, refund_id, actor, reason, detail)
@@ -34,7 +33,7 @@ class Events(LedgerBase):
         values = {
             "event": event,
             "refund_id": refund_id,
-            "actor": actor or self._actor,
+            "actor": self._actor,
             "reason": reason,
         }
         await connection.execute(insert, {**values, "detail": json.dumps(detail) if detail else None})

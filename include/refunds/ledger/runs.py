@@ -237,7 +237,7 @@ class Runs(Gate):
             UPDATE refund_ledger.refund_runs SET approved_by = :by, approved_at = :now, approved_hash = candidates_hash,
                 rejected_by = NULL, rejected_at = NULL
             WHERE run_id = :run_id AND asked_hash = candidates_hash"""
-        await self._answered(run_id, update, "approval", by)
+        await self._answered(run_id, update, by)
 
     async def record_rejection(self, run_id: str, *, by: str) -> None:
         """
@@ -253,9 +253,9 @@ class Runs(Gate):
         mark = f"""
             UPDATE refund_ledger.refund_states SET run_rejected_by = :by
             WHERE status IN ('approved', 'released') AND refund_id {OF_MANY}"""
-        await self._answered(run_id, update, "rejection", by, mark)
+        await self._answered(run_id, update, by, mark)
 
-    async def _answered(self, run_id: str, update: str, event: str, by: str, also: str | None = None) -> None:
+    async def _answered(self, run_id: str, update: str, by: str, also: str | None = None) -> None:
         async with self._transaction() as (connection, now):
             run = await self._run(connection, run_id)
             if await connection.change(update, {"run_id": run_id, "by": by, "now": now}) == 0:
@@ -266,10 +266,6 @@ class Runs(Gate):
             if also is not None:
                 await lock(connection, run.candidate_ids)
                 await connection.execute(also, {"ids": as_array(run.candidate_ids), "by": by})
-            detail = {"run_id": run_id, "candidates_hash": run.candidates_hash, **run.approval_basis}
-            await self._event(
-                connection, event, reason=f"Answered by {by} in Airflow.", detail=detail, actor=by
-            )
 
     async def at_the_gate(self, ids: Sequence[int]) -> GateDecision:
         """Return what the gate would do with refunds now, in a run of their own. Nothing is changed."""

@@ -468,8 +468,8 @@ CREATE INDEX first_releases_by_payee ON refund_ledger.first_releases (payee_fing
 -- What a run released, for its report.
 CREATE INDEX first_releases_by_run ON refund_ledger.first_releases (run);
 
--- Each new instruction gets its state and its first event. It runs with its owner's rights, because nobody
--- has the right to INSERT a state.
+-- Each new instruction gets its state and its first event, which has a hash of the instruction. It runs with
+-- its owner's rights, because nobody has the right to INSERT a state.
 CREATE FUNCTION refund_ledger.make_states() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
@@ -483,9 +483,17 @@ BEGIN
         ORDER BY i.id
         RETURNING refund_id, status, reason
     )
-    INSERT INTO refund_ledger.refund_events (event, refund_id, to_status, actor, reason)
-    SELECT 'status', refund_id, status, refund_ledger.actor(), reason
-    FROM made ORDER BY refund_id;
+    INSERT INTO refund_ledger.refund_events (event, refund_id, to_status, actor, reason, detail)
+    SELECT 'status', refund_id, status, refund_ledger.actor(), reason,
+           -- Columns of include/refunds/replay.py. An instruction that is changed later has another hash.
+           jsonb_build_object('instruction', (
+               SELECT encode(sha256(record_send(instruction)), 'hex')
+               FROM (SELECT i.id, i.source, i.source_ref, i.source_ref_folded, i.processing_terminal_id,
+                            i.order_id, i.description, i.amount, i.currency, i.payee_last4,
+                            i.payee_fingerprint, i.request_sha256, i.requested_by, i.requested_by_folded,
+                            i.approved_by, i.approved_by_folded, i.approved_at, i.idempotency_key,
+                            i.replaces, i.reissue_reason, i.created_at) AS instruction))
+    FROM made JOIN inserted AS i ON i.id = refund_id ORDER BY refund_id;
     RETURN NULL;
 END $$;
 
@@ -681,38 +689,58 @@ CREATE TRIGGER never_deleted BEFORE DELETE ON refund_ledger.refund_states
 CREATE TRIGGER never_emptied BEFORE TRUNCATE ON refund_ledger.refund_states
     FOR EACH STATEMENT EXECUTE FUNCTION refund_ledger.refuse_change();
 
--- The event of a status, written by the database with its owner's rights: no way of changing a status can
--- forget it, and nobody can write one by hand.
-CREATE FUNCTION refund_ledger.write_status_event() RETURNS trigger
+-- The event of a state: `status` for another status or attempt, `change` for what changes while both stay.
+-- It is written by the database with its owner's rights: no way of changing a state can forget it, and
+-- nobody can write one by hand. It has the new value of every column that changed with it, so that the
+-- events alone say what the state is. include/refunds/replay.py compares the two, and names the columns
+-- that no event has.
+CREATE FUNCTION refund_ledger.write_state_event() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    -- That of refund_ledger.actor(), which costs more to call than the rest of this.
+    who     CONSTANT text :=
+        COALESCE(NULLIF(current_setting('refund_ledger.actor', true), ''), session_user);
+    changed jsonb := '{}';
 BEGIN
-    -- The actor is that of refund_ledger.actor(), which costs more to call than the rest of this.
-    INSERT INTO refund_ledger.refund_events (event, refund_id, from_status, to_status, actor, reason)
-    VALUES ('status', NEW.refund_id, OLD.status, NEW.status,
-            COALESCE(NULLIF(current_setting('refund_ledger.actor', true), ''), session_user), NEW.reason);
+    IF NEW.attempts <> OLD.attempts THEN
+        changed := jsonb_build_object('attempts', NEW.attempts);
+    END IF;
+    IF NEW.holds <> OLD.holds THEN
+        changed := changed || jsonb_build_object('holds', NEW.holds);
+    END IF;
+    IF NEW.released_holds <> OLD.released_holds THEN
+        changed := changed || jsonb_build_object('released_holds', NEW.released_holds);
+    END IF;
+    IF NEW.run_rejected_by IS DISTINCT FROM OLD.run_rejected_by THEN
+        changed := changed || jsonb_build_object('run_rejected_by', NEW.run_rejected_by);
+    END IF;
+    IF NEW.released_run IS DISTINCT FROM OLD.released_run THEN
+        changed := changed || jsonb_build_object('released_run', NEW.released_run);
+    END IF;
+    -- Who released it is the event's actor, unless the event says otherwise.
+    IF OLD.status = 'approved' AND NEW.status = 'released' AND NEW.released_by <> who THEN
+        changed := changed || jsonb_build_object('released_by', NEW.released_by);
+    END IF;
+    IF NEW.payroc_refund_id IS DISTINCT FROM OLD.payroc_refund_id THEN
+        changed := changed || jsonb_build_object('payroc_refund_id', NEW.payroc_refund_id);
+    END IF;
+    IF NEW.status <> OLD.status OR NEW.attempts <> OLD.attempts THEN
+        INSERT INTO refund_ledger.refund_events
+            (event, refund_id, from_status, to_status, actor, reason, detail)
+        VALUES ('status', NEW.refund_id, OLD.status, NEW.status, who, NEW.reason, NULLIF(changed, '{}'));
+    ELSE
+        INSERT INTO refund_ledger.refund_events (event, refund_id, actor, detail)
+        VALUES ('change', NEW.refund_id, who, changed);
+    END IF;
     RETURN NULL;
 END $$;
 
--- An attempt that follows another one leaves the status at sending, and is an event too.
-CREATE TRIGGER event_of_a_change AFTER UPDATE ON refund_ledger.refund_states
-    FOR EACH ROW WHEN (OLD.status <> NEW.status OR OLD.attempts <> NEW.attempts)
-    EXECUTE FUNCTION refund_ledger.write_status_event();
-
--- The event of an id of Payroc's that a refund gets while its status stays. Written with its owner's rights,
--- as that of a status.
-CREATE FUNCTION refund_ledger.write_sighting_event() RETURNS trigger
-    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-BEGIN
-    INSERT INTO refund_ledger.refund_events (event, refund_id, actor, detail)
-    VALUES ('sighting', NEW.refund_id, refund_ledger.actor(),
-            jsonb_build_object('payroc_refund_id', NEW.payroc_refund_id));
-    RETURN NULL;
-END $$;
-
--- With a change of status the event of the status says enough.
-CREATE TRIGGER event_of_a_sighting AFTER UPDATE ON refund_ledger.refund_states
-    FOR EACH ROW WHEN (OLD.payroc_refund_id IS DISTINCT FROM NEW.payroc_refund_id AND OLD.status = NEW.status)
-    EXECUTE FUNCTION refund_ledger.write_sighting_event();
+-- The other columns that an event has change only with these (guard_state).
+CREATE TRIGGER event_of_a_change AFTER UPDATE ON refund_ledger.refund_states FOR EACH ROW
+    WHEN (OLD.status <> NEW.status OR OLD.attempts <> NEW.attempts
+          OR OLD.run_rejected_by IS DISTINCT FROM NEW.run_rejected_by
+          OR OLD.payroc_refund_id IS DISTINCT FROM NEW.payroc_refund_id)
+    EXECUTE FUNCTION refund_ledger.write_state_event();
 
 -- From its first release on a refund counts against the limits. One that turns out to be paid without having
 -- been released counts from then on: else a restored ledger would forget it for totals, duplicates and new
@@ -834,6 +862,25 @@ END $$;
 CREATE TRIGGER guard BEFORE INSERT OR UPDATE ON refund_ledger.refund_attempts
     FOR EACH ROW EXECUTE FUNCTION refund_ledger.guard_attempt();
 
+-- The event of an attempt's outcome, written by the database with its owner's rights. The claim has the
+-- event of its status, with the attempt's number.
+CREATE FUNCTION refund_ledger.write_attempt_event() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    INSERT INTO refund_ledger.refund_events (event, refund_id, actor, detail)
+    VALUES ('attempt', NEW.refund_id,
+            COALESCE(NULLIF(current_setting('refund_ledger.actor', true), ''), session_user),
+            jsonb_strip_nulls(jsonb_build_object(
+                'attempt', NEW.attempt, 'outcome', NEW.outcome, 'http_status', NEW.http_status,
+                'problem_type', NEW.problem_type)));
+    RETURN NULL;
+END $$;
+
+-- Later attempts and the key window rest on these columns, so they leave a trace when they are changed again.
+CREATE TRIGGER event_of_an_outcome
+    AFTER UPDATE OF finished_at, http_status, problem_type, outcome ON refund_ledger.refund_attempts
+    FOR EACH ROW EXECUTE FUNCTION refund_ledger.write_attempt_event();
+
 -- An attempt that is gone would be one that never was.
 CREATE TRIGGER never_deleted BEFORE DELETE ON refund_ledger.refund_attempts
     FOR EACH ROW EXECUTE FUNCTION refund_ledger.refuse_change();
@@ -852,13 +899,13 @@ CREATE TABLE refund_ledger.refund_events (
     id bigint PRIMARY KEY,
     -- When it happened, from number_event.
     at timestamptz NOT NULL,
-    -- What happened. The database itself writes status, sighting, pause, resume, limit, restore, and the
-    -- bindings environment, source and fingerprint_check; who may write the others is for
-    -- guard_roles_of_events to say.
+    -- What happened. The database itself writes status, change and attempt, run, approval and rejection,
+    -- pause, resume, limit, restore, and the bindings environment, source and fingerprint_check; who may
+    -- write the others is for guard_roles_of_events to say.
     event text NOT NULL CHECK (event IN (
-        'status', 'sighting', 'contradiction', 'pause', 'resume', 'environment', 'source',
-        'fingerprint_check', 'proposal', 'reverse', 'limit', 'approval', 'rejection', 'rotation', 'restore',
-        'not_understood')),
+        'status', 'change', 'attempt', 'contradiction', 'pause', 'resume', 'environment', 'source',
+        'fingerprint_check', 'proposal', 'reverse', 'limit', 'run', 'approval', 'rejection', 'rotation',
+        'restore', 'not_understood')),
     -- Which refund it is about; NULL when it is about none. No foreign key, which would lock the instruction
     -- for each event: the database knows the refund, and guard_roles_of_events looks for that of the others.
     refund_id bigint,
@@ -870,7 +917,7 @@ CREATE TABLE refund_ledger.refund_events (
     actor text NOT NULL,
     -- Why, in a sentence for people, without bank data.
     reason text,
-    -- What else belongs to it, such as a limit's old and new value.
+    -- What else belongs to it: the new values of what changed.
     detail jsonb,
     -- Which login wrote it, from number_event.
     login text NOT NULL
@@ -912,7 +959,6 @@ DECLARE
 BEGIN
     takes := CASE
         WHEN NEW.event IN ('proposal', 'reverse', 'not_understood') THEN '{refunds_operator}'
-        WHEN NEW.event IN ('approval', 'rejection') THEN '{refunds_payer}'
         WHEN NEW.event = 'contradiction' THEN '{refunds_payer,refunds_operator}'
         WHEN NEW.event = 'rotation' THEN '{refunds_key_rotator}'
         -- All others are written by the database itself.
@@ -1111,6 +1157,32 @@ CREATE TABLE refund_ledger.refund_runs (
     -- approved.
     counted_before jsonb NOT NULL DEFAULT '{}'
 );
+
+-- The event of an answer: `approval`, `rejection`, or `run` when the thresholds ask nobody, or an answer is
+-- taken back. Written by the database with its owner's rights, so that no answer can be noted without its
+-- event.
+CREATE FUNCTION refund_ledger.write_answer_event() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    answered_by CONSTANT text := COALESCE(
+        NULLIF(NEW.approved_by, OLD.approved_by), NULLIF(NEW.rejected_by, OLD.rejected_by));
+BEGIN
+    INSERT INTO refund_ledger.refund_events (event, actor, reason, detail)
+    VALUES (CASE WHEN answered_by IS NULL THEN 'run'
+                 WHEN answered_by = NEW.approved_by THEN 'approval' ELSE 'rejection' END,
+            COALESCE(answered_by, refund_ledger.actor()),
+            'Answered by ' || answered_by || ' in Airflow.',
+            NEW.approval_basis || jsonb_build_object(
+                'run_id', NEW.run_id, 'candidates_hash', NEW.candidates_hash, 'approved_by', NEW.approved_by,
+                'approved_hash', NEW.approved_hash, 'rejected_by', NEW.rejected_by));
+    RETURN NULL;
+END $$;
+
+-- A release rests on these columns.
+CREATE TRIGGER event_of_an_answer AFTER UPDATE ON refund_ledger.refund_runs FOR EACH ROW
+    WHEN ((OLD.approved_by, OLD.approved_hash, OLD.rejected_by)
+          IS DISTINCT FROM (NEW.approved_by, NEW.approved_hash, NEW.rejected_by))
+    EXECUTE FUNCTION refund_ledger.write_answer_event();
 
 
 -- 8  Pauses, the gate, limits, bindings, the turn of the write-back -----------------------------------------
@@ -1473,6 +1545,15 @@ GRANT EXECUTE ON FUNCTION refund_ledger.require(text, text[])
 -- The payer and operators send and decide by what the refund says, its encrypted request included.
 GRANT SELECT ON refund_ledger.refund_instructions, refund_ledger.refund_states, refund_ledger.frozen_requests
     TO refunds_payer, refunds_operator;
+
+-- verify-audit compares what was approved and where it is with the events. The hash of the body says nothing
+-- without its key.
+GRANT SELECT ON refund_ledger.refund_instructions TO refunds_auditor;
+
+-- Not the hash of the API key.
+GRANT SELECT (refund_id, status, reason, holds, released_holds, run_rejected_by, released_by, released_run,
+        released_at, attempts, payroc_refund_id)
+    ON refund_ledger.refund_states TO refunds_auditor;
 
 -- The payer stores what was approved.
 GRANT INSERT (source, source_ref, source_ref_folded, processing_terminal_id, order_id, description, amount,
