@@ -181,7 +181,17 @@ def test_the_databases_are_full_of_what_is_searched(artefacts: dict[str, list[Ar
         "task_instance",
         "xcom",
     )
-    ledgers = ("invalid_rows", "refund_attempts", "refund_events", "refund_runs", "refunds")
+    ledgers = (
+        "first_releases",
+        "frozen_requests",
+        "invalid_rows",
+        "pauses",
+        "refund_attempts",
+        "refund_events",
+        "refund_instructions",
+        "refund_runs",
+        "refund_states",
+    )
     full = {artefact.name for several in artefacts.values() for artefact in several if artefact.data}
     assert {f"table public.{name}" for name in airflows} | {
         f"table refund_ledger.{name}" for name in ledgers
