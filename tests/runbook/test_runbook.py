@@ -118,7 +118,7 @@ def test_a_refund_is_held(shop: Shop, section: Section) -> None:
     shop.assert_paid_once("RF-2201", "RF-2209", "RF-2227")
 
 
-def test_the_report_says_that_the_sending_is_paused(shop: Shop, section: Section) -> None:
+def test_the_report_says_that_sending_is_paused(shop: Shop, section: Section) -> None:
     shop.sandbox_terminal("2201003", "not-enabled")
     shop.approve_sample("RF-2201", "RF-2222")
     shop.pay()
