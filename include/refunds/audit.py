@@ -146,12 +146,10 @@ async def _check_seals(connection: Connection, audited: Audited, known: dict[int
             audited.events, audited.head = row.position, Head(row.position, row.hash.hex())
             if (head := known.get(row.position)) and row.hash.hex().startswith(head.hash):
                 del known[row.position]
-    for position, head in sorted(known.items()):
-        audited.findings.append(
-            f"The trail ends before event {position}, which was its end once: later events were removed."
-            if position > audited.events
-            else f"No seal ends with the head {head}: the trail was written again since."
-        )
+    audited.findings += [
+        f"No seal ends with the head {head}: events up to this one were removed, or sealed again."
+        for _, head in sorted(known.items())
+    ]
 
 
 def _findings(row: Row, number: int, before: bytes) -> Iterator[str]:
