@@ -244,5 +244,5 @@ def _nothing_to_send(stack: Stack) -> str | None:
     if not counts or "approved" in counts:
         return None
     if held and held[0]:
-        return f"All but the held refunds have been sent: with `release {held[0]} --reason …` in place of `status`, a run has one to send."
+        return f"All but the held refunds have been sent: with `unhold {held[0]} --reason …` in place of `status`, a run has one to send."
     return "The sample refunds have been sent, so a run is about nothing. `make reset` removes the data, and then it starts afresh."

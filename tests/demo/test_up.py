@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from demo import up
 from demo.postgres import PostgresServer
 from demo.stack import Stack
 from demo.state import FOLDER_VARIABLE, State
+from include.refunds.cli import app
+from tests.boundaries.books import GOOD, Books
 
 
 @pytest.fixture
@@ -47,3 +50,19 @@ def test_a_threshold_ends_with_make_up_for_in_make_demo_nobody_could_be_asked(
         with stack.ledger() as ledger:
             found.append(ledger.execute("SELECT approval_total FROM refund_ledger.refund_limits").fetchone())
     assert found == [(up.THRESHOLD,), (None,)]
+
+
+def test_the_hint_about_a_held_refund_names_a_command_that_exists(
+    state: State, postgres: PostgresServer, ledger_url: URL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    books = Books(ledger_url)
+    books.pull([GOOD | {"source_ref": "ref"}])
+    books.close()
+    monkeypatch.setattr("demo.stack.LEDGER_DATABASE", ledger_url.database)
+    stack = Stack(state)
+    stack.postgres = postgres
+    with stack.ledger() as ledger:
+        ledger.execute("UPDATE refund_ledger.refund_states SET status = 'held', holds = '{largest_refund}'")
+    named = re.search("`([a-z-]+) [0-9]+ --reason", up._nothing_to_send(stack) or "")
+    assert named is not None
+    assert named[1] in {command.name or command.callback.__name__ for command in app.registered_commands}
