@@ -36,7 +36,8 @@ _STATES = """
         SELECT created_at + interval '3 days' AS changed,
             'scheduled__' || to_char(created_at, 'YYYY-MM-DD') || 'T11:00:00+00:00' AS run) AS later
     CROSS JOIN LATERAL (SELECT
-        CASE WHEN id %% 100 < 97 THEN 'settled' WHEN id %% 100 < 99 THEN 'rejected' ELSE 'returned' END AS status,
+        CASE WHEN id %% 100 < 97 THEN 'settled' WHEN id %% 100 < 99 THEN 'rejected' ELSE 'returned' END
+            AS status,
         CASE WHEN id %% 100 >= 97 AND id %% 100 < 99 THEN 'Declined by the bank.' END AS reason,
         CASE WHEN id %% 100 < 97 THEN 'complete' WHEN id %% 100 < 99 THEN 'declined' ELSE 'returned' END
             AS payroc_status) AS ended
@@ -59,7 +60,8 @@ _ATTEMPTS = """
     FROM refund_ledger.refunds WHERE id >= %(first)s AND id <= %(last)s"""
 
 _EVENTS = """
-    INSERT INTO refund_ledger.refund_events (id, at, event, refund_id, from_status, to_status, actor, reason, login)
+    INSERT INTO refund_ledger.refund_events (id, at, event, refund_id, from_status, to_status, actor, reason,
+        login)
     SELECT nextval('refund_ledger.event_numbers'), updated_at, 'status', id, 'accepted', status,
         'payroc_refunds_followup ' || released_run, reason, 'postgres'
     FROM refund_ledger.refunds WHERE id >= %(first)s AND id <= %(last)s"""
@@ -145,11 +147,12 @@ def sizes(connection: psycopg.Connection) -> dict[str, dict[str, int]]:
 
 @contextmanager
 def _without_indexes(connection: psycopg.Connection) -> Iterator[None]:
-    """Take away the indexes and foreign keys of these tables, but not the primary keys, and make the same ones again."""
+    """Drop the indexes and foreign keys of these tables, but not the primary keys, and create them again."""
     constraints = connection.execute(
         """
         SELECT conrelid::regclass::text, conname, pg_get_constraintdef(oid) FROM pg_constraint
-        WHERE connamespace = 'refund_ledger'::regnamespace AND conrelid::regclass::text = ANY(%s) AND contype IN ('u', 'f')
+        WHERE connamespace = 'refund_ledger'::regnamespace AND conrelid::regclass::text = ANY(%s)
+          AND contype IN ('u', 'f')
         ORDER BY contype = 'f' DESC""",
         [[f"refund_ledger.{table}" for table in _STATEMENTS]],
     ).fetchall()

@@ -256,7 +256,7 @@ class PostgresServer:
             theirs = (self._data / "PG_VERSION").read_text().strip()
         except FileNotFoundError:
             raise DemoError(
-                f"The data of the database in {self._data} is damaged. `make reset` removes it, and the next start makes it anew."
+                f"The data of the database in {self._data} is damaged. `make reset` removes it, and the next start creates it again."
             ) from None
         if theirs != ours:
             raise DemoError(

@@ -124,7 +124,7 @@ class State:
             return Keys(**{field.name: kept[field.name] for field in fields(Keys)})
         except (ValueError, TypeError, KeyError):
             raise DemoError(
-                f"{self._keys} is damaged. `make reset` removes the demo's data, and the next start makes it anew."
+                f"{self._keys} is damaged. `make reset` removes the demo's data, and the next start creates it again."
             ) from None
 
     def note(self, name: str) -> str | None:

@@ -26,7 +26,7 @@ from payroc_airflow.gateway import HookGateway
 from payroc_airflow.hooks.payroc import PayrocHook
 from tests.conftest import Sandbox
 from tests.support.clock import ahead
-from tests.support.refunds import REFUNDS
+from tests.support.refunds import REFUNDS, TABLES, TRAIL
 
 T = TypeVar("T")
 _numbers = itertools.count(1)
@@ -206,18 +206,7 @@ class World:
 
     def lose_the_ledger(self) -> None:
         """The ledger's refunds are gone, as after its loss."""
-        tables = ", ".join(
-            f"refund_ledger.{name}"
-            for name in (
-                "refund_instructions",
-                "frozen_requests",
-                "refund_states",
-                "first_releases",
-                "refund_attempts",
-                "refund_events",
-                "event_seals",
-            )
-        )
+        tables = ", ".join(f"refund_ledger.{name}" for name in (*TABLES, *TRAIL))
         with self.ledger_engine.begin() as connection:
             connection.exec_driver_sql("SET session_replication_role = replica")
             connection.exec_driver_sql(f"TRUNCATE {tables} RESTART IDENTITY")

@@ -14,6 +14,7 @@ from include.refunds.revision import REVISION, VERSION_TABLE
 from include.refunds.settings import get_settings
 from include.refunds.states import EDGES, Status
 from tests.refunds.conftest import World
+from tests.support.refunds import TABLES
 
 
 def force(world: World, refund_id: int, assignments: str) -> None:
@@ -38,8 +39,6 @@ def update(connection: Connection, refund_id: int, assignments: str) -> str:
     key = "id" if table == "refund_instructions" else "refund_id"
     return f"UPDATE refund_ledger.{table} SET {assignments} WHERE {key} = {refund_id}"
 
-
-TABLES = ("refund_instructions", "frozen_requests", "refund_states", "first_releases", "refund_attempts")
 
 ANY_STATE = (
     "attempts = 1, first_sent_at = now(), sent_with = 'x', lease_until = now(), next_attempt_at = now(), "

@@ -74,7 +74,12 @@ def pauses(assignment: str) -> str:
     return f"UPDATE refund_ledger.pauses SET {assignment}"
 
 
-NOT_SAID = "Refund {}: `{}` is not what its events say."
+def changed(refund: str, assignment: str) -> tuple[str, str]:
+    """Change a column of a refund's state, whose name is the first word of the assignment; with the finding."""
+    column = assignment.partition(" ")[0]
+    return state(refund, assignment), f"Refund {IDS[refund]}: `{column}` is not what its events say."
+
+
 INSTRUCTION = f"Refund {IDS['approved']}: its instruction (what was approved) was changed."
 FIRST_RELEASE = "Refund {}: its first release, which the limits count, was {}."
 
@@ -99,39 +104,15 @@ TAMPERED: dict[str, tuple[str, str]] = {
         state("accepted", "status = 'released'"),
         f"Refund {IDS['accepted']} is released, and its last event says accepted.",
     ),
-    "a reason": (state("review", "reason = 'x'"), NOT_SAID.format(IDS["review"], "reason")),
-    "a hold": (
-        state("held", "holds = '{by hand}'"),
-        NOT_SAID.format(IDS["held"], "holds"),
-    ),
-    "an unhold": (
-        state("large", "released_holds = '{largest_refund}'"),
-        NOT_SAID.format(IDS["large"], "released_holds"),
-    ),
-    "a rejection forgotten": (
-        state("large", "run_rejected_by = NULL"),
-        NOT_SAID.format(IDS["large"], "run_rejected_by"),
-    ),
-    "a run that released": (
-        state("released", "released_run = 'run-a'"),
-        NOT_SAID.format(IDS["released"], "released_run"),
-    ),
-    "an actor that released": (
-        state("released", "released_by = 'somebody'"),
-        NOT_SAID.format(IDS["released"], "released_by"),
-    ),
-    "a release made younger": (
-        state("released", "released_at = released_at + interval '1 day'"),
-        NOT_SAID.format(IDS["released"], "released_at"),
-    ),
-    "a number of attempts": (
-        state("unknown", "attempts = 2"),
-        NOT_SAID.format(IDS["unknown"], "attempts"),
-    ),
-    "an id of Payroc's": (
-        state("accepted", "payroc_refund_id = 'ZZZZZZZZZZ'"),
-        NOT_SAID.format(IDS["accepted"], "payroc_refund_id"),
-    ),
+    "a reason": changed("review", "reason = 'x'"),
+    "a hold": changed("held", "holds = '{by hand}'"),
+    "an unhold": changed("large", "released_holds = '{largest_refund}'"),
+    "a rejection forgotten": changed("large", "run_rejected_by = NULL"),
+    "a run that released": changed("released", "released_run = 'run-a'"),
+    "an actor that released": changed("released", "released_by = 'somebody'"),
+    "a release made younger": changed("released", "released_at = released_at + interval '1 day'"),
+    "a number of attempts": changed("unknown", "attempts = 2"),
+    "an id of Payroc's": changed("accepted", "payroc_refund_id = 'ZZZZZZZZZZ'"),
     "a state removed": (
         f"DELETE FROM refund_ledger.refund_states {REFUND['review']}",
         f"Refund {IDS['review']} has events, but its state was removed.",
@@ -276,8 +257,7 @@ UNGUARDED: dict[str, tuple[str, str, str, str, str]] = {
         "refund_states",
         "guard",
         PAYER,
-        state("held", "holds = '{x}'"),
-        NOT_SAID.format(IDS["held"], "holds"),
+        *changed("held", "holds = '{x}'"),
     ),
     "an outcome without event": (
         "refund_attempts",

@@ -30,6 +30,7 @@ from tests.refunds.conftest import PLAIN, World
 from tests.refunds.test_cli import cli
 from tests.refunds.test_follow_up import Listing, object_of
 from tests.refunds.test_ledger_rules import force
+from tests.support.refunds import TABLES, TRAIL
 
 # -- what is forbidden ---------------------------------------------------------------------------------------------------------------
 
@@ -54,14 +55,9 @@ A_RESTORE = "INSERT INTO refund_ledger.pauses (scope, reason, restored_to) VALUE
 RESUME = "UPDATE refund_ledger.pauses SET ended_at = now(), end_reason = 'x'"
 COMPARED = "UPDATE refund_ledger.pauses SET compared_at = now() WHERE restored_to IS NOT NULL"
 NO_LIMIT = "UPDATE refund_ledger.refund_limits SET largest_refund = NULL"
-TABLES = (
-    "refund_instructions",
-    "frozen_requests",
-    "refund_states",
-    "first_releases",
-    "refund_attempts",
-    "refund_events",
-    "event_seals",
+ALL_TABLES = (
+    *TABLES,
+    *TRAIL,
     "refund_runs",
     "pauses",
     "refund_limits",
@@ -112,17 +108,17 @@ def new_refund(
 
 # Whoever may write nothing but by the functions of the ledger's owner.
 EVERYBODY = [
-    *(f"DELETE FROM refund_ledger.{table}" for table in TABLES),
+    *(f"DELETE FROM refund_ledger.{table}" for table in ALL_TABLES),
     # A lock of a table that stops readers or writers.
     *(
         f"LOCK TABLE refund_ledger.{table} IN {mode} MODE"
-        for table in TABLES
+        for table in ALL_TABLES
         for mode in ("SHARE", "ACCESS EXCLUSIVE")
     ),
     "INSERT INTO refund_ledger.refund_states (refund_id, status, updated_at) VALUES (1000, 'approved', now())",
     "INSERT INTO refund_ledger.first_releases SELECT 1000, repeat('a', 64), 1, 'USD', NULL, NULL, now()",
     "UPDATE refund_ledger.first_releases SET at = at - interval '1 year'",
-    *(f"TRUNCATE refund_ledger.{table} CASCADE" for table in TABLES),
+    *(f"TRUNCATE refund_ledger.{table} CASCADE" for table in ALL_TABLES),
     "UPDATE refund_ledger.refund_events SET reason = 'x'",
     "INSERT INTO refund_ledger.event_seals SELECT 1000000, 1000000, '{{}}', '{{}}', 1, '1', 1, now(), sha256('')",
     "UPDATE refund_ledger.event_seals SET hash = sha256('')",
