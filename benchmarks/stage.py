@@ -36,7 +36,7 @@ _REQUESTS = """
         account_type, sec_code, routing_number, account_number, requested_by, approved_by, approved_at)
     SELECT 'bench-' || n, (2201001 + n %% 5)::text, 'BN-' || n, 'Refund of order BN-' || n, 100 + n %% 99900, 'USD', 'Payee ' || n,
         'checking', 'ppd', '021000021', lpad((1000000 + n * 7919 %% 90000000)::text, 10, '0'), 'ann', 'bob',
-        now() - interval '1 hour' + n * interval '1 millisecond'
+        now() - %s * interval '1 hour' + n * interval '1 millisecond'
     FROM generate_series(%s + 1, %s) AS n"""
 
 
@@ -96,11 +96,11 @@ class Stage:
         self.postgres.create_database(books.source, template="source_template")
         return books
 
-    def approve(self, source: str, count: int) -> None:
-        """Put approved refunds into a source, beside those that are there."""
+    def approve(self, source: str, count: int, *, hours_ago: int = 1) -> None:
+        """Put approved refunds into a source, next to those that are there."""
         with self.postgres.connect(source) as connection:
             there = value(connection, "SELECT count(*) FROM refund_requests")
-            connection.execute(_REQUESTS, [there, there + count])
+            connection.execute(_REQUESTS, [hours_ago, there, there + count])
             connection.execute("ANALYZE refund_requests")
 
     def environment(self, books: Books, payroc: str, **settings: str) -> dict[str, str]:

@@ -63,11 +63,11 @@ with DAG(
         log.info("%s", ", ".join(f"{count} {what}" for what, count in counts.items()))
         for name in found.not_understood:
             log.warning("At Payroc, not understood: %s", name)
-        if counts["failed"]:
+        if failed := counts["failed"] + counts["refused"]:
             raise AirflowException(
-                f"{counts['failed']} look-ups or lists failed at Payroc; these come again, the others are done."
+                f"{failed} look-ups or lists failed at Payroc; these come again, the others are done."
             )
-        return {**counts, "objects": found.not_understood}
+        return {**counts, "objects": found.not_understood, "lists": found.notes}
 
     @task(trigger_rule=TriggerRule.ALL_DONE)
     async def write_back() -> dict[str, int]:
@@ -108,11 +108,13 @@ with DAG(
             found.unfinished.append(
                 "follow_up failed, its log says why: what became of refunds at Payroc was not asked, or not of all."
             )
-        elif followed["objects"]:
-            objects = objects_named(followed["not understood"], followed["objects"])
-            found.notes.append(
-                f"Payroc lists {objects} that can't be understood; look at them in Payroc's portal."
-            )
+        else:
+            found.notes += followed["lists"]
+            if followed["objects"]:
+                objects = objects_named(followed["not understood"], followed["objects"])
+                found.notes.append(
+                    f"Payroc lists {objects} that can't be understood; look at them in Payroc's portal."
+                )
         written_back = context["ti"].xcom_pull(task_ids="write_back")
         if written_back is None:
             found.unfinished.append("write_back did not finish, its log says why.")

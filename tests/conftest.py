@@ -195,7 +195,7 @@ def ledger_url(shared_ledger: URL, postgres: PostgresServer) -> URL:
             "refund_ledger.first_releases, refund_ledger.refund_attempts, refund_ledger.refund_events, refund_ledger.refund_runs, "
             "refund_ledger.event_seals, refund_ledger.pauses, refund_ledger.refund_limits, "
             "refund_ledger.bindings, refund_ledger.write_back_turn, refund_ledger.invalid_rows, "
-            "refund_ledger.write_back_notes RESTART IDENTITY"
+            "refund_ledger.write_back_notes, refund_ledger.terminals, refund_ledger.foreign_refunds RESTART IDENTITY"
         )
         for table in ("refund_limits", "write_back_turn"):
             connection.execute(f"INSERT INTO refund_ledger.{table} DEFAULT VALUES")

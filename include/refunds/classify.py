@@ -217,6 +217,11 @@ def is_about_terminal(error: PayrocError) -> bool:
     )
 
 
+def refuses_terminal(error: PayrocError) -> bool:
+    """Return whether Payroc refused to list the refunds of a terminal, and may list those of another one."""
+    return bool(error.problem_type) and (error.http_status == 400 or is_about_terminal(error))
+
+
 def judge_look_up(found: list[models.Refund], refund: Refund) -> Verdict | None:
     """
     Judge what Payroc lists under our order id.

@@ -480,7 +480,7 @@ def restored(
         bool,
         typer.Option(
             "--accept-not-understood",
-            help="End it though Payroc lists objects that can't be understood; "
+            help="End it though Payroc lists objects that can't be understood, or refuses the list of a terminal; "
             "the audit trail keeps this decision with their names.",
         ),
     ] = False,
@@ -522,6 +522,8 @@ def restored(
         _say(f"  Source row {printable(source_ref)} is {state}; the next report says how.")
     for item in found.taken_over:
         _say(f"  {item}")
+    for note in found.notes:
+        _say(note)
     _compared(found.comparison)
     _say(
         "What no comparison brings back, look at it before you resume: limits, pauses, holds, cancellations and resolutions since then. "

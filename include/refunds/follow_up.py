@@ -1,4 +1,8 @@
-"""Follow-up: ask Payroc what became of refunds in doubt, and compare its lists with the ledger. It only reads Payroc, it never POSTs."""
+"""
+Follow-up: ask Payroc what became of unknown refunds, compare its lists with the ledger, and read them on.
+
+It only reads Payroc, it never POSTs.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +12,23 @@ from datetime import datetime, timedelta
 
 from include.payroc.errors import OBJECTS_NAMED, PayrocError, PayrocIncompleteList
 from include.refunds.business_days import business_days_before
-from include.refunds.classify import judge_object
+from include.refunds.classify import refuses_terminal
+from include.refunds.continuity import (
+    READ_BY_FOLLOW_UP_AFTER,
+    ListRead,
+    compare_list,
+    goes_on_at,
+    lists_due,
+    note_failed,
+    read_on,
+)
 from include.refunds.gateway import Reader
-from include.refunds.ledger import Ledger
-from include.refunds.listing import in_batches, known, of_terminal, pairs
+from include.refunds.ledger import Ledger, TerminalList
+from include.refunds.listing import of_terminal
 from include.refunds.look_up import look_up_in_doubt
 from include.refunds.reader import FreshTokenReader
 from include.refunds.refund import Refund
 from include.refunds.settings import Settings
-from include.refunds.transitions import is_known
 
 # An ACH return for an account that is closed or unknown has to be sent within two banking days of settlement, but banks are late, and
 # Payroc does not document how long a refund may come back. Two weeks cover that, with two bank holidays, which are not known here.
@@ -38,7 +50,9 @@ class FollowedUp:
 
     :param counts: how many refunds each of ``looked up``, ``found``, ``followed``, ``changed``, ``returned to
         approved`` and ``emptied`` (their requests, some days after they ended) counts. A look-up or a list
-        that failed (``failed``) is left for the next time.
+        that failed (``failed``) is left for the next time; the list of a terminal with followed refunds that
+        Payroc refuses (``refused``) too.
+    :param notes: sentences about the lists, for the report.
     :param not_understood: names of the objects at Payroc that can't be understood, each with its terminal, up
         to
         :data:`~include.payroc.errors.OBJECTS_NAMED`. They are skipped, because they would fail forever, and
@@ -48,28 +62,38 @@ class FollowedUp:
 
     counts: Counter[str]
     not_understood: list[str]
+    notes: list[str]
 
 
 async def follow_up(ledger: Ledger, gateway: Reader, settings: Settings) -> FollowedUp:
     """
-    Look up the refunds in doubt, and compare the list of each terminal with the ledger.
-
-    Every listed object that is ours is compared, whatever our row says: a second object for one key, or one for a refund that we call
-    rejected, is recorded as the contradiction that it is.
+    Look up the unknown refunds, compare the list of each terminal with the ledger, and read on the lists
+    that are due.
 
     :raises PayrocError: when Payroc gives no token.
     """
     counts: Counter[str] = Counter()
     names: dict[str, None] = {}
+    notes: list[str] = []
     reader = FreshTokenReader(gateway)
     counts["returned to approved"] = await ledger.return_stale_releases()
     counts["emptied"] = await _empty_requests(ledger, settings)
     now = await ledger.now()
     in_doubt = await ledger.in_doubt()
-    followed = await ledger.followed(now - business_days_before(now, FOLLOWED_FOR_BUSINESS_DAYS))
-    if not in_doubt and not followed:
-        return FollowedUp(counts, [])
-    await ledger.check_environment(gateway.environment)
+    followed = await ledger.followed(
+        now - business_days_before(now, FOLLOWED_FOR_BUSINESS_DAYS), _LISTED_BACK
+    )
+    due = {
+        item.terminal: item
+        for item in await lists_due(
+            ledger, settings, sent_with=gateway.sent_with, known_for=READ_BY_FOLLOW_UP_AFTER
+        )
+    }
+    if not in_doubt and not followed and not due:
+        return FollowedUp(counts, [], [])
+    if not await ledger.check_environment(gateway.environment):
+        # It has never sent anything, and its first run may be with another connection.
+        return FollowedUp(counts, [], [])
     for refund in in_doubt:
         counts["looked up"] += 1
         try:
@@ -78,17 +102,52 @@ async def follow_up(ledger: Ledger, gateway: Reader, settings: Settings) -> Foll
             names |= dict.fromkeys(of_terminal(error, refund.processing_terminal_id))
         except PayrocError:
             counts["failed"] += 1
-    for terminal, since in followed.items():
+    lists = {item.terminal: item for item in await ledger.terminal_lists()}
+    for terminal in sorted({*followed, *due}):
+        item = lists.get(terminal, TerminalList(terminal))
+        since = followed.get(terminal)
+        begin = max(since, now - _LISTED_BACK) - _DATE_MARGIN if since is not None else None
         try:
-            await _compare(terminal, max(since, now - _LISTED_BACK), ledger, reader, counts)
-        except PayrocIncompleteList as error:
-            names |= dict.fromkeys(of_terminal(error, terminal))
-        except PayrocError:
-            counts["failed"] += 1
+            found = await _read(item, begin, ledger, reader, settings, is_due=terminal in due)
+        except PayrocError as error:
+            if not refuses_terminal(error):
+                counts["failed"] += 1
+            elif terminal in followed:
+                counts["refused"] += 1
+            if terminal in due:
+                await note_failed(item, error, ledger)
+            continue
+        if found.incomplete is not None:
+            names |= dict.fromkeys(of_terminal(found.incomplete, terminal))
+            if terminal in due:
+                await note_failed(item, found.incomplete, ledger)
+        counts["followed"] += found.known
+        counts["changed"] += len(found.changed)
+        notes += found.notes(terminal)
     # An object may be on a terminal's list and on that of a look-up.
     if names:
         counts["not understood"] = len(names)
-    return FollowedUp(counts, list(names)[:OBJECTS_NAMED])
+    return FollowedUp(counts, list(names)[:OBJECTS_NAMED], notes)
+
+
+async def _read(
+    item: TerminalList,
+    begin: datetime | None,
+    ledger: Ledger,
+    reader: Reader,
+    settings: Settings,
+    *,
+    is_due: bool,
+) -> ListRead:
+    """
+    Compare a terminal's list with the ledger; where that leaves no gap, the list is known further after it.
+
+    :param begin: since when the refunds of the terminal are followed, ``None`` when none is.
+    """
+    start = await ledger.now()
+    if is_due or begin is None or begin <= goes_on_at(item, start, settings):
+        return await read_on(item, ledger=ledger, reader=reader, settings=settings, since=begin)
+    return await compare_list(item.terminal, begin, start, ledger, reader)
 
 
 async def _empty_requests(ledger: Ledger, settings: Settings) -> int:
@@ -104,25 +163,3 @@ async def _look_up(refund: Refund, ledger: Ledger, reader: Reader, settings: Set
         return False
     await ledger.record(refund.id, verdict)
     return verdict.sighting is not None
-
-
-async def _compare(
-    terminal: str, since: datetime, ledger: Ledger, reader: Reader, counts: Counter[str]
-) -> None:
-    token = await reader.token()
-    async for batch in in_batches(
-        reader.list_refunds(token, processing_terminal_id=terminal, date_from=since - _DATE_MARGIN)
-    ):
-        rows = await known(batch, ledger)
-        seen = []
-        for item, refund in pairs(batch, rows):
-            if refund is None:
-                continue
-            counts["followed"] += 1
-            verdict = judge_object(item, refund)
-            if verdict.sighting is not None and is_known(refund, verdict.sighting):
-                seen.append(refund.id)
-            else:
-                recorded, _ = await ledger.record(refund.id, verdict)
-                counts["changed"] += recorded.status is not refund.status
-        await ledger.mark_seen(seen)

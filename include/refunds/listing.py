@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Sequence
 from uuid import UUID
 
@@ -43,7 +44,7 @@ def of_terminal(error: PayrocIncompleteList, terminal: str) -> list[str]:
 
 async def known(found: Sequence[models.Refund], ledger: Ledger) -> list[Refund]:
     """Return the refunds of the ledger that objects of Payroc's may belong to."""
-    keys = [key for item in found if (key := _key(item)) is not None]
+    keys = [key for item in found if (key := key_of(item)) is not None]
     return await ledger.known(
         keys, [item.refund_id for item in found], [item.order.order_id for item in found]
     )
@@ -58,7 +59,7 @@ def pairs(
     by_order = {(row.processing_terminal_id, row.order_id): row for row in rows}
 
     def row_of(item: models.Refund) -> Refund | None:
-        row = by_key.get(_key(item) or "") or by_id.get(item.refund_id)
+        row = by_key.get(key_of(item) or "") or by_id.get(item.refund_id)
         if row is None:
             row = by_order.get((item.processing_terminal_id, item.order.order_id))
             return row if row is not None and is_ours(item, row) else None
@@ -67,9 +68,16 @@ def pairs(
     return [(item, row_of(item)) for item in found]
 
 
-def _key(found: models.Refund) -> str | None:
+def key_of(found: models.Refund) -> str | None:
+    """Return the idempotency key that an object carries; ``None`` without one, and for what is none."""
     # Anybody may write a custom field of this name.
     try:
         return str(UUID(found.refund_key)) if found.refund_key else None
     except ValueError:
         return None
+
+
+def currency_of(found: models.Refund) -> str:
+    """Return an object's currency, ``?`` when it is none: what was made elsewhere may name anything."""
+    currency = found.order.currency
+    return currency if re.fullmatch("[A-Z]{3}", currency) else "?"

@@ -70,6 +70,8 @@ async def pull(source: ReadableSource, ledger: Ledger, cipher: Cipher, settings:
     pulled = Pulled(at=began, rows=len(rows))
     # A worker may have stood still since it began: what it has read may be approved after that.
     valid = validate(rows, cipher, settings, await ledger.now(), pulled.invalid)
+    # Those of rows that were pulled before, too: a terminal that was changed in the source may have paid.
+    await ledger.note_terminals({refund.processing_terminal_id for refund, _ in valid})
     for start in range(0, len(valid), _BATCH):
         await _store(valid[start : start + _BATCH], ledger, cipher, pulled)
     await ledger.note_invalid(

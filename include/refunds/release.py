@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from include.payroc.errors import PayrocError, PayrocIncompleteList
 from include.payroc.models import AccessToken
 from include.refunds.cipher import Cipher
-from include.refunds.classify import EVERYTHING, NO_SUCH_ADDRESS, is_about_terminal
+from include.refunds.classify import EVERYTHING, NO_SUCH_ADDRESS, refuses_terminal
+from include.refunds.continuity import READ_BY_RELEASE_AFTER, lists_due, note_failed, read_on
 from include.refunds.gateway import Gateway
-from include.refunds.ledger import Ledger, Selection
+from include.refunds.ledger import KNOWN_FOR, Ledger, Selection
 from include.refunds.pull import source_changes
+from include.refunds.reader import FreshTokenReader
 from include.refunds.settings import Settings
 from include.refunds.source import Source
 
@@ -37,6 +39,10 @@ async def release(
     """
     Release the candidates that Payroc is ready for and that the source still stands by.
 
+    Before that Payroc's lists are read on, of all terminals, where they are not known up to now: what the
+    ledger has forgotten it finds there. A list that can't be read leaves the refunds of its terminal
+    approved; those of others are released.
+
     :param run_id: the run that releases; the ledger holds its approval of exactly these candidates.
     :param candidate_ids: ids of the run's candidates.
     :param due_ids: ids of refunds in doubt that the run takes up again; they were released before.
@@ -48,10 +54,14 @@ async def release(
     """
     candidates = await ledger.candidates(Selection(), ids=candidate_ids)
     terminals = {item.processing_terminal_id for item in candidates} | await ledger.terminals(due_ids)
+    known: set[str] = set()
     if terminals:
         await ledger.check_environment(gateway.environment)
-        await preflight(terminals, ledger, gateway)
+        notes = await _ask_payroc(terminals, ledger, gateway, settings)
         await ledger.check_environment(gateway.environment, bind=True)
+        if notes:
+            await ledger.note(run_id, {"lists": notes})
+        known = await _known_terminals(ledger, gateway)
     findings: dict[str, str] = {}
     # A reissue has no row in the source that could have changed; two people approved it in the ledger.
     ids = {item.source_ref: item.id for item in candidates if item.replaces is None}
@@ -60,9 +70,66 @@ async def release(
         stored = await ledger.stored(list(ids))
         findings = source_changes(rows, stored, cipher, settings, await ledger.now())
     withdrawn = {ids[ref]: finding for ref, finding in findings.items()}
-    standing = [item.id for item in candidates if item.id not in withdrawn]
+    standing = [
+        item.id for item in candidates if item.id not in withdrawn and item.processing_terminal_id in known
+    ]
     released = await ledger.release(run_id, candidate_ids, standing, withdrawn)
     return [*released, *due_ids]
+
+
+async def _ask_payroc(terminals: set[str], ledger: Ledger, gateway: Gateway, settings: Settings) -> list[str]:
+    """
+    Read the lists that are due, and ask for one refund of each other terminal at which something is to be
+    sent.
+
+    :returns: sentences about the lists, for the report.
+    :raises PreflightFailed: when no terminal of these got a usable answer; for the rest see
+    :func:`preflight`.
+    """
+    due = {
+        item.terminal: item
+        for item in await lists_due(
+            ledger,
+            settings,
+            sent_with=gateway.sent_with,
+            known_for=READ_BY_RELEASE_AFTER,
+            needed=terminals,
+        )
+    }
+    await preflight(terminals - due.keys(), ledger, gateway)
+    reader = FreshTokenReader(gateway)
+    notes: list[str] = []
+    failures: list[PayrocError] = []
+    for terminal, item in due.items():
+        try:
+            found = await read_on(item, ledger=ledger, reader=reader, settings=settings)
+        except PayrocError as error:
+            await note_failed(item, error, ledger)
+            if terminal not in terminals:
+                continue
+            if _may_answer_later(error):
+                failures.append(error)
+            elif _is_not_payrocs(error):
+                # Whether it is not Payroc that answers, or only a later page is odd, a shorter question
+                # shows.
+                await preflight({terminal}, ledger, gateway)
+            else:
+                await _judge_preflight(error, terminal, ledger, gateway)
+        else:
+            notes += found.notes(terminal)
+            if found.incomplete is not None:
+                await note_failed(item, found.incomplete, ledger)
+    if failures and len(failures) == len(terminals):
+        raise PreflightFailed(f"{failures[0]}; nothing was released, try again later.")
+    return notes
+
+
+async def _known_terminals(ledger: Ledger, gateway: Gateway) -> set[str]:
+    """Return the terminals whose list is known well enough for a first attempt."""
+    since = await ledger.now() - KNOWN_FOR
+    return {
+        item.terminal for item in await ledger.terminal_lists() if item.is_known(since, gateway.sent_with)
+    }
 
 
 async def preflight(terminals: set[str], ledger: Ledger, gateway: Gateway) -> None:
@@ -113,6 +180,11 @@ async def _list_one(terminal: str, token: AccessToken, gateway: Gateway) -> None
         return
 
 
+def _may_answer_later(error: PayrocError) -> bool:
+    status = error.http_status
+    return status is None or status >= 500 or status in (408, 429)
+
+
 def _is_not_payrocs(error: PayrocError) -> bool:
     return error.http_status is not None and 200 <= error.http_status < 300
 
@@ -132,9 +204,9 @@ async def _judge_preflight(error: PayrocError, terminal: str, ledger: Ledger, ga
         raise PreflightRefused(
             f"{error}, with a new token too; nothing was released: {_CHECK_THE_KEY}."
         ) from None
-    if status is None or status >= 500 or status in (408, 429):
+    if _may_answer_later(error):
         raise PreflightFailed(f"{error}; nothing was released, try again later.") from None
-    if error.problem_type and (status == 400 or is_about_terminal(error)):
+    if refuses_terminal(error):
         await ledger.pause(terminal, f"{error}, before anything was sent.")
         return
     advice = f"; {NO_SUCH_ADDRESS}" if status == 404 else ""

@@ -16,6 +16,7 @@ from include.refunds.ledger.write_backs import NEWEST
 from include.refunds.money import money, sums
 from include.refunds.printable import printable, visible
 from include.refunds.states import IN_DOUBT
+from include.refunds.terminal_lists import list_sentences
 from include.refunds.unwritten import (
     doubled_sentence,
     first_of,
@@ -182,7 +183,7 @@ async def run_report(engine: LedgerEngine, source: str, run_id: str) -> Report:
                 report.unfinished.append(
                     f"{unsent} released and not sent: the log of send_refund says why; the next run takes them up."
                 )
-        await _note_state(connection, source, report)
+        await _note_state(connection, source, report, since)
         return report
 
 
@@ -218,8 +219,9 @@ async def _ledger_report(engine: LedgerEngine, source: str, *, following: bool) 
             FROM refund_ledger.refunds WHERE source = :source
             GROUP BY status, currency ORDER BY status, currency"""
         report.totals = [total_of(row) for row in (await connection.execute(query, {"source": source}))]
-        report.invalid = await _invalid(connection, source, now - timedelta(days=7))
-        await _note_state(connection, source, report, following=following)
+        since = now - timedelta(days=7)
+        report.invalid = await _invalid(connection, source, since)
+        await _note_state(connection, source, report, since, following=following)
         return report
 
 
@@ -327,6 +329,7 @@ def _note_approval(report: Report, run: Row) -> None:
 
 def _note_findings(report: Report, findings: dict[str, Any]) -> None:
     report.notes += findings.get("unmatched", [])
+    report.notes += findings.get("lists", [])
     for source_ref, names in findings.get("changed", {}).items():
         report.notes.append(
             f"Source row {printable(source_ref)} changed after it was pulled ({printable(', '.join(names))}); "
@@ -390,7 +393,12 @@ async def pause_sentences(connection: Connection) -> list[str]:
 
 
 async def _note_state(
-    connection: Connection, source: str, report: Report, *, following: bool = False
+    connection: Connection,
+    source: str,
+    report: Report,
+    since: datetime | None,
+    *,
+    following: bool = False,
 ) -> None:
     pauses = await pause_sentences(connection)
     report.paused = bool(pauses)
@@ -432,6 +440,9 @@ async def _note_state(
         report.notes.append(
             f"Refund {row.id} is not sent: refund {row.replaces}, which it replaces, is {row.status}, and one of its chain may be paid."
         )
+    lists = await list_sentences(connection, source, since)
+    report.unfinished += lists.unfinished
+    report.notes += lists.notes
     unwritten = await unwritten_refunds(connection, source)
     report.unwritten = unwritten.count
     report.unfinished += unwritten.sentences()

@@ -1,30 +1,29 @@
 """
 Restored: what comes first after the ledger was restored from a backup.
 
-Such a ledger has forgotten what was sent since the backup. That alone pays nothing twice, because every refund has its key for life and
-is looked up when its approval is older than a day; but what Payroc holds would come as a surprise, refund by refund, and go to people.
-So the sending stops, everything that Payroc has is taken over at once, and both sides are compared before anybody may resume.
+Such a ledger has forgotten what was sent since the backup, and what was decided. It finds the payments by
+itself, because it reads Payroc's lists on from where it had read them; then the sending pauses. This stops
+the sending at once, reads every list, takes over what Payroc holds, and compares both sides before anybody
+may resume.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from include.payroc import models
-from include.payroc.errors import PayrocIncompleteList, objects_named
+from include.payroc.errors import PayrocError, objects_named
 from include.refunds.cipher import Cipher
-from include.refunds.classify import Outcome, Verdict, judge_object
+from include.refunds.classify import Outcome, Verdict, refuses_terminal
+from include.refunds.continuity import ListRead, TakenOver, lists_due, note_failed, note_known, read_on
 from include.refunds.follow_up import follow_up
 from include.refunds.gateway import Reader
 from include.refunds.keys import idempotency_key
-from include.refunds.ledger import Ledger, LedgerError
-from include.refunds.listing import in_batches, known, pairs
+from include.refunds.ledger import Ledger, LedgerError, TerminalList
+from include.refunds.listing import BATCH
 from include.refunds.pull import Pulled, pull
 from include.refunds.reader import FreshTokenReader
-from include.refunds.refund import Refund
 from include.refunds.settings import Settings
 from include.refunds.source import Source
 from include.refunds.verify import Comparison, RangeError, verify
@@ -37,25 +36,6 @@ _NUMBERS_OF_REISSUES = range(2, 10)
 
 
 @dataclass(frozen=True, slots=True)
-class TakenOver:
-    """
-    A refund that Payroc has, and of which the restored ledger did not know that it was sent.
-
-    :param before: the refund as the backup had it.
-    :param after: the refund now.
-    """
-
-    before: Refund
-    after: Refund
-
-    def __str__(self) -> str:
-        return (
-            f"Refund {self.after.id} (order {self.after.order_id}) was {self.before.status} and is {self.after.status}: "
-            f"Payroc's refund {self.after.payroc_refund_id}."
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class Restored:
     """
     What was found after a restore.
@@ -63,12 +43,14 @@ class Restored:
     :param since: since when the ledger may have forgotten anything.
     :param pulled: what the source has; new ones are those that the ledger had lost.
     :param comparison: the ledger and Payroc since then, after everything was taken over.
+    :param notes: sentences about the lists.
     """
 
     since: datetime
     pulled: Pulled
     taken_over: list[TakenOver]
     comparison: Comparison
+    notes: list[str]
 
 
 async def restored(
@@ -90,14 +72,15 @@ async def restored(
 
     :param backup_at: when the backup was made.
     :param terminals: processing terminals beside those that ledger and source know.
-    :param accept_not_understood: end it though Payroc lists objects that can't be understood; the audit trail
-        then holds who decided so, why, and about which objects.
+    :param accept_not_understood: end it though Payroc lists objects that can't be understood, or refuses
+    the list of
+        a terminal; the audit trail then holds who decided so, why, and about what.
     :raises RangeError: when the backup is of the future.
     :raises PayrocError: when Payroc did not tell everything.
     :raises SourceError: when the source can't be read.
     :raises LedgerError: when the ledger belongs to another Payroc or source, this login lacks a right, or
-        another one was begun after this one; or when Payroc lists objects that can't be understood, and nobody
-        has accepted that.
+        another one was begun after this one; or when Payroc lists objects that can't be understood or refuses
+        a list, and nobody has accepted that.
     """
     now = await ledger.now()
     if backup_at > now:
@@ -109,65 +92,88 @@ async def restored(
     await ledger.check_environment(gateway.environment)
     reader = FreshTokenReader(gateway)
     pulled = await pull(source, ledger, cipher, settings)
-    taken_over: list[TakenOver] = []
-    lost: dict[str, str] = {}
-    for terminal in sorted({*await ledger.all_terminals(), *terminals}):
-        listed = reader.list_refunds(
-            await reader.token(), processing_terminal_id=terminal, date_from=since - _MARGIN
-        )
-        # Of what can't be understood the comparison speaks.
-        with suppress(PayrocIncompleteList):
-            async for batch in in_batches(listed):
-                taken_over += await _take_over(batch, lost, ledger)
-    await _set_aside_reissued(lost, ledger, settings)
+    lists = await lists_due(
+        ledger,
+        settings,
+        sent_with=gateway.sent_with,
+        known_for=timedelta(0),
+        needed=terminals,
+    )
+    read: list[tuple[TerminalList, ListRead]] = []
+    for item in lists:
+        try:
+            found = await read_on(
+                item,
+                ledger=ledger,
+                reader=reader,
+                settings=settings,
+                since=since - _MARGIN,
+                restored=True,
+            )
+        except PayrocError as error:
+            # The comparison names the terminal.
+            if not refuses_terminal(error):
+                raise
+            await note_failed(item, error, ledger)
+        else:
+            read.append((item, found))
+    # A ledger that was lost altogether belongs to this Payroc now: it holds what Payroc does.
+    await ledger.check_environment(gateway.environment, bind=True)
+    await _set_aside_reissued(ledger, settings)
     if failed := (await follow_up(ledger, gateway, settings)).counts["failed"]:
         raise LedgerError(
             f"{failed} look-ups or lists failed at Payroc, so not everything is known: run it again."
         )
     comparison = await verify(
-        since - _MARGIN, now + _MARGIN, terminals=terminals, ledger=ledger, gateway=gateway
+        since - _MARGIN,
+        now + _MARGIN,
+        terminals=[item.terminal for item in lists],
+        ledger=ledger,
+        gateway=gateway,
     )
-    if comparison.hidden and not accept_not_understood:
-        objects = objects_named(comparison.hidden, comparison.hidden_names)
+    unread = _unread(comparison)
+    if unread and not accept_not_understood:
         raise LedgerError(
-            f"Payroc lists {objects} that can't be understood, and a refund that the ledger forgot may be "
-            "among them: look at them in Payroc's portal, then run `restored` again with "
-            "--accept-not-understood; until then sending stays paused."
+            f"{' and '.join(unread)}, and a refund that the ledger forgot may be among them: look at them in "
+            "Payroc's portal, then run `restored` again with --accept-not-understood; until then sending stays paused."
         )
-    await ledger.end_restore(begun.number, reason, comparison.hidden, comparison.hidden_names)
-    return Restored(since, pulled, taken_over, comparison)
+    for item, found in read:
+        if found.incomplete is not None:
+            await note_known(item, found, ledger, reader)
+    names = [
+        *(f"the list of terminal {terminal}" for terminal in comparison.refused),
+        *comparison.hidden_names,
+    ]
+    await ledger.end_restore(begun.number, reason, comparison.hidden + len(comparison.refused), names)
+    return Restored(
+        since,
+        pulled,
+        [taken for _, found in read for taken in found.changed],
+        comparison,
+        [note for item, found in read for note in found.notes(item.terminal)],
+    )
 
 
-async def _take_over(batch: Sequence[models.Refund], lost: dict[str, str], ledger: Ledger) -> list[TakenOver]:
-    """
-    Take over what Payroc has of refunds that the ledger knows.
-
-    :param lost: Payroc's refund ids by key, of those that it does not know; what is found is put into it.
-    """
-    taken = []
-    for item, refund in pairs(batch, await known(batch, ledger)):
-        if refund is None:
-            if item.refund_key is not None:
-                lost[item.refund_key] = item.refund_id
-        elif item.refund_id != refund.payroc_refund_id:
-            after, _ = await ledger.record(refund.id, judge_object(item, refund), restored=True)
-            if after.status is not refund.status:
-                taken.append(TakenOver(refund, after))
-    return taken
+def _unread(comparison: Comparison) -> list[str]:
+    """Return clauses about what Payroc holds and nobody could compare."""
+    clauses = []
+    if comparison.refused:
+        clauses.append(f"Payroc refuses the list of terminal {', '.join(comparison.refused)}")
+    if comparison.hidden:
+        objects = objects_named(comparison.hidden, comparison.hidden_names)
+        clauses.append(f"Payroc lists {objects} that can't be understood")
+    return clauses
 
 
-async def _set_aside_reissued(lost: dict[str, str], ledger: Ledger, settings: Settings) -> None:
-    """
-    Give to people what waits, and of which Payroc has a reissue that the ledger has forgotten: sent as well, it would be paid twice.
-
-    :param lost: Payroc's refund ids by key, of refunds that the ledger does not know.
-    """
-    if not lost:
-        return
-    for refund in await ledger.not_sent():
-        for number in _NUMBERS_OF_REISSUES:
-            found = lost.get(str(idempotency_key(settings.source, f"{refund.source_ref}/{number}")))
-            if found is not None:
-                what = f"Payroc's refund {found} is a reissue of this one, which the ledger has forgotten since its backup."
-                await ledger.record(refund.id, Verdict(Outcome.REVIEW, what, contradiction=True))
-                break
+async def _set_aside_reissued(ledger: Ledger, settings: Settings) -> None:
+    """Send pending refunds to review of which Payroc holds a reissue that the ledger has forgotten: sent too, it would be paid twice."""
+    pending = await ledger.not_sent()
+    for start in range(0, len(pending), BATCH):
+        reissues = {
+            str(idempotency_key(settings.source, f"{refund.source_ref}/{number}")): refund
+            for refund in pending[start : start + BATCH]
+            for number in _NUMBERS_OF_REISSUES
+        }
+        for key, found in (await ledger.foreign_keys(list(reissues))).items():
+            what = f"Payroc's refund {found} is a reissue of this one, which the ledger has forgotten since its backup."
+            await ledger.record(reissues[key].id, Verdict(Outcome.REVIEW, what, contradiction=True))

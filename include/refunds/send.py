@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
@@ -18,16 +18,12 @@ from include.payroc.errors import PayrocConfigurationError, PayrocError
 from include.refunds.cipher import Cipher, UnreadableRequest
 from include.refunds.classify import EVERYTHING, Outcome, Verdict, judge_error, judge_object
 from include.refunds.gateway import Gateway
-from include.refunds.ledger import RELEASE_VALID, Claim, Ledger, LedgerError, NoSuchRefund, Task
+from include.refunds.ledger import KNOWN_FOR, RELEASE_VALID, Claim, Ledger, LedgerError, NoSuchRefund, Task
 from include.refunds.look_up import look_up, look_up_in_doubt
 from include.refunds.refund import Refund
 from include.refunds.reissue import paid_after_all
 from include.refunds.settings import Settings
 from include.refunds.states import IN_DOUBT, PAID, REPLACEABLE, Status
-
-# A first attempt of a refund approved longer ago than this looks Payroc up as well: the ledger may be a restored copy that has lost
-# an earlier attempt, and even the row. The source's approval is older than both.
-LOOK_UP_FROM_AGE = timedelta(days=1)
 
 
 class Sent(StrEnum):
@@ -104,7 +100,7 @@ async def send_refunds(
                 if stopped:
                     return
                 sent = await _send(refund_id, task, ledger, gateway, cipher, settings)
-            results[refund_id] = await _recorded(sent, ledger)
+            results[refund_id] = await _recorded(sent, ledger, gateway)
             stopped = stopped or results[refund_id].stops_all
         except NoSuchRefund as error:
             results[refund_id] = Result(refund_id, "", Sent.NOT_RELEASED, str(error))
@@ -155,7 +151,7 @@ async def _send(
     async with gateway.turn():
         if claim is None:
             return await _not_claimed(refund.id, token, ledger, gateway, settings)
-        verdict = await _look_up_first(token, claim, refund, now, ledger, gateway, settings)
+        verdict = await _look_up_first(token, claim, refund, ledger, gateway)
         if verdict is None:
             if await ledger.may_post(claim, seconds=2 * settings.http_timeout_seconds):
                 verdict = await _post(token, claim, body, gateway)
@@ -167,7 +163,7 @@ async def _send(
     return claim, verdict
 
 
-async def _recorded(sent: Result | tuple[Claim, Verdict], ledger: Ledger) -> Result:
+async def _recorded(sent: Result | tuple[Claim, Verdict], ledger: Ledger, gateway: Gateway) -> Result:
     if isinstance(sent, Result):
         return sent
     claim, verdict = sent
@@ -181,24 +177,22 @@ async def _recorded(sent: Result | tuple[Claim, Verdict], ledger: Ledger) -> Res
             stops_all=verdict.pause == EVERYTHING,
         )
     if verdict.outcome is Outcome.NOT_SENT:
-        return await _stopped(recorded, now, ledger)
+        return await _stopped(recorded, now, ledger, gateway)
     return _result(recorded, now)
 
 
 async def _look_up_first(
-    token: models.AccessToken,
-    claim: Claim,
-    refund: Refund,
-    now: datetime,
-    ledger: Ledger,
-    gateway: Gateway,
-    settings: Settings,
+    token: models.AccessToken, claim: Claim, refund: Refund, ledger: Ledger, gateway: Gateway
 ) -> Verdict | None:
-    """Look for what an earlier attempt may have left at Payroc: one of this ledger, or one that a restored ledger has forgotten."""
-    age = now - min(refund.approved_at, refund.created_at)
-    # A reissue is approved anew, so its age tells nothing, and what it replaces may have been paid after all.
+    """
+    Look for what an earlier attempt may have left at Payroc, or a refund that this one replaces.
+
+    A first attempt needs none: the claim demands that the terminal's list is known, so Payroc holds nothing
+    of it.
+    """
+    # What a reissue replaces may have been paid after all.
     is_reissue = refund.replaces is not None and refund.first_sent_at is None
-    if claim.attempt == 1 and age <= LOOK_UP_FROM_AGE and not is_reissue:
+    if claim.attempt == 1 and not is_reissue:
         return None
     try:
         if is_reissue:
@@ -207,11 +201,10 @@ async def _look_up_first(
                 return Verdict(Outcome.NOT_SENT, f"Not sent: {paid}")
         return await look_up(token, claim.refund, gateway)
     except PayrocError as error:
-        # Inside the key's window an error proves nothing and the attempt goes on: Payroc knows the key. If the ledger has forgotten
-        # an attempt that lies before the window, nothing but the look-up stands between this POST and a second payment.
-        if is_reissue or (refund.first_sent_at is None and age >= timedelta(days=settings.key_window_days)):
+        # Of an earlier attempt an error proves nothing and the next one goes on: Payroc knows the key.
+        if is_reissue:
             return Verdict(
-                Outcome.NOT_SENT, f"Not sent: such a refund is looked up first, and that failed: {error}."
+                Outcome.NOT_SENT, f"Not sent: a reissue is looked up first, and that failed: {error}."
             )
         return None
 
@@ -257,12 +250,12 @@ async def _not_claimed(
     if refund.status in IN_DOUBT and _seconds_until(refund, now) > 0:
         return _result(refund, now)
     if refund.status in (Status.RELEASED, *IN_DOUBT):
-        return await _stopped(refund, now, ledger)
+        return await _stopped(refund, now, ledger, gateway)
     return _result(refund, now)
 
 
-async def _stopped(refund: Refund, now: datetime, ledger: Ledger) -> Result:
-    """Say why a refund that could be sent is not: a pause, a release that has run out, or the refund that it replaces."""
+async def _stopped(refund: Refund, now: datetime, ledger: Ledger, gateway: Gateway) -> Result:
+    """Say why a refund that could be sent is not: a pause, an expired release, an unread list, or the refund that it replaces."""
     pauses = await ledger.pauses()
     for scope in (EVERYTHING, refund.processing_terminal_id):
         if scope in pauses:
@@ -279,6 +272,12 @@ async def _stopped(refund: Refund, now: datetime, ledger: Ledger) -> Result:
         return Result(
             refund.id, refund.order_id, Sent.NOT_RELEASED, "Its release was not used within 24 hours."
         )
+    if refund.first_sent_at is None and not await _list_is_known(refund, gateway.sent_with, now, ledger):
+        reason = (
+            f"Not sent: Payroc's list of terminal {refund.processing_terminal_id} is not read up to now with this API key; "
+            "the next run reads it first."
+        )
+        return Result(refund.id, refund.order_id, Sent.NOT_RELEASED, reason)
     for replaced in await ledger.replaced(refund.id):
         if replaced.status not in REPLACEABLE:
             reason = f"Not sent: refund {replaced.id}, which it replaces, is {replaced.status}."
@@ -290,6 +289,12 @@ async def _stopped(refund: Refund, now: datetime, ledger: Ledger) -> Result:
         refund.reason or "It was not sent.",
         max(1.0, _seconds_until(refund, now)),
     )
+
+
+async def _list_is_known(refund: Refund, sent_with: str, now: datetime, ledger: Ledger) -> bool:
+    lists = {item.terminal: item for item in await ledger.terminal_lists()}
+    known = lists.get(refund.processing_terminal_id)
+    return known is not None and known.is_known(now - KNOWN_FOR, sent_with)
 
 
 def _no_token(refund: Refund, error: PayrocError, settings: Settings) -> Result:

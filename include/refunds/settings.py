@@ -31,6 +31,10 @@ _VERBATIM = ("source", "fingerprint_key")
 _APPROVER = re.compile(r"""[^\s,;"'`()<>\[\]{}]{1,200}""")
 
 
+# Payroc's schema: 4 to 50 characters.
+_TERMINAL = re.compile(r"""[!#-&(-+\--~]{4,50}""")
+
+
 class SettingsError(Exception):
     """A setting is missing or unusable; the message names the environment variable and what to do."""
 
@@ -148,6 +152,19 @@ class Settings(BaseSettings):
         "ppd",
         description="SEC code of rows that name none: ppd for payees who are consumers, ccd for businesses.",
     )
+    terminals: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Payroc's ids of all terminals that ever paid refunds of this source, with commas between "
+        "them. Their lists are read, too, so that a ledger which was lost finds what was paid "
+        "through a terminal that no row names any more. Unset: those of the ledger's refunds.",
+    )
+    look_back_days: int = Field(
+        180,
+        ge=8,
+        le=3650,
+        description="Days back from which on the list of a terminal is read that this ledger never read. "
+        "A lost ledger does not find older payments.",
+    )
     allow_sec_web: bool = Field(
         False,
         description="Accept the SEC code web. As a credit it is for payments between consumers: ask your "
@@ -211,6 +228,19 @@ class Settings(BaseSettings):
     @classmethod
     def _keys(cls, value: Any) -> Any:
         return _parts(value) if isinstance(value, str) else value
+
+    @field_validator("terminals", mode="before")
+    @classmethod
+    def _terminals(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        terminals = _parts(value)
+        # None named must not look like all of them named.
+        if not terminals or not all(_TERMINAL.fullmatch(each) for each in terminals):
+            raise ValueError(
+                "give Payroc's terminal ids with commas between them, such as 7701001,7701002, or leave it unset"
+            )
+        return terminals
 
     @field_validator("approvers", mode="before")
     @classmethod

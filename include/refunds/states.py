@@ -22,9 +22,13 @@ class Status(StrEnum):
     CANCELLED = "cancelled"
 
 
+# What Payroc's object makes of a refund that the ledger has never sent: a restored or lost ledger has
+# forgotten that it did.
+_RECOVERED = (Status.ACCEPTED, Status.SETTLED, Status.RETURNED, Status.REVERSED, Status.REJECTED)
+
 _NEXT: dict[Status, tuple[Status, ...]] = {
-    Status.APPROVED: (Status.HELD, Status.RELEASED, Status.CANCELLED, Status.REVIEW),
-    Status.HELD: (Status.APPROVED, Status.CANCELLED, Status.REVIEW),
+    Status.APPROVED: (Status.HELD, Status.RELEASED, Status.CANCELLED, Status.REVIEW, *_RECOVERED),
+    Status.HELD: (Status.APPROVED, Status.CANCELLED, Status.REVIEW, *_RECOVERED),
     Status.RELEASED: (Status.SENDING, Status.APPROVED, Status.HELD),
     Status.SENDING: (
         Status.ACCEPTED,

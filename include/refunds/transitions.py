@@ -30,7 +30,10 @@ class Change:
     :param never_sent: take back ``first_sent_at`` and ``sent_with``: no attempt reached Payroc's processing.
     :param contradiction: what contradicts the ledger; it is stored as an event.
     :param contradicting_id: refund id of the Payroc object that does not belong to the row.
+    :param recovered: the ledger had forgotten that it sent the refund, and takes over what Payroc holds;
+        it is stored as an event.
     :param pause: scope to pause the sending for.
+    :param pause_reason: why; ``None`` when ``reason`` says it.
     """
 
     steps: tuple[Status, ...] = ()
@@ -40,7 +43,9 @@ class Change:
     never_sent: bool = False
     contradiction: str | None = None
     contradicting_id: str | None = None
+    recovered: bool = False
     pause: str | None = None
+    pause_reason: str | None = None
 
 
 def is_known(refund: Refund, sighting: Sighting) -> bool:
@@ -52,6 +57,33 @@ def is_known(refund: Refund, sighting: Sighting) -> bool:
     return (refund.payroc_refund_id, refund.payroc_status) == (
         sighting.payroc_refund_id,
         sighting.payroc_status,
+    )
+
+
+def is_forgotten(refund: Refund, sighting: Sighting, *, restored: bool) -> bool:
+    """
+    Tell whether Payroc's object of a refund means that the ledger has forgotten that it was sent.
+
+    :param restored: `restored` is at work; then a refund that was found forgotten when it was pulled
+    counts, too.
+    """
+    if refund.payroc_refund_id not in (None, sighting.payroc_refund_id):
+        return False
+    found_at_the_pull = refund.status is Status.REVIEW and refund.attempts == 0
+    return refund.status in _WAITING or (
+        restored and found_at_the_pull and sighting.status is not Status.REVIEW
+    )
+
+
+def forgotten(what: str) -> str:
+    """
+    Return the reason of the pause that follows a payment which the ledger had forgotten.
+
+    :param what: what Payroc holds, as the subject and verb of the sentence.
+    """
+    return (
+        f"{what}, and this ledger never sent it: it was restored from a backup, lost or copied, and has forgotten "
+        "decisions as well. Run `python -m include.refunds restored` before you resume."
     )
 
 
@@ -79,20 +111,13 @@ def decide(
     :param now: the ledger's time.
     :param unknown_wait: shortest wait before an unknown refund is sent again.
     :param told: that the object does not belong to this row was recorded before. People know of it, and a list shows it every time.
-    :param restored: the ledger was restored from a backup, so a refund that waits may have been sent since: that Payroc has it is no
-        contradiction.
+    :param restored: `restored` is at work: the sending is paused already, and a refund that went to review
+    because the ledger had
+        forgotten it is taken over.
     """
     if verdict.sighting is not None:
-        if (
-            restored
-            and not foreign_id
-            and refund.status in _WAITING
-            and verdict.sighting.status is not Status.REVIEW
-        ):
-            steps = (*_way_to_review(refund.status), verdict.sighting.status)
-            return Change(
-                steps, f"{verdict.reason} Sent before the ledger was restored.", sighting=verdict.sighting
-            )
+        if is_forgotten(refund, verdict.sighting, restored=restored) and not foreign_id:
+            return _recover(refund, verdict, verdict.sighting, restored)
         return _decide_sighting(refund, verdict, verdict.sighting, foreign_id, told)
     if verdict.contradiction:
         return _contradiction(refund, verdict.reason)
@@ -113,6 +138,30 @@ def decide(
             return Change((Status.REJECTED,), verdict.reason)
         case _:
             return Change((Status.REVIEW,), verdict.reason)
+
+
+def _recover(refund: Refund, verdict: Verdict, sighting: Sighting, restored: bool) -> Change:
+    pause = None if restored else EVERYTHING
+    found = f"Payroc holds refund {sighting.payroc_refund_id} of refund {refund.id}"
+    if sighting.status is Status.REVIEW:
+        return Change(
+            _way_to_review(refund.status),
+            f"{verdict.reason} This ledger never sent it.",
+            sighting=sighting,
+            contradiction=verdict.reason,
+            pause=pause,
+            pause_reason=forgotten(found),
+        )
+    # A release is taken back first: from there only an attempt leads on.
+    before = (Status.APPROVED,) if refund.status is Status.RELEASED else ()
+    return Change(
+        (*before, sighting.status),
+        f"{verdict.reason} This ledger had forgotten that it was sent.",
+        sighting=sighting,
+        recovered=True,
+        pause=pause,
+        pause_reason=forgotten(found),
+    )
 
 
 def _decide_sighting(

@@ -16,6 +16,7 @@ from typing import Any
 from include.payroc import models
 from include.payroc.errors import (
     OBJECTS_NAMED,
+    PayrocError,
     PayrocIncompleteList,
     PayrocProblem,
     PayrocUnexpectedAnswer,
@@ -23,7 +24,7 @@ from include.payroc.errors import (
 )
 from include.payroc.models import AccessToken
 from include.payroc.problems import NOT_FOUND
-from include.refunds.classify import differences, is_ours, status_of, word_of
+from include.refunds.classify import differences, is_ours, refuses_terminal, status_of, word_of
 from include.refunds.gateway import Reader
 from include.refunds.ledger import Ledger
 from include.refunds.listing import BATCH, in_batches, known, of_terminal, pairs
@@ -68,6 +69,8 @@ class Comparison:
 
     :param sums: by currency and status. A refund that Payroc refused has no object there, so ``rejected`` may differ.
     :param elsewhere: refunds at Payroc that were not made by this project, by currency; they are no differences.
+    :param refused: terminals whose list Payroc refuses, such as one that was closed; nothing of them is
+    compared.
     :param hidden: objects on Payroc's lists that can't be understood, and so can't be compared.
     :param hidden_names: their names, each with its terminal, up to
         :data:`~include.payroc.errors.OBJECTS_NAMED`.
@@ -78,6 +81,7 @@ class Comparison:
     sums: dict[tuple[str, str], Sum] = field(default_factory=dict)
     differences: list[Difference] = field(default_factory=list)
     elsewhere: dict[str, Sum] = field(default_factory=dict)
+    refused: list[str] = field(default_factory=list)
     hidden: int = 0
     hidden_names: list[str] = field(default_factory=list)
 
@@ -94,6 +98,7 @@ class Comparison:
                 {"currency": currency, "count": total.payroc_count, "amount": total.payroc_amount}
                 for currency, total in sorted(self.elsewhere.items())
             ],
+            "refused_terminals": self.refused,
             "not_understood": {"count": self.hidden, "objects": self.hidden_names},
             "differences": [asdict(item) for item in self.differences],
         }
@@ -139,16 +144,22 @@ async def verify(
                 await compare.listed(batch)
         except PayrocIncompleteList as error:
             compare.hidden(error, terminal)
+        except PayrocError as error:
+            if not refuses_terminal(error):
+                raise
+            compare.refused(error, terminal)
     after = 0
     while rows := await ledger.sent_between(start, end, after=after, limit=BATCH):
         for row in rows:
-            if row.id not in compare.seen:
+            if row.processing_terminal_id in comparison.refused:
+                compare.not_compared(row, "Payroc refuses the list of its terminal")
+            elif row.id not in compare.seen:
                 try:
                     found = await _look_for(row, await reader.token(), reader)
                 except PayrocUnexpectedAnswer as error:
                     if error.http_status != 200:
                         raise
-                    compare.not_understood(row)
+                    compare.not_compared(row, "what Payroc answers about it can't be understood")
                 else:
                     await compare.alone(row, found)
         after = rows[-1].id
@@ -184,9 +195,14 @@ class _Compare:
         sentence = f"Payroc lists {objects} of terminal {terminal} that can't be understood."
         into.differences.append(Difference(sentence))
 
-    def not_understood(self, row: Refund) -> None:
+    def refused(self, error: PayrocError, terminal: str) -> None:
+        self._into.refused.append(terminal)
+        sentence = f"Payroc refuses the list of terminal {terminal}: {error}."
+        self._into.differences.append(Difference(sentence))
+
+    def not_compared(self, row: Refund, why: str) -> None:
         self._count_row(row)
-        self._differ("can't be compared: what Payroc answers about it can't be understood", row)
+        self._differ(f"can't be compared: {why}", row)
 
     async def alone(self, row: Refund, found: models.Refund | None) -> None:
         if found is not None:

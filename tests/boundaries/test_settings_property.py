@@ -127,6 +127,8 @@ GOOD: dict[str, str] = {
     "key_window_days": "5",
     "http_timeout_seconds": "1.5",
     "lease_margin_seconds": "700",
+    "look_back_days": "90",
+    "terminals": "7701001,7701002",
     "approvers": "2,ann",
     "schedule": "@daily",
     "timezone": "Europe/Berlin",

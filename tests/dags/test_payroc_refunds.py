@@ -121,7 +121,7 @@ def test_source_refs_that_a_run_is_not_about_are_named_in_its_report(world: Worl
     world.pull()
     world.run(world.ledger.cancel(world.row(ended)["id"], "A test."))
     asked = [good, f"{good} ", "no-such", "no-such", bad, ended, other]
-    run = run_dag(source_refs=asked, processing_terminal_id="7701001")
+    run = run_dag(source_refs=asked, processing_terminal_id=world.terminal)
     assert run.state == "success"
     notes = [note for note in run.result["notes"] if note.startswith("source_refs: ")]
     assert [note.partition(" ")[2].partition(" ")[2] for note in notes] == [

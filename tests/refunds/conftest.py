@@ -26,10 +26,11 @@ from payroc_airflow.gateway import HookGateway
 from payroc_airflow.hooks.payroc import PayrocHook
 from tests.conftest import Sandbox
 from tests.support.clock import ahead
-from tests.support.refunds import REFUNDS, TABLES, TRAIL
+from tests.support.refunds import LISTS, REFUNDS, TABLES, TRAIL
 
 T = TypeVar("T")
 _numbers = itertools.count(1)
+_terminals = itertools.count(1)
 
 # What a source row says of a refund that has nothing special about it.
 PLAIN: dict[str, Any] = {
@@ -50,6 +51,8 @@ class World:
 
     def __init__(self, ledger_url: URL, source_url: URL, sandbox: Sandbox) -> None:
         self.settings = get_settings()
+        # Payroc remembers what other tests paid, and the ledger reads its list.
+        self.terminal = f"75{next(_terminals):05}"
         self.cipher = Cipher(self.settings)
         self.sandbox = sandbox
         self._hours_ahead = 0.0
@@ -92,6 +95,7 @@ class World:
         row = dict.fromkeys(COLUMNS) | {
             "source_ref": f"ref-{number}",
             **PLAIN,
+            "processing_terminal_id": self.terminal,
             "order_id": f"T{number}-{id(self) % 100_000}",
             "account_number": f"55667{number:06d}{ending}",
             "requested_by": "ann@example.com",
@@ -205,8 +209,8 @@ class World:
         return self.run(self.ledger.pauses())
 
     def lose_the_ledger(self) -> None:
-        """The ledger's refunds are gone, as after its loss."""
-        tables = ", ".join(f"refund_ledger.{name}" for name in (*TABLES, *TRAIL))
+        """What the ledger knew is gone, as after its loss."""
+        tables = ", ".join(f"refund_ledger.{name}" for name in (*TABLES, *LISTS, *TRAIL))
         with self.ledger_engine.begin() as connection:
             connection.exec_driver_sql("SET session_replication_role = replica")
             connection.exec_driver_sql(f"TRUNCATE {tables} RESTART IDENTITY")

@@ -151,13 +151,24 @@ def test_the_request_of_a_final_refund_may_be_emptied_and_a_contradiction_still_
     assert (row["status"], row["payroc_refund_id"], list(world.paused())) == ("review", "ABCDEFGHIJ", ["*"])
 
 
-def test_a_payment_of_a_refund_that_we_have_not_sent_takes_it_to_review(world: World) -> None:
+def test_a_payment_of_a_refund_that_was_never_sent_is_taken_over_with_an_event_and_a_pause(
+    world: World,
+) -> None:
     refund_id = world.released()
     paid = Verdict(
         Outcome.ACCEPTED, "Accepted by Payroc.", sighting=Sighting("ABCDEFGHIJ", "ready", Status.ACCEPTED)
     )
     world.run(world.ledger.record(refund_id, paid))
-    assert (world.row(refund_id)["status"], list(world.paused())) == ("review", ["*"])
+    assert (world.row(refund_id)["status"], list(world.paused())) == ("accepted", ["*"])
+    events = world.rows("SELECT refund_id, detail FROM refund_ledger.refund_events WHERE event = 'recovered'")
+    assert events == [{"refund_id": refund_id, "detail": {"payroc_refund_id": "ABCDEFGHIJ"}}]
+
+
+def test_a_refund_that_was_never_sent_is_not_rejected_without_an_object_of_payroc(world: World) -> None:
+    source_ref = world.approve()
+    world.pull()
+    with pytest.raises(DBAPIError, match="was never sent, so nothing has rejected it"):
+        change(world, int(world.row(source_ref)["id"]), "status = 'rejected'")
 
 
 def test_what_the_driver_can_not_send_is_refused_and_not_tried_again(world: World) -> None:

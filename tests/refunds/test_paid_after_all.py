@@ -149,7 +149,6 @@ def test_a_refund_that_was_adopted_without_ever_being_sent_is_reported_like_any_
     refund_id = world.released()
     turns_up(world, refund_id)
     world.follow_up()
-    resolved_as_accepted(world, refund_id)
     assert (world.row(refund_id)["status"], world.row(refund_id)["first_sent_at"]) == ("accepted", None)
     for report in (status_report, follow_up_report):
         assert str(world.run(report(world.ledger.engine, world.settings.source)))

@@ -67,14 +67,14 @@ def test_what_was_paused_when_the_source_was_read_is_not_released_though_the_pau
 
     async def select_while_the_pause_ends() -> Any:
         rows = await read()
-        await world.ledger.resume("7701001", "It was mended.")
+        await world.ledger.resume(world.terminal, "It was mended.")
         return rows
 
     async def work() -> list[int]:
         candidates = await world.ledger.candidates(Selection())
         await world.ledger.begin_run("run-1", {}, candidates, {}, datetime.now(UTC))
         await world.ledger.ask_approval("run-1")
-        await world.ledger.pause("7701001", "Something is wrong with it.")
+        await world.ledger.pause(world.terminal, "Something is wrong with it.")
         world.source.select_approved = select_while_the_pause_ends  # type: ignore[method-assign]
         return await world.release_only("run-1", ids)
 

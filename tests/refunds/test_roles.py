@@ -30,7 +30,7 @@ from tests.refunds.conftest import PLAIN, World
 from tests.refunds.test_cli import cli
 from tests.refunds.test_follow_up import Listing, object_of
 from tests.refunds.test_ledger_rules import force
-from tests.support.refunds import TABLES, TRAIL
+from tests.support.refunds import LISTS, TABLES, TRAIL
 
 # -- what is forbidden ---------------------------------------------------------------------------------------------------------------
 
@@ -58,6 +58,7 @@ NO_LIMIT = "UPDATE refund_ledger.refund_limits SET largest_refund = NULL"
 ALL_TABLES = (
     *TABLES,
     *TRAIL,
+    *LISTS,
     "refund_runs",
     "pauses",
     "refund_limits",
@@ -578,7 +579,7 @@ def test_operators_of_a_schema_of_ones_own_do_not_take_the_place_of_those_that_t
             f"ALTER ROLE CURRENT_USER IN DATABASE {filled_ledger.database} SET search_path = mine, pg_catalog"
         )
     payer.dispose()
-    forged = refund("approved", "status = 'accepted', payroc_refund_id = 'ZZZZZZZZZZ'").format(**IDS)
+    forged = refund("approved", "status = 'unknown', payroc_refund_id = 'ZZZZZZZZZZ'").format(**IDS)
     try:
         assert refused(payer, forged) == "23514"
     finally:
@@ -732,7 +733,7 @@ def test_the_payer_notes_the_answer_about_a_run_and_what_payroc_shows_of_a_held_
     found = object_of(world, held["id"], "FOUND00002")
     world.gateway = Listing(world, lambda listed: [*listed, found])
     world.follow_up()
-    assert (world.row(large)["status"], list(world.paused())) == ("review", ["*"])
+    assert (world.row(large)["status"], list(world.paused())) == ("accepted", ["*"])
 
 
 def test_people_do_all_their_commands_with_the_operators_rights_alone(

@@ -12,6 +12,8 @@ import pytest
 from include.refunds.settings import Settings, SettingsError, get_settings
 from tests.conftest import ROOT
 
+_TERMINALS = "give Payroc's terminal ids with commas between them, such as 7701001,7701002, or leave it unset"
+
 
 def refusal() -> str:
     """Return the sentence with which the environment is refused."""
@@ -32,6 +34,11 @@ def refusal() -> str:
         ("REQUEST_DAYS", "9" * 5000, "give a whole number from 1 to 36500"),
         ("SEC_CODE", "tel", "give ppd or ccd"),
         ("ALLOW_SEC_WEB", "maybe", "give true or false"),
+        ("LOOK_BACK_DAYS", "7", "give a whole number from 8 to 3650"),
+        ("TERMINALS", ",", _TERMINALS),
+        ("TERMINALS", '["7701001"]', _TERMINALS),
+        ("TERMINALS", "7701001 7701002", _TERMINALS),
+        ("TERMINALS", "123", _TERMINALS),
         ("TIMEZONE", "Mars/Olympus", "give an IANA time zone such as America/New_York"),
         ("LEASE_MARGIN_SECONDS", "60", "give at least three times PAYROC_REFUNDS_HTTP_TIMEOUT_SECONDS"),
     ],

@@ -266,17 +266,26 @@ def test_a_word_that_can_be_neither_older_nor_newer_is_a_contradiction(here: Sta
 
 
 @pytest.mark.parametrize("status", [Status.APPROVED, Status.HELD, Status.RELEASED])
-def test_a_payment_of_a_refund_that_was_not_sent_is_kept_and_ends_in_review_with_everything_paused(
+@pytest.mark.parametrize("said", [*PAID, Status.REJECTED])
+def test_an_object_of_a_refund_that_was_never_sent_is_taken_over_and_pauses_everything(
+    status: Status, said: Status
+) -> None:
+    change = Case(status, None, sighting(said), History(), current=False).decide()
+    assert change is not None
+    assert (change.steps[-1], change.pause, change.sighting) == (said, EVERYTHING, sighting(said).sighting)
+    assert (change.recovered, change.contradiction) == (True, None)
+    assert change.pause_reason is not None
+    assert change.pause_reason.endswith("Run `python -m include.refunds restored` before you resume.")
+
+
+@pytest.mark.parametrize("status", [Status.APPROVED, Status.HELD, Status.RELEASED])
+def test_an_object_that_differs_from_a_refund_that_was_never_sent_ends_in_review_and_pauses_everything(
     status: Status,
 ) -> None:
-    change = Case(status, None, sighting(Status.ACCEPTED), History(), current=False).decide()
+    change = Case(status, None, sighting(Status.REVIEW), History(), current=False).decide()
     assert change is not None
-    assert (change.steps[-1], change.pause, change.sighting) == (
-        Status.REVIEW,
-        EVERYTHING,
-        sighting(Status.ACCEPTED).sighting,
-    )
-    assert change.contradiction
+    assert (change.steps[-1], change.pause) == (Status.REVIEW, EVERYTHING)
+    assert (change.recovered, bool(change.contradiction)) == (False, True)
 
 
 @pytest.mark.parametrize(

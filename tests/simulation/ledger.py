@@ -22,10 +22,12 @@ from include.refunds.cipher import Sealed
 from include.refunds.classify import EVERYTHING, Outcome, Verdict
 from include.refunds.hold import check_hold, way_to_cancelled
 from include.refunds.ledger import (
+    KNOWN_FOR,
     NAMELESS,
     RELEASE_VALID,
     Candidate,
     Claim,
+    Foreign,
     LedgerError,
     LedgerUnavailable,
     NewRefund,
@@ -33,8 +35,10 @@ from include.refunds.ledger import (
     NotWritten,
     Selection,
     Task,
+    TerminalList,
     WriteBack,
 )
+from include.refunds.ledger.continuity import why_paid
 from include.refunds.ledger.pauses import BegunRestore
 from include.refunds.ledger.runs import DUE_WITHIN, hash_of_ids
 from include.refunds.ledger.write_backs import ENDED, TURN
@@ -57,7 +61,7 @@ from include.refunds.rows import sentences
 from include.refunds.settings import Settings
 from include.refunds.states import EDGES, IN_DOUBT, PAID, REPLACEABLE, Status
 from include.refunds.text import fold
-from include.refunds.transitions import decide
+from include.refunds.transitions import decide, forgotten
 from tests.simulation.engine import Violation
 
 _MICROSECOND = timedelta(microseconds=1)
@@ -189,6 +193,7 @@ _FIXED = (
 
 
 _NO_NOTE = Note()
+_PENDING = frozenset({Status.APPROVED, Status.HELD, Status.RELEASED})
 _ENDED = frozenset(map(Status, ENDED))
 
 
@@ -221,6 +226,8 @@ class MemoryLedger:
         self.source: str | None = None
         self.fingerprint_key: str | None = None
         self.limited = Limits()
+        self.lists: dict[str, TerminalList] = {}
+        self.foreign: dict[str, Foreign] = {}
         self.events: list[Event] = []
         # Who acts, as the events name it.
         self.actor = "simulation"
@@ -245,6 +252,8 @@ class MemoryLedger:
             "source": self.source,
             "fingerprint_key": self.fingerprint_key,
             "limited": self.limited,
+            "lists": dict(self.lists),
+            "foreign": dict(self.foreign),
             "events": list(self.events),
             "next_id": self.next_id,
         }
@@ -263,12 +272,14 @@ class MemoryLedger:
     def now(self) -> datetime:
         return self.clock()
 
-    def check_environment(self, environment: str, *, bind: bool = False) -> None:
-        if self.environment is None:
+    def check_environment(self, environment: str, *, bind: bool = False) -> bool:
+        found = self.environment
+        if found is None:
             if bind:
                 self.environment = environment
-        elif self.environment != environment:
-            raise LedgerError(f"This ledger belongs to Payroc at {self.environment}.")
+        elif found != environment:
+            raise LedgerError(f"This ledger belongs to Payroc at {found}.")
+        return found is not None
 
     def check_source(self) -> None:
         if self.source is None:
@@ -374,6 +385,7 @@ class MemoryLedger:
             self.rows[row.id] = self.by_ref[row.source_ref] = row
             self.attempts[row.id] = []
             stored.add(row.source_ref)
+        self._set_aside_paid([self.by_ref[ref] for ref in stored], self.foreign.values())
         return stored
 
     def spelled(self, folded: Sequence[str]) -> set[str]:
@@ -566,6 +578,7 @@ class MemoryLedger:
     ) -> list[int]:
         now = self.clock()
         run = self._run(run_id)
+        self._set_aside_paid([self.rows[item] for item in candidate_ids], self.foreign.values())
         self._check_approval(run_id, candidate_ids)
         for refund_id, finding in withdrawn.items():
             if self.rows[refund_id].status is Status.RELEASED:
@@ -660,6 +673,88 @@ class MemoryLedger:
             raise LedgerError(f"The ledger holds no candidates of run {run_id}.")
         return self.runs[run_id]
 
+    # -- continuity
+    # ------------------------------------------------------------------------------------------------
+
+    def terminal_lists(self) -> list[TerminalList]:
+        return [self.lists[terminal] for terminal in sorted(self.lists)]
+
+    def all_terminals(self) -> list[str]:
+        return [
+            item.terminal for item in self.terminal_lists() if item.read_to is not None or not item.refused
+        ]
+
+    def note_terminals(self, terminals: Collection[str]) -> None:
+        for terminal in terminals:
+            self.lists.setdefault(terminal, TerminalList(terminal))
+
+    def list_read(self, terminal: str, read_from: datetime, read_to: datetime, read_with: str) -> None:
+        known = self.lists.get(terminal)
+        if known is not None and known.read_to is not None:
+            read_to = max(known.read_to, read_to)
+        self.lists[terminal] = TerminalList(terminal, read_from, read_to, read_with)
+
+    def list_failed(self, terminal: str, failure: str, *, refused: bool = False) -> None:
+        known = self.lists.get(terminal, TerminalList(terminal))
+        failed_at = known.failed_at or self.clock()
+        self.lists[terminal] = replace(known, refused=refused, failed_at=failed_at)
+
+    def keep_foreign(self, found: Sequence[Foreign]) -> None:
+        for item in found:
+            self.foreign.setdefault(item.payroc_refund_id, item)
+        kept = [self.foreign[item.payroc_refund_id] for item in found]
+        self._set_aside_paid(list(self.rows.values()), kept)
+
+    def foreign_keys(self, keys: Sequence[str]) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for payroc_refund_id, item in sorted(self.foreign.items()):
+            if item.idempotency_key in keys:
+                found.setdefault(str(item.idempotency_key), payroc_refund_id)
+        return found
+
+    def _set_aside_paid(self, rows: Sequence[Row], objects: Collection[Foreign]) -> None:
+        if not objects:
+            return
+        now = self.clock()
+        owned = {row.payroc_refund_id for row in self.rows.values()}
+        found = [
+            (item.idempotency_key != row.key, row.id, item.payroc_refund_id, item.payroc_status)
+            for row in rows
+            if row.status in _PENDING
+            for item in objects
+            if item.idempotency_key == row.key
+            or (item.payroc_refund_id not in owned and _may_have_paid(item, row))
+        ]
+        set_aside = set()
+        for by_likeness, refund_id, payroc_refund_id, payroc_status in sorted(found):
+            if refund_id in set_aside:
+                continue
+            set_aside.add(refund_id)
+            row = self.rows[refund_id]
+            reason = why_paid(payroc_refund_id, by_key=not by_likeness)
+            if row.status is Status.RELEASED:
+                self._write(row, now, status=Status.APPROVED)
+            seen = {}
+            if not by_likeness and payroc_refund_id not in {
+                other.payroc_refund_id for other in self.rows.values()
+            }:
+                seen = {
+                    "payroc_refund_id": payroc_refund_id,
+                    "payroc_status": payroc_status,
+                    "payroc_seen_at": now,
+                }
+            self._write(row, now, status=Status.REVIEW, reason=reason, **seen)
+            detail = {"payroc_refund_id": payroc_refund_id}
+            self.events.append(Event(row.id, "contradiction", self.actor, now, detail))
+            if not by_likeness:
+                self.pause(
+                    EVERYTHING, forgotten(f"Payroc holds refund {payroc_refund_id} of refund {refund_id}")
+                )
+
+    def _list_is_known(self, row: Row, sent_with: str | None) -> bool:
+        known = self.lists.get(row.processing_terminal_id)
+        return known is not None and known.is_known(self.clock() - KNOWN_FOR, sent_with or "")
+
     # -- sending ---------------------------------------------------------------------------------------------------
 
     def read(self, refund_id: int) -> tuple[Refund, History, datetime]:
@@ -673,11 +768,12 @@ class MemoryLedger:
         row = self.rows.get(refund_id)
         if row is None or row.request is None or not self._may_claim(row, now, environment, sent_with):
             return None
+        is_first = row.first_sent_at is None
         self._claim(
             row, now, now + timedelta(seconds=token_seconds + self.settings.lease_margin_seconds), sent_with
         )
         self.attempts[row.id].append(Attempt(row.id, row.attempts, task.run_id, now))
-        return Claim(_refund(row), self._history(refund_id, before=row.attempts))
+        return Claim(_refund(row), self._history(refund_id, before=row.attempts), is_first)
 
     def _may_claim(self, row: Row, now: datetime, environment: str, sent_with: str) -> bool:
         if (
@@ -687,7 +783,10 @@ class MemoryLedger:
             or not self._replaced_stands(row)
         ):
             return False
-        if row.first_sent_at is not None and not self._inside_window(row, now, sent_with):
+        if row.first_sent_at is None:
+            if not self._list_is_known(row, sent_with):
+                return False
+        elif not self._inside_window(row, now, sent_with):
             return False
         if row.status is Status.RELEASED:
             return row.released_at is not None and row.released_at > now - RELEASE_VALID
@@ -722,6 +821,7 @@ class MemoryLedger:
             and row.lease_until > self.clock() + timedelta(seconds=seconds)
             and not self._is_paused(row)
             and self._replaced_stands(row)
+            and (not claim.is_first or self._list_is_known(row, row.sent_with))
         )
 
     def record(
@@ -785,8 +885,10 @@ class MemoryLedger:
         if change.contradiction:
             detail = {"payroc_refund_id": change.contradicting_id} if change.contradicting_id else {}
             self.events.append(Event(row.id, "contradiction", self.actor, now, detail))
+        if change.recovered:
+            self.events.append(Event(row.id, "recovered", self.actor, now, {}))
         if change.pause:
-            self.pause(change.pause, change.reason or "")
+            self.pause(change.pause, change.pause_reason or change.reason or "")
 
     def mark_seen(self, refund_ids: Sequence[int]) -> None:
         for refund_id in refund_ids:
@@ -802,12 +904,13 @@ class MemoryLedger:
             if row.status in (Status.APPROVED, Status.HELD, Status.RELEASED)
         ]
 
-    def followed(self, changed_within: timedelta) -> dict[str, datetime]:
-        since = self.clock() - changed_within
+    def followed(self, changed_within: timedelta, taken_over_within: timedelta) -> dict[str, datetime]:
+        since, longest = self.clock() - changed_within, self.clock() - taken_over_within
         oldest: dict[str, datetime] = {}
         for row in sorted(self.rows.values(), key=lambda row: row.processing_terminal_id):
             if row.status in (Status.ACCEPTED, Status.REVIEW) or row.updated_at > since:
-                began = min(row.approved_at, row.created_at)
+                taken_over = row.payroc_refund_id is not None and row.first_sent_at is None
+                began = longest if taken_over else min(row.approved_at, row.created_at)
                 oldest[row.processing_terminal_id] = min(began, oldest.get(row.processing_terminal_id, began))
         return oldest
 
@@ -826,9 +929,6 @@ class MemoryLedger:
             for row in self.rows.values()
             if row.first_sent_at is not None and start <= row.first_sent_at < end and row.id > after
         ][:limit]
-
-    def all_terminals(self) -> list[str]:
-        return sorted({row.processing_terminal_id for row in self.rows.values()})
 
     def replaced(self, refund_id: int) -> list[Refund]:
         return [_refund(row) for row in self._chain(self._row(refund_id))]
@@ -1221,6 +1321,21 @@ def _refund(row: Row) -> Refund:
     if row.as_refund is None:
         row.as_refund = Refund(*_refund_columns(row))
     return row.as_refund
+
+
+def _may_have_paid(item: Foreign, row: Row) -> bool:
+    return (
+        item.plain
+        and item.terminal == row.processing_terminal_id
+        and (
+            item.order_id == row.order_id
+            or (
+                item.payroc_status != "declined"
+                and item.last4 is not None
+                and (item.amount, item.currency, item.last4) == (row.amount, row.currency, row.payee_last4)
+            )
+        )
+    )
 
 
 def _copied(items: dict[Any, Any]) -> dict[Any, Any]:

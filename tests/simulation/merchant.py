@@ -20,6 +20,8 @@ from include.refunds.source_update import Updated
 from tests.simulation.engine import EPOCH, Engine, Violation
 
 TERMINALS = ("7701001", "7701002")
+# With one that only a row which is changed later names.
+ALL_TERMINALS = (*TERMINALS, "7701003")
 _ENDED = frozenset({"accepted", "settled", "returned", "reversed", "rejected", "cancelled"})
 
 
@@ -151,6 +153,7 @@ class Merchant:
     def edit(self, item: Approved, **columns: Any) -> None:
         """Change a row that may have been pulled already."""
         item.row = item.row | columns
+        item.order_id = columns.get("order_id", item.order_id)
         item.note_version()
         self.engine.tell(f"source: {item.source_ref} is edited ({', '.join(columns)})")
 

@@ -17,11 +17,29 @@ from unittest.mock import patch
 from uuid import UUID
 
 from include.payroc.errors import PayrocError, PayrocNoAnswer
-from include.refunds import classify, limits, look_up, pull, release, resolve, send, transitions
+from include.refunds import (
+    classify,
+    continuity,
+    follow_up,
+    limits,
+    look_up,
+    pull,
+    release,
+    resolve,
+    send,
+    transitions,
+)
 from include.refunds import rows as source_rows
 from include.refunds.classify import Outcome, Sighting, Verdict
 from include.refunds.keys import idempotency_key
-from include.refunds.ledger import Claim, LedgerError, LedgerUnavailable, Task
+from include.refunds.ledger import (
+    KNOWN_FOR,
+    Claim,
+    LedgerError,
+    LedgerUnavailable,
+    Task,
+    TerminalList,
+)
 from include.refunds.ledger.runs import hash_of_ids
 from include.refunds.refund import History, Refund
 from include.refunds.states import IN_DOUBT, Status
@@ -30,6 +48,7 @@ from tests.simulation import ledger, merchant
 from tests.simulation.engine import Mistake, Violation
 from tests.simulation.history import PlainCipher
 from tests.simulation.ledger import MemoryLedger, Row
+from tests.simulation.merchant import ALL_TERMINALS
 from tests.simulation.payroc import Host, SimulatedGateway
 from tests.simulation.worker import SteppedLedger
 
@@ -312,8 +331,10 @@ async def _look_up_first_and_believe(token: Any, claim: Claim, *rest: Any) -> Ve
 _look_up_first = send._look_up_first
 
 
-async def _no_look_up_first(*anything: Any) -> None:
-    return None
+async def _no_look_up_before_a_later_attempt(
+    token: Any, claim: Claim, refund: Refund, *rest: Any
+) -> Verdict | None:
+    return await _look_up_first(token, claim, refund, *rest) if refund.replaces is not None else None
 
 
 def _decide_as_current(refund: Refund, verdict: Verdict, history: History, **values: Any) -> Any:
@@ -348,10 +369,10 @@ async def _post_what_was_opened_last(token: Any, claim: Claim, body: bytes, gate
 
 
 async def _look_up_and_keep_the_body(
-    token: Any, claim: Claim, refund: Refund, now: Any, ledger: Any, gateway: Any, *rest: Any
+    token: Any, claim: Claim, refund: Refund, ledger: Any, gateway: Any
 ) -> Any:
     gateway.opened = refund.request
-    return await _look_up_first(token, claim, refund, now, ledger, gateway, *rest)
+    return await _look_up_first(token, claim, refund, ledger, gateway)
 
 
 async def _post_under_the_key_of_the_list(token: Any, claim: Claim, body: bytes, gateway: Any) -> Verdict:
@@ -504,6 +525,80 @@ async def _token_of_the_list(self: SimulatedGateway, *, younger_than: float | No
 
 
 _token = SimulatedGateway.token
+
+
+# -- continuity
+# ----------------------------------------------------------------------------------------------------------
+
+
+def _goes_on_lately(item: Any, start: datetime, settings: Any) -> datetime:
+    """A list is read back a few days, wherever the ledger had stopped."""
+    return start - continuity.READ_BY_RELEASE_AFTER - continuity.LIST_LAG
+
+
+def _list_of_any_key(self: MemoryLedger, row: Row, sent_with: str | None) -> bool:
+    known = self.lists.get(row.processing_terminal_id)
+    return known is not None and known.read_to is not None and known.read_to > self.clock() - KNOWN_FOR
+
+
+def _is_known_with_any_key(self: TerminalList, since: datetime, sent_with: str) -> bool:
+    return self.read_to is not None and self.read_to > since
+
+
+async def _no_lists_due(*anything: Any, **more: Any) -> list[Any]:
+    return []
+
+
+async def _lists_needed(*arguments: Any, needed: Any = (), **more: Any) -> list[Any]:
+    return [item for item in await _lists_due(*arguments, needed=needed, **more) if item.terminal in needed]
+
+
+_lists_due = continuity.lists_due
+
+
+async def _compare_and_overlook(*arguments: Any, **more: Any) -> Any:
+    return dataclasses.replace(await _compare_list(*arguments, **more), incomplete=None)
+
+
+_compare_list = continuity.compare_list
+
+
+async def _every_terminal(ledger: Any, gateway: Any) -> set[str]:
+    return set(ALL_TERMINALS)
+
+
+async def _keep_nothing_plain(self: SteppedLedger, found: Any) -> None:
+    await _stepped_keep_foreign(self, [item for item in found if not item.plain])
+
+
+_stepped_keep_foreign = SteppedLedger.keep_foreign  # type: ignore[attr-defined]
+
+
+async def _keep_nothing(self: SteppedLedger, found: Any) -> None:
+    return None
+
+
+def _store_without_a_look(self: MemoryLedger, rows: Any) -> set[str]:
+    foreign, self.foreign = self.foreign, {}
+    try:
+        return _store(self, rows)
+    finally:
+        self.foreign = foreign
+
+
+def _release_without_a_look(self: MemoryLedger, *arguments: Any) -> list[int]:
+    foreign, self.foreign = self.foreign, {}
+    try:
+        return _release(self, *arguments)
+    finally:
+        self.foreign = foreign
+
+
+def _recovered_without_a_pause(refund: Refund, verdict: Verdict, sighting: Sighting, restored: bool) -> Any:
+    return dataclasses.replace(_recover(refund, verdict, sighting, restored), pause=None)
+
+
+_recover = transitions._recover
 
 
 # -- around the sending --------------------------------------------------------------------------------------------------
@@ -714,9 +809,6 @@ MUTANTS = (
     ),
     Mutant("a look-up's miss is proof", ((send, "_look_up_first", _look_up_first_and_believe),)),
     Mutant("a miss is proof when another holds the refund", ((send, "look_up_in_doubt", _miss_is_proof),)),
-    Mutant(
-        "no look-up before a POST, and the ledger restored", ((send, "_look_up_first", _no_look_up_first),)
-    ),
     Mutant("the token is renewed right before the POST", ((send, "_post", _post_with_a_fresh_token),)),
     Mutant(
         "no lease",
@@ -872,6 +964,54 @@ MUTANTS = (
         ),
     ),
     Mutant(
+        "keys that no refund has are not kept",
+        ((SteppedLedger, "keep_foreign", _keep_nothing),),
+    ),
+    Mutant(
+        "objects without custom fields are not kept",
+        ((SteppedLedger, "keep_foreign", _keep_nothing_plain),),
+    ),
+    Mutant(
+        "a pulled refund is not compared with what the lists showed",
+        (
+            (MemoryLedger, "store", _store_without_a_look),
+            (MemoryLedger, "release", _release_without_a_look),
+        ),
+    ),
+    Mutant("a list is not read on from where it was read", ((continuity, "goes_on_at", _goes_on_lately),)),
+    Mutant(
+        "a list with objects that nobody understands counts as read",
+        ((continuity, "compare_list", _compare_and_overlook),),
+    ),
+    Mutant("a list is taken for known up to now", ((continuity, "LIST_LAG", timedelta(0)),)),
+    Mutant(
+        "no list is read before the gate, and the claim does not ask for it",
+        (
+            (release, "lists_due", _no_lists_due),
+            (release, "_known_terminals", _every_terminal),
+            (MemoryLedger, "_list_is_known", lambda self, row, sent_with: True),
+        ),
+    ),
+    Mutant(
+        "only the lists of the refunds' own terminals are read",
+        ((release, "lists_due", _lists_needed), (follow_up, "lists_due", _no_lists_due)),
+    ),
+    Mutant(
+        "the claim does not ask for the list",
+        (
+            (release, "_known_terminals", _every_terminal),
+            (MemoryLedger, "_list_is_known", lambda self, row, sent_with: True),
+        ),
+    ),
+    Mutant(
+        "a list that another API key read counts",
+        (
+            (TerminalList, "is_known", _is_known_with_any_key),
+            (MemoryLedger, "_list_is_known", _list_of_any_key),
+        ),
+    ),
+    Mutant("what was forgotten pauses nothing", ((transitions, "_recover", _recovered_without_a_pause),)),
+    Mutant(
         "after a restore nothing is paused",
         ((MemoryLedger, "begin_restore", _begin_restore_without_a_pause),),
     ),
@@ -879,6 +1019,11 @@ MUTANTS = (
         "a failed commit of claims counts as one",
         ((SteppedLedger, "claim", _claim_without_its_commit),),
         harmless="The last look before the POST finds no claim of this attempt in the ledger, so nothing is sent.",
+    ),
+    Mutant(
+        "no look-up before a later attempt",
+        ((send, "_look_up_first", _no_look_up_before_a_later_attempt),),
+        harmless="Payroc answers a key that it knows with the refund that exists; the look-up only spares the POST.",
     ),
     Mutant(
         "a list records under a neighbour's attempt",

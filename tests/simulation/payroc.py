@@ -18,7 +18,13 @@ from functools import lru_cache
 from typing import Any
 
 from include.payroc import models, problems
-from include.payroc.errors import PayrocError, PayrocNoAnswer, PayrocProblem, PayrocUnexpectedAnswer
+from include.payroc.errors import (
+    PayrocError,
+    PayrocIncompleteList,
+    PayrocNoAnswer,
+    PayrocProblem,
+    PayrocUnexpectedAnswer,
+)
 from tests.simulation.engine import DAY, EPOCH, Engine, Strand
 
 # Bodies come again in every attempt, and in every history.
@@ -91,6 +97,7 @@ class Temper:
     which: tuple[str, ...] = ANYTHING
     list_faults: float = 0.0
     token_faults: float = 0.0
+    odd_objects: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +155,16 @@ class Existing:
     created: float
     listed_from: float
     custom_fields: bool
+    api_key: str = ""
+    # It stands on a list in a form that nobody understands.
+    odd: bool = False
     shown: Shown | None = None
     # Came back, and was paid out again: nobody can know before Payroc says so.
     paid_again: bool = False
+
+    @property
+    def terminal(self) -> str:
+        return str(self.body["processingTerminalId"])
 
     @property
     def declined(self) -> bool:
@@ -308,6 +322,8 @@ class Payroc:
             created=self.engine.time,
             listed_from=self.engine.time + self.temper.list_lag * self.engine.chance(),
             custom_fields=not self.temper.drops_custom_fields,
+            api_key=post.api_key,
+            odd=bool(self.temper.odd_objects) and self.engine.chance() < self.temper.odd_objects,
         )
         self.refunds[existing.refund_id] = existing
         self.by_key.setdefault(post.key, []).append(existing)
@@ -362,19 +378,27 @@ class Payroc:
         existing = Existing(f"F{self.number:09d}", "", body, amount, "ready", now, now, True)
         self.refunds[existing.refund_id] = existing
 
-    def list(self, terminal: str, order_id: str | None, date_from: datetime | None) -> list[Shown]:
-        """Return what the list shows now."""
-        found = [
-            self.show(existing)
+    def list(
+        self,
+        terminal: str,
+        order_id: str | None,
+        date_from: datetime | None,
+        date_to: datetime | None = None,
+    ) -> tuple[list[Shown], list[str]]:
+        """Return what the list shows now, and the names of what nobody understands of it."""
+        listed = [
+            existing
             for existing in self.refunds.values()
             if existing.listed_from <= self.engine.time
-            and existing.body["processingTerminalId"] == terminal
+            and existing.terminal == terminal
             and (order_id is None or existing.body["order"]["orderId"] == order_id)
             and (date_from is None or EPOCH + timedelta(seconds=existing.created) >= date_from)
+            and (date_to is None or EPOCH + timedelta(seconds=existing.created) < date_to)
         ]
+        found = [self.show(existing) for existing in listed if not existing.odd]
         if self.temper.list_duplicates and found:
             found.append(found[0])
-        return found
+        return found, [f"refund {existing.refund_id}" for existing in listed if existing.odd]
 
     def show(self, existing: Existing) -> Shown:
         """Return the object as Payroc shows it now."""
@@ -525,13 +549,15 @@ class SimulatedGateway:
             error = _problem(401, problems.NOT_AUTHORIZED)
             self._evict_refused(token, error)
             raise error
-        found = payroc.list(processing_terminal_id, order_id, date_from)
+        found, odd = payroc.list(processing_terminal_id, order_id, date_from, date_to)
         if engine.telling:
             engine.tell(
                 f"list {order_id or processing_terminal_id}: {', '.join(item.refund_id for item in found) or 'nothing'}"
             )
         for item in found[:limit]:
             yield item
+        if odd and limit is None:
+            raise PayrocIncompleteList("list refunds", len(odd), odd)
 
     async def get_refund(self, token: Token, refund_id: str) -> Shown:
         await self._engine.point("payroc: get")

@@ -19,7 +19,7 @@ from include.refunds.states import REPLACEABLE, Status
 from tests.simulation.airflow import Deployment
 from tests.simulation.engine import Actor, Mistake
 from tests.simulation.ledger import MemoryLedger
-from tests.simulation.merchant import TERMINALS
+from tests.simulation.merchant import ALL_TERMINALS
 from tests.simulation.worker import SteppedLedger
 
 _PEOPLE = ("ann", "bob")
@@ -100,7 +100,7 @@ class People:
         await restored(
             backup_at,
             "as the simulation pleases",
-            terminals=TERMINALS,
+            terminals=ALL_TERMINALS,
             source=d.source,
             ledger=self._ledger_of("erin"),
             gateway=d.connect(),

@@ -21,6 +21,8 @@ from tests.simulation.ledger import MemoryLedger, Row
 from tests.support.clock import clock
 
 _TABLES = (
+    "foreign_refunds",
+    "terminals",
     "refund_attempts",
     "event_seals",
     "refund_events",
@@ -72,6 +74,8 @@ _READS = frozenset(
         "replaced",
         "sent_between",
         "all_terminals",
+        "terminal_lists",
+        "foreign_keys",
         "case",
     }
 )

@@ -14,3 +14,6 @@ TABLES = ("refund_instructions", "frozen_requests", "refund_states", "first_rele
 
 TRAIL = ("refund_events", "event_seals")
 """The tables of the audit trail."""
+
+LISTS = ("terminals", "foreign_refunds")
+"""The tables of what Payroc's lists showed."""

@@ -10,6 +10,7 @@ from functools import cached_property
 from include.refunds.ledger.base import LedgerError, LedgerUnavailable, NoSuchRefund
 from include.refunds.ledger.bindings import Bindings
 from include.refunds.ledger.connection import LedgerEngine
+from include.refunds.ledger.continuity import KNOWN_FOR, Foreign, TerminalList
 from include.refunds.ledger.decisions import Decisions
 from include.refunds.ledger.intake import NAMELESS, Intake, NewRefund, differences
 from include.refunds.ledger.requests import KeptRequest, Requests
@@ -19,10 +20,12 @@ from include.refunds.ledger.sending import Claim, Sending, Task
 from include.refunds.ledger.write_backs import NotWritten, WriteBack, WriteBacks
 
 __all__ = [
+    "KNOWN_FOR",
     "NAMELESS",
     "RELEASE_VALID",
     "Candidate",
     "Claim",
+    "Foreign",
     "KeptRequest",
     "Ledger",
     "LedgerEngine",
@@ -33,6 +36,7 @@ __all__ = [
     "NotWritten",
     "Selection",
     "Task",
+    "TerminalList",
     "WriteBack",
     "differences",
 ]

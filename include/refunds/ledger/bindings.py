@@ -14,13 +14,14 @@ IN_ITS_ENVIRONMENT = """EXISTS (
 class Bindings(LedgerBase):
     """The rows of ``bindings``."""
 
-    async def check_environment(self, environment: str, *, bind: bool = False) -> None:
+    async def check_environment(self, environment: str, *, bind: bool = False) -> bool:
         """
         Make sure that the ledger belongs to this Payroc, or to none yet.
 
         :param environment: Payroc's API base URL.
         :param bind: bind a ledger that belongs to none yet. Only given when this one has answered, so that a typing
             error binds nothing.
+        :returns: whether it belonged to this one before.
         :raises LedgerError: when the ledger belongs to another one, or when this is production and the source has
             the default name.
         """
@@ -37,6 +38,7 @@ class Bindings(LedgerBase):
                 "production: set a name of your own, such as acme_refunds, and never change it, because two shops "
                 "with one name and one Payroc account would send their refunds under the same keys."
             )
+        return found is not None
 
     async def check_source(self) -> None:
         """

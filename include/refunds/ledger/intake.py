@@ -9,8 +9,8 @@ from datetime import datetime
 from typing import Any
 
 from include.refunds.cipher import Sealed
-from include.refunds.ledger.base import LedgerBase
 from include.refunds.ledger.connection import as_array
+from include.refunds.ledger.continuity import Continuity
 from include.refunds.ledger.rows import OF_MANY, lock
 from include.refunds.text import fold
 
@@ -65,7 +65,7 @@ def differences(row: NewRefund, stored: Mapping[str, Any]) -> list[str]:
     return found
 
 
-class Intake(LedgerBase):
+class Intake(Continuity):
     """What a pull reads and writes."""
 
     async def stored(self, source_refs: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -86,6 +86,9 @@ class Intake(LedgerBase):
     async def store(self, rows: Sequence[tuple[NewRefund, Sealed]]) -> set[str]:
         """
         Store new refunds. A row that exists already is left as it is.
+
+        One that Payroc's list shows to be paid, as far as the list is known, goes to review in the same
+        transaction.
 
         :param rows: validated rows, each with its encrypted request.
         :returns: the source_refs that were stored; one that is missing was there before, or collides with another refund.
@@ -114,10 +117,13 @@ class Intake(LedgerBase):
                 INSERT INTO refund_ledger.frozen_requests (refund_id, request, request_key)
                 SELECT id, convert_to(request, 'UTF8'), request_key FROM stored JOIN row USING (source_ref)
             )
-            SELECT source_ref FROM stored"""
+            SELECT id, source_ref FROM stored"""
         async with self._transaction() as (connection, now):
             values = {"source": self._settings.source, "now": now, "rows": _as_json(rows)}
-            return set((await connection.execute(insert, values)).scalars())
+            stored = await connection.execute(insert, values)
+            ids = {"ids": [row.id for row in stored]}
+            await self._set_aside_paid(connection, now, "i.id = ANY(:ids)", ids)
+            return {row.source_ref for row in stored}
 
     async def spelled(self, folded: Sequence[str]) -> set[str]:
         """Return which of these source_refs, in their folded form, the ledger holds in any spelling."""

@@ -187,8 +187,16 @@ class Records(Pauses):
                     reason=change.contradiction,
                     detail=detail,
                 )
+            if change.recovered and change.sighting:
+                await self._event(
+                    connection,
+                    "recovered",
+                    refund_id=item.refund.id,
+                    reason=change.reason or "",
+                    detail={"payroc_refund_id": change.sighting.payroc_refund_id},
+                )
             if change.pause:
-                await self._pause(connection, change.pause, change.reason or "")
+                await self._pause(connection, change.pause, change.pause_reason or change.reason or "")
         return after
 
 

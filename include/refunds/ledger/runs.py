@@ -14,6 +14,7 @@ from include.refunds.case import DecisionRefused
 from include.refunds.classify import EVERYTHING
 from include.refunds.ledger.base import LedgerError
 from include.refunds.ledger.connection import Connection, Row, as_array
+from include.refunds.ledger.continuity import Continuity
 from include.refunds.ledger.gate import Gate
 from include.refunds.ledger.pauses import NOT_PAUSED
 from include.refunds.ledger.rows import IDS, OF_MANY, lock
@@ -80,7 +81,7 @@ def hash_of_ids(ids: Iterable[int]) -> str:
     return hashlib.sha256(json.dumps(sorted(ids)).encode()).hexdigest()
 
 
-class Runs(Gate):
+class Runs(Gate, Continuity):
     """What a run reads and writes before and after the sending."""
 
     async def return_stale_releases(self) -> int:
@@ -317,10 +318,12 @@ class Runs(Gate):
         async with self._transaction() as (connection, now):
             # One release at a time: what is counted against a cap stays true until the commit.
             await self._lock_gate(connection)
-            control = await self._control(connection)
             run = await self._run(connection, run_id)
-            await self._check_approval(connection, run, candidate_ids, control.limits, now)
             await lock(connection, candidate_ids)
+            # A list may have been read while the refund was being pulled, so that neither saw the other.
+            await self._set_aside_paid(connection, now, "i.id = ANY(:ids)", {"ids": list(candidate_ids)})
+            control = await self._control(connection)
+            await self._check_approval(connection, run, candidate_ids, control.limits, now)
             for refund_id, finding in withdrawn.items():
                 await connection.execute(take_back, {"id": refund_id, "reason": finding, "now": now})
             ids = sorted({*standing_ids} & {*candidate_ids})

@@ -12,17 +12,19 @@
 --   7  Runs
 --   8  Pauses, the gate, limits, bindings, the turn of the write-back
 --   9  Invalid rows and write-back notes
---   10 The view of all refunds
---   11 Who may do what
+--   10 Terminals, and what Payroc lists that no refund has
+--   11 The view of all refunds
+--   12 Who may do what
 --
 -- What was approved never changes, so it is a table of its own, and so is the frozen request, which holds the
--- bank data. What happens to a refund is a narrow row beside them. The view of section 10 puts them together.
+-- bank data. What happens to a refund is a narrow row beside them. The view of section 11 puts them together.
 --
 -- The life of a refund: it is approved; a limit may hold it until an operator unholds or cancels it; a run
 -- releases it, which is the only gate to Payroc; a worker sends it. Then Payroc has accepted or rejected it,
--- or nobody knows (unknown) and it is looked up or sent again with the same key and the same bytes. What is
--- accepted settles; a bank may return it, an operator may reverse it. What nobody but an operator can decide
--- is in review. Section 4 has the complete graph, in guard_state.
+-- or nobody knows (unknown) and it is looked up or sent again with the same key and the same bytes. What
+-- Payroc holds and this ledger never sent is taken over: a restored ledger has forgotten it. What is accepted
+-- settles; a bank may return it, an operator may reverse it. What nobody but an operator can decide is in
+-- review. Section 4 has the complete graph, in guard_state.
 --
 -- Roles. They belong to the server and cannot log in; each login is granted one of them.
 --
@@ -502,7 +504,7 @@ CREATE TRIGGER make_states AFTER INSERT ON refund_ledger.refund_instructions
     REFERENCING NEW TABLE AS inserted FOR EACH STATEMENT EXECUTE FUNCTION refund_ledger.make_states();
 
 -- Whether a refund, and all that it replaces to the first of the chain, moved no money or brought it back. It
--- reads with its owner's rights, and tells no more of a chain of reissues than the view of section 10 does.
+-- reads with its owner's rights, and tells no more of a chain of reissues than the view of section 11 does.
 CREATE FUNCTION refund_ledger.ended_unpaid(refund_id bigint) RETURNS boolean
     LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     WITH RECURSIVE chain AS (
@@ -516,7 +518,7 @@ CREATE FUNCTION refund_ledger.ended_unpaid(refund_id bigint) RETURNS boolean
 $$;
 
 -- The source_ref of the first refund of a chain of reissues: the only one that the source knows. It reads
--- with its owner's rights, and tells no more of a chain than the view of section 10 does.
+-- with its owner's rights, and tells no more of a chain than the view of section 11 does.
 CREATE FUNCTION refund_ledger.first_source_ref(refund_id bigint) RETURNS text
     LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     WITH RECURSIVE chain AS (
@@ -550,8 +552,10 @@ DECLARE
 BEGIN
     IF moves THEN
         IF NEW.status <> ALL (CASE OLD.status
-            WHEN 'approved'  THEN ARRAY['held', 'released', 'cancelled', 'review']
-            WHEN 'held'      THEN ARRAY['approved', 'cancelled', 'review']
+            WHEN 'approved'  THEN ARRAY['held', 'released', 'cancelled', 'review',
+                                        'accepted', 'settled', 'returned', 'reversed', 'rejected']
+            WHEN 'held'      THEN ARRAY['approved', 'cancelled', 'review',
+                                        'accepted', 'settled', 'returned', 'reversed', 'rejected']
             WHEN 'released'  THEN ARRAY['sending', 'approved', 'held']
             WHEN 'sending'   THEN ARRAY['accepted', 'settled', 'rejected', 'unknown', 'review', 'released']
             WHEN 'unknown'   THEN
@@ -567,16 +571,18 @@ BEGIN
             RAISE EXCEPTION 'refund % can''t go from % to %', OLD.refund_id, OLD.status, NEW.status
                 USING ERRCODE = 'check_violation';
         END IF;
-        -- What the DAGs alone do: hold, release, send, and find out what became of what was sent.
+        -- What the DAGs alone do: hold, release, send, find out what became of what was sent, and take over
+        -- what Payroc holds and this ledger never sent.
         IF NEW.status IN ('released', 'sending', 'held', 'unknown')
-           OR OLD.status IN ('sending', 'unknown') THEN
+           OR OLD.status IN ('sending', 'unknown')
+           OR (OLD.status IN ('approved', 'held')
+               AND NEW.status IN ('accepted', 'settled', 'returned', 'reversed', 'rejected')) THEN
             IF NOT is_payer THEN
                 PERFORM refund_ledger.require(format('%s to %s', OLD.status, NEW.status), 'refunds_payer');
             END IF;
-        -- What an operator alone does: unhold, cancel, resolve. What is held may turn out to be paid; then it
-        -- goes to review without one.
+        -- What an operator alone does: unhold, cancel, resolve. Whatever waits may go to review without one.
         ELSIF NEW.status = 'cancelled' OR OLD.status = 'review'
-              OR (OLD.status = 'held' AND NEW.status <> 'review') THEN
+              OR (OLD.status = 'held' AND NEW.status = 'approved') THEN
             IF NOT is_operator THEN
                 PERFORM refund_ledger.require(format('%s to %s', OLD.status, NEW.status), 'refunds_operator');
             END IF;
@@ -588,6 +594,11 @@ BEGIN
             RAISE EXCEPTION 'refund %: an attempt may still be under way', OLD.refund_id
                 USING ERRCODE = 'check_violation';
         END IF;
+    END IF;
+    -- Without an attempt only an object of Payroc's ends a refund; for the paid ones a constraint says so.
+    IF OLD.status IN ('approved', 'held') AND NEW.status = 'rejected' AND NEW.payroc_refund_id IS NULL THEN
+        RAISE EXCEPTION 'refund % was never sent, so nothing has rejected it', OLD.refund_id
+            USING ERRCODE = 'check_violation';
     END IF;
     IF NEW.refund_id <> OLD.refund_id THEN
         RAISE EXCEPTION 'refund %: a state stays its refund''s', OLD.refund_id
@@ -656,7 +667,7 @@ BEGIN
                 USING ERRCODE = 'check_violation';
         END IF;
         -- An id of Payroc's keeps a refund from being sent; so one that waits gets it only on its way to
-        -- review, which has its event.
+        -- another status, which has its event.
         IF NOT moves AND OLD.status NOT IN ('review', 'rejected') THEN
             RAISE EXCEPTION 'refund %: Payroc''s refund id comes with a status', OLD.refund_id
                 USING ERRCODE = 'check_violation';
@@ -905,7 +916,7 @@ CREATE TABLE refund_ledger.refund_events (
     event text NOT NULL CHECK (event IN (
         'status', 'change', 'attempt', 'contradiction', 'pause', 'resume', 'environment', 'source',
         'fingerprint_check', 'proposal', 'reverse', 'limit', 'run', 'approval', 'rejection', 'rotation',
-        'restore', 'not_understood')),
+        'restore', 'not_understood', 'recovered')),
     -- Which refund it is about; NULL when it is about none. No foreign key, which would lock the instruction
     -- for each event: the database knows the refund, and guard_roles_of_events looks for that of the others.
     refund_id bigint,
@@ -959,7 +970,7 @@ DECLARE
 BEGIN
     takes := CASE
         WHEN NEW.event IN ('proposal', 'reverse', 'not_understood') THEN '{refunds_operator}'
-        WHEN NEW.event = 'contradiction' THEN '{refunds_payer,refunds_operator}'
+        WHEN NEW.event IN ('contradiction', 'recovered') THEN '{refunds_payer,refunds_operator}'
         WHEN NEW.event = 'rotation' THEN '{refunds_key_rotator}'
         -- All others are written by the database itself.
         ELSE '{refunds_migrator}'
@@ -1480,7 +1491,78 @@ CREATE TABLE refund_ledger.write_back_notes (
 CREATE INDEX unwritten_rows ON refund_ledger.write_back_notes (source, source_ref) WHERE problem IS NOT NULL;
 
 
--- 10  The view of all refunds ------------------------------------------------------------------------------
+-- 10  Terminals, and what Payroc lists that no refund has ---------------------------------------------------
+
+-- How far Payroc's list of refunds is known, by terminal. A claim looks here: nothing is sent for the first
+-- time through a terminal whose list is not known up to now. A ledger that was restored, lost or copied has
+-- an older read_to, so it reads what it has forgotten; nothing outside the ledger is needed for that.
+CREATE TABLE refund_ledger.terminals (
+    -- Payroc's id of the terminal; Payroc's length. Each that a row of the source or a refund ever named.
+    terminal text PRIMARY KEY CHECK (length(terminal) BETWEEN 4 AND 50),
+    -- Since when its list is known; NULL when it was never read.
+    read_from timestamptz,
+    -- Up to when its list is known: a day before the last reading began, because an object may take a day to
+    -- show.
+    read_to timestamptz,
+    -- A hash of the API host and key of that reading; another key may show another list.
+    read_with text,
+    -- Payroc refused the list for a reason that concerns this terminal. One that was never read is asked for
+    -- again only when a refund needs it.
+    refused boolean NOT NULL DEFAULT false,
+    -- Since when the list was due and could not be read to its end; NULL when the last reading came to it.
+    failed_at timestamptz,
+    -- Why, without values of objects.
+    failure text CHECK (length(failure) BETWEEN 1 AND 500),
+
+    -- How far a list is known means nothing without the rest.
+    CONSTRAINT read_says_from_when_to_when_and_with_what CHECK (
+        num_nonnulls(read_from, read_to, read_with) IN (0, 3)),
+    -- A report says since when a list could not be read.
+    CONSTRAINT failure_says_since_when CHECK ((failure IS NULL) = (failed_at IS NULL))
+);
+
+-- Objects on Payroc's lists that no refund of this ledger had when they were read: made by another ledger, in
+-- Payroc's portal, by other software, or by this ledger before it was restored. A refund that one of them may
+-- have paid goes to review instead of being sent. Rows are only added.
+CREATE TABLE refund_ledger.foreign_refunds (
+    -- Payroc's id of the object; Payroc's length.
+    payroc_refund_id text PRIMARY KEY CHECK (length(payroc_refund_id) = 10),
+    -- The key that it carries as this project's requests do; NULL without one. Not unique: two objects with
+    -- one key are a payment made twice.
+    idempotency_key uuid,
+    -- The terminal on whose list it stands.
+    terminal text NOT NULL,
+    -- Its order id.
+    order_id text NOT NULL,
+    -- What it pays, in minor units.
+    amount bigint NOT NULL,
+    -- ISO 4217, or ? for anything else.
+    currency text NOT NULL,
+    -- The last four digits of the account that it pays; NULL when Payroc does not show them.
+    last4 text,
+    -- Payroc's word for its state when it was first seen.
+    payroc_status text NOT NULL,
+    -- It came without any custom field, so nothing says whether this project made it.
+    plain boolean NOT NULL,
+    -- When a reading first saw it.
+    seen_at timestamptz NOT NULL
+);
+
+-- A refund's own key, and those of its reissues, are looked for.
+CREATE INDEX foreign_refunds_by_key ON refund_ledger.foreign_refunds (idempotency_key)
+    WHERE idempotency_key IS NOT NULL;
+
+-- A plain object with a refund's order id.
+CREATE INDEX foreign_refunds_by_order ON refund_ledger.foreign_refunds (terminal, order_id) WHERE plain;
+
+-- A plain object with a refund's amount and last four digits.
+CREATE INDEX foreign_refunds_by_amount ON refund_ledger.foreign_refunds (terminal, amount, last4) WHERE plain;
+
+-- What reports name: the objects seen lately.
+CREATE INDEX foreign_refunds_by_time ON refund_ledger.foreign_refunds (seen_at);
+
+
+-- 11  The view of all refunds -------------------------------------------------------------------------------
 
 -- What reports, people and auditors look at: every refund with its state, without its frozen request, the
 -- request's hash, the folded texts and the hash of the API key. It reads with its owner's rights, so that the
@@ -1502,7 +1584,7 @@ LEFT JOIN refund_ledger.first_releases AS f ON f.refund_id = i.id
 LEFT JOIN refund_ledger.frozen_requests AS q ON q.refund_id = i.id;
 
 
--- 11  Who may do what ---------------------------------------------------------------------------------------
+-- 12  Who may do what ---------------------------------------------------------------------------------------
 
 -- Columns are granted, never tables: with a right to UPDATE or DELETE on a table a login may lock the whole
 -- of it. A right to UPDATE one column is enough to lock a row, so nobody who may not change a state has one
@@ -1522,7 +1604,8 @@ GRANT USAGE ON SCHEMA refund_ledger TO refunds_payer, refunds_operator, refunds_
 GRANT SELECT ON refund_ledger.refunds, refund_ledger.first_releases, refund_ledger.refund_attempts,
     refund_ledger.refund_events, refund_ledger.event_numbers, refund_ledger.event_seals,
     refund_ledger.refund_runs, refund_ledger.pauses, refund_ledger.refund_limits, refund_ledger.bindings,
-    refund_ledger.invalid_rows, refund_ledger.write_back_notes
+    refund_ledger.invalid_rows, refund_ledger.write_back_notes, refund_ledger.terminals,
+    refund_ledger.foreign_refunds
     TO refunds_payer, refunds_operator, refunds_auditor;
 
 -- Everybody checks that the ledger is at the revision that the program knows.
@@ -1670,3 +1753,16 @@ GRANT INSERT (source, source_ref, problem, problem_since, offered_again_at)
 
 -- The payer notes that such a row is written now, or was offered again.
 GRANT UPDATE (problem, problem_since, offered_again_at) ON refund_ledger.write_back_notes TO refunds_payer;
+
+-- The payer notes terminals, and how far it has read their lists.
+GRANT INSERT (terminal, read_from, read_to, read_with, refused, failed_at, failure)
+    ON refund_ledger.terminals TO refunds_payer;
+
+-- The same after each later reading.
+GRANT UPDATE (read_from, read_to, read_with, refused, failed_at, failure)
+    ON refund_ledger.terminals TO refunds_payer;
+
+-- The payer keeps what it read; nobody changes or removes it.
+GRANT INSERT (payroc_refund_id, idempotency_key, terminal, order_id, amount, currency, last4, payroc_status,
+        plain, seen_at)
+    ON refund_ledger.foreign_refunds TO refunds_payer;

@@ -12,6 +12,7 @@ from typing import Any
 from include.refunds.ledger.base import NoSuchRefund
 from include.refunds.ledger.bindings import IN_ITS_ENVIRONMENT
 from include.refunds.ledger.connection import as_array
+from include.refunds.ledger.continuity import KNOWN_FOR, list_is_known
 from include.refunds.ledger.grouping import Grouped
 from include.refunds.ledger.pauses import NOT_PAUSED
 from include.refunds.ledger.records import Records
@@ -48,10 +49,15 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A refund that this attempt, and no other, may send now."""
+    """
+    A refund that this attempt, and no other, may send now.
+
+    :param is_first: no earlier attempt may have reached Payroc, so the terminal's list has to be known.
+    """
 
     refund: Refund
     history: History
+    is_first: bool = False
 
     @property
     def attempt(self) -> int:
@@ -68,6 +74,13 @@ class _Claiming:
     environment: str
     sent_with: str
     token_seconds: float
+
+
+_LIST_IS_KNOWN_AT_THE_CLAIM = list_is_known(known_since=":known_since", with_="asked_with")
+_LIST_IS_KNOWN = list_is_known(
+    known_since="refund_ledger.now() - CAST(:known_for AS interval)",
+    with_="s.sent_with",
+)
 
 
 class Sending(Records):
@@ -149,7 +162,8 @@ class Sending(Records):
                 WHERE s.refund_id = ANY({IDS}) AND s.refund_id = asked.refund_id
                   AND source = :source AND request IS NOT NULL AND payroc_refund_id IS NULL
                   AND {IN_ITS_ENVIRONMENT} AND {NOT_PAUSED} AND {REPLACED_STANDS}
-                  AND (first_sent_at IS NULL OR (first_sent_at > :window_start AND sent_with = asked_with))
+                  AND (first_sent_at IS NULL AND {_LIST_IS_KNOWN_AT_THE_CLAIM}
+                       OR first_sent_at > :window_start AND sent_with = asked_with)
                   AND (status = 'released' AND released_at > :oldest_release
                        OR status IN ('unknown', 'sending') AND lease_until <= :now AND next_attempt_at <= :now)
                 RETURNING {COLUMNS}
@@ -167,13 +181,19 @@ class Sending(Records):
                 "now": now,
                 "window_start": now - timedelta(days=self._settings.key_window_days),
                 "oldest_release": now - RELEASE_VALID,
+                "known_since": now - KNOWN_FOR,
             }
             await lock(connection, ids)
             refunds = by_id(await connection.execute(claim, values))
             histories = await select_histories(
                 connection, {refund.id: refund.attempts for refund in refunds.values()}
             )
-            return [Claim(refunds[item], histories[item]) if item in refunds else None for item in ids]
+            return [
+                Claim(refunds[item], histories[item], is_first=refunds[item].first_sent_at == now)
+                if item in refunds
+                else None
+                for item in ids
+            ]
 
     def _asked(self, call: _Claiming, now: datetime) -> dict[str, Any]:
         return {
@@ -204,16 +224,19 @@ class Sending(Records):
         query = f"""
             SELECT s.refund_id
             FROM unnest({IDS}, CAST(CAST(:attempts AS text) AS integer[]),
-                        CAST(CAST(:seconds AS text) AS double precision[])) AS claimed (refund_id, attempt, seconds)
+                        CAST(CAST(:seconds AS text) AS double precision[]), CAST(CAST(:firsts AS text) AS boolean[]))
+                 AS claimed (refund_id, attempt, seconds, is_first)
             JOIN refund_ledger.refund_states AS s ON s.refund_id = claimed.refund_id
             JOIN refund_ledger.refund_instructions AS i ON i.id = s.refund_id
             WHERE s.refund_id = ANY({IDS}) AND attempts = attempt AND status = 'sending'
               AND lease_until > refund_ledger.now() + seconds * interval '1 second'
-              AND {NOT_PAUSED} AND {REPLACED_STANDS}"""
+              AND {NOT_PAUSED} AND {REPLACED_STANDS} AND (NOT is_first OR {_LIST_IS_KNOWN})"""
         values = {
             "ids": as_array(claim.refund.id for claim, _ in calls),
             "attempts": as_array(claim.attempt for claim, _ in calls),
             "seconds": as_array(seconds for _, seconds in calls),
+            "firsts": as_array(claim.is_first for claim, _ in calls),
+            "known_for": KNOWN_FOR,
         }
         async with self._statement("last check") as connection:
             may = set((await connection.execute(query, values)).scalars())
@@ -234,30 +257,38 @@ class Sending(Records):
         """Return all refunds that wait to be sent: approved, held or released."""
         return await self._refunds("s.status IN ('approved', 'held', 'released')", {})
 
-    async def followed(self, changed_within: timedelta) -> dict[str, datetime]:
+    async def followed(self, changed_within: timedelta, taken_over_within: timedelta) -> dict[str, datetime]:
         """
-        Return the terminals of the refunds whose further way Payroc still has to tell, each with the oldest approval of them.
+        Return the terminals of the refunds whose further way Payroc still has to say, each with the begin
+        of the oldest of them.
 
-        These are the accepted ones, those in review, and those that changed not long ago. A restored ledger may have forgotten when it
-        first sent a refund, but it was never before its approval.
+        These are the accepted ones, those in review, and those that changed not long ago. A refund begins
+        at its approval, because a restored ledger may have forgotten when it first sent it.
 
         :param changed_within: how long any other refund is followed: a bank may return one that settled, and Payroc may list one
             that ended here without a payment.
+        :param taken_over_within: how far back a refund may begin that was taken over from Payroc's list and
+        never sent from here: its
+            approval may be younger than the payment, when it was approved again.
         """
-        query = """
-            SELECT processing_terminal_id, min(LEAST(approved_at, created_at)) AS since FROM (
-                SELECT processing_terminal_id, approved_at, created_at FROM refund_ledger.refunds
+        began = """CASE WHEN payroc_refund_id IS NOT NULL AND first_sent_at IS NULL THEN CAST(:longest AS timestamptz)
+                        ELSE LEAST(approved_at, created_at) END AS began"""
+        query = f"""
+            SELECT processing_terminal_id, min(began) AS since FROM (
+                SELECT processing_terminal_id, {began} FROM refund_ledger.refunds
                 WHERE source = :source AND status IN ('accepted', 'review')
                 UNION ALL
-                SELECT processing_terminal_id, approved_at, created_at FROM refund_ledger.refunds
+                SELECT processing_terminal_id, {began} FROM refund_ledger.refunds
                 WHERE source = :source AND updated_at > :since
             ) AS followed
             GROUP BY processing_terminal_id ORDER BY processing_terminal_id"""
         async with self._transaction() as (connection, now):
-            result = await connection.execute(
-                query, {"source": self._settings.source, "since": now - changed_within}
-            )
-            return {row.processing_terminal_id: row.since for row in result}
+            values = {
+                "source": self._settings.source,
+                "since": now - changed_within,
+                "longest": now - taken_over_within,
+            }
+            return {row.processing_terminal_id: row.since for row in await connection.execute(query, values)}
 
     async def known(
         self, keys: Sequence[str], payroc_refund_ids: Sequence[str], order_ids: Sequence[str] = ()
@@ -284,12 +315,6 @@ class Sending(Records):
         """
         condition = "s.first_sent_at >= :start AND s.first_sent_at < :end AND s.refund_id > :after"
         return await self._refunds(condition, {"start": start, "end": end, "after": after}, limit=limit)
-
-    async def all_terminals(self) -> list[str]:
-        """Return the processing terminals of all refunds, sorted."""
-        query = "SELECT DISTINCT processing_terminal_id FROM refund_ledger.refund_instructions WHERE source = :source ORDER BY 1"
-        async with self._transaction() as (connection, _):
-            return list((await connection.execute(query, {"source": self._settings.source})).scalars())
 
     async def replaced(self, refund_id: int) -> list[Refund]:
         """Return what a refund replaces: the one before it, the one before that, to the first of the chain."""
