@@ -26,11 +26,11 @@ _INSTRUCTIONS = """
 
 _STATES = """
     INSERT INTO refund_ledger.refund_states (refund_id, sent_with, status, reason, released_by, released_run,
-        released_at, attempts, first_sent_at, payroc_refund_id, payroc_status, payroc_seen_at, updated_at,
+        released_at, attempts, first_sent_at, fence_until, payroc_refund_id, payroc_status, payroc_seen_at, updated_at,
         written_back_at)
     SELECT id, repeat('a', 64), ended.status, ended.reason, 'payroc_refunds ' || run, run,
         created_at + interval '5 minutes', 1, created_at + interval '6 minutes',
-        lpad(upper(to_hex(id)), 10, '0'), ended.payroc_status, changed, changed, changed
+        created_at + interval '76 minutes', lpad(upper(to_hex(id)), 10, '0'), ended.payroc_status, changed, changed, changed
     FROM refund_ledger.refund_instructions
     CROSS JOIN LATERAL (
         SELECT created_at + interval '3 days' AS changed,
@@ -53,9 +53,10 @@ _FIRST_RELEASES = """
     FROM refund_ledger.refunds WHERE id >= %(first)s AND id <= %(last)s"""
 
 _ATTEMPTS = """
-    INSERT INTO refund_ledger.refund_attempts (refund_id, attempt, run_id, map_index, try_number, started_at, finished_at, http_status,
-        outcome)
-    SELECT id, 1, released_run, (id %% 1000)::integer, 1, first_sent_at, first_sent_at + interval '1 second', 201,
+    INSERT INTO refund_ledger.refund_attempts (refund_id, attempt, run_id, map_index, try_number, started_at,
+        posting_at, finished_at, http_status, outcome)
+    SELECT id, 1, released_run, (id %% 1000)::integer, 1, first_sent_at - interval '1 second', first_sent_at,
+        first_sent_at + interval '1 second', 201,
         CASE status WHEN 'rejected' THEN 'rejected' ELSE 'accepted' END
     FROM refund_ledger.refunds WHERE id >= %(first)s AND id <= %(last)s"""
 

@@ -45,13 +45,16 @@ class History:
     """
     What earlier attempts of a refund left behind.
 
-    :param unresolved: an earlier attempt has no outcome, or ``unknown``: it may have reached Payroc.
+    :param unresolved: an earlier attempt has passed its last check and has no outcome, or ``unknown``: it may have
+        reached Payroc.
     :param processed: Payroc has answered an earlier attempt with what ends a refund, so it knows the key.
     :param key_in_use: an earlier attempt was told that the key is in use.
     :param unauthorized_at: when Payroc last answered 401 to an attempt.
+    :param posted: an earlier attempt has passed its last check. All others have sent nothing.
     """
 
     unresolved: bool = False
     processed: bool = False
     key_in_use: bool = False
     unauthorized_at: datetime | None = None
+    posted: bool = False

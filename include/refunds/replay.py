@@ -39,7 +39,8 @@ DERIVED: Mapping[str, str] = {
 NOT_COVERED: Mapping[str, str] = {
     "first_sent_at": "the beginning of the key window",
     "sent_with": "a hash of the API host and key of the first attempt",
-    "lease_until": "until when the attempt under way may send",
+    "lease_until": "until when the refund is the attempt's that is under way",
+    "fence_until": "until when that attempt may send",
     "next_attempt_at": "when the next attempt may begin",
     "payroc_status": "Payroc's word, which `verify` compares with Payroc",
     "payroc_seen_at": "when Payroc's list last showed the refund",

@@ -158,7 +158,7 @@ async def _send(
             else:
                 verdict = Verdict(
                     Outcome.NOT_SENT,
-                    "Not sent: the sending was paused, or this worker was too slow for its lease.",
+                    "Not sent: the sending was paused, or this worker was too slow for its token.",
                 )
     return claim, verdict
 
@@ -192,7 +192,7 @@ async def _look_up_first(
     """
     # What a reissue replaces may have been paid after all.
     is_reissue = refund.replaces is not None and refund.first_sent_at is None
-    if claim.attempt == 1 and not is_reissue:
+    if not claim.history.posted and not is_reissue:
         return None
     try:
         if is_reissue:

@@ -70,8 +70,11 @@ def is_forgotten(refund: Refund, sighting: Sighting, *, restored: bool) -> bool:
     if refund.payroc_refund_id not in (None, sighting.payroc_refund_id):
         return False
     found_at_the_pull = refund.status is Status.REVIEW and refund.attempts == 0
-    return refund.status in _WAITING or (
-        restored and found_at_the_pull and sighting.status is not Status.REVIEW
+    claimed_only = refund.status is Status.SENDING and refund.first_sent_at is None
+    return (
+        refund.status in _WAITING
+        or claimed_only
+        or (restored and found_at_the_pull and sighting.status is not Status.REVIEW)
     )
 
 
@@ -155,7 +158,7 @@ def _recover(refund: Refund, verdict: Verdict, sighting: Sighting, restored: boo
     # A release is taken back first: from there only an attempt leads on.
     before = (Status.APPROVED,) if refund.status is Status.RELEASED else ()
     return Change(
-        (*before, sighting.status),
+        (*before, *_way(before[0] if before else refund.status, sighting.status)),
         f"{verdict.reason} This ledger had forgotten that it was sent.",
         sighting=sighting,
         recovered=True,

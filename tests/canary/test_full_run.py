@@ -26,7 +26,7 @@ from tests.processes.line import running
 Measured = Callable[[str, object], None]
 
 # So short that many tokens are issued.
-TOKEN_SECONDS = 5
+TOKEN_SECONDS = 15
 PLACES = ("files", "Airflow's database", "ledger", "commands", "API answers")
 
 

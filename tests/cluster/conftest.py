@@ -19,7 +19,8 @@ from tests.refunds.conftest import World
 from tests.scheduler.conftest import measured as measured
 
 # A token's life and the margin make the lease: the time for which a refund waits whose worker was killed.
-TOKEN_SECONDS = 10
+# Longer than two time-outs, without which no POST is begun.
+TOKEN_SECONDS = 40
 # What a person may write into .env.
 SETTINGS = {
     "AIRFLOW_EXECUTOR": "CeleryExecutor",

@@ -21,15 +21,23 @@ from tests.processes.worker import Try
 from tests.refunds.conftest import World
 
 # The lease of a worker that died ends so long after its claim: the token's life and the shortest margin.
-TOKEN_SECONDS = 10
 LEASE_MARGIN_SECONDS = 5
 
 
-@pytest.fixture(scope="session")
-def sandbox() -> Iterator[Sandbox]:
-    """A local Payroc whose tokens end soon, so that leases do, and which holds hanging requests no longer than a test can wait."""
-    options = ("--token-seconds", str(TOKEN_SECONDS), "--hang-seconds", "3")
-    with running_sandbox(SCRATCH / "sandbox-of-processes.log", *options) as sandbox:
+@pytest.fixture(scope="module")
+def token_seconds() -> int:
+    """
+    How long tokens live: soon ended, so that leases are, and longer than an exchange with Payroc may take after a
+    worker has waited for its turn.
+    """
+    return 15
+
+
+@pytest.fixture(scope="module")
+def sandbox(token_seconds: int, request: pytest.FixtureRequest) -> Iterator[Sandbox]:
+    """A local Payroc that holds hanging requests no longer than a test can wait."""
+    options = ("--token-seconds", str(token_seconds), "--hang-seconds", "3")
+    with running_sandbox(SCRATCH / f"sandbox-of-{request.module.__name__}.log", *options) as sandbox:
         yield sandbox
 
 

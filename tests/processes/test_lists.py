@@ -93,6 +93,12 @@ def timeout_seconds() -> float:
     return 6.0
 
 
+@pytest.fixture(scope="module")
+def token_seconds() -> int:
+    """Long enough for such an exchange after all claims."""
+    return 30
+
+
 def held_list(world: World, line: Line, stops: list[Stop]) -> tuple[tuple[int, ...], Held]:
     """Approve and release so many refunds for each stop, and return their ids and what holds them."""
     wanted: dict[str, Stop] = {}

@@ -32,8 +32,8 @@ NEW = "bmV3LWZlcm5ldC1rZXktb2YtdGhlLXRlc3RzLS0tLSE="
 LOST = "bG9zdC1mZXJuZXQta2V5LW9mLXRoZS10ZXN0cy0tLSE="
 # What the ledger demands of one state or another.
 STATE = (
-    "attempts = 1, first_sent_at = now(), sent_with = 'x', lease_until = now(), next_attempt_at = now(), released_by = 'x', "
-    "released_at = now(), holds = '{x}'"
+    "attempts = 1, first_sent_at = now(), sent_with = 'x', lease_until = now(), fence_until = now(), "
+    "next_attempt_at = now(), released_by = 'x', released_at = now(), holds = '{x}'"
 )
 FINAL = (Status.SETTLED, Status.RETURNED, Status.REVERSED, Status.REJECTED, Status.CANCELLED)
 

@@ -13,6 +13,7 @@ from include.refunds.classify import Outcome, Sighting, Verdict
 from include.refunds.ledger import Task
 from include.refunds.states import Status
 from tests.refunds.conftest import World
+from tests.refunds.test_ledger_rules import force
 
 
 def paid(world: World, ending: str = "4321") -> int:
@@ -293,10 +294,7 @@ def test_a_refund_whose_key_may_no_longer_be_sent_and_that_payroc_does_not_list_
 def test_nothing_enters_review_by_the_passing_of_time_while_a_lease_lives(world: World) -> None:
     refund_id = world.released()
     world.run(claimed(world, refund_id))
-    with world.ledger_engine.begin() as connection:
-        connection.exec_driver_sql(
-            f"UPDATE refund_ledger.refund_states SET lease_until = now() + interval '8 days' WHERE refund_id = {refund_id}"
-        )
+    force(world, refund_id, "lease_until = now() + interval '8 days'")
     world.hours_ahead += 24 * 7
     world.follow_up()
     assert world.row(refund_id)["status"] == "sending"
@@ -307,13 +305,15 @@ def test_nothing_enters_review_by_the_passing_of_time_while_a_lease_lives(world:
 
 async def claimed(world: World, refund_id: int) -> None:
     gateway = world.gateway
-    assert await world.ledger.claim(
+    claim = await world.ledger.claim(
         refund_id,
         Task("run-1"),
         environment=gateway.environment,
         sent_with=gateway.sent_with,
         token_seconds=3600,
     )
+    assert claim is not None
+    assert await world.ledger.may_post(claim, 60.0)
 
 
 def test_a_settled_refund_is_followed_for_twelve_business_days(world: World) -> None:

@@ -41,7 +41,8 @@ def update(connection: Connection, refund_id: int, assignments: str) -> str:
 
 
 ANY_STATE = (
-    "attempts = 1, first_sent_at = now(), sent_with = 'x', lease_until = now(), next_attempt_at = now(), "
+    "attempts = 1, first_sent_at = now(), sent_with = 'x', lease_until = now(), fence_until = now(), "
+    "next_attempt_at = now(), "
     "payroc_refund_id = 'ABCDEFGHIJ', released_by = 'x', released_at = now(), holds = '{largest_refund}'"
 )
 
@@ -109,7 +110,9 @@ def test_a_refund_that_payroc_has_refused_keeps_the_beginning_of_its_keys_window
         "sent_with": world.gateway.sent_with,
         "token_seconds": 60,
     }
-    assert world.run(world.ledger.claim(refund_id, Task("run-1", 0, 1), **claim)) is not None
+    first = world.run(world.ledger.claim(refund_id, Task("run-1", 0, 1), **claim))
+    assert first is not None
+    assert world.run(world.ledger.may_post(first, 1.0))
     began = world.row(refund_id)["first_sent_at"]
     world.hours_ahead = 2
     assert world.run(world.ledger.claim(refund_id, Task("run-1", 0, 2), **claim)) is not None

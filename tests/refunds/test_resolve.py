@@ -342,6 +342,7 @@ async def claim(world: World, refund_id: int) -> int:
         token_seconds=3600,
     )
     assert found is not None
+    assert await world.ledger.may_post(found, 60.0)
     return found.attempt
 
 

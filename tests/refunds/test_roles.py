@@ -190,6 +190,11 @@ FORBIDDEN: dict[str, list[str]] = {
         refund("sending", "first_sent_at = now()"),
         refund("sending", "sent_with = 'other'"),
         refund("sending", "attempts = 0"),
+        refund("sending", "fence_until = now() + interval '1 hour'"),
+        refund("sending", "lease_until = now() - interval '1 hour'"),
+        refund("sending", "lease_until = NULL"),
+        refund("unknown", "first_sent_at = now()"),
+        refund("released", "first_sent_at = now(), sent_with = 'x'"),
         # Another's body under a key of its own would be a second payment.
         new_refund("approved", sha256="request_sha256"),
         # So would a key that does not derive from the row.
@@ -234,6 +239,9 @@ FORBIDDEN: dict[str, list[str]] = {
         "INSERT INTO refund_ledger.refund_attempts (refund_id, attempt, run_id, started_at) VALUES ({sending}, 2, 'run-2', now())",
         "UPDATE refund_ledger.refund_attempts SET outcome = 'not_sent' WHERE refund_id = {unknown}",
         "UPDATE refund_ledger.refund_attempts SET outcome = NULL WHERE refund_id = {accepted}",
+        "UPDATE refund_ledger.refund_attempts SET posting_at = NULL WHERE refund_id = {sending}",
+        "UPDATE refund_ledger.refund_attempts SET posting_at = NULL WHERE refund_id = {unknown}",
+        "UPDATE refund_ledger.refund_attempts SET posting_at = now() + interval '1 s' WHERE refund_id = {unknown}",
         "UPDATE refund_ledger.refund_attempts SET attempt = 7 WHERE refund_id = {sending}",
         "SET ROLE refunds_operator",
         "SET ROLE refunds_key_rotator",
@@ -260,7 +268,7 @@ FORBIDDEN: dict[str, list[str]] = {
         new_refund("rejected", more=", replaces", values=", id"),
         # The fence against a worker that stands still, and what Payroc says.
         refund("sending", "lease_until = now()"),
-        refund("sending", "lease_until = NULL"),
+        refund("sending", "fence_until = now()"),
         refund("review", "lease_until = NULL"),
         refund("unknown", "next_attempt_at = now()"),
         refund("approved", "payroc_refund_id = 'ZZZZZZZZZZ'"),
@@ -395,7 +403,10 @@ EVERYBODY_IN_THE_SOURCE = [
     "CREATE TABLE public.mine (id bigint)",
 ]
 
-SENDING = "status = 'sending', attempts = 1, first_sent_at = now(), sent_with = 'x', lease_until = now(), next_attempt_at = now()"
+SENDING = (
+    "status = 'sending', attempts = 1, first_sent_at = now(), sent_with = 'x', lease_until = now(), fence_until = now(), "
+    "next_attempt_at = now()"
+)
 RELEASED = "status = 'released', released_by = 'x', released_run = 'run-1', released_at = now()"
 WAYS: dict[str, tuple[str, ...]] = {
     "approved": (),
@@ -436,8 +447,8 @@ def fill(connection: Connection) -> None:
             )
             if assignment == SENDING:
                 connection.exec_driver_sql(
-                    "INSERT INTO refund_ledger.refund_attempts (refund_id, attempt, run_id, started_at) "
-                    f"VALUES ({IDS[kind]}, 1, 'run-1', now())"
+                    "INSERT INTO refund_ledger.refund_attempts (refund_id, attempt, run_id, started_at, posting_at) "
+                    f"VALUES ({IDS[kind]}, 1, 'run-1', now(), now())"
                 )
         if kind in ("unknown", "accepted", "rejected"):
             connection.exec_driver_sql(

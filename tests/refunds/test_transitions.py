@@ -32,6 +32,7 @@ WORD_OF = {
     Status.REJECTED: "declined",
     Status.REVIEW: "admin",
 }
+NEVER_SENT = (Status.APPROVED, Status.HELD, Status.RELEASED)
 OUTCOME_OF = {Status.REJECTED: Outcome.REJECTED, Status.REVIEW: Outcome.REVIEW}
 
 
@@ -75,7 +76,12 @@ class Case(NamedTuple):
 
     def decide(self, unknown_wait: timedelta = UNKNOWN_WAIT) -> Change | None:
         return decide(
-            replace(REFUND, status=self.status, payroc_refund_id=self.stored_id),
+            replace(
+                REFUND,
+                status=self.status,
+                payroc_refund_id=self.stored_id,
+                first_sent_at=None if self.status in NEVER_SENT else NOW,
+            ),
             self.verdict,
             self.history,
             current=self.current,
@@ -265,7 +271,7 @@ def test_a_word_that_can_be_neither_older_nor_newer_is_a_contradiction(here: Sta
     assert change.contradiction == f"Payroc says {said} of a refund that is {here} here."
 
 
-@pytest.mark.parametrize("status", [Status.APPROVED, Status.HELD, Status.RELEASED])
+@pytest.mark.parametrize("status", NEVER_SENT)
 @pytest.mark.parametrize("said", [*PAID, Status.REJECTED])
 def test_an_object_of_a_refund_that_was_never_sent_is_taken_over_and_pauses_everything(
     status: Status, said: Status
@@ -278,7 +284,7 @@ def test_an_object_of_a_refund_that_was_never_sent_is_taken_over_and_pauses_ever
     assert change.pause_reason.endswith("Run `python -m include.refunds restored` before you resume.")
 
 
-@pytest.mark.parametrize("status", [Status.APPROVED, Status.HELD, Status.RELEASED])
+@pytest.mark.parametrize("status", NEVER_SENT)
 def test_an_object_that_differs_from_a_refund_that_was_never_sent_ends_in_review_and_pauses_everything(
     status: Status,
 ) -> None:
@@ -286,6 +292,26 @@ def test_an_object_that_differs_from_a_refund_that_was_never_sent_ends_in_review
     assert change is not None
     assert (change.steps[-1], change.pause) == (Status.REVIEW, EVERYTHING)
     assert (change.recovered, bool(change.contradiction)) == (False, True)
+
+
+@pytest.mark.parametrize("said", [*PAID, Status.REJECTED, Status.REVIEW])
+def test_an_object_of_a_refund_that_is_claimed_and_has_passed_no_last_check_pauses_everything(
+    said: Status,
+) -> None:
+    claimed = replace(REFUND, status=Status.SENDING, first_sent_at=None)
+    change = decide(
+        claimed,
+        sighting(said),
+        History(),
+        current=False,
+        foreign_id=False,
+        now=NOW,
+        unknown_wait=UNKNOWN_WAIT,
+    )
+    assert change is not None
+    assert set(pairwise((Status.SENDING, *change.steps))) <= EDGES
+    assert (change.steps[-1], change.pause) == (said, EVERYTHING)
+    assert change.recovered is (said is not Status.REVIEW)
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ _COPIES = {
 }
 
 # A token's life and the margin make the lease: the time for which a refund waits whose worker was killed.
-TOKEN_SECONDS = 20
+TOKEN_SECONDS = 30
 # Shorter than the lease, so that the test of an orphan loses no time by it. On a busy machine a supervisor
 # that lives may be late.
 HEARTBEAT_TIMEOUT_SECONDS = 20

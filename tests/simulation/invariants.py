@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from include.refunds.classify import EVERYTHING
+from include.refunds.classify import EVERYTHING, Outcome
 from include.refunds.ledger import Claim
 from include.refunds.ledger.runs import hash_of_ids
 from include.refunds.ledger.write_backs import TURN
@@ -131,6 +131,8 @@ class Invariants:
             raise Violation(
                 f"A POST for {item.source_ref} goes out before its attempt {attempt[1]} is in the ledger."
             )
+        if self.ledger.attempts[row.id][attempt[1] - 1].posting_at is None:
+            raise Violation(f"A POST for {item.source_ref} goes out before its last check is in the ledger.")
         if attempt in self._posted:
             raise Violation(f"Attempt {attempt[1]} of {item.source_ref} sends a second POST.")
         self._posted.add(attempt)
@@ -174,6 +176,10 @@ class Invariants:
         assert post.attempt is not None
         refund_id, number = post.attempt
         attempts = self.ledger.attempts[refund_id]
+        if attempts[number - 1].outcome is Outcome.NOT_SENT:
+            raise Violation(
+                f"Payroc processes attempt {number} of {item.source_ref}, which the ledger calls not sent."
+            )
         if self.fence and len(attempts) > number and attempts[number - 1].outcome is None:
             raise Violation(
                 f"Payroc processes attempt {number} of {item.source_ref}, which told nothing, when attempt {len(attempts)} has begun."
@@ -314,7 +320,7 @@ class Invariants:
     def _claimed(self, args: tuple[Any, ...], kwargs: dict[str, Any], claim: Claim | None) -> None:
         strand = self._strand
         strand.attempt = (claim.refund.id, claim.attempt) if claim is not None else None
-        strand.lease_until = claim.refund.lease_until if claim is not None else None
+        strand.lease_until = None
         strand.checked = None
         strand.waits_for_answer = claim is not None
         if claim is not None and not strand.is_queued:
@@ -349,9 +355,14 @@ class Invariants:
     def _looked_last(self, args: tuple[Any, ...], kwargs: dict[str, Any], may_post: bool) -> None:
         claim: Claim = args[0]
         self._strand.checked = (claim.refund.id, claim.attempt) if may_post else None
+        self._strand.lease_until = self.ledger.rows[claim.refund.id].lease_until if may_post else None
 
     def _recorded(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        row = self.ledger.rows[args[0]]
+        row, attempt = self.ledger.rows[args[0]], (args[2] if len(args) > 2 else None)
+        if attempt is not None and self._strand.attempt != (row.id, attempt):
+            raise Violation(
+                f"{row.source_ref} is recorded under attempt {attempt}, which is not its worker's."
+            )
         self._check_record(row)
         last = self.ledger.events[-1] if self.ledger.events else None
         if (

@@ -41,6 +41,7 @@ from include.refunds.ledger import (
 from include.refunds.ledger.continuity import why_paid
 from include.refunds.ledger.pauses import BegunRestore
 from include.refunds.ledger.runs import DUE_WITHIN, hash_of_ids
+from include.refunds.ledger.sending import CLAIM_LEASE
 from include.refunds.ledger.write_backs import ENDED, TURN
 from include.refunds.limits import (
     AtTheGate,
@@ -107,6 +108,7 @@ class Row:
     attempts: int = 0
     first_sent_at: datetime | None = None
     lease_until: datetime | None = None
+    fence_until: datetime | None = None
     next_attempt_at: datetime | None = None
     payroc_refund_id: str | None = None
     payroc_status: str | None = None
@@ -126,6 +128,7 @@ class Attempt:
     attempt: int
     run_id: str
     started_at: datetime
+    posting_at: datetime | None = None
     finished_at: datetime | None = None
     http_status: int | None = None
     problem_type: str | None = None
@@ -425,6 +428,16 @@ class MemoryLedger:
         now = self.clock()
         count = 0
         for row in self.rows.values():
+            if row.status is Status.SENDING and row.first_sent_at is None and _lapsed(row, now):
+                self._write(
+                    row,
+                    now,
+                    status=Status.RELEASED,
+                    reason="It was claimed and not sent: its worker was stopped.",
+                    lease_until=None,
+                    next_attempt_at=None,
+                )
+                self._end_unsent(row, now)
             if (
                 row.status is Status.RELEASED
                 and row.released_at is not None
@@ -468,7 +481,11 @@ class MemoryLedger:
 
     def due(self) -> list[int]:
         soon = self.clock() + DUE_WITHIN
-        found = [row for row in self.rows.values() if row.status in IN_DOUBT and _waited(row, soon)]
+        found = [
+            row
+            for row in self.rows.values()
+            if row.status in IN_DOUBT and row.first_sent_at is not None and _waited(row, soon)
+        ]
         return [row.id for row in sorted(found, key=_oldest_first)]
 
     def begin_run(
@@ -768,12 +785,10 @@ class MemoryLedger:
         row = self.rows.get(refund_id)
         if row is None or row.request is None or not self._may_claim(row, now, environment, sent_with):
             return None
-        is_first = row.first_sent_at is None
-        self._claim(
-            row, now, now + timedelta(seconds=token_seconds + self.settings.lease_margin_seconds), sent_with
-        )
+        self._end_unsent(row, now)
+        self._claim(row, now, now + timedelta(seconds=token_seconds + self.settings.lease_margin_seconds))
         self.attempts[row.id].append(Attempt(row.id, row.attempts, task.run_id, now))
-        return Claim(_refund(row), self._history(refund_id, before=row.attempts), is_first)
+        return Claim(_refund(row), self._history(refund_id, before=row.attempts), sent_with)
 
     def _may_claim(self, row: Row, now: datetime, environment: str, sent_with: str) -> bool:
         if (
@@ -781,25 +796,24 @@ class MemoryLedger:
             or self.environment != environment
             or self._is_paused(row)
             or not self._replaced_stands(row)
+            or not self._inside_window(row, now, sent_with)
         ):
             return False
-        if row.first_sent_at is None:
-            if not self._list_is_known(row, sent_with):
-                return False
-        elif not self._inside_window(row, now, sent_with):
+        if row.first_sent_at is None and not self._list_is_known(row, sent_with):
             return False
+        fresh = row.released_at is not None and row.released_at > now - RELEASE_VALID
         if row.status is Status.RELEASED:
-            return row.released_at is not None and row.released_at > now - RELEASE_VALID
-        return row.status in IN_DOUBT and _waited(row, now)
+            return fresh
+        return row.status in IN_DOUBT and _waited(row, now) and (row.first_sent_at is not None or fresh)
 
     def _inside_window(self, row: Row, now: datetime, sent_with: str) -> bool:
-        assert row.first_sent_at is not None
-        return (
+        return row.first_sent_at is None or (
             row.first_sent_at > now - timedelta(days=self.settings.key_window_days)
             and row.sent_with == sent_with
         )
 
-    def _claim(self, row: Row, now: datetime, lease_until: datetime, sent_with: str) -> None:
+    def _claim(self, row: Row, now: datetime, fence_until: datetime) -> None:
+        lease_until = min(now + CLAIM_LEASE, fence_until)
         self._write(
             row,
             now,
@@ -807,22 +821,37 @@ class MemoryLedger:
             attempts=row.attempts + 1,
             reason=None,
             lease_until=lease_until,
+            fence_until=fence_until,
             next_attempt_at=lease_until,
-            first_sent_at=row.first_sent_at or now,
-            sent_with=row.sent_with or sent_with,
         )
 
+    def _end_unsent(self, row: Row, now: datetime) -> None:
+        """Record attempts whose worker was stopped before its last check as not sent."""
+        for item in self.attempts[row.id]:
+            if item.finished_at is None and item.posting_at is None:
+                item.finished_at, item.outcome = now, Outcome.NOT_SENT
+
     def may_post(self, claim: Claim, seconds: float) -> bool:
-        row = self._row(claim.refund.id)
-        return (
+        row, now = self._row(claim.refund.id), self.clock()
+        ends = now + timedelta(seconds=seconds + self.settings.lease_margin_seconds)
+        may = (
             row.attempts == claim.attempt
             and row.status is Status.SENDING
-            and row.lease_until is not None
-            and row.lease_until > self.clock() + timedelta(seconds=seconds)
+            and row.fence_until is not None
+            and row.fence_until > ends
             and not self._is_paused(row)
             and self._replaced_stands(row)
-            and (not claim.is_first or self._list_is_known(row, row.sent_with))
+            and self._inside_window(row, now, claim.sent_with)
+            and (row.first_sent_at is not None or self._list_is_known(row, claim.sent_with))
         )
+        if may:
+            self._permit(row, claim, now)
+        return may
+
+    def _permit(self, row: Row, claim: Claim, now: datetime) -> None:
+        row.lease_until, row.as_refund = row.fence_until, None
+        row.first_sent_at, row.sent_with = row.first_sent_at or now, row.sent_with or claim.sent_with
+        self.attempts[row.id][claim.attempt - 1].posting_at = now
 
     def record(
         self, refund_id: int, verdict: Verdict, attempt: int | None = None, *, restored: bool = False
@@ -943,12 +972,15 @@ class MemoryLedger:
             if item.http_status == 401 or item.problem_type == "not-authorized"
         ]
         return History(
-            unresolved=any(item.outcome in (None, Outcome.UNKNOWN) for item in earlier),
+            unresolved=any(
+                item.posting_at is not None and item.outcome in (None, Outcome.UNKNOWN) for item in earlier
+            ),
             processed=any(
                 item.outcome in (Outcome.ACCEPTED, Outcome.REJECTED, Outcome.REVIEW) for item in earlier
             ),
             key_in_use=any(item.problem_type == "idempotency-key-in-use" for item in earlier),
             unauthorized_at=max((instant for instant in refused if instant is not None), default=None),
+            posted=any(item.posting_at is not None for item in earlier),
         )
 
     def _finish_attempt(self, refund_id: int, attempt: int, verdict: Verdict, now: datetime) -> None:
@@ -986,9 +1018,11 @@ class MemoryLedger:
     def case(self, refund_id: int) -> Case:
         row = self._row(refund_id)
         attempts = self.attempts[refund_id]
-        instants = [row.lease_until, *(at for item in attempts for at in (item.started_at, item.finished_at))]
+        times = (at for item in attempts for at in (item.started_at, item.posting_at, item.finished_at))
+        instants = [row.lease_until, *times]
         unproven = any(
-            item.outcome not in (Outcome.REJECTED, Outcome.CONFIGURATION, Outcome.NOT_SENT)
+            (item.posting_at is not None or item.outcome is not None)
+            and item.outcome not in (Outcome.REJECTED, Outcome.CONFIGURATION, Outcome.NOT_SENT)
             for item in attempts
         )
         mine = [event for event in self.events if event.refund_id == refund_id]
@@ -1276,12 +1310,9 @@ class MemoryLedger:
             row.updated_at = max(now, previous + _MICROSECOND)
         if new_status in PAID and row.first_released_at is None:
             row.first_released_at = row.updated_at
-        if new_status in IN_DOUBT and None in (
-            row.first_sent_at,
-            row.sent_with,
-            row.lease_until,
-            row.next_attempt_at,
-        ):
+        if new_status in IN_DOUBT and None in (row.lease_until, row.fence_until, row.next_attempt_at):
+            raise _refused("claimed says until when")
+        if new_status is Status.UNKNOWN and None in (row.first_sent_at, row.sent_with):
             raise _refused("sent says when and with what")
         if new_status is Status.HELD and not row.holds:
             raise _refused("held says for what")
@@ -1305,6 +1336,7 @@ _UNSENT = (
     "run_rejected_by",
     "first_sent_at",
     "lease_until",
+    "fence_until",
     "next_attempt_at",
     "payroc_refund_id",
     "payroc_status",
@@ -1363,13 +1395,12 @@ def _oldest_first(row: Row) -> tuple[datetime, int]:
     return row.approved_at, row.id
 
 
+def _lapsed(row: Row, now: datetime) -> bool:
+    return row.lease_until is not None and row.lease_until <= now
+
+
 def _waited(row: Row, now: datetime) -> bool:
-    return (
-        row.lease_until is not None
-        and row.lease_until <= now
-        and row.next_attempt_at is not None
-        and row.next_attempt_at <= now
-    )
+    return _lapsed(row, now) and row.next_attempt_at is not None and row.next_attempt_at <= now
 
 
 def _refused(what: str) -> Violation:

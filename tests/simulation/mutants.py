@@ -206,9 +206,9 @@ _claim, _record = MemoryLedger.claim, MemoryLedger.record
 _UNCOMMITTED: dict[int, Any] = {}
 
 
-def _lease(make: Callable[[MemoryLedger, Row, datetime, datetime], datetime]) -> Any:
-    def claim(self: MemoryLedger, row: Row, now: datetime, lease_until: datetime, sent_with: str) -> None:
-        _write_claim(self, row, now, make(self, row, now, lease_until), sent_with)
+def _fence(make: Callable[[datetime], datetime]) -> Any:
+    def claim(self: MemoryLedger, row: Row, now: datetime, fence_until: datetime) -> None:
+        _write_claim(self, row, now, make(now))
 
     return claim
 
@@ -224,28 +224,92 @@ def _claim_by_the_hosts_clock(
 
 
 def _may_claim_with_any_key(self: MemoryLedger, row: Row, now: datetime, sent_with: str) -> bool:
-    assert row.first_sent_at is not None
-    return row.first_sent_at > now - timedelta(days=self.settings.key_window_days)
+    return row.first_sent_at is None or row.first_sent_at > now - timedelta(
+        days=self.settings.key_window_days
+    )
 
 
-def _first_sent_anew(
-    self: MemoryLedger, row: Row, now: datetime, lease_until: datetime, sent_with: str
-) -> None:
+# -- the last check ------------------------------------------------------------------------------------------------------
+
+
+def _first_sent_anew(self: MemoryLedger, row: Row, claim: Claim, now: datetime) -> None:
     row.first_sent_at = None
-    _write_claim(self, row, now, lease_until, sent_with)
+    _permit(self, row, claim, now)
+
+
+def _permit_without_lease(self: MemoryLedger, row: Row, claim: Claim, now: datetime) -> None:
+    lease_until = row.lease_until
+    _permit(self, row, claim, now)
+    row.lease_until = lease_until
+
+
+_permit = MemoryLedger._permit
+
+
+def _record_and_extend(
+    self: MemoryLedger, refund_id: int, verdict: Verdict, attempt: int | None = None, **more: Any
+) -> Any:
+    """The lease is extended when the POST has returned."""
+    row = self.rows[refund_id]
+    if row.status is Status.SENDING and row.attempts == attempt:
+        row.lease_until, row.as_refund = row.fence_until, None
+    return _record(self, refund_id, verdict, attempt, **more)
 
 
 def _may_post_whatever(self: MemoryLedger, claim: Claim, seconds: float) -> bool:
+    if len(self.attempts.get(claim.refund.id, ())) >= claim.attempt:
+        self.attempts[claim.refund.id][claim.attempt - 1].posting_at = self.clock()
     return True
 
 
-def _may_post_without_lease(self: MemoryLedger, claim: Claim, seconds: float) -> bool:
-    row = self.rows[claim.refund.id]
-    lease_until, row.lease_until = row.lease_until, self.clock() + timedelta(days=1)
-    try:
-        return _may_post(self, claim, seconds)
-    finally:
-        row.lease_until = lease_until
+def _may_post_of_any_attempt(self: MemoryLedger, claim: Claim, seconds: float) -> bool:
+    newest = self.rows[claim.refund.id].attempts
+    of_newest = dataclasses.replace(claim, refund=dataclasses.replace(claim.refund, attempts=newest))
+    may = _may_post(self, of_newest, seconds)
+    if may:
+        self.attempts[claim.refund.id][claim.attempt - 1].posting_at = self.clock()
+    return may
+
+
+def _may_post_without_commit(self: MemoryLedger, claim: Claim, seconds: float) -> bool:
+    """What the last check writes is committed with the record, and not before the POST."""
+    row, attempt = self.rows[claim.refund.id], self.attempts[claim.refund.id][claim.attempt - 1]
+    before = row.lease_until, row.first_sent_at, row.sent_with
+    may = _may_post(self, claim, seconds)
+    if may:
+        row.lease_until, row.first_sent_at, row.sent_with = before
+        # The invariants would notice at once that posting_at is missing; what it costs is to be seen.
+        _UNPERMITTED[attempt.refund_id, attempt.attempt] = claim
+    return may
+
+
+def _record_with_permission(
+    self: MemoryLedger, refund_id: int, verdict: Verdict, attempt: int | None = None, **more: Any
+) -> Any:
+    claim = _UNPERMITTED.pop((refund_id, attempt or 0), None)
+    row = self.rows[refund_id]
+    if claim is not None and row.status is Status.SENDING and row.attempts == attempt:
+        _permit(self, row, claim, self.clock())
+    return _record(self, refund_id, verdict, attempt, **more)
+
+
+_UNPERMITTED: dict[tuple[int, int], Claim] = {}
+
+
+def _permit_not_durable(self: MemoryLedger, row: Row, claim: Claim, now: datetime) -> None:
+    """One commit of twenty is lost after it was acknowledged."""
+    before = row.lease_until, row.first_sent_at, row.sent_with
+    _permit(self, row, claim, now)
+    engine = self.clock.__self__  # type: ignore[attr-defined]
+    if engine.chance() < 0.05:
+        row.lease_until, row.first_sent_at, row.sent_with = before
+
+
+def _end_also_what_was_posted(self: MemoryLedger, row: Row, now: datetime) -> None:
+    """An attempt of which nothing was recorded counts as never sent, though it has passed its last check."""
+    for item in self.attempts[row.id]:
+        if item.finished_at is None:
+            item.finished_at, item.outcome, row.first_sent_at = now, Outcome.NOT_SENT, None
 
 
 _may_post = MemoryLedger.may_post
@@ -493,11 +557,9 @@ async def _claim_with_the_lease_of_the_list(
     self: SteppedLedger, refund_id: int, task: Task, **values: Any
 ) -> Claim | None:
     claim: Claim | None = await _stepped_claim(self, refund_id, task, **values)
-    strand, row = self.engine.current, self.ledger.rows[refund_id]
-    if claim is not None and strand is not None and row.attempts == claim.attempt:
-        strand.lease_until = self.__dict__.setdefault("leases", {}).setdefault(task, row.lease_until)
-        row.lease_until = row.next_attempt_at = strand.lease_until
-        row.as_refund = None
+    row = self.ledger.rows[refund_id]
+    if claim is not None and row.attempts == claim.attempt:
+        row.fence_until = self.__dict__.setdefault("fences", {}).setdefault(task, row.fence_until)
     return claim
 
 
@@ -813,15 +875,39 @@ MUTANTS = (
     Mutant(
         "no lease",
         (
-            (MemoryLedger, "_claim", _lease(lambda self, row, now, until: now)),
-            (MemoryLedger, "may_post", _may_post_without_lease),
+            (MemoryLedger, "_claim", _fence(lambda now: now + timedelta(days=1))),
+            (ledger, "CLAIM_LEASE", timedelta(0)),
+            (MemoryLedger, "_permit", _permit_without_lease),
         ),
     ),
     Mutant(
-        "a lease shorter than the token",
-        ((MemoryLedger, "_claim", _lease(lambda self, row, now, until: now + timedelta(minutes=10))),),
+        "a fence shorter than the token",
+        ((MemoryLedger, "_claim", _fence(lambda now: now + timedelta(minutes=20))),),
     ),
-    Mutant("the lease is counted by the host's clock", ((MemoryLedger, "claim", _claim_by_the_hosts_clock),)),
+    Mutant("the last check extends nothing", ((MemoryLedger, "_permit", _permit_without_lease),)),
+    Mutant(
+        "the lease is extended after the POST",
+        ((MemoryLedger, "_permit", _permit_without_lease), (MemoryLedger, "record", _record_and_extend)),
+    ),
+    Mutant(
+        "the POST leaves before the last check is committed",
+        (
+            (MemoryLedger, "may_post", _may_post_without_commit),
+            (MemoryLedger, "record", _record_with_permission),
+        ),
+    ),
+    Mutant(
+        "the last check does not compare the attempt", ((MemoryLedger, "may_post", _may_post_of_any_attempt),)
+    ),
+    Mutant(
+        "one last check of twenty is acknowledged and lost",
+        ((MemoryLedger, "_permit", _permit_not_durable),),
+    ),
+    Mutant(
+        "an attempt that may have been sent counts as never sent",
+        ((MemoryLedger, "_end_unsent", _end_also_what_was_posted),),
+    ),
+    Mutant("the fence is counted by the host's clock", ((MemoryLedger, "claim", _claim_by_the_hosts_clock),)),
     Mutant("no wait after an unknown", ((ledger, "decide", _decide_without_wait),)),
     Mutant(
         "no key window",
@@ -830,7 +916,7 @@ MUTANTS = (
             (look_up, "past_window", lambda *anything: False),
         ),
     ),
-    Mutant("the key window counts from the last attempt", ((MemoryLedger, "_claim", _first_sent_anew),)),
+    Mutant("the key window counts from the last attempt", ((MemoryLedger, "_permit", _first_sent_anew),)),
     Mutant("another API key may send again", ((MemoryLedger, "_inside_window", _may_claim_with_any_key),)),
     Mutant(
         "what has ended is sent again",
@@ -1028,8 +1114,6 @@ MUTANTS = (
     Mutant(
         "a list records under a neighbour's attempt",
         ((send, "_send", _send_with_the_attempt_of_the_list),),
-        harmless="What another attempt is said to have found counts only when it is Payroc's refund itself; the attempt's own outcome "
-        "stays open, and is looked up, or sent again under its key, when the lease ends.",
     ),
     Mutant(
         "a list's first error forgets what is under way",

@@ -94,12 +94,13 @@ def test_calls_that_share_a_transaction_do_what_they_do_one_after_the_other(new_
         held = [item for item in claims if item is not None]
         assert held
         ledger.pause(TERMINALS[0], "A test pauses it.")
-        assert len(set(ledger.together("may_post", [((item, 60.0), {}) for item in held]))) == 2
+        permissions = ledger.together("may_post", [((item, 60.0), {}) for item in held])
+        assert len(set(permissions)) == 2
         ledger.together(
             "record",
             [
-                ((item.refund.id, verdict, item.attempt), {})
-                for item, verdict in zip(held, verdicts, strict=False)
+                ((item.refund.id, verdict if may_post else _NOT_SENT, item.attempt), {})
+                for item, verdict, may_post in zip(held, verdicts, permissions, strict=False)
             ],
         )
         ledger.together("read", [((refund_id,), {}) for refund_id in (*refund_ids, 999)])
@@ -120,6 +121,7 @@ def test_calls_that_share_a_transaction_do_what_they_do_one_after_the_other(new_
 
 
 _UNKNOWN = Verdict(Outcome.UNKNOWN, "No answer came.")
+_NOT_SENT = Verdict(Outcome.NOT_SENT, "The last check refused it.")
 
 
 def _accepted(payroc_refund_id: str) -> Verdict:

@@ -17,7 +17,7 @@ from include.refunds.ledger import Ledger, LedgerEngine
 from include.refunds.ledger.connection import Connection
 from include.refunds.settings import Settings
 from tests.simulation.engine import Engine, Violation
-from tests.simulation.ledger import MemoryLedger, Row
+from tests.simulation.ledger import Attempt, MemoryLedger, Row
 from tests.support.clock import clock
 
 _TABLES = (
@@ -65,7 +65,6 @@ _READS = frozenset(
         "due",
         "terminals",
         "read",
-        "may_post",
         "in_doubt",
         "not_sent",
         "followed",
@@ -143,6 +142,11 @@ class PostgresLedger:
                   FROM refund_ledger.refund_instructions) AS i USING (id)
             JOIN (SELECT refund_id AS id, sent_with FROM refund_ledger.refund_states) AS s USING (id)
             ORDER BY id"""
+        return self._run(self._rows(query))
+
+    def dump_attempts(self) -> list[dict[str, Any]]:
+        """Return all attempts."""
+        query = f"SELECT {', '.join(Attempt.__slots__)} FROM refund_ledger.refund_attempts ORDER BY refund_id, attempt"
         return self._run(self._rows(query))
 
     def dump_runs(self) -> dict[str, dict[str, Any]]:
@@ -292,6 +296,12 @@ class Twins:
             for _, row in sorted(self.memory.rows.items())
         ]
         _same(f"{name}, then the rows", rows, self.postgres.dump())
+        attempts = [
+            {column: getattr(item, column) for column in Attempt.__slots__}
+            for _, items in sorted(self.memory.attempts.items())
+            for item in items
+        ]
+        _same(f"{name}, then the attempts", attempts, self.postgres.dump_attempts())
         runs = {
             run_id: {column: getattr(run, column) for column in _RUN_COLUMNS}
             for run_id, run in self.memory.runs.items()

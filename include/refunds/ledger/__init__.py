@@ -49,6 +49,7 @@ class Ledger(Intake, Runs, Sending, Decisions, Requests, WriteBacks, Bindings):
     :param engine: the ledger's database, see :class:`LedgerEngine`.
     :param settings: source, waits, key window.
     :param actor: who changes something, as the events name it.
+    :param monotonic: the worker's clock that never goes back, in seconds.
     """
 
     @cached_property

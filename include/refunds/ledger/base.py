@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Self
@@ -50,10 +51,12 @@ class LedgerBase:
         settings: Settings,
         *,
         actor: str,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.engine = engine
         self._settings = settings
         self._actor = actor
+        self._monotonic = monotonic
         self._rehearsal: Connection | None = None
 
     @asynccontextmanager
@@ -123,7 +126,7 @@ class LedgerBase:
     async def rehearsal(self) -> AsyncIterator[Self]:
         """Yield a ledger whose every change is rolled back at the end."""
         async with self.engine.connect() as connection:
-            ledger = type(self)(self.engine, self._settings, actor=self._actor)
+            ledger = type(self)(self.engine, self._settings, actor=self._actor, monotonic=self._monotonic)
             ledger._rehearsal = connection
             async with connection.rolled_back():
                 yield ledger

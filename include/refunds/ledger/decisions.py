@@ -218,13 +218,16 @@ class Decisions(Events):
 
     async def _case(self, connection: Connection, refund_id: int, now: datetime) -> Case:
         refund = await select_refund(connection, refund_id)
-        # An attempt is without effect when Payroc refused it, or never processed it; a contradiction means that Payroc showed an object.
+        # An attempt is without effect when it was never sent, when Payroc refused it, or never processed it; a
+        # contradiction means that Payroc showed an object.
         query = """
-            SELECT (SELECT GREATEST(max(started_at), max(finished_at)) FROM refund_ledger.refund_attempts WHERE refund_id = :id)
-                       AS last_attempt_at,
+            SELECT (SELECT GREATEST(max(started_at), max(posting_at), max(finished_at))
+                    FROM refund_ledger.refund_attempts WHERE refund_id = :id) AS last_attempt_at,
                    refund_ledger.ended_unpaid(:id) AS chain_unpaid,
                    EXISTS (SELECT FROM refund_ledger.refund_attempts WHERE refund_id = :id
-                           AND (outcome IS NULL OR outcome NOT IN ('rejected', 'configuration', 'not_sent'))) AS unproven,
+                           AND (posting_at IS NOT NULL OR outcome IS NOT NULL)
+                           AND COALESCE(outcome, 'unknown') NOT IN ('rejected', 'configuration', 'not_sent'))
+                       AS unproven,
                    EXISTS (SELECT FROM refund_ledger.refund_events WHERE refund_id = :id AND event = 'contradiction') AS contradicted,
                    (SELECT id FROM refund_ledger.refund_instructions WHERE replaces = :id) AS reissue,
                    refund_ledger.first_source_ref(:id) AS first_source_ref"""

@@ -53,6 +53,9 @@ _STATUS = Refund.__slots__.index("status")
 IDS = "CAST(CAST(:ids AS text) AS bigint[])"
 OF_MANY = f"IN (SELECT unnest({IDS}))"
 
+NEVER_POSTED = "a.finished_at IS NULL AND a.posting_at IS NULL"
+"""True of an attempt ``a`` whose worker is at it, or was stopped before its last check."""
+
 
 def as_refund(row: Sequence[Any]) -> Refund:
     """Return the refund of a row of :data:`COLUMNS`."""
@@ -78,18 +81,24 @@ def changed(refunds: Mapping[int, Refund], rows: Iterable[Mapping[str, Any]]) ->
     }
 
 
-async def lock(connection: Connection, refund_ids: Iterable[int]) -> None:
+async def lock(
+    connection: Connection, refund_ids: Iterable[int], condition: str = "true", **values: object
+) -> list[int]:
     """
     Lock the states of refunds until the end of the transaction, in the order of their ids, so that two
     transactions with the same refunds wait for each other and are not deadlocked.
 
     A statement that has waited for a row goes on with the snapshot that it had before. So this is a statement of
     its own, and the next one sees everything as the last transaction left it.
+
+    :param condition: of a state; others are left alone.
+    :param values: of the condition.
+    :returns: the ids of those that are locked.
     """
     query = f"""
-        SELECT FROM refund_ledger.refund_states WHERE refund_id {OF_MANY}
+        SELECT refund_id FROM refund_ledger.refund_states WHERE refund_id {OF_MANY} AND {condition}
         ORDER BY refund_id FOR NO KEY UPDATE OF refund_states"""
-    await connection.execute(query, {"ids": as_array(refund_ids)})
+    return (await connection.execute(query, {"ids": as_array(refund_ids), **values})).scalars()
 
 
 async def select_refunds(connection: Connection, refund_ids: Iterable[int]) -> dict[int, Refund]:
@@ -131,7 +140,9 @@ async def select_histories(connection: Connection, before: Mapping[int, int]) ->
     asked = {refund_id: attempt for refund_id, attempt in before.items() if attempt > 1}
     if asked:
         query = f"""
-            SELECT asked.id, COALESCE(bool_or(outcome IS NULL OR outcome = 'unknown'), false) AS unresolved,
+            SELECT asked.id, COALESCE(bool_or(posting_at IS NOT NULL), false) AS posted,
+                   COALESCE(bool_or(posting_at IS NOT NULL AND (outcome IS NULL OR outcome = 'unknown')), false)
+                       AS unresolved,
                    COALESCE(bool_or(outcome IN ('accepted', 'rejected', 'review')), false) AS processed,
                    COALESCE(bool_or(problem_type = 'idempotency-key-in-use'), false) AS key_in_use,
                    max(finished_at) FILTER (WHERE http_status = 401 OR problem_type = 'not-authorized') AS unauthorized_at
@@ -140,7 +151,9 @@ async def select_histories(connection: Connection, before: Mapping[int, int]) ->
             GROUP BY asked.id"""
         found = await connection.execute(query, {"ids": as_array(asked), "before": as_array(asked.values())})
         histories |= {
-            row.id: History(row.unresolved, row.processed, row.key_in_use, row.unauthorized_at)
+            row.id: History(
+                row.unresolved, row.processed, row.key_in_use, row.unauthorized_at, posted=row.posted
+            )
             for row in found
         }
     return histories

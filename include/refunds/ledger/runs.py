@@ -17,7 +17,7 @@ from include.refunds.ledger.connection import Connection, Row, as_array
 from include.refunds.ledger.continuity import Continuity
 from include.refunds.ledger.gate import Gate
 from include.refunds.ledger.pauses import NOT_PAUSED
-from include.refunds.ledger.rows import IDS, OF_MANY, lock
+from include.refunds.ledger.rows import IDS, NEVER_POSTED, OF_MANY, lock
 from include.refunds.limits import (
     AtTheGate,
     GateDecision,
@@ -85,19 +85,36 @@ class Runs(Gate, Continuity):
     """What a run reads and writes before and after the sending."""
 
     async def return_stale_releases(self) -> int:
-        """Return released refunds that nobody sent in time to ``approved``, and their number."""
-        stale = """
-            SELECT id FROM refund_ledger.refunds
-            WHERE source = :source AND status = 'released' AND released_at <= :oldest"""
+        """
+        Return released refunds that nobody sent in time to ``approved``, and their number.
+
+        Before that, what a worker claimed and never sent, because it was killed, is released again: the source
+        may have withdrawn it since.
+        """
+        unsent = "status = 'sending' AND first_sent_at IS NULL AND lease_until <= :now"
+        unused = "status = 'released' AND released_at <= :oldest"
+        which = f"SELECT id FROM refund_ledger.refunds WHERE source = :source AND ({unsent} OR {unused})"
+        take_back = f"""
+            WITH released AS (
+                UPDATE refund_ledger.refund_states
+                SET status = 'released', reason = 'It was claimed and not sent: its worker was stopped.',
+                    lease_until = NULL, next_attempt_at = NULL, updated_at = :now
+                WHERE refund_id {OF_MANY} AND {unsent}
+                RETURNING refund_id
+            )
+            UPDATE refund_ledger.refund_attempts AS a SET finished_at = :now, outcome = 'not_sent'
+            FROM released WHERE a.refund_id = released.refund_id AND {NEVER_POSTED}"""
         update = f"""
             UPDATE refund_ledger.refund_states
             SET status = 'approved', reason = 'The release was not used in time.', updated_at = :now
-            WHERE refund_id {OF_MANY} AND status = 'released' AND released_at <= :oldest"""
+            WHERE refund_id {OF_MANY} AND {unused}"""
         async with self._transaction() as (connection, now):
             values = {"source": self._settings.source, "now": now, "oldest": now - RELEASE_VALID}
-            ids = (await connection.execute(stale, values)).scalars()
+            ids = (await connection.execute(which, values)).scalars()
             await lock(connection, ids)
-            return await connection.change(update, {**values, "ids": as_array(ids)})
+            values["ids"] = as_array(ids)
+            await connection.execute(take_back, values)
+            return await connection.change(update, values)
 
     async def candidates(
         self, selection: Selection, *, standing: Sequence[str] | None = None, ids: Sequence[int] | None = None
@@ -134,10 +151,14 @@ class Runs(Gate, Continuity):
             return [Candidate(**row) for row in (await connection.execute(query, values))]
 
     async def due(self) -> list[int]:
-        """Return the ids of refunds in doubt whose wait has ended, or ends soon enough to be waited for."""
+        """
+        Return the ids of unknown refunds, and of those sent without a record, whose wait has ended, or ends soon
+        enough to be waited for.
+        """
         query = """
             SELECT id FROM refund_ledger.refunds
-            WHERE source = :source AND status IN ('sending', 'unknown') AND lease_until <= :soon AND next_attempt_at <= :soon
+            WHERE source = :source AND status IN ('sending', 'unknown') AND first_sent_at IS NOT NULL
+              AND lease_until <= :soon AND next_attempt_at <= :soon
             ORDER BY approved_at, id"""
         async with self._transaction() as (connection, now):
             values = {"source": self._settings.source, "soon": now + DUE_WITHIN}

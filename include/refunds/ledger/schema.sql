@@ -350,7 +350,7 @@ CREATE TRIGGER never_emptied BEFORE TRUNCATE ON refund_ledger.frozen_requests
 
 -- One row per instruction: where the refund is. It begins as approved, made by a trigger of the instruction;
 -- nobody has the right to INSERT one. It moves along the graph of guard_state, and is never deleted. It is
--- narrow and has few indexes, because it changes seven times in the life of a refund. Rows are locked FOR NO
+-- narrow and has few indexes, because it changes eight times in the life of a refund. Rows are locked FOR NO
 -- KEY UPDATE in the order of refund_id, so that two transactions wait for each other and are not deadlocked.
 CREATE TABLE refund_ledger.refund_states (
     -- Which instruction. No foreign key: the trigger that makes the row has the instruction at hand.
@@ -386,14 +386,17 @@ CREATE TABLE refund_ledger.refund_states (
 
     -- How many attempts were claimed. The newest has this number.
     attempts integer NOT NULL DEFAULT 0 CHECK (attempts >= 0),
-    -- When the first attempt that may have reached Payroc was claimed. Payroc keeps a key for 7 days from
-    -- then on; after 6 there is no POST any more.
+    -- When the first attempt that may have reached Payroc passed its last check. Payroc keeps a key for 7
+    -- days from then on; after 6 there is no POST any more. NULL while none can have reached it.
     first_sent_at timestamptz,
     -- A hash of the API host and key of that attempt; a key may mean nothing with others.
     sent_with text,
-    -- Until when the newest attempt may still send: longer than its token lives. Nobody else sends before
-    -- that.
+    -- Until when the refund is the newest attempt's; nobody else sends before that. A claim takes 2 minutes,
+    -- its last check fence_until.
     lease_until timestamptz,
+    -- Until when the newest attempt could send, once it has passed its last check: longer than its token
+    -- lives. After that Payroc refuses whatever its worker still sends.
+    fence_until timestamptz,
     -- When the next attempt may begin at the earliest.
     next_attempt_at timestamptz,
 
@@ -411,11 +414,14 @@ CREATE TABLE refund_ledger.refund_states (
     -- A release without its actor and its time could not be shown, and would not end after 24 hours.
     CONSTRAINT released_says_by_whom_and_when CHECK (
         status <> 'released' OR (released_by IS NOT NULL AND released_at IS NOT NULL)),
-    -- The key window, the fence and the wait all rest on these.
-    CONSTRAINT sent_says_when_and_with_what CHECK (
+    -- The fence and the wait rest on these.
+    CONSTRAINT claimed_says_until_when CHECK (
         status NOT IN ('sending', 'unknown')
-        OR (attempts > 0 AND first_sent_at IS NOT NULL AND sent_with IS NOT NULL
-            AND lease_until IS NOT NULL AND next_attempt_at IS NOT NULL)),
+        OR (attempts > 0 AND lease_until IS NOT NULL AND fence_until IS NOT NULL
+            AND next_attempt_at IS NOT NULL)),
+    -- The key window rests on these.
+    CONSTRAINT sent_says_when_and_with_what CHECK (
+        status <> 'unknown' OR (first_sent_at IS NOT NULL AND sent_with IS NOT NULL)),
     -- Only Payroc's object proves that money was accepted.
     CONSTRAINT paid_has_payrocs_refund_id CHECK (
         status NOT IN ('accepted', 'settled', 'returned', 'reversed') OR payroc_refund_id IS NOT NULL)
@@ -604,8 +610,14 @@ BEGIN
         RAISE EXCEPTION 'refund %: a state stays its refund''s', OLD.refund_id
             USING ERRCODE = 'check_violation';
     END IF;
-    IF NEW.attempts <> OLD.attempts AND NOT claims THEN
-        RAISE EXCEPTION 'refund %: attempts count up by one, with a claim', OLD.refund_id
+    IF (NEW.attempts <> OLD.attempts OR NEW.fence_until IS DISTINCT FROM OLD.fence_until) AND NOT claims THEN
+        RAISE EXCEPTION 'refund %: attempts and fence change with a claim alone', OLD.refund_id
+            USING ERRCODE = 'check_violation';
+    END IF;
+    IF OLD.status = 'sending' AND NEW.status = 'sending' AND NOT claims
+       AND NEW.lease_until IS DISTINCT FROM OLD.lease_until
+       AND NEW.lease_until IS DISTINCT FROM NEW.fence_until THEN
+        RAISE EXCEPTION 'refund %: a lease ends with its attempt alone', OLD.refund_id
             USING ERRCODE = 'check_violation';
     END IF;
     IF (NEW.reason IS DISTINCT FROM OLD.reason OR NEW.holds <> OLD.holds) AND NOT (moves OR claims) THEN
@@ -655,6 +667,7 @@ BEGIN
         IF NEW.first_sent_at IS NULL THEN
             IF EXISTS (SELECT FROM refund_ledger.refund_attempts
                        WHERE refund_id = OLD.refund_id
+                         AND (posting_at IS NOT NULL OR outcome IS NOT NULL)
                          AND COALESCE(outcome, 'unknown') NOT IN ('not_sent', 'configuration')) THEN
                 RAISE EXCEPTION 'refund %: an attempt may have reached Payroc', OLD.refund_id
                     USING ERRCODE = 'check_violation';
@@ -680,16 +693,21 @@ BEGIN
     RETURN NEW;
 END $$;
 
--- Not for what anyone with the right to the column may change at any time: when a refund was written back,
--- when Payroc showed it and with which word, and how long to wait.
+-- Not for what a last check writes (lease_until becomes fence_until, and first_sent_at and sent_with are
+-- set), of which there is one for each POST; nor for what anyone with the right to the column may change at
+-- any time: when a refund was written back, when Payroc showed it and with which word, and how long to wait.
 CREATE TRIGGER guard BEFORE UPDATE ON refund_ledger.refund_states FOR EACH ROW
     WHEN ((OLD.refund_id, OLD.status, OLD.reason, OLD.updated_at, OLD.holds, OLD.released_holds,
            OLD.run_rejected_by, OLD.released_by, OLD.released_run, OLD.released_at, OLD.attempts,
-           OLD.first_sent_at, OLD.sent_with, OLD.payroc_refund_id)
+           OLD.fence_until, OLD.payroc_refund_id)
           IS DISTINCT FROM
           (NEW.refund_id, NEW.status, NEW.reason, NEW.updated_at, NEW.holds, NEW.released_holds,
            NEW.run_rejected_by, NEW.released_by, NEW.released_run, NEW.released_at, NEW.attempts,
-           NEW.first_sent_at, NEW.sent_with, NEW.payroc_refund_id))
+           NEW.fence_until, NEW.payroc_refund_id)
+          OR (OLD.first_sent_at IS NOT NULL OR OLD.status <> 'sending')
+             AND (NEW.first_sent_at, NEW.sent_with) IS DISTINCT FROM (OLD.first_sent_at, OLD.sent_with)
+          OR OLD.status = 'sending' AND NEW.lease_until IS DISTINCT FROM OLD.lease_until
+             AND NEW.lease_until IS DISTINCT FROM NEW.fence_until)
     EXECUTE FUNCTION refund_ledger.guard_state();
 
 -- A refund without a state would be neither sent nor reported.
@@ -815,8 +833,8 @@ $$;
 
 -- 5  Attempts -----------------------------------------------------------------------------------------------
 
--- One row per claim, so per POST at most. It is committed before the POST and finished after it: a row
--- without an outcome is an attempt that may have reached Payroc.
+-- One row per claim, so per POST at most. It is committed before the POST and finished after it: a row with
+-- posting_at and without an outcome is an attempt that may have reached Payroc.
 CREATE TABLE refund_ledger.refund_attempts (
     -- Whose attempt it is. No foreign key: guard_attempt looks for the claim.
     refund_id bigint NOT NULL,
@@ -830,7 +848,11 @@ CREATE TABLE refund_ledger.refund_attempts (
     try_number integer,
     -- When it was claimed.
     started_at timestamptz NOT NULL,
-    -- When its outcome was recorded; NULL until then, and forever when its worker was killed.
+    -- When it passed its last check: no POST leaves before this is committed. NULL: nothing was sent, and the
+    -- next claim says so if its worker was killed.
+    posting_at timestamptz,
+    -- When its outcome was recorded; NULL until then, and forever when its worker was killed after
+    -- posting_at.
     finished_at timestamptz,
     -- The status of Payroc's HTTP answer; NULL when there was none.
     http_status integer,
@@ -860,18 +882,25 @@ BEGIN
             RAISE EXCEPTION 'attempt % of refund % was not claimed', NEW.attempt, NEW.refund_id
                 USING ERRCODE = 'check_violation';
         END IF;
-    ELSIF OLD.finished_at IS NOT NULL
-          AND (NEW.outcome IS NULL
-               OR (NEW.outcome = ANY (without_effect) AND OLD.outcome <> ALL (without_effect))) THEN
+    ELSIF OLD.posting_at IS NOT NULL AND NEW.posting_at IS NULL THEN
+        RAISE EXCEPTION 'attempt % of refund % has passed its last check', OLD.attempt, OLD.refund_id
+            USING ERRCODE = 'check_violation';
+    ELSIF NEW.outcome IS NULL OR NEW.posting_at IS DISTINCT FROM OLD.posting_at
+          OR (NEW.outcome = ANY (without_effect) AND OLD.outcome <> ALL (without_effect)) THEN
         RAISE EXCEPTION 'attempt % of refund % has ended as %', OLD.attempt, OLD.refund_id, OLD.outcome
             USING ERRCODE = 'check_violation';
     END IF;
     RETURN NEW;
 END $$;
 
--- Later attempts and the key window rest on what these rows say.
-CREATE TRIGGER guard BEFORE INSERT OR UPDATE ON refund_ledger.refund_attempts
+-- A claim is looked for.
+CREATE TRIGGER guard_claim BEFORE INSERT ON refund_ledger.refund_attempts
     FOR EACH ROW EXECUTE FUNCTION refund_ledger.guard_attempt();
+
+-- Later attempts and the key window rest on what these rows say. Not for a last check and a first record.
+CREATE TRIGGER guard BEFORE UPDATE ON refund_ledger.refund_attempts
+    FOR EACH ROW WHEN (OLD.finished_at IS NOT NULL OR OLD.posting_at IS NOT NULL AND NEW.posting_at IS NULL)
+    EXECUTE FUNCTION refund_ledger.guard_attempt();
 
 -- The event of an attempt's outcome, written by the database with its owner's rights. The claim has the
 -- event of its status, with the attempt's number.
@@ -1574,7 +1603,7 @@ SELECT i.id, i.source, i.source_ref, i.processing_terminal_id, i.order_id, i.des
        s.status, s.reason, s.released_by, s.released_run, s.released_at,
        f.at AS first_released_at, f.run AS first_released_run, f.approver AS first_released_approver,
        s.run_rejected_by, s.holds, s.released_holds,
-       s.attempts, s.first_sent_at, s.lease_until, s.next_attempt_at,
+       s.attempts, s.first_sent_at, s.lease_until, s.fence_until, s.next_attempt_at,
        s.payroc_refund_id, s.payroc_status, s.payroc_seen_at, i.replaces,
        i.created_at, s.updated_at, s.written_back_at,
        q.request IS NOT NULL AS has_request, q.request_key
@@ -1668,7 +1697,7 @@ GRANT UPDATE (request, request_key) ON refund_ledger.frozen_requests TO refunds_
 
 -- The payer moves a refund along its graph, and notes what was written back.
 GRANT UPDATE (status, reason, holds, released_by, released_run, released_at, run_rejected_by, attempts,
-        first_sent_at, sent_with, lease_until, next_attempt_at, payroc_refund_id, payroc_status,
+        first_sent_at, sent_with, lease_until, fence_until, next_attempt_at, payroc_refund_id, payroc_status,
         payroc_seen_at, updated_at, written_back_at)
     ON refund_ledger.refund_states TO refunds_payer;
 
@@ -1684,8 +1713,8 @@ GRANT EXECUTE ON FUNCTION refund_ledger.note_sighting(bigint, text, text, text, 
 GRANT INSERT (refund_id, attempt, run_id, map_index, try_number, started_at)
     ON refund_ledger.refund_attempts TO refunds_payer;
 
--- The payer records how it ended.
-GRANT UPDATE (finished_at, http_status, problem_type, outcome)
+-- The payer passes the last check, and records how the attempt ended.
+GRANT UPDATE (posting_at, finished_at, http_status, problem_type, outcome)
     ON refund_ledger.refund_attempts TO refunds_payer;
 
 -- Events that the database does not write itself. Who may write which: guard_roles_of_events. Number, time

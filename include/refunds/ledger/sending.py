@@ -19,6 +19,7 @@ from include.refunds.ledger.records import Records
 from include.refunds.ledger.rows import (
     COLUMNS,
     IDS,
+    NEVER_POSTED,
     REFUNDS,
     as_refund,
     by_id,
@@ -28,8 +29,23 @@ from include.refunds.ledger.rows import (
 from include.refunds.ledger.runs import RELEASE_VALID, REPLACED_STANDS
 from include.refunds.refund import History, Refund
 
+CLAIM_LEASE = timedelta(minutes=2)
+"""
+How long a refund is a worker's between its claim and its last check: longer than it waits for its turn, and no longer
+than others should wait for the refunds of one that was killed.
+"""
+
+PERMISSION_SECONDS = 10.0
+"""How long the permission of a last check counts, from before it was asked for."""
+
 # Another refund of the list may go meanwhile, and a later run finds this one.
 _CLAIM_LOCK_SECONDS = 5
+
+# True of an instruction i and its state s. Of what was never sent, its terminal's list is known: the ledger has not
+# forgotten that it was. Of the rest, the key still counts at Payroc, and is sent with the host and API key of before.
+_KEY_IS_GOOD = f"""(
+    first_sent_at IS NULL AND {list_is_known(known_since=":known_since", with_="asked_with")}
+    OR first_sent_at > :window_start AND s.sent_with = asked_with)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +66,14 @@ class Task:
 @dataclass(frozen=True, slots=True)
 class Claim:
     """
-    A refund that this attempt, and no other, may send now.
+    A refund that this attempt, and no other, may send now, once its last check has passed.
 
-    :param is_first: no earlier attempt may have reached Payroc, so the terminal's list has to be known.
+    :param sent_with: hash of API URL and key, with which it would be sent.
     """
 
     refund: Refund
     history: History
-    is_first: bool = False
+    sent_with: str
 
     @property
     def attempt(self) -> int:
@@ -74,13 +90,6 @@ class _Claiming:
     environment: str
     sent_with: str
     token_seconds: float
-
-
-_LIST_IS_KNOWN_AT_THE_CLAIM = list_is_known(known_since=":known_since", with_="asked_with")
-_LIST_IS_KNOWN = list_is_known(
-    known_since="refund_ledger.now() - CAST(:known_for AS interval)",
-    with_="s.sent_with",
-)
 
 
 class Sending(Records):
@@ -127,9 +136,10 @@ class Sending(Records):
         self, refund_id: int, task: Task, *, environment: str, sent_with: str, token_seconds: float
     ) -> Claim | None:
         """
-        Claim a refund for one POST: the intent, committed before anything is sent.
+        Claim a refund for one attempt, for 2 minutes: its last check may extend them to the fence, which
+        outlives the token.
 
-        The lease outlives the token, so when another worker may claim, Payroc refuses whatever this one still sends.
+        An earlier attempt that never passed its last check is recorded as not sent.
 
         :param environment: Payroc's API base URL, which has to be the ledger's.
         :param sent_with: hash of API URL and key, which has to be that of the first attempt.
@@ -149,98 +159,142 @@ class Sending(Records):
         claim = f"""
             WITH asked AS (
                 SELECT * FROM json_to_recordset(CAST(:asked AS json)) AS asked (refund_id bigint,
-                    asked_environment text, asked_with text, asked_until timestamptz, run_id text,
+                    asked_environment text, asked_with text, fence timestamptz, run_id text,
                     map_index integer, try_number integer)
             ), claimed AS (
                 UPDATE refund_ledger.refund_states AS s
-                SET status = 'sending', attempts = s.attempts + 1, reason = NULL, lease_until = asked_until,
-                    next_attempt_at = asked_until, first_sent_at = COALESCE(s.first_sent_at, :now),
-                    sent_with = COALESCE(s.sent_with, asked_with), updated_at = :now
+                SET status = 'sending', attempts = s.attempts + 1, reason = NULL, fence_until = fence,
+                    lease_until = LEAST(:lease, fence), next_attempt_at = LEAST(:lease, fence), updated_at = :now
                 FROM asked
                 JOIN refund_ledger.refund_instructions AS i ON i.id = asked.refund_id
                 JOIN refund_ledger.frozen_requests AS q ON q.refund_id = asked.refund_id
                 WHERE s.refund_id = ANY({IDS}) AND s.refund_id = asked.refund_id
                   AND source = :source AND request IS NOT NULL AND payroc_refund_id IS NULL
-                  AND {IN_ITS_ENVIRONMENT} AND {NOT_PAUSED} AND {REPLACED_STANDS}
-                  AND (first_sent_at IS NULL AND {_LIST_IS_KNOWN_AT_THE_CLAIM}
-                       OR first_sent_at > :window_start AND sent_with = asked_with)
+                  AND {IN_ITS_ENVIRONMENT} AND {NOT_PAUSED} AND {REPLACED_STANDS} AND {_KEY_IS_GOOD}
                   AND (status = 'released' AND released_at > :oldest_release
-                       OR status IN ('unknown', 'sending') AND lease_until <= :now AND next_attempt_at <= :now)
+                       OR status IN ('unknown', 'sending') AND lease_until <= :now AND next_attempt_at <= :now
+                          AND (first_sent_at IS NOT NULL OR released_at > :oldest_release))
                 RETURNING {COLUMNS}
+            ), lapsed AS (
+                UPDATE refund_ledger.refund_attempts AS a SET finished_at = :now, outcome = 'not_sent'
+                FROM claimed WHERE attempts > 1 AND a.refund_id = id AND a.attempt < attempts AND {NEVER_POSTED}
             ), attempt AS (
                 INSERT INTO refund_ledger.refund_attempts (refund_id, attempt, run_id, map_index, try_number, started_at)
                 SELECT refund_id, attempts, run_id, map_index, try_number, :now FROM claimed JOIN asked ON refund_id = id
             )
             SELECT * FROM claimed"""
         async with self._transaction("claim", lock_seconds=_CLAIM_LOCK_SECONDS) as (connection, now):
-            ids = [call.refund_id for call in calls]
+            # Not those that another attempt has: the lock would be in the way of its last check. What is not locked
+            # is not claimed either.
+            ids = await lock(
+                connection,
+                [call.refund_id for call in calls],
+                "(status = 'released' OR lease_until <= :now)",
+                now=now,
+            )
             values = {
                 "ids": as_array(ids),
                 "asked": json.dumps([self._asked(call, now) for call in calls]),
                 "source": self._settings.source,
                 "now": now,
-                "window_start": now - timedelta(days=self._settings.key_window_days),
+                "lease": now + CLAIM_LEASE,
+                "window_start": self._window_start(now),
                 "oldest_release": now - RELEASE_VALID,
                 "known_since": now - KNOWN_FOR,
             }
-            await lock(connection, ids)
             refunds = by_id(await connection.execute(claim, values))
             histories = await select_histories(
                 connection, {refund.id: refund.attempts for refund in refunds.values()}
             )
             return [
-                Claim(refunds[item], histories[item], is_first=refunds[item].first_sent_at == now)
-                if item in refunds
+                Claim(refunds[call.refund_id], histories[call.refund_id], call.sent_with)
+                if call.refund_id in refunds
                 else None
-                for item in ids
+                for call in calls
             ]
 
     def _asked(self, call: _Claiming, now: datetime) -> dict[str, Any]:
+        fence = now + timedelta(seconds=call.token_seconds + self._settings.lease_margin_seconds)
         return {
             "refund_id": call.refund_id,
             "asked_environment": call.environment,
             "asked_with": call.sent_with,
-            "asked_until": (
-                now + timedelta(seconds=call.token_seconds + self._settings.lease_margin_seconds)
-            ).isoformat(),
+            "fence": fence.isoformat(),
             "run_id": call.task.run_id,
             "map_index": call.task.map_index,
             "try_number": call.task.try_number,
         }
 
+    def _window_start(self, now: datetime) -> datetime:
+        return now - timedelta(days=self._settings.key_window_days)
+
     async def may_post(self, claim: Claim, seconds: float) -> bool:
         """
-        Tell, right before the POST, whether it may still go.
+        Check, right before the POST, whether it may still be sent, and extend the lease to the fence.
 
-        :param seconds: how long the POST may take; the lease has to last that long.
+        Committed before this returns ``True``. An error, also one that leaves open whether it was committed, is
+        no permission. A commit that took long is no permission either: what was checked may be true no more, so
+        it is checked again.
+
+        :param seconds: how long the POST may take; the token has to last that long.
         """
-        return await self._last_checks(claim.refund.id, (claim, seconds))
+        while True:
+            permission = await self._last_checks(claim.refund.id, (claim, seconds))
+            if permission is None:
+                return False
+            if self._monotonic() - permission <= PERMISSION_SECONDS:
+                return True
 
     @cached_property
-    def _last_checks(self) -> Grouped[tuple[Claim, float], bool]:
+    def _last_checks(self) -> Grouped[tuple[Claim, float], float | None]:
         return Grouped(self._check_last)
 
-    async def _check_last(self, calls: Sequence[tuple[Claim, float]]) -> list[bool]:
-        query = f"""
-            SELECT s.refund_id
-            FROM unnest({IDS}, CAST(CAST(:attempts AS text) AS integer[]),
-                        CAST(CAST(:seconds AS text) AS double precision[]), CAST(CAST(:firsts AS text) AS boolean[]))
-                 AS claimed (refund_id, attempt, seconds, is_first)
-            JOIN refund_ledger.refund_states AS s ON s.refund_id = claimed.refund_id
-            JOIN refund_ledger.refund_instructions AS i ON i.id = s.refund_id
-            WHERE s.refund_id = ANY({IDS}) AND attempts = attempt AND status = 'sending'
-              AND lease_until > refund_ledger.now() + seconds * interval '1 second'
-              AND {NOT_PAUSED} AND {REPLACED_STANDS} AND (NOT is_first OR {_LIST_IS_KNOWN})"""
-        values = {
-            "ids": as_array(claim.refund.id for claim, _ in calls),
-            "attempts": as_array(claim.attempt for claim, _ in calls),
-            "seconds": as_array(seconds for _, seconds in calls),
-            "firsts": as_array(claim.is_first for claim, _ in calls),
-            "known_for": KNOWN_FOR,
+    async def _check_last(self, calls: Sequence[tuple[Claim, float]]) -> list[float | None]:
+        """Return, for each that may be sent, when its check began, by the worker's monotonic clock."""
+        # A row that another transaction has locked is not waited for, and not sent now: whoever has waited for
+        # a row goes on with the snapshot of before, and would miss a pause that came meanwhile.
+        free = f"""
+            SELECT refund_id FROM refund_ledger.refund_states WHERE refund_id = ANY({IDS})
+            ORDER BY refund_id FOR NO KEY UPDATE SKIP LOCKED"""
+        # It stands in no index what this changes of a state, and no trigger fires on it.
+        check = f"""
+            WITH claimed AS (
+                SELECT * FROM json_to_recordset(CAST(:claimed AS json))
+                    AS claimed (refund_id bigint, attempt integer, asked_with text, ends timestamptz)
+            ), permitted AS (
+                UPDATE refund_ledger.refund_states AS s
+                SET lease_until = fence_until, first_sent_at = COALESCE(first_sent_at, :now),
+                    sent_with = COALESCE(s.sent_with, asked_with)
+                FROM claimed JOIN refund_ledger.refund_instructions AS i ON i.id = claimed.refund_id
+                WHERE s.refund_id = ANY({IDS}) AND s.refund_id = claimed.refund_id
+                  AND attempts = attempt AND status = 'sending' AND fence_until > ends
+                  AND {NOT_PAUSED} AND {REPLACED_STANDS} AND {_KEY_IS_GOOD}
+                RETURNING s.refund_id, attempt
+            )
+            UPDATE refund_ledger.refund_attempts AS a SET posting_at = :now
+            FROM permitted WHERE a.refund_id = permitted.refund_id AND a.attempt = permitted.attempt
+            RETURNING a.refund_id"""
+        began = self._monotonic()
+        async with self._transaction("last check") as (connection, now):
+            ids = as_array(claim.refund.id for claim, _ in calls)
+            values = {
+                "ids": as_array((await connection.execute(free, {"ids": ids})).scalars()),
+                "claimed": json.dumps([self._checked(claim, seconds, now) for claim, seconds in calls]),
+                "now": now,
+                "window_start": self._window_start(now),
+                "known_since": now - KNOWN_FOR,
+            }
+            may = set((await connection.execute(check, values)).scalars())
+        return [began if claim.refund.id in may else None for claim, _ in calls]
+
+    def _checked(self, claim: Claim, seconds: float, now: datetime) -> dict[str, Any]:
+        ends = now + timedelta(seconds=seconds + self._settings.lease_margin_seconds)
+        return {
+            "refund_id": claim.refund.id,
+            "attempt": claim.attempt,
+            "asked_with": claim.sent_with,
+            "ends": ends.isoformat(),
         }
-        async with self._statement("last check") as connection:
-            may = set((await connection.execute(query, values)).scalars())
-            return [claim.refund.id in may for claim, _ in calls]
 
     async def mark_seen(self, refund_ids: Sequence[int]) -> None:
         """Note that Payroc's list showed these refunds, without news."""
