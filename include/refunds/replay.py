@@ -26,6 +26,7 @@ REPLAYED: Mapping[str, Any] = {
     "released_by": None,
     "released_run": None,
     "attempts": 0,
+    "fence_until": None,
     "payroc_refund_id": None,
 }
 """The columns of ``refund_states`` that the events say, each with its value before the first event."""
@@ -40,7 +41,6 @@ NOT_COVERED: Mapping[str, str] = {
     "first_sent_at": "the beginning of the key window",
     "sent_with": "a hash of the API host and key of the first attempt",
     "lease_until": "until when the refund is the attempt's that is under way",
-    "fence_until": "until when that attempt may send",
     "next_attempt_at": "when the next attempt may begin",
     "payroc_status": "Payroc's word, which `verify` compares with Payroc",
     "payroc_seen_at": "when Payroc's list last showed the refund",
@@ -52,8 +52,12 @@ NOT_COVERED: Mapping[str, str] = {
 # From here on a refund counts against the limits.
 _COUNTED = ("released", "accepted", "settled", "returned", "reversed")
 
+# Times in an event's detail, which JSON has as text.
+_TIMES = ("fence_until", "posting_at", "restored_to")
+
 _ANSWER = ("approved_by", "approved_hash", "rejected_by")
-_OUTCOME = ("outcome", "http_status", "problem_type")
+# `posting_at` is the last check's, which fires no trigger: the event of the outcome has it.
+_OUTCOME = ("posting_at", "outcome", "http_status", "problem_type")
 
 # A row has the time at which its transaction began, and its event the time of the change. Time limits end a
 # transaction within minutes.
@@ -134,7 +138,7 @@ class _Replayed:
         elif event.event in ("status", "change"):
             if event.event == "status":
                 self._move(event, detail)
-            self.state |= {name: value for name, value in detail.items() if name in REPLAYED}
+            self.state |= {name: _value(detail, name) for name in detail if name in REPLAYED}
         # The others are decisions, which change no row.
 
     def _move(self, event: Row, detail: Mapping[str, Any]) -> None:
@@ -154,7 +158,7 @@ class _Replayed:
 
 
 def _outcome(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: values.get(name) for name in _OUTCOME}
+    return {name: _value(values, name) for name in _OUTCOME}
 
 
 def _compare_refund(refund_id: int, refund: _Refund, runs: Mapping[str, _Run]) -> Iterator[str]:
@@ -198,7 +202,8 @@ def _compare_attempts(
         else:
             row, values = attempts[number], said[number]
             times = {"started_at": values["claimed"], "finished_at": values["finished"]}
-            differing = [name for name in _OUTCOME if row[name] != values[name]]
+            compared = _OUTCOME if values["finished"] else _OUTCOME[1:]
+            differing = [name for name in compared if row[name] != values[name]]
             differing += [name for name, at in times.items() if not _is_at(at, row[name])]
             for name in differing:
                 yield f"{which}: `{name}` is not what its events say."
@@ -358,7 +363,7 @@ def _compare_pauses(events: Iterable[Row], pauses: Iterable[Row]) -> Iterator[st
         pause = said[detail.get("pause")]
         if event.event == "pause":
             pause |= {"scope": detail.get("scope"), "paused_by": event.actor, "reason": event.reason}
-            pause |= {"paused_at": event.at, "restored_to": _instant(detail.get("restored_to"))}
+            pause |= {"paused_at": event.at, "restored_to": _value(detail, "restored_to")}
         elif event.event == "restore":
             pause["compared_at"] = event.at
         else:
@@ -372,15 +377,22 @@ def _compare_pauses(events: Iterable[Row], pauses: Iterable[Row]) -> Iterator[st
         yield f"Pause {number} has events, but its row was removed."
 
 
-def _instant(value: str | None) -> datetime | None:
-    return None if value is None else datetime.fromisoformat(value)
-
-
 def _compare_bindings(events: Iterable[Row], rows: Iterable[Row]) -> Iterator[str]:
     said = {event.event: event.reason for event in events}
     bound = {row.name: row.value for row in rows}
     for name in sorted(name for name in {*said, *bound} if said.get(name) != bound.get(name)):
         yield f"The ledger's {name} is not the one that its event says."
+
+
+def _value(detail: Mapping[str, Any], name: str) -> Any:
+    """Return a value of an event's detail; a time that can't be read is ``None``, which the row is not."""
+    value = detail.get(name)
+    if name not in _TIMES or value is None:
+        return value
+    try:
+        return datetime.fromisoformat(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def _detail(event: Row) -> Mapping[str, Any]:

@@ -112,6 +112,7 @@ TAMPERED: dict[str, tuple[str, str]] = {
     "an actor that released": changed("released", "released_by = 'somebody'"),
     "a release made younger": changed("released", "released_at = released_at + interval '1 day'"),
     "a number of attempts": changed("unknown", "attempts = 2"),
+    "a fence taken away": changed("sending", "fence_until = fence_until - interval '1 hour'"),
     "an id of Payroc's": changed("accepted", "payroc_refund_id = 'ZZZZZZZZZZ'"),
     "a state removed": (
         f"DELETE FROM refund_ledger.refund_states {REFUND['review']}",
@@ -132,6 +133,10 @@ TAMPERED: dict[str, tuple[str, str]] = {
     "an outcome taken away": (
         attempt("rejected", "outcome = NULL"),
         f"Attempt 1 of refund {IDS['rejected']}: `outcome` is not what its events say.",
+    ),
+    "a post that never left": (
+        attempt("unknown", "posting_at = NULL"),
+        f"Attempt 1 of refund {IDS['unknown']}: `posting_at` is not what its events say.",
     ),
     "an attempt made older": (
         attempt("unknown", "started_at = started_at - interval '7 days'"),

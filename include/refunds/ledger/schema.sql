@@ -732,7 +732,7 @@ DECLARE
     changed jsonb := '{}';
 BEGIN
     IF NEW.attempts <> OLD.attempts THEN
-        changed := jsonb_build_object('attempts', NEW.attempts);
+        changed := jsonb_build_object('attempts', NEW.attempts, 'fence_until', NEW.fence_until);
     END IF;
     IF NEW.holds <> OLD.holds THEN
         changed := changed || jsonb_build_object('holds', NEW.holds);
@@ -911,8 +911,8 @@ BEGIN
     VALUES ('attempt', NEW.refund_id,
             COALESCE(NULLIF(current_setting('refund_ledger.actor', true), ''), session_user),
             jsonb_strip_nulls(jsonb_build_object(
-                'attempt', NEW.attempt, 'outcome', NEW.outcome, 'http_status', NEW.http_status,
-                'problem_type', NEW.problem_type)));
+                'attempt', NEW.attempt, 'posting_at', NEW.posting_at, 'outcome', NEW.outcome,
+                'http_status', NEW.http_status, 'problem_type', NEW.problem_type)));
     RETURN NULL;
 END $$;
 
@@ -1664,7 +1664,7 @@ GRANT SELECT ON refund_ledger.refund_instructions TO refunds_auditor;
 
 -- Not the hash of the API key.
 GRANT SELECT (refund_id, status, reason, holds, released_holds, run_rejected_by, released_by, released_run,
-        released_at, attempts, payroc_refund_id)
+        released_at, attempts, fence_until, payroc_refund_id)
     ON refund_ledger.refund_states TO refunds_auditor;
 
 -- The payer stores what was approved.
