@@ -119,7 +119,7 @@ def test_every_way_that_is_decided_walks_along_the_edges() -> None:
     walked = {edge for case in cases() for edge in pairwise((case.status, *steps_of(case)))}
     assert walked <= EDGES
     assert {target for _, target in walked} >= {
-        *PAID,
+        *sorted(PAID),
         Status.REJECTED,
         Status.UNKNOWN,
         Status.REVIEW,
@@ -272,7 +272,7 @@ def test_a_word_that_can_be_neither_older_nor_newer_is_a_contradiction(here: Sta
 
 
 @pytest.mark.parametrize("status", NEVER_SENT)
-@pytest.mark.parametrize("said", [*PAID, Status.REJECTED])
+@pytest.mark.parametrize("said", [*sorted(PAID), Status.REJECTED])
 def test_an_object_of_a_refund_that_was_never_sent_is_taken_over_and_pauses_everything(
     status: Status, said: Status
 ) -> None:
@@ -294,7 +294,7 @@ def test_an_object_that_differs_from_a_refund_that_was_never_sent_ends_in_review
     assert (change.recovered, bool(change.contradiction)) == (False, True)
 
 
-@pytest.mark.parametrize("said", [*PAID, Status.REJECTED, Status.REVIEW])
+@pytest.mark.parametrize("said", [*sorted(PAID), Status.REJECTED, Status.REVIEW])
 def test_an_object_of_a_refund_that_is_claimed_and_has_passed_no_last_check_pauses_everything(
     said: Status,
 ) -> None:
