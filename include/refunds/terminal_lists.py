@@ -87,13 +87,13 @@ async def _elsewhere(connection: Connection, since: datetime | None, found: List
         count = sum(entry["count"] for entry in amounts.values())
         if count > len(names):
             names.append(f"{count - len(names):,} more")
-        what = (
-            "carry a key of this project that no refund here has, so another ledger pays through these terminals, "
-            "or this one has forgotten them"
+        named_here = f"{sums(amounts)} ({'; '.join(names)})"
+        found.notes.append(
+            f"Payroc lists refunds that carry a key of this project that no refund here has: {named_here}; another "
+            "ledger pays through these terminals, or this one has forgotten them."
             if with_key
-            else "were made elsewhere on the terminals of this ledger"
+            else f"Payroc lists refunds that were made elsewhere on the terminals of this ledger: {named_here}."
         )
-        found.notes.append(f"Payroc lists refunds that {what}: {sums(amounts)} ({'; '.join(names)}).")
 
 
 def _name(row: Any) -> str:
