@@ -379,20 +379,23 @@ def test_a_first_attempt_is_not_claimed_while_the_list_of_its_terminal_is_not_kn
 def test_the_last_check_demands_the_list_of_a_first_attempt_as_the_claim_does(
     world: World, change: str
 ) -> None:
-    refund_id = world.released()
+    refund_ids = [world.released(), world.released()]
 
     async def work() -> tuple[bool, bool]:
-        claim = await world.ledger.claim(
-            refund_id,
-            Task("run-1"),
-            environment=world.gateway.environment,
-            sent_with=world.gateway.sent_with,
-            token_seconds=3600,
-        )
-        assert claim is not None
-        before = await world.ledger.may_post(claim, 1)
+        checked, changed = [
+            await world.ledger.claim(
+                refund_id,
+                Task("run-1"),
+                environment=world.gateway.environment,
+                sent_with=world.gateway.sent_with,
+                token_seconds=3600,
+            )
+            for refund_id in refund_ids
+        ]
+        assert checked is not None and changed is not None
+        before = await world.ledger.may_post(checked, 1)
         change_list(world, change)
-        return before, await world.ledger.may_post(claim, 1)
+        return before, await world.ledger.may_post(changed, 1)
 
     assert world.run(work()) == (True, False)
 
