@@ -123,7 +123,7 @@ def leave_unknown(world: World, refund_ids: list[int]) -> None:
                 Task("run-0", 0, 1),
                 environment=world.gateway.environment,
                 sent_with=world.gateway.sent_with,
-                token_seconds=1,
+                token_seconds=60,
             )
             assert claim is not None
             assert await world.ledger.may_post(claim, 1)
