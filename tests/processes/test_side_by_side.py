@@ -23,6 +23,12 @@ from tests.refunds.conftest import World
 ENDINGS = ["4321"] * 17 + ["9005", "9009", "9020"]
 
 
+@pytest.fixture(scope="module")
+def token_seconds() -> int:
+    """Longer than a POST may take, or its last check would permit none."""
+    return 300
+
+
 @pytest.fixture
 def timeout_seconds() -> float:
     """Longer than all workers take to start."""

@@ -392,7 +392,8 @@ def test_the_last_check_demands_the_list_of_a_first_attempt_as_the_claim_does(
             )
             for refund_id in refund_ids
         ]
-        assert checked is not None and changed is not None
+        assert checked is not None
+        assert changed is not None
         before = await world.ledger.may_post(checked, 1)
         change_list(world, change)
         return before, await world.ledger.may_post(changed, 1)

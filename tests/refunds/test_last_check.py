@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
@@ -245,8 +246,8 @@ def as_one_statement(monkeypatch: pytest.MonkeyPatch) -> None:
     async def without_lock(self: Connection, statement: str, values: Any = None) -> Any:
         return await execute(self, statement.replace("FOR NO KEY UPDATE SKIP LOCKED", ""), values)
 
-    async def no_lock(connection: Connection, refund_ids: list[int], *rest: Any, **values: Any) -> list[int]:
-        return refund_ids
+    async def no_lock(_: Connection, refund_ids: list[int], *rest: Any, now: datetime) -> dict[int, datetime]:
+        return dict.fromkeys(refund_ids, now)
 
     monkeypatch.setattr(Connection, "execute", without_lock)
     monkeypatch.setattr(ledger_sending, "lock", no_lock)
@@ -286,6 +287,32 @@ def test_a_last_check_does_not_wait_for_its_row_and_permits_nothing(world: World
     check = lambda: world.ledger.may_post(found, 60.0)  # noqa: E731 - of the same form as the others
     assert while_its_row_is_locked(world, refund_id, check, lambda: None) is False
     assert attempt(world, refund_id)["posting_at"] is None
+
+
+@pytest.mark.parametrize("paused", [False, True], ids=["nothing else", "a pause"])
+def test_a_last_check_whose_row_was_locked_is_made_again_once_it_is_free(
+    world: World, monkeypatch: pytest.MonkeyPatch, paused: bool
+) -> None:
+    refund_id = world.released()
+    found = claimed(world, refund_id)
+    execute, checks = Connection.execute, Counter[str]()
+
+    async def counted(self: Connection, statement: str, values: Any = None) -> Any:
+        checks["made"] += "SKIP LOCKED" in statement
+        return await execute(self, statement, values)
+
+    monkeypatch.setattr(Connection, "execute", counted)
+
+    with ThreadPoolExecutor(1) as thread, world.ledger_engine.connect() as other:
+        other.exec_driver_sql(
+            f"SELECT FROM refund_ledger.refund_states WHERE refund_id = {refund_id} FOR NO KEY UPDATE"
+        )
+        work = thread.submit(lambda: world.run(world.ledger.may_post(found, 60.0)))
+        eventually(lambda: checks["made"] > 1, "it is checked again")
+        if paused:
+            pause(world)()
+        other.rollback()
+        assert work.result() is not paused
 
 
 def test_a_last_check_in_one_statement_would_miss_a_pause(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 from include.refunds.ledger.base import NoSuchRefund
@@ -83,7 +84,7 @@ def changed(refunds: Mapping[int, Refund], rows: Iterable[Mapping[str, Any]]) ->
 
 async def lock(
     connection: Connection, refund_ids: Iterable[int], condition: str = "true", **values: object
-) -> list[int]:
+) -> dict[int, datetime]:
     """
     Lock the states of refunds until the end of the transaction, in the order of their ids, so that two
     transactions with the same refunds wait for each other and are not deadlocked.
@@ -93,12 +94,14 @@ async def lock(
 
     :param condition: of a state; others are left alone.
     :param values: of the condition.
-    :returns: the ids of those that are locked.
+    :returns: the ids of those that are locked, each with the ledger's time once it was.
     """
     query = f"""
-        SELECT refund_id FROM refund_ledger.refund_states WHERE refund_id {OF_MANY} AND {condition}
-        ORDER BY refund_id FOR NO KEY UPDATE OF refund_states"""
-    return (await connection.execute(query, {"ids": as_array(refund_ids), **values})).scalars()
+        SELECT refund_id, refund_ledger.now() AS now FROM (
+            SELECT refund_id FROM refund_ledger.refund_states WHERE refund_id {OF_MANY} AND {condition}
+            ORDER BY refund_id FOR NO KEY UPDATE OF refund_states) AS locked"""
+    rows = await connection.execute(query, {"ids": as_array(refund_ids), **values})
+    return {row.refund_id: row.now for row in rows}
 
 
 async def select_refunds(connection: Connection, refund_ids: Iterable[int]) -> dict[int, Refund]:

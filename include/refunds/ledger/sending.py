@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,7 +40,8 @@ PERMISSION_SECONDS = 10.0
 """How long the permission of a last check counts, from before it was asked for."""
 
 # Another refund of the list may go meanwhile, and a later run finds this one.
-_CLAIM_LOCK_SECONDS = 5
+_LOCK_SECONDS = 5
+_ASK_AGAIN_SECONDS = 0.05
 
 # True of an instruction i and its state s. Of what was never sent, its terminal's list is known: the ledger has not
 # forgotten that it was. Of the rest, the key still counts at Payroc, and is sent with the host and API key of before.
@@ -90,6 +92,20 @@ class _Claiming:
     environment: str
     sent_with: str
     token_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _LastCheck:
+    """
+    What a last check found of a claim.
+
+    :param began: when it began, by the worker's monotonic clock.
+    :param was_free: ``False``: another transaction had the refund's row locked, so nothing was checked.
+    """
+
+    began: float
+    permitted: bool
+    was_free: bool
 
 
 class Sending(Records):
@@ -183,17 +199,19 @@ class Sending(Records):
                 SELECT refund_id, attempts, run_id, map_index, try_number, :now FROM claimed JOIN asked ON refund_id = id
             )
             SELECT * FROM claimed"""
-        async with self._transaction("claim", lock_seconds=_CLAIM_LOCK_SECONDS) as (connection, now):
+        async with self._transaction("claim", lock_seconds=_LOCK_SECONDS) as (connection, now):
             # Not those that another attempt has: the lock would be in the way of its last check. What is not locked
             # is not claimed either.
-            ids = await lock(
+            locked = await lock(
                 connection,
                 [call.refund_id for call in calls],
                 "(status = 'released' OR lease_until <= :now)",
                 now=now,
             )
+            # An attempt begins when the one before it has been recorded, which this may have waited for.
+            now = max(locked.values(), default=now)
             values = {
-                "ids": as_array(ids),
+                "ids": as_array(locked),
                 "asked": json.dumps([self._asked(call, now) for call in calls]),
                 "source": self._settings.source,
                 "now": now,
@@ -234,26 +252,30 @@ class Sending(Records):
 
         Committed before this returns ``True``. An error, also one that leaves open whether it was committed, is
         no permission. A commit that took long is no permission either: what was checked may be true no more, so
-        it is checked again.
+        it is checked again. So is a refund whose row another transaction had locked, for up to 5 seconds: a
+        worker that tried to claim it, too, has its lock for a moment.
 
         :param seconds: how long the POST may take; the token has to last that long.
         """
+        give_up = self._monotonic() + _LOCK_SECONDS
         while True:
-            permission = await self._last_checks(claim.refund.id, (claim, seconds))
-            if permission is None:
-                return False
-            if self._monotonic() - permission <= PERMISSION_SECONDS:
+            check = await self._last_checks(claim.refund.id, (claim, seconds))
+            now = self._monotonic()
+            if check.permitted and now - check.began <= PERMISSION_SECONDS:
                 return True
+            if not check.permitted and (check.was_free or now >= give_up):
+                return False
+            if not check.was_free:
+                await asyncio.sleep(_ASK_AGAIN_SECONDS)
 
     @cached_property
-    def _last_checks(self) -> Grouped[tuple[Claim, float], float | None]:
+    def _last_checks(self) -> Grouped[tuple[Claim, float], _LastCheck]:
         return Grouped(self._check_last)
 
-    async def _check_last(self, calls: Sequence[tuple[Claim, float]]) -> list[float | None]:
-        """Return, for each that may be sent, when its check began, by the worker's monotonic clock."""
-        # A row that another transaction has locked is not waited for, and not sent now: whoever has waited for
-        # a row goes on with the snapshot of before, and would miss a pause that came meanwhile.
-        free = f"""
+    async def _check_last(self, calls: Sequence[tuple[Claim, float]]) -> list[_LastCheck]:
+        # A row that another transaction has locked is not waited for: its lock would keep the others of the list
+        # from being sent.
+        lock_free = f"""
             SELECT refund_id FROM refund_ledger.refund_states WHERE refund_id = ANY({IDS})
             ORDER BY refund_id FOR NO KEY UPDATE SKIP LOCKED"""
         # It stands in no index what this changes of a state, and no trigger fires on it.
@@ -277,15 +299,16 @@ class Sending(Records):
         began = self._monotonic()
         async with self._transaction("last check") as (connection, now):
             ids = as_array(claim.refund.id for claim, _ in calls)
+            locked = (await connection.execute(lock_free, {"ids": ids})).scalars()
             values = {
-                "ids": as_array((await connection.execute(free, {"ids": ids})).scalars()),
+                "ids": as_array(locked),
                 "claimed": json.dumps([self._checked(claim, seconds, now) for claim, seconds in calls]),
                 "now": now,
                 "window_start": self._window_start(now),
                 "known_since": now - KNOWN_FOR,
             }
             may = set((await connection.execute(check, values)).scalars())
-        return [began if claim.refund.id in may else None for claim, _ in calls]
+        return [_LastCheck(began, claim.refund.id in may, claim.refund.id in locked) for claim, _ in calls]
 
     def _checked(self, claim: Claim, seconds: float, now: datetime) -> dict[str, Any]:
         ends = now + timedelta(seconds=seconds + self._settings.lease_margin_seconds)
