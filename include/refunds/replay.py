@@ -134,7 +134,9 @@ class _Replayed:
 
     def _apply(self, event: Row, detail: Mapping[str, Any]) -> None:
         if event.event == "attempt" and isinstance(number := detail.get("attempt"), int):
-            self.attempts.setdefault(number, {}).update(_outcome(detail), finished=event.at)
+            # It has ended with its outcome; `http_status` alone says nothing of that.
+            finished = event.at if detail.get("outcome") else None
+            self.attempts.setdefault(number, {}).update(_outcome(detail), finished=finished)
         elif event.event in ("status", "change"):
             if event.event == "status":
                 self._move(event, detail)

@@ -130,9 +130,9 @@ TAMPERED: dict[str, tuple[str, str]] = {
         attempt("unknown", "outcome = 'not_sent'"),
         f"Attempt 1 of refund {IDS['unknown']}: `outcome` is not what its events say.",
     ),
-    "an outcome taken away": (
-        attempt("rejected", "outcome = NULL"),
-        f"Attempt 1 of refund {IDS['rejected']}: `outcome` is not what its events say.",
+    "an end made older": (
+        attempt("rejected", "finished_at = finished_at - interval '1 day'"),
+        f"Attempt 1 of refund {IDS['rejected']}: `finished_at` is not what its events say.",
     ),
     "a post that never left": (
         attempt("unknown", "posting_at = NULL"),
@@ -195,7 +195,7 @@ TAMPERED: dict[str, tuple[str, str]] = {
         "Pause 2 is not what its events say.",
     ),
     "a resume taken back": (
-        pauses("ended_at = NULL, ended_by = NULL WHERE id = 1"),
+        pauses("ended_at = NULL, ended_by = NULL, end_reason = NULL WHERE id = 1"),
         "Pause 1 is not what its events say.",
     ),
     "a pause of another terminal": (
@@ -268,7 +268,7 @@ UNGUARDED: dict[str, tuple[str, str, str, str, str]] = {
         "refund_attempts",
         "event_of_an_outcome",
         PAYER,
-        attempt("sending", "outcome = 'not_sent'"),
+        attempt("sending", "outcome = 'not_sent', finished_at = now()"),
         f"Attempt 1 of refund {IDS['sending']}: `outcome` is not what its events say.",
     ),
     "a limit without event": (

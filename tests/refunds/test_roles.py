@@ -239,6 +239,9 @@ FORBIDDEN: dict[str, list[str]] = {
         "INSERT INTO refund_ledger.refund_attempts (refund_id, attempt, run_id, started_at) VALUES ({sending}, 2, 'run-2', now())",
         "UPDATE refund_ledger.refund_attempts SET outcome = 'not_sent' WHERE refund_id = {unknown}",
         "UPDATE refund_ledger.refund_attempts SET outcome = NULL WHERE refund_id = {accepted}",
+        # Without its end an outcome could be changed to any other.
+        "UPDATE refund_ledger.refund_attempts SET finished_at = NULL WHERE refund_id = {unknown}",
+        "UPDATE refund_ledger.refund_attempts SET outcome = 'unknown' WHERE refund_id = {sending}",
         "UPDATE refund_ledger.refund_attempts SET posting_at = NULL WHERE refund_id = {sending}",
         "UPDATE refund_ledger.refund_attempts SET posting_at = NULL WHERE refund_id = {unknown}",
         "UPDATE refund_ledger.refund_attempts SET posting_at = now() + interval '1 s' WHERE refund_id = {unknown}",
@@ -293,6 +296,7 @@ FORBIDDEN: dict[str, list[str]] = {
         "UPDATE refund_ledger.pauses SET compared_at = now() WHERE restored_to IS NULL",
         "UPDATE refund_ledger.pauses SET ended_at = NULL WHERE ended_at IS NOT NULL",
         "UPDATE refund_ledger.pauses SET end_reason = 'another' WHERE ended_at IS NOT NULL",
+        "UPDATE refund_ledger.pauses SET end_reason = 'x' WHERE ended_at IS NULL",
         "UPDATE refund_ledger.refund_runs SET approved_by = 'eve'",
         "INSERT INTO refund_ledger.refund_attempts (refund_id, attempt, run_id, started_at) VALUES ({sending}, 2, 'run-2', now())",
         "UPDATE refund_ledger.refund_attempts SET outcome = 'not_sent' WHERE refund_id = {sending}",

@@ -863,7 +863,9 @@ CREATE TABLE refund_ledger.refund_attempts (
     outcome text
         CHECK (outcome IN ('accepted', 'rejected', 'unknown', 'review', 'configuration', 'not_sent')),
     -- A refund has each number once, so two workers cannot both make an attempt.
-    PRIMARY KEY (refund_id, attempt)
+    PRIMARY KEY (refund_id, attempt),
+    -- The guard looks at finished_at: an outcome whose end could be taken back could be changed to any other.
+    CONSTRAINT ended_says_how_and_when CHECK ((outcome IS NULL) = (finished_at IS NULL))
 );
 
 -- What a run sent, for its report.
@@ -1265,8 +1267,9 @@ CREATE TABLE refund_ledger.pauses (
     -- What a restored ledger has forgotten could be paid again, so it is compared with Payroc first.
     CONSTRAINT a_restored_ledger_stays_paused CHECK (
         restored_to IS NULL OR ended_at IS NULL OR compared_at IS NOT NULL),
-    -- The report and the audit trail name who resumed.
-    CONSTRAINT ended_says_by_whom CHECK ((ended_at IS NULL) = (ended_by IS NULL))
+    -- The report and the audit trail name who resumed, and why. A reason without an end would have no event.
+    CONSTRAINT ended_says_by_whom CHECK (
+        (ended_at IS NULL) = (ended_by IS NULL) AND (ended_at IS NOT NULL OR end_reason IS NULL))
 );
 
 -- Each claim and each last check look for open pauses. Those that ended stay, and grow in number.
