@@ -14,7 +14,6 @@ from include.refunds.revision import REVISION, VERSION_TABLE
 from include.refunds.settings import get_settings
 from include.refunds.states import EDGES, Status
 from tests.refunds.conftest import World
-from tests.support.refunds import TABLES
 
 
 def force(world: World, refund_id: int, assignments: str) -> None:
@@ -126,20 +125,6 @@ def test_a_refund_that_payroc_has_refused_keeps_the_beginning_of_its_keys_window
         change(world, refund_id, "status = 'released', first_sent_at = NULL, sent_with = NULL")
 
 
-def test_a_refund_is_never_deleted(world: World) -> None:
-    world.send(world.released())
-    for table in TABLES:
-        with pytest.raises(DBAPIError, match="append-only"), world.ledger_engine.begin() as connection:
-            connection.exec_driver_sql(f"DELETE FROM refund_ledger.{table}")
-
-
-@pytest.mark.parametrize("table", [*TABLES, "refund_events"])
-def test_the_ledger_is_never_emptied(world: World, table: str) -> None:
-    world.released()
-    with pytest.raises(DBAPIError, match="append-only"), world.ledger_engine.begin() as connection:
-        connection.exec_driver_sql(f"TRUNCATE refund_ledger.{table} CASCADE")
-
-
 def test_the_request_of_a_final_refund_may_be_emptied_and_a_contradiction_still_takes_it_to_review(
     world: World,
 ) -> None:
@@ -206,16 +191,6 @@ def test_a_ledger_belongs_to_one_source_because_another_name_would_pay_the_same_
     with pytest.raises(LedgerError, match="This ledger belongs to the source 'refund_requests'"):
         world.pull()
     assert len(world.rows("SELECT * FROM refund_ledger.refunds")) == 1
-
-
-@pytest.mark.parametrize(
-    "statement",
-    ["UPDATE refund_ledger.refund_events SET reason = 'x'", "DELETE FROM refund_ledger.refund_events"],
-)
-def test_events_are_append_only(world: World, statement: str) -> None:
-    world.released()
-    with pytest.raises(DBAPIError, match="append-only"), world.ledger_engine.begin() as connection:
-        connection.exec_driver_sql(statement)
 
 
 def test_every_change_of_status_has_its_event_with_actor_and_reason(world: World) -> None:

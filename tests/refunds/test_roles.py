@@ -579,6 +579,37 @@ def test_the_source_refuses_what_a_role_may_not_do(
     assert refused(connections.of(filled_source, role), statement) in REFUSALS
 
 
+# What is only added, and what not even the owner of the tables may do to it.
+ONLY_ADDED = {
+    **dict.fromkeys(
+        ("refund_instructions", "first_releases", "refund_events", "event_seals", "bindings"),
+        ("UPDATE", "DELETE", "TRUNCATE"),
+    ),
+    **dict.fromkeys(
+        ("frozen_requests", "refund_states", "refund_attempts", "pauses"), ("DELETE", "TRUNCATE")
+    ),
+}
+OWNERS = {
+    "UPDATE": "UPDATE refund_ledger.{table} SET {column} = {column}",
+    "DELETE": "DELETE FROM refund_ledger.{table}",
+    "TRUNCATE": "TRUNCATE refund_ledger.{table} CASCADE",
+}
+
+
+@pytest.mark.parametrize(
+    ("table", "what"), [(table, what) for table, refused in ONLY_ADDED.items() for what in refused]
+)
+def test_what_is_only_added_is_refused_to_the_owner_too(filled_ledger: URL, table: str, what: str) -> None:
+    engine = create_engine(filled_ledger, poolclass=NullPool)
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql("SELECT FROM refund_ledger.seal()")
+        (column,) = connection.exec_driver_sql(
+            f"SELECT attname FROM pg_attribute WHERE attrelid = 'refund_ledger.{table}'::regclass AND attnum = 2"
+        ).one()
+        with pytest.raises(DBAPIError, match="append-only"):
+            connection.exec_driver_sql(OWNERS[what].format(table=table, column=column))
+
+
 def test_operators_of_a_schema_of_ones_own_do_not_take_the_place_of_those_that_the_guards_use(
     postgres: PostgresServer, connections: Connections, filled_ledger: URL
 ) -> None:

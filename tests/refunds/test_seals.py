@@ -237,23 +237,25 @@ MUTANTS = {
 
 
 @pytest.fixture
-def mutated(postgres: PostgresServer, ledger_url: URL) -> Iterator[Callable[[str, str], None]]:
-    """A function that replaces a part of ``seal()``, until the end of the test."""
+def mutated(postgres: PostgresServer, ledger_url: URL) -> Iterator[Callable[..., None]]:
+    """A function that replaces a part of ``seal()`` or of another function, until the end of the test."""
     with postgres.connect(str(ledger_url.database)) as connection:
-        definition = "SELECT pg_get_functiondef('refund_ledger.seal(integer)'::regprocedure)"
-        original = value(connection, definition)
+        originals = {}
 
-        def replace(old: str, new: str) -> None:
-            assert old in original
-            connection.execute(original.replace(old, new))
+        def replace(old: str, new: str, function: str = "seal(integer)") -> None:
+            definition = f"SELECT pg_get_functiondef('refund_ledger.{function}'::regprocedure)"
+            originals[function] = value(connection, definition)
+            assert old in originals[function]
+            connection.execute(originals[function].replace(old, new))
 
         yield replace
-        connection.execute(original)
+        for original in originals.values():
+            connection.execute(original)
 
 
 @pytest.mark.parametrize("mutant", [None, *MUTANTS])
 def test_a_seal_that_skips_an_event_is_noticed(
-    connect: Connect, ledger_url: URL, mutated: Callable[[str, str], None], mutant: str | None
+    connect: Connect, ledger_url: URL, mutated: Callable[..., None], mutant: str | None
 ) -> None:
     if mutant is not None:
         mutated(*MUTANTS[mutant])
@@ -276,6 +278,53 @@ def test_a_seal_that_skips_an_event_is_noticed(
         seal_thrice()
     found = audit(ledger_url)
     assert bool(found.findings or found.unsealed) == (mutant is not None)
+
+
+@pytest.fixture
+def slow(connect: Connect) -> Iterator[Callable[[], None]]:
+    """A function that lets go on whoever writes an event as `slow`: they wait after the event has drawn its number."""
+    owner = connect(autocommit=True)
+    owner.execute("""
+        CREATE FUNCTION waits_for_the_test() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER
+            AS $$ BEGIN PERFORM pg_advisory_xact_lock(1); RETURN NEW; END $$;
+        CREATE TRIGGER waits BEFORE INSERT ON refund_ledger.refund_events FOR EACH ROW
+            WHEN (NEW.actor = 'slow') EXECUTE FUNCTION waits_for_the_test();
+        ALTER SEQUENCE refund_ledger.event_numbers CACHE 10;
+        SELECT pg_advisory_lock(1)""")
+    yield lambda: owner.execute("SELECT pg_advisory_unlock_all()") and None
+    owner.execute("SELECT pg_advisory_unlock_all()")
+    owner.execute("DROP FUNCTION waits_for_the_test() CASCADE")
+    owner.execute("ALTER SEQUENCE refund_ledger.event_numbers CACHE 1")
+
+
+@pytest.mark.parametrize("mutant", [False, True], ids=["as it is", "the number first"])
+def test_an_event_that_draws_its_number_before_its_transaction_has_an_id_is_noticed(
+    connect: Connect,
+    ledger_url: URL,
+    mutated: Callable[..., None],
+    slow: Callable[[], None],
+    mutant: bool,
+) -> None:
+    if mutant:
+        mutated("pg_current_xact_id()", "'1'", "number_event()")
+    late, payer = connect(PAYER), connect(PAYER, autocommit=True)
+    sealer, looking = connect(OPERATOR, autocommit=True), connect(autocommit=True)
+    # From here on the session draws its numbers from its cache, which writes nothing and so takes no transaction id.
+    late.execute(EVENT[PAYER])
+    late.commit()
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(late.execute, EVENT[PAYER].replace("somebody", "slow"))
+        waits = f"SELECT wait_event_type = 'Lock' FROM pg_stat_activity WHERE pid = {late.info.backend_pid}"
+        eventually(lambda: value(looking, waits), "the event has its number")
+        for _ in range(3):
+            payer.execute(EVENT[PAYER])
+            seal(sealer)
+        slow()
+        writing.result()
+    late.commit()
+    seal(sealer)
+    found = audit(ledger_url)
+    assert (found.unsealed, bool(found.findings)) == (0, mutant)
 
 
 def test_a_killed_sealer_leaves_its_events_to_the_next(connect: Connect, ledger_url: URL) -> None:

@@ -26,6 +26,13 @@
 -- settles; a bank may return it, an operator may reverse it. What nobody but an operator can decide is in
 -- review. Section 4 has the complete graph, in guard_state.
 --
+-- Why a refund is not paid twice. Its key derives from the source row (key_is_derived) and its body is
+-- frozen, so Payroc answers a second POST with the first answer, for 7 days; after 6 there is none
+-- (first_sent_at). Only one attempt at a time has the refund: a claim gives it a number and a lease, and
+-- from the last check until the fence no other one is claimed (lease_until, fence_until, refund_attempts).
+-- What this ledger may have forgotten is on Payroc's list, which has to be known before a first POST
+-- (terminals, foreign_refunds).
+--
 -- Roles. They belong to the server and cannot log in; each login is granted one of them.
 --
 --   refunds_migrator     owns everything here and migrates it
@@ -40,7 +47,7 @@
 -- of its currency, such as cents. A "folded" form is a text without the differences that people do not see
 -- (case, accents composed or not, width, runs of blanks, invisible characters); Python folds, in
 -- include/refunds/text.py, because Postgres would fold some letters differently. A trigger says what a right
--- on columns cannot.
+-- on columns cannot. An index stands below its table, with the question that needs it.
 
 
 -- 1  Schema and owner ---------------------------------------------------------------------------------------
@@ -245,8 +252,9 @@ CREATE UNIQUE INDEX one_refund_per_request
 CREATE UNIQUE INDEX one_reissue_per_refund ON refund_ledger.refund_instructions (replaces)
     WHERE replaces IS NOT NULL;
 
--- The bodies that are sent, encrypted; they hold the bank data. Each is emptied some time after its refund
--- has ended.
+-- The frozen requests: the bodies that are sent, encrypted; they hold the bank data. A body is made once,
+-- when its refund is stored, and every attempt sends the same bytes. It is emptied some time after its
+-- refund has ended; from then on the refund can be neither sent nor reissued.
 CREATE TABLE refund_ledger.frozen_requests (
     -- Whose body it is; a refund has one.
     refund_id bigint PRIMARY KEY REFERENCES refund_ledger.refund_instructions (id),
@@ -369,9 +377,11 @@ CREATE TABLE refund_ledger.refund_states (
 
     -- The gate.
 
-    -- The limits that hold it now, such as largest_refund or "duplicate of 17"; empty when none does.
+    -- The limits that hold it now, such as largest_refund or "duplicate of 17"; empty when none does. A held
+    -- refund waits for an operator, who unholds it (it is approved again, and the next run may release it) or
+    -- cancels it. The program refuses to unhold a refund for whoever requested it.
     holds text[] NOT NULL DEFAULT '{}',
-    -- The holds that an operator has ended; the same ones do not hold it again.
+    -- The holds that an operator has ended. The same ones do not hold it again; others may.
     released_holds text[] NOT NULL DEFAULT '{}',
     -- Who rejected a run with this refund; every later run with it needs approval, until one releases it.
     run_rejected_by text,
@@ -391,11 +401,13 @@ CREATE TABLE refund_ledger.refund_states (
     first_sent_at timestamptz,
     -- A hash of the API host and key of that attempt; a key may mean nothing with others.
     sent_with text,
-    -- Until when the refund is the newest attempt's; nobody else sends before that. A claim takes 2 minutes,
-    -- its last check fence_until.
+    -- The lease: until when the refund is the newest attempt's, and nobody else sends. A claim takes 2
+    -- minutes, so that what a killed worker never sent waits no longer. The last check extends it to
+    -- fence_until.
     lease_until timestamptz,
-    -- Until when the newest attempt could send, once it has passed its last check: longer than its token
-    -- lives. After that Payroc refuses whatever its worker still sends.
+    -- The fence: until when the newest attempt could send, were it to pass its last check. The claim
+    -- fixes it, 10 minutes after the end of its token: after that Payroc refuses whatever its worker
+    -- still sends.
     fence_until timestamptz,
     -- When the next attempt may begin at the earliest.
     next_attempt_at timestamptz,
@@ -1030,8 +1042,12 @@ CREATE TRIGGER never_emptied BEFORE TRUNCATE ON refund_ledger.refund_events
     FOR EACH STATEMENT EXECUTE FUNCTION refund_ledger.refuse_change();
 
 -- One row per seal: a hash over a batch of events and over the seal before. Only seal() makes seals, after
--- the events are committed, so no transaction with an event waits for another one. The hash of the newest
--- seal is in every report: who rewrites the trail has to rewrite those too.
+-- the events are committed, so no transaction with an event waits for another one.
+--
+-- Seals prove that no sealed event was changed, removed or inserted since, as long as the newest seal's hash
+-- is known from elsewhere: every report shows it, because the owner of the tables could make all seals
+-- again. They prove nothing of events that are not sealed yet, nor that an event is true: its actor is a
+-- claim.
 CREATE TABLE refund_ledger.event_seals (
     -- Its number, from 1 and without a gap.
     number bigint PRIMARY KEY CHECK (number > 0),
@@ -1230,8 +1246,9 @@ CREATE TRIGGER event_of_an_answer AFTER UPDATE ON refund_ledger.refund_runs FOR 
 -- 8  Pauses, the gate, limits, bindings, the turn of the write-back -----------------------------------------
 
 -- The kill switch: one row per pause, only ever inserted. Sending is paused while one of its scope has not
--- ended. No unique constraint and no foreign key, because an INSERT that checks one may wait for another
--- transaction; and no role has a right by which it could lock the table. So nobody can hold a pause up.
+-- ended. An operator ends it, and nothing else does; a restore not before its comparison with Payroc. No
+-- unique constraint and no foreign key, because an INSERT that checks one may wait for another transaction;
+-- and no role has a right by which it could lock the table. So nobody can hold a pause up.
 CREATE TABLE refund_ledger.pauses (
     -- Its number. The first open pause of a scope is the one that is shown.
     id bigint GENERATED ALWAYS AS IDENTITY,
@@ -1554,8 +1571,12 @@ CREATE TABLE refund_ledger.terminals (
 );
 
 -- Objects on Payroc's lists that no refund of this ledger had when they were read: made by another ledger, in
--- Payroc's portal, by other software, or by this ledger before it was restored. A refund that one of them may
--- have paid goes to review instead of being sent. Rows are only added.
+-- Payroc's portal, by other software, or by this ledger before it was restored. Rows are only added.
+--
+-- A refund that one of them may have paid goes to review instead of being sent: when either is stored, or at
+-- the gate. One whose own key stands here was sent by a ledger that has forgotten it, so the sending pauses
+-- as well. A plain object stops only a refund with its terminal and order id, or with its terminal, amount,
+-- currency and last four digits.
 CREATE TABLE refund_ledger.foreign_refunds (
     -- Payroc's id of the object; Payroc's length.
     payroc_refund_id text PRIMARY KEY CHECK (length(payroc_refund_id) = 10),
@@ -1599,6 +1620,11 @@ CREATE INDEX foreign_refunds_by_time ON refund_ledger.foreign_refunds (seen_at);
 -- What reports, people and auditors look at: every refund with its state, without its frozen request, the
 -- request's hash, the folded texts and the hash of the API key. It reads with its owner's rights, so that the
 -- auditor needs none on the tables.
+--
+-- Who approved a refund is approved_by, in the source; who approved the run that first released it is
+-- first_released_approver, in Airflow. Of refund 42:
+--   SELECT requested_by, approved_by, approved_at, first_released_at, first_released_run,
+--          first_released_approver FROM refund_ledger.refunds WHERE id = 42
 CREATE VIEW refund_ledger.refunds AS
 SELECT i.id, i.source, i.source_ref, i.processing_terminal_id, i.order_id, i.description, i.amount,
        i.currency, i.payee_last4, i.payee_fingerprint, i.requested_by, i.approved_by, i.approved_at,
