@@ -17,7 +17,9 @@ from include.refunds.migrations import migrate
 from include.refunds.params import RunParams
 from include.refunds.pull import pull
 from include.refunds.rehearse import rehearse
+from include.refunds.resolve import resolve
 from include.refunds.roles import APPROVER, AUDITOR, KEY_ROTATOR, OPERATOR, PAYER, REQUESTER
+from include.refunds.states import Status
 from include.refunds.write_back import write_back
 from tests.conftest import ROOT, Login
 from tests.refunds.conftest import World
@@ -284,6 +286,44 @@ def test_no_transaction_of_the_ledger_is_open_while_the_source_is_read_or_writte
     world.run(pull(source, world.ledger, world.cipher, world.settings))
     world.run(write_back(source, world.ledger))
     assert source.open == [0, 0, 0]
+
+
+class WatchingPayroc:
+    """Payroc's gateway that counts the ledger's open transactions with each of its calls."""
+
+    def __init__(self, world: World) -> None:
+        self._world, self._gateway = world, world.gateway
+        self.calls: dict[str, int] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._gateway, name)
+        if not callable(found):
+            return found
+
+        def counted(*arguments: Any, **values: Any) -> Any:
+            self.calls[name] = self.calls.get(name, 0) + self._world.rows(IN_A_TRANSACTION)[0]["n"]
+            return found(*arguments, **values)
+
+        return counted
+
+
+def test_no_transaction_of_the_ledger_is_open_while_payroc_is_asked(world: World) -> None:
+    refund_id = world.released("9003")
+    review = world.released("9013")
+    world.gateway = watching = WatchingPayroc(world)
+    world.release("run-2")
+    world.send(refund_id)
+    world.send(review)
+    world.hours_ahead = 1
+    world.send(refund_id)
+    world.follow_up()
+    world.run(
+        resolve(
+            review, Status.ACCEPTED, "seen", payroc_refund_id=None, ledger=world.ledger, gateway=world.gateway
+        )
+    )
+    assert {"token", "create_refund", "list_refunds"} <= watching.calls.keys()
+    assert set(watching.calls.values()) == {0}
 
 
 def test_nothing_takes_an_advisory_lock() -> None:
