@@ -129,6 +129,16 @@ def test_a_worker_whose_refund_was_claimed_by_another_one_sends_nothing(world: W
     assert world.run(world.ledger.may_post(second, 60.0))
 
 
+def test_a_worker_whose_refund_was_taken_back_by_a_run_sends_nothing(world: World) -> None:
+    refund_id = world.released()
+    found = claimed(world, refund_id)
+    world.hours_ahead = 3 * MINUTES
+    world.run(world.ledger.return_stale_releases())
+    # It has the number of this attempt still, and may be released again by then.
+    assert world.row(refund_id)["attempts"] == found.attempt
+    assert not world.run(world.ledger.may_post(found, 60.0))
+
+
 def test_what_was_claimed_and_never_sent_passes_the_gate_again(world: World) -> None:
     stands, withdrawn = world.released(), world.released()
     for refund_id in (stands, withdrawn):

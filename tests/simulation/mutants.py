@@ -271,6 +271,16 @@ def _may_post_of_any_attempt(self: MemoryLedger, claim: Claim, seconds: float) -
     return may
 
 
+def _may_post_in_any_status(self: MemoryLedger, claim: Claim, seconds: float) -> bool:
+    """A run that began has taken back what this worker claimed and did not send in time."""
+    row = self.rows[claim.refund.id]
+    status, row.status = row.status, Status.SENDING
+    try:
+        return _may_post(self, claim, seconds)
+    finally:
+        row.status = status
+
+
 def _may_post_without_commit(self: MemoryLedger, claim: Claim, seconds: float) -> bool:
     """What the last check writes is committed with the record, and not before the POST."""
     row, attempt = self.rows[claim.refund.id], self.attempts[claim.refund.id][claim.attempt - 1]
@@ -898,6 +908,9 @@ MUTANTS = (
     ),
     Mutant(
         "the last check does not compare the attempt", ((MemoryLedger, "may_post", _may_post_of_any_attempt),)
+    ),
+    Mutant(
+        "the last check does not ask for the status", ((MemoryLedger, "may_post", _may_post_in_any_status),)
     ),
     Mutant(
         "one last check of twenty is acknowledged and lost",

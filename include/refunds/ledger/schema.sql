@@ -460,7 +460,7 @@ CREATE STATISTICS refund_ledger.states_written_back ON (written_back_at = update
 
 -- When a refund was released for the first time, or found to be paid without that: from then on it counts
 -- against all limits, once. Inserted by a trigger of the states alone; nobody has a right to write here.
--- Everything that a limit counts is here, so a release reads nothing else for it.
+-- What the limits of a day and of a payee count is here, so a release reads nothing else for them.
 CREATE TABLE refund_ledger.first_releases (
     -- Which refund. No foreign key: the trigger that makes the row has the instruction at hand.
     refund_id bigint PRIMARY KEY,
