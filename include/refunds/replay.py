@@ -34,11 +34,11 @@ REPLAYED: Mapping[str, Any] = {
 DERIVED: Mapping[str, str] = {
     "refund_id": "each instruction has one state",
     "released_at": "in the transaction of the last release's event",
+    "first_sent_at": "no later than the last check of any attempt that may have reached Payroc",
 }
 """Columns of ``refund_states`` that follow from an event."""
 
 NOT_COVERED: Mapping[str, str] = {
-    "first_sent_at": "the beginning of the key window",
     "sent_with": "a hash of the API host and key of the first attempt",
     "lease_until": "until when the refund is the attempt's that is under way",
     "next_attempt_at": "when the next attempt may begin",
@@ -58,6 +58,7 @@ _TIMES = ("fence_until", "posting_at", "restored_to")
 _ANSWER = ("approved_by", "approved_hash", "rejected_by")
 # `posting_at` is the last check's, which fires no trigger: the event of the outcome has it.
 _OUTCOME = ("posting_at", "outcome", "http_status", "problem_type")
+_NEVER_PROCESSED = ("configuration", "not_sent")
 
 # A row has the time at which its transaction began, and its event the time of the change. Time limits end a
 # transaction within minutes.
@@ -177,17 +178,35 @@ def _compare_refund(refund_id: int, refund: _Refund, runs: Mapping[str, _Run]) -
     if refund.state is None:
         yield f"Refund {refund_id} has events, but its state was removed."
     else:
-        yield from _compare_state(refund_id, refund.state, said)
+        yield from _compare_state(refund_id, refund.state, said, _last_checks(refund.attempts, said.attempts))
     yield from _compare_attempts(refund_id, refund.attempts, said.attempts)
     yield from _compare_first_release(refund_id, refund, said, runs)
 
 
-def _compare_state(refund_id: int, state: Row, said: _Replayed) -> Iterator[str]:
+def _last_checks(attempts: Mapping[int, Row], said: Mapping[int, dict[str, Any]]) -> dict[datetime, bool]:
+    """Return when attempts passed their last check, and whether they may have reached Payroc."""
+    found = {}
+    for number in {*attempts, *said}:
+        # Only its outcome has an event. One that is under way is as its row says.
+        ended = said.get(number, {}).get("finished")
+        values = said[number] if ended or number not in attempts else attempts[number]
+        if values["posting_at"] is not None:
+            found[values["posting_at"]] = values["outcome"] not in _NEVER_PROCESSED
+    return found
+
+
+def _compare_state(
+    refund_id: int, state: Row, said: _Replayed, last_checks: Mapping[datetime, bool]
+) -> Iterator[str]:
     if state.status != said.state["status"]:
         yield f"Refund {refund_id} is {state.status}, and its last event says {said.state['status'] or 'nothing'}."
     differing = [name for name, value in said.state.items() if name != "status" and state[name] != value]
     if not _is_of(said.last_release, state.released_at):
         differing.append("released_at")
+    first, counted = state.first_sent_at, [at for at, counts in last_checks.items() if counts]
+    # A last check that took long is made again, and keeps the beginning of the key window.
+    if (first is not None and not last_checks) or (counted and (first is None or first > min(counted))):
+        differing.append("first_sent_at")
     for name in differing:
         yield f"Refund {refund_id}: `{name}` is not what its events say."
 
@@ -281,7 +300,8 @@ _INSTRUCTIONS = """
                  approved_by, approved_by_folded, approved_at, idempotency_key, replaces, reissue_reason, created_at
           FROM refund_ledger.refund_instructions WHERE id > :after AND id <= :last) AS instruction"""
 _STATES = f"""
-    SELECT refund_id, {", ".join(REPLAYED)}, released_at FROM refund_ledger.refund_states WHERE {_OF_BATCH}"""
+    SELECT refund_id, {", ".join(REPLAYED)}, released_at, first_sent_at
+    FROM refund_ledger.refund_states WHERE {_OF_BATCH}"""
 _FIRST_RELEASES = f"""
     SELECT refund_id, payee_fingerprint, amount, currency, run, approver, at
     FROM refund_ledger.first_releases WHERE {_OF_BATCH}"""

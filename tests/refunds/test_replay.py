@@ -113,6 +113,9 @@ TAMPERED: dict[str, tuple[str, str]] = {
     "a release made younger": changed("released", "released_at = released_at + interval '1 day'"),
     "a number of attempts": changed("unknown", "attempts = 2"),
     "a fence taken away": changed("sending", "fence_until = fence_until - interval '1 hour'"),
+    "a key window that begins later": changed("unknown", "first_sent_at = first_sent_at + interval '6 days'"),
+    "a key window forgotten": changed("accepted", "first_sent_at = NULL"),
+    "a key window of what was never sent": changed("released", "first_sent_at = now(), sent_with = 'x'"),
     "an id of Payroc's": changed("accepted", "payroc_refund_id = 'ZZZZZZZZZZ'"),
     "a state removed": (
         f"DELETE FROM refund_ledger.refund_states {REFUND['review']}",

@@ -80,6 +80,11 @@ def test_who_waits_for_a_refund_has_locked_none_with_a_greater_id(
     world: World, begun: Callable[[World], tuple[int, int, Begin]]
 ) -> None:
     first, second, begin = begun(world)
+    # Its row is the later one in the table, so the order of the rows is not that of the ids.
+    with world.ledger_engine.begin() as connection:
+        connection.exec_driver_sql(
+            f"UPDATE refund_ledger.refund_states SET payroc_seen_at = now() WHERE refund_id = {first}"
+        )
     with ThreadPoolExecutor(1) as thread, world.ledger_engine.connect() as other:
         other.exec_driver_sql(LOCK.format(first))
         work = thread.submit(lambda: world.run(begin()))

@@ -1693,7 +1693,7 @@ GRANT SELECT ON refund_ledger.refund_instructions TO refunds_auditor;
 
 -- Not the hash of the API key.
 GRANT SELECT (refund_id, status, reason, holds, released_holds, run_rejected_by, released_by, released_run,
-        released_at, attempts, fence_until, payroc_refund_id)
+        released_at, attempts, first_sent_at, fence_until, payroc_refund_id)
     ON refund_ledger.refund_states TO refunds_auditor;
 
 -- The payer stores what was approved.
