@@ -18,6 +18,7 @@ from include.refunds.ledger.sending import CLAIM_LEASE
 from include.refunds.send import Sent
 from tests.patience import eventually
 from tests.refunds.conftest import Death, Intercepted, World, die
+from tests.refunds.test_ledger_rules import force
 from tests.refunds.test_reissue import reissued
 
 TOKEN_SECONDS = 3600
@@ -160,6 +161,29 @@ def test_a_claim_that_was_never_sent_ends_with_its_release(world: World) -> None
     assert claim(world, refund_id) is None
     assert world.run(world.ledger.return_stale_releases()) == 1
     assert world.row(refund_id)["status"] == "approved"
+
+
+# -- what the claim asks for -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "otherwise",
+    ["payroc_refund_id = 'ABCDEFGHIJ'", "status = 'accepted', payroc_refund_id = 'ABCDEFGHIJ'"],
+    ids=["released", "accepted"],
+)
+def test_what_payroc_holds_is_never_claimed(world: World, otherwise: str) -> None:
+    refund_id = world.released()
+    force(world, refund_id, otherwise)
+    assert claim(world, refund_id) is None
+
+
+def test_a_wait_that_is_longer_than_the_lease_is_waited_for(world: World) -> None:
+    refund_id = world.released("9003")
+    assert world.send(refund_id).sent is Sent.UNKNOWN
+    force(world, refund_id, "lease_until = now(), next_attempt_at = now() + interval '1 hour'")
+    assert claim(world, refund_id) is None
+    world.hours_ahead = 1.1
+    assert claimed(world, refund_id).attempt == 2
 
 
 # -- what the last check asks for --------------------------------------------------------------------------------------
