@@ -262,13 +262,15 @@ class WriteBacks(LedgerBase):
         :param offered: source_refs that the source returns as approved.
         :returns: how many are due again, and how many are offered again too soon after that.
         """
-        # The folded form has the index.
+        # The folded form has the index. Found first, or a large ledger would be read from end to end.
         ended = f"""
-            SELECT r.id, r.source_ref FROM refund_ledger.refunds AS r
-            WHERE {_WRITTEN_AND_ENDED} AND r.id IN (
+            WITH offered AS MATERIALIZED (
                 SELECT id FROM refund_ledger.refund_instructions
                 WHERE source = :source AND source_ref_folded = ANY(:folded) AND source_ref = ANY(:offered)
-                  AND replaces IS NULL)
+                  AND replaces IS NULL
+            )
+            SELECT r.id, r.source_ref FROM offered JOIN refund_ledger.refunds AS r USING (id)
+            WHERE {_WRITTEN_AND_ENDED}
             UNION ALL
             SELECT r.id, first.source_ref FROM refund_ledger.refunds AS r
             CROSS JOIN LATERAL (SELECT refund_ledger.first_source_ref(r.id) AS source_ref) AS first
