@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 
-from benchmarks.stage import Books, Payroc, Stage
+from benchmarks.stage import Books, Payroc, Stage, cpu_seconds
 from demo import processes
 from demo.postgres import HOST, free_port
 from demo.stack import POOL, telling_lines
@@ -307,19 +306,7 @@ class Deployment:
 
     def _cpu(self) -> tuple[float, float]:
         """Return the seconds of CPU that Airflow and the database server have used since their start."""
-        return _used(process.pid for process in self._parts.values()), _used([self._stage.postgres.pid])
-
-
-def _used(roots: Iterable[int]) -> float:
-    """Return the CPU time of processes and all below them, in seconds; a parent counts what its ended children used."""
-    total = 0.0
-    for root in map(psutil.Process, roots):
-        for process in (root, *root.children(recursive=True)):
-            # What has ended a moment ago counts at its parent.
-            with suppress(psutil.NoSuchProcess):
-                times = process.cpu_times()
-                total += times.user + times.system + times.children_user + times.children_system
-    return total
+        return cpu_seconds(process.pid for process in self._parts.values()), self._stage.database_cpu()
 
 
 def _wait_until(condition: Callable[[], bool], what: str, *, seconds: float = _RUN_SECONDS) -> None:

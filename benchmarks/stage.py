@@ -9,12 +9,13 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
 import psycopg
 from psycopg.sql import SQL, Identifier
 from sqlalchemy.engine import URL
@@ -88,6 +89,10 @@ class Stage:
                 server.execute(SQL("ALTER SYSTEM SET {} = {}").format(Identifier(name), given))
         self.postgres.stop()
         self.postgres.start()
+
+    def database_cpu(self) -> float:
+        """Return the seconds of CPU that the database server has used since its start."""
+        return cpu_seconds([self.postgres.pid])
 
     def new_books(self, name: str) -> Books:
         """Make an empty ledger and an empty source."""
@@ -258,3 +263,15 @@ def _child(module: str, *, env: dict[str, str], log: Path) -> Iterator[subproces
 def _write_line(stream: IO[str], content: dict[str, Any]) -> None:
     stream.write(json.dumps(content) + "\n")
     stream.flush()
+
+
+def cpu_seconds(roots: Iterable[int]) -> float:
+    """Return the CPU time of processes and all below them, in seconds; a parent counts what its ended children used."""
+    total = 0.0
+    for root in map(psutil.Process, roots):
+        for process in (root, *root.children(recursive=True)):
+            # What has ended a moment ago counts at its parent.
+            with suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                total += times.user + times.system + times.children_user + times.children_system
+    return total
