@@ -69,7 +69,7 @@ OURS = {
     "environment",
     "version_num",
 }
-BASIS = ("approval_basis", "candidate_totals", "released_totals", "counted", "counted_before")
+BASIS = ("approval_basis", "candidate_totals", "released_totals")
 RUN = f"run {CANARY}"
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime, timedelta
 from operator import attrgetter
 from typing import Any
@@ -48,7 +48,6 @@ from include.refunds.limits import (
     GateDecision,
     Limits,
     Totals,
-    added,
     day_start,
     decide_at_gate,
     totals,
@@ -141,14 +140,13 @@ class Run:
 
     candidates_hash: str
     basis: dict[str, Any]
+    candidates_at: datetime
     candidate_ids: tuple[int, ...] = ()
     asked_hash: str | None = None
     question: str | None = None
     approved_hash: str | None = None
     approved_by: str | None = None
     rejected_by: str | None = None
-    counted: dict[str, dict[str, int]] = field(default_factory=dict)
-    counted_before: dict[str, dict[str, int]] = field(default_factory=dict)
     released: int | None = None
 
 
@@ -497,15 +495,13 @@ class MemoryLedger:
         at: datetime,
     ) -> None:
         before = self.runs.get(run_id)
-        counted = before.counted if before else {}
         ids = [item.id for item in candidates]
         self.runs[run_id] = Run(
             hash_of_ids(ids),
             self._approval_basis(ids),
+            self.clock(),
             tuple(ids),
             question=before.question if before else None,
-            counted=counted,
-            counted_before=counted,
         )
 
     def ask_approval(self, run_id: str) -> Question | None:
@@ -571,12 +567,23 @@ class MemoryLedger:
 
     def _released_without_a_person(self, but: str) -> dict[str, dict[str, int]]:
         """Return what other runs released today without a person, and this one before it was pulled anew."""
-        by_itself = (
+        others = [
             row
             for row in self._released_today()
             if row.first_released_run != but and row.first_released_approver is None
-        )
-        return added(totals((row.currency, row.amount) for row in by_itself), self._run(but).counted_before)
+        ]
+        return totals((row.currency, row.amount) for row in (*others, *self._released_before(but)))
+
+    def _released_before(self, run_id: str) -> list[Row]:
+        candidates_at = self._run(run_id).candidates_at
+        return [
+            row
+            for row in self._released_by(run_id)
+            if row.first_released_at is not None and row.first_released_at < candidates_at
+        ]
+
+    def _released_by(self, run_id: str) -> list[Row]:
+        return [row for row in self.rows.values() if row.first_released_run == run_id]
 
     def _released_today(self) -> list[Row]:
         start = day_start(self.clock(), self.settings.timezone)
@@ -600,7 +607,8 @@ class MemoryLedger:
         for refund_id, finding in withdrawn.items():
             if self.rows[refund_id].status is Status.RELEASED:
                 self._write(self.rows[refund_id], now, status=Status.APPROVED, reason=finding)
-        decision = self._decide_at_gate([item for item in candidate_ids if item in standing_ids], run.counted)
+        by_this_run = totals((row.currency, row.amount) for row in self._released_by(run_id))
+        decision = self._decide_at_gate([item for item in candidate_ids if item in standing_ids], by_this_run)
         for refund_id in decision.released:
             if self.rows[refund_id].status is Status.APPROVED:
                 released: dict[str, Any] = {
@@ -621,7 +629,6 @@ class MemoryLedger:
                 )
         for refund_id, hold in decision.held.items():
             self._write(self.rows[refund_id], now, status=Status.HELD, holds=hold.names, reason=hold.reason)
-        run.counted = added(run.counted, decision.counted)
         run.released = len(decision.released)
         return decision.released
 
@@ -632,7 +639,7 @@ class MemoryLedger:
         if run.approved_by is None and self._why_ask(self._released_without_a_person(run_id), run):
             raise LedgerError(f"Run {run_id} takes a person by now.")
 
-    def _decide_at_gate(self, ids: Sequence[int], counted: Totals) -> GateDecision:
+    def _decide_at_gate(self, ids: Sequence[int], by_this_run: Totals) -> GateDecision:
         asking = [
             row
             for refund_id in ids
@@ -645,7 +652,7 @@ class MemoryLedger:
         return decide_at_gate(
             [_at_the_gate(row) for row in asking],
             self.limited,
-            run=counted,
+            run=by_this_run,
             day=self._counted_today(),
             earlier=self._let_through_before(asking),
             now=self.clock(),

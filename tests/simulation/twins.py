@@ -50,8 +50,7 @@ _RUN_COLUMNS = (
     "approved_hash",
     "approved_by",
     "rejected_by",
-    "counted",
-    "counted_before",
+    "candidates_at",
     "released",
 )
 _READS = frozenset(

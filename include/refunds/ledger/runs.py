@@ -23,7 +23,6 @@ from include.refunds.limits import (
     GateDecision,
     Limits,
     Totals,
-    added,
     day_start,
     decide_at_gate,
     totals,
@@ -182,15 +181,17 @@ class Runs(Gate, Continuity):
         """
         upsert = """
             INSERT INTO refund_ledger.refund_runs
-                (run_id, params, candidates, candidate_ids, candidate_totals, candidates_hash, approval_basis, findings, started_at)
-            VALUES (:run_id, CAST(:params AS jsonb), :candidates, :ids, CAST(:totals AS jsonb), :hash, CAST(:basis AS jsonb),
-                CAST(:findings AS jsonb), :at)
+                (run_id, params, candidates, candidate_ids, candidate_totals, candidates_hash, approval_basis,
+                findings, started_at)
+            VALUES (:run_id, CAST(:params AS jsonb), :candidates, :ids, CAST(:totals AS jsonb), :hash,
+                CAST(:basis AS jsonb), CAST(:findings AS jsonb), :at)
             ON CONFLICT (run_id) DO UPDATE SET params = EXCLUDED.params, candidates = EXCLUDED.candidates,
                 candidate_ids = EXCLUDED.candidate_ids,
                 candidate_totals = EXCLUDED.candidate_totals, candidates_hash = EXCLUDED.candidates_hash,
+                candidates_at = EXCLUDED.candidates_at,
                 approval_basis = EXCLUDED.approval_basis, findings = EXCLUDED.findings, started_at = EXCLUDED.started_at,
                 finished_at = NULL, approval_needed = NULL, asked_hash = NULL, approved_by = NULL, approved_at = NULL,
-                approved_hash = NULL, counted_before = refund_runs.counted, rejected_by = NULL, rejected_at = NULL,
+                approved_hash = NULL, rejected_by = NULL, rejected_at = NULL,
                 released = NULL, released_totals = NULL"""
         async with self._transaction() as (connection, _):
             ids = [item.id for item in candidates]
@@ -333,7 +334,7 @@ class Runs(Gate, Continuity):
             WHERE id {OF_MANY} AND status = 'released' ORDER BY approved_at, id"""
         note = """
             UPDATE refund_ledger.refund_runs SET released = :released, released_totals = CAST(:totals AS jsonb),
-                counted = CAST(:counted AS jsonb), findings = findings || CAST(:findings AS jsonb)
+                findings = findings || CAST(:findings AS jsonb)
                 || jsonb_build_object('withdrawn', COALESCE(findings -> 'withdrawn', '{}') || CAST(:withdrawn AS jsonb))
             WHERE run_id = :run_id"""
         async with self._transaction() as (connection, now):
@@ -348,7 +349,8 @@ class Runs(Gate, Continuity):
             for refund_id, finding in withdrawn.items():
                 await connection.execute(take_back, {"id": refund_id, "reason": finding, "now": now})
             ids = sorted({*standing_ids} & {*candidate_ids})
-            decision = await self._decide_at_gate(connection, control, ids, run.counted, now)
+            by_this_run = await _first_released(connection, "run = :run_id", {"run_id": run_id})
+            decision = await self._decide_at_gate(connection, control, ids, by_this_run, now)
             await connection.execute(
                 release,
                 {
@@ -369,7 +371,6 @@ class Runs(Gate, Continuity):
                     "run_id": run_id,
                     "released": len(released),
                     "totals": json.dumps(totals((row.currency, row.amount) for row in released)),
-                    "counted": json.dumps(added(run.counted, decision.counted)),
                     "findings": json.dumps({"waiting": await _waiting(connection, decision.waiting)}),
                     "withdrawn": json.dumps({str(key): value for key, value in withdrawn.items()}),
                 },
@@ -383,7 +384,7 @@ class Runs(Gate, Continuity):
 
     async def _run(self, connection: Connection, run_id: str) -> Row:
         query = """
-            SELECT run_id, candidate_ids, candidates_hash, approved_hash, approved_by, approval_basis, question, counted, counted_before
+            SELECT run_id, candidate_ids, candidates_hash, approved_hash, approved_by, approval_basis, question, candidates_at
             FROM refund_ledger.refund_runs WHERE run_id = :run_id FOR UPDATE"""
         run = (await connection.execute(query, {"run_id": run_id})).one_or_none()
         # An earlier version noted less of a run.
@@ -408,7 +409,7 @@ class Runs(Gate, Continuity):
                 )
 
     async def _decide_at_gate(
-        self, connection: Connection, control: _State, ids: Sequence[int], counted: Totals, now: datetime
+        self, connection: Connection, control: _State, ids: Sequence[int], by_this_run: Totals, now: datetime
     ) -> GateDecision:
         columns = """id, order_id, amount, currency, payee_fingerprint AS payee, status, released_holds, first_released_at"""
         asking = f"""
@@ -431,26 +432,20 @@ class Runs(Gate, Continuity):
         if control.limits.looks_back:
             since, payees = now - control.limits.looks_back, list({row.payee for row in rows})
             before = _at_the_gate(await connection.execute(earlier, {"payees": payees, "since": since}))
-        today = await self._released_today(connection, now)
-        return decide_at_gate(rows, control.limits, run=counted, day=today, earlier=before, now=now)
+        today = await _first_released(connection, "at >= :day", {"day": self._day(now)})
+        return decide_at_gate(rows, control.limits, run=by_this_run, day=today, earlier=before, now=now)
 
     async def _released_without_a_person(
         self, connection: Connection, run: Row, now: datetime
     ) -> dict[str, dict[str, int]]:
         """Return what other runs released today without a person, and this one before it was pulled anew."""
-        others = "run IS DISTINCT FROM :run_id AND approver IS NULL"
-        return added(
-            await self._released_today(connection, now, others, run_id=run.run_id), run.counted_before
-        )
+        condition = """run = :run_id AND at < :candidates_at
+            OR run IS DISTINCT FROM :run_id AND approver IS NULL AND at >= :day"""
+        values = {"run_id": run.run_id, "candidates_at": run.candidates_at, "day": self._day(now)}
+        return await _first_released(connection, condition, values)
 
-    async def _released_today(
-        self, connection: Connection, now: datetime, condition: str = "true", **values: str
-    ) -> dict[str, dict[str, int]]:
-        """Return the sums of what passed the gate for the first time today, per currency."""
-        query = f"""
-            SELECT currency, count(*) AS count, sum(amount) AS amount FROM refund_ledger.first_releases
-            WHERE at >= :day AND {condition} GROUP BY currency"""
-        return await _sums(connection, query, {"day": day_start(now, self._settings.timezone), **values})
+    def _day(self, now: datetime) -> datetime:
+        return day_start(now, self._settings.timezone)
 
     async def terminals(self, refund_ids: Sequence[int]) -> set[str]:
         """Return the processing terminals of refunds."""
@@ -511,6 +506,16 @@ async def _approval_basis(connection: Connection, ids: Sequence[int]) -> dict[st
         **(await connection.execute(others, values)).one(),
         "new_payees": (await connection.execute(payees, values)).scalar_one(),
     }
+
+
+async def _first_released(
+    connection: Connection, condition: str, values: dict[str, Any]
+) -> dict[str, dict[str, int]]:
+    """Return the sums of what passed the gate for the first time, per currency."""
+    query = f"""
+        SELECT currency, count(*) AS count, sum(amount) AS amount FROM refund_ledger.first_releases
+        WHERE {condition} GROUP BY currency"""
+    return await _sums(connection, query, values)
 
 
 async def _sums(connection: Connection, query: str, values: dict[str, Any]) -> dict[str, dict[str, int]]:

@@ -485,7 +485,7 @@ CREATE INDEX first_releases_by_time ON refund_ledger.first_releases USING brin (
 -- What a payee got before: limits per payee, duplicates, new payees.
 CREATE INDEX first_releases_by_payee ON refund_ledger.first_releases (payee_fingerprint, at);
 
--- What a run released, for its report.
+-- What a run released: its limits, and its report.
 CREATE INDEX first_releases_by_run ON refund_ledger.first_releases (run);
 
 -- Each new instruction gets its state and its first event, which has a hash of the instruction. It runs with
@@ -1209,11 +1209,9 @@ CREATE TABLE refund_ledger.refund_runs (
     rejected_by text,
     -- When they did.
     rejected_at timestamptz,
-    -- What this run has released for the first time, per currency: counted against the limits of a run.
-    counted jsonb NOT NULL DEFAULT '{}',
-    -- What it had released before it was pulled again: counted against the thresholds, even if that was
-    -- approved.
-    counted_before jsonb NOT NULL DEFAULT '{}'
+    -- When its candidates were stored. What it had released before, in an earlier pull, counts against the
+    -- thresholds, even if that was approved.
+    candidates_at timestamptz NOT NULL DEFAULT refund_ledger.now()
 );
 
 -- The event of an answer: `approval`, `rejection`, or `run` when the thresholds ask nobody, or an answer is
@@ -1761,9 +1759,9 @@ GRANT INSERT (run_id, params, candidates, candidate_ids, candidate_totals, candi
     ON refund_ledger.refund_runs TO refunds_payer;
 
 -- The payer notes the answer that was given in Airflow, and what was released.
-GRANT UPDATE (params, candidates, candidate_ids, candidate_totals, candidates_hash, approval_basis, findings,
-        started_at, finished_at, approval_needed, asked_hash, question, approved_by, approved_at,
-        approved_hash, rejected_by, rejected_at, counted, counted_before, released, released_totals)
+GRANT UPDATE (params, candidates, candidate_ids, candidate_totals, candidates_hash, candidates_at,
+        approval_basis, findings, started_at, finished_at, approval_needed, asked_hash, question, approved_by,
+        approved_at, approved_hash, rejected_by, rejected_at, released, released_totals)
     ON refund_ledger.refund_runs TO refunds_payer;
 
 -- A pause names who pauses and who resumes.
