@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
@@ -21,17 +22,32 @@ go on while the others are being answered.
 """
 
 
+GATHER_SECONDS = 0.01
+"""How long a call that comes soon after a group waits for others: a list's refunds come one by one, and alone cost most."""
+
+# A group this long ago is another list's.
+_SOON_SECONDS = 0.1
+
+
 class Grouped(Generic[Call, Answer]):
     """
     Calls about one refund each. Those that come while others are being answered are answered together after those.
 
-    Nobody waits for a group to fill up: a call that comes alone is answered alone, at once. A refund is in a group only once.
+    The first call is answered at once, so a refund that comes alone waits for nobody. A refund is in a group only
+    once.
 
     :param answer: answers calls in one transaction, in their order: all of them, or it raises and has done nothing.
+    :param gather_seconds: how long a call waits for others when a group was answered a moment ago.
     """
 
-    def __init__(self, answer: Callable[[Sequence[Call]], Awaitable[Sequence[Answer]]]) -> None:
+    def __init__(
+        self,
+        answer: Callable[[Sequence[Call]], Awaitable[Sequence[Answer]]],
+        gather_seconds: float = GATHER_SECONDS,
+    ) -> None:
         self._answer = answer
+        self._gather_seconds = gather_seconds
+        self._last_group = -_SOON_SECONDS
         self._waiting: list[tuple[int, Call, asyncio.Future[Answer]]] = []
         self._at_work: asyncio.Task[None] | None = None
         self._most = FEWEST
@@ -53,7 +69,10 @@ class Grouped(Generic[Call, Answer]):
     async def _work(self) -> None:
         try:
             while self._waiting:
+                if len(self._waiting) < MOST and time.monotonic() - self._last_group < _SOON_SECONDS:
+                    await asyncio.sleep(self._gather_seconds)
                 await self._answer_together(self._next_group())
+                self._last_group = time.monotonic()
         finally:
             self._at_work = None
 

@@ -270,7 +270,8 @@ class Sending(Records):
 
     @cached_property
     def _last_checks(self) -> Grouped[tuple[Claim, float], _LastCheck]:
-        return Grouped(self._check_last)
+        # A refund has its turn meanwhile, which others wait for.
+        return Grouped(self._check_last, gather_seconds=0)
 
     async def _check_last(self, calls: Sequence[tuple[Claim, float]]) -> list[_LastCheck]:
         # A row that another transaction has locked is not waited for: its lock would keep the others of the list
