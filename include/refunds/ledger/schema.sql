@@ -1,7 +1,7 @@
 -- The ledger: every refund, what became of it, who decided about it, and who may change what.
 --
 -- Read it from top to bottom. Migration 0001 executes exactly this file, in one transaction and after it has
--- made the roles, so nothing about the ledger's structure is written anywhere else.
+-- made the roles: every other object of the database is defined here and nowhere else.
 --
 --   1  Schema and owner
 --   2  Functions that several tables use
@@ -21,33 +21,37 @@
 --
 -- The life of a refund: it is approved; a limit may hold it until an operator unholds or cancels it; a run
 -- releases it, which is the only gate to Payroc; a worker sends it. Then Payroc has accepted or rejected it,
--- or nobody knows (unknown) and it is looked up or sent again with the same key and the same bytes. What
--- Payroc holds and this ledger never sent is taken over: a restored ledger has forgotten it. What is accepted
--- settles; a bank may return it, an operator may reverse it. What nobody but an operator can decide is in
--- review. Section 4 has the complete graph, in guard_state.
+-- or nobody knows (unknown) and it is looked up or sent again with the same key and the same bytes. What is
+-- accepted settles; a bank may return it, an operator may reverse it. What nobody but an operator can decide
+-- is in review. A restored ledger has forgotten what it sent: when Payroc's list shows an object with the key
+-- of a refund that was never sent from here, that refund takes the object's status, or goes to review if they
+-- differ. Section 4 has the complete graph, in guard_state.
 --
 -- Why a refund is not paid twice. Its key derives from the source row (key_is_derived) and its body is
--- frozen, so Payroc answers a second POST with the first answer, for 7 days; after 6 there is none
--- (first_sent_at). Only one attempt at a time has the refund: a claim gives it a number and a lease, and
--- from the last check until the fence no other one is claimed (lease_until, fence_until, refund_attempts).
--- What this ledger may have forgotten is on Payroc's list, which has to be known before a first POST
--- (terminals, foreign_refunds).
+-- frozen, so Payroc answers a second POST with the first answer, for 7 days; the program sends no refund
+-- whose first POST is 6 days old (first_sent_at). Only one attempt at a time has the refund: a claim gives it
+-- a number and a lease, and from the last check until the fence the program claims no other one (lease_until,
+-- fence_until, refund_attempts). What this ledger may have forgotten is on Payroc's list, which has to be
+-- known before a first POST (terminals, foreign_refunds). The conditions that claim and last check share are
+-- in include/refunds/ledger/conditions.py.
 --
 -- Roles. They belong to the server and cannot log in; each login is granted one of them.
 --
 --   refunds_migrator     owns everything here and migrates it
 --   refunds_payer        the DAGs: pull, release, send, look up, write back
 --   refunds_operator     the command line: pause and resume, set limits, unhold, cancel, resolve, reissue
---   refunds_auditor      reads everything except the requests
+--   refunds_auditor      reads everything except the requests and the hash of the API key
 --   refunds_key_rotator  encrypts the requests with another key
 --
 -- refunds_requester and refunds_approver have rights in the source, and none here.
 --
 -- Words. A time is the ledger database's clock unless its comment says otherwise. An amount is in minor units
--- of its currency, such as cents. A "folded" form is a text without the differences that people do not see
--- (case, accents composed or not, width, runs of blanks, invisible characters); Python folds, in
--- include/refunds/text.py, because Postgres would fold some letters differently. A trigger says what a right
--- on columns cannot. An index stands below its table, with the question that needs it.
+-- of its currency, such as cents. The last check is the transaction right before a POST, which asks once more
+-- whether it may leave. The gate is the release of refunds by a run. A "folded" form is a text without the
+-- differences that people do not see (case, accents composed or not, width, runs of blanks, invisible
+-- characters); Python folds, in include/refunds/text.py, because Postgres would fold some letters
+-- differently. A trigger says what a right on columns cannot. An index stands below its table, with the
+-- question that needs it.
 
 
 -- 1  Schema and owner ---------------------------------------------------------------------------------------
@@ -79,8 +83,8 @@ SET LOCAL ROLE refunds_migrator;
 -- Every function here except now() sets its search path: with the caller's, operators of a schema of the
 -- caller's could stand in the place of `=` and `<>`.
 
--- Refuse what none of these roles may do. A login that was granted none of them is refused as well. In a
--- function with its owner's rights the login behind the call counts.
+-- Raise an error unless the caller has one of these roles. In a function with its owner's rights the login
+-- behind the call counts.
 CREATE FUNCTION refund_ledger.require(what text, VARIADIC roles text[]) RETURNS void
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -204,8 +208,8 @@ CREATE TABLE refund_ledger.refund_instructions (
     -- When the ledger stored it.
     created_at timestamptz NOT NULL,
 
-    -- A key that is drawn, or another refund's, would be a second payment: whoever inserts has to give the
-    -- one that Payroc knows this refund by.
+    -- A random key, or another refund's, would let this refund be paid twice, so the key has to be the one
+    -- that derives from source and source_ref.
     CONSTRAINT key_is_derived CHECK (idempotency_key = refund_ledger.refund_key(source, source_ref)),
     -- Two spellings of one id are not two refunds. A pull finds its rows by it.
     CONSTRAINT one_refund_per_spelling UNIQUE (source, source_ref_folded),
@@ -242,12 +246,14 @@ CREATE TABLE refund_ledger.refund_instructions (
     CONSTRAINT reissue_says_why CHECK ((replaces IS NULL) = (reissue_reason IS NULL))
 );
 
--- The frozen body holds the refund's own key, so two refunds never have the same: who has no encryption key
--- and so cannot make a body cannot copy another refund's either. As bytes a hash takes half the room.
+-- The frozen body holds the refund's own key, so two refunds never have the same body. A login without the
+-- encryption key, which cannot make a body, so cannot use another refund's either. As bytes a hash takes half
+-- the room.
 CREATE UNIQUE INDEX one_refund_per_request
     ON refund_ledger.refund_instructions (decode(request_sha256, 'hex'));
 
--- A refund is replaced at most once. The write-back and the look at a case ask by what a refund is replaced.
+-- A refund is replaced at most once. The write-back and an operator's decisions ask by what a refund is
+-- replaced.
 -- Hardly any is: without the others the index is next to nothing.
 CREATE UNIQUE INDEX one_reissue_per_refund ON refund_ledger.refund_instructions (replaces)
     WHERE replaces IS NOT NULL;
@@ -269,9 +275,10 @@ CREATE TABLE refund_ledger.frozen_requests (
 -- The bodies that are kept, for their emptying and a rotation; of a large ledger most are emptied.
 CREATE INDEX requests_kept ON refund_ledger.frozen_requests (refund_id) WHERE request IS NOT NULL;
 
--- A refund from the source takes the payer, a reissue an operator. A reissue pays the same again, so what it
--- replaces must have ended unpaid, and it pays the same amount to the same payee. The replaced refund is
--- locked, so that it cannot turn out to be paid before the commit.
+-- Only the payer inserts refunds from the source, only an operator inserts reissues. A reissue pays the same
+-- again, so what it replaces must be rejected, returned or reversed (a cancelled refund is never paid, so it
+-- is not replaced either), and it pays the same amount to the same payee. The replaced refund is locked, so
+-- that it cannot turn out to be paid before the commit.
 CREATE FUNCTION refund_ledger.guard_instruction() RETURNS trigger
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -372,7 +379,8 @@ CREATE TABLE refund_ledger.refund_states (
     -- When status, reason or Payroc's answer last changed. No two changes of a refund share one
     -- (guard_state).
     updated_at timestamptz NOT NULL,
-    -- The updated_at that the source has; any other value means that the row is due to be written.
+    -- Which version the source has: the updated_at that was written back. With any other value the row is due
+    -- to be written.
     written_back_at timestamptz,
 
     -- The gate.
@@ -406,8 +414,8 @@ CREATE TABLE refund_ledger.refund_states (
     -- fence_until.
     lease_until timestamptz,
     -- The fence: until when the newest attempt could send, were it to pass its last check. The claim
-    -- fixes it, 10 minutes after the end of its token: after that Payroc refuses whatever its worker
-    -- still sends.
+    -- fixes it, 10 minutes after the end of the worker's access token, for clocks that differ: by then
+    -- Payroc refuses whatever this worker still sends.
     fence_until timestamptz,
     -- When the next attempt may begin at the earliest.
     next_attempt_at timestamptz,
@@ -552,10 +560,11 @@ $$;
 -- A refund moves only along the graph, and only by the role whose step it is. What goes with a step changes
 -- with that step alone: nobody adds a hold, another reason or an id of Payroc's to a refund that stays where
 -- it is. What a first attempt fixed (when, and with which API host and key) is taken back only by the edge
--- that proves that no attempt reached Payroc's processing. include/refunds/states.py has the same graph.
+-- from sending to released, and only when every attempt is known not to have been processed by Payroc.
+-- include/refunds/states.py has the same graph.
 --
--- An expression of PL/pgSQL with a query in it runs the query even where what stands before it has decided
--- already; hence each query has an IF of its own, and a role that is there is found without one.
+-- PL/pgSQL runs a query in an expression even when what stands before it has decided already. So each query
+-- has an IF of its own, and require() is called only when the cheap test of the role has failed.
 CREATE FUNCTION refund_ledger.guard_state() RETURNS trigger
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -598,7 +607,8 @@ BEGIN
             IF NOT is_payer THEN
                 PERFORM refund_ledger.require(format('%s to %s', OLD.status, NEW.status), 'refunds_payer');
             END IF;
-        -- What an operator alone does: unhold, cancel, resolve. Whatever waits may go to review without one.
+        -- What an operator alone does: unhold, cancel, resolve. To review both may move a refund, but from
+        -- sending and unknown the payer alone.
         ELSIF NEW.status = 'cancelled' OR OLD.status = 'review'
               OR (OLD.status = 'held' AND NEW.status = 'approved') THEN
             IF NOT is_operator THEN
@@ -613,7 +623,8 @@ BEGIN
                 USING ERRCODE = 'check_violation';
         END IF;
     END IF;
-    -- Without an attempt only an object of Payroc's ends a refund; for the paid ones a constraint says so.
+    -- A refund that was never sent is rejected only when Payroc shows an object of it; for the paid ones a
+    -- constraint says so.
     IF OLD.status IN ('approved', 'held') AND NEW.status = 'rejected' AND NEW.payroc_refund_id IS NULL THEN
         RAISE EXCEPTION 'refund % was never sent, so nothing has rejected it', OLD.refund_id
             USING ERRCODE = 'check_violation';
@@ -654,8 +665,8 @@ BEGIN
             RAISE EXCEPTION 'refund %: a rejection ends with a release alone', OLD.refund_id
                 USING ERRCODE = 'check_violation';
         END IF;
-    -- The payer decides what is released, with one exception: only an operator may set the largest amount
-    -- that is released without anybody's look at it.
+    -- The payer decides what is released, with one exception, which the database checks itself: a refund
+    -- above largest_refund is released only after an operator has ended that hold.
     ELSIF 'largest_refund' <> ALL (NEW.released_holds) THEN
         IF EXISTS (SELECT FROM refund_ledger.refund_instructions, refund_ledger.refund_limits
                    WHERE id = OLD.refund_id AND amount > largest_refund) THEN
@@ -707,7 +718,8 @@ END $$;
 
 -- Not for what a last check writes (lease_until becomes fence_until, and first_sent_at and sent_with are
 -- set), of which there is one for each POST; nor for what anyone with the right to the column may change at
--- any time: when a refund was written back, when Payroc showed it and with which word, and how long to wait.
+-- any time: which version the source has, when Payroc showed the refund and with which word, how long to
+-- wait, and the lease of a refund that is not being sent.
 CREATE TRIGGER guard BEFORE UPDATE ON refund_ledger.refund_states FOR EACH ROW
     WHEN ((OLD.refund_id, OLD.status, OLD.reason, OLD.updated_at, OLD.holds, OLD.released_holds,
            OLD.run_rejected_by, OLD.released_by, OLD.released_run, OLD.released_at, OLD.attempts,
@@ -800,7 +812,8 @@ BEGIN
     RETURN NULL;
 END $$;
 
--- Only these two steps can be a first one: who was released once keeps its released_at.
+-- A first release, or the first status that shows a refund paid without one. A refund that was released keeps
+-- its released_at, so this fires once.
 CREATE TRIGGER first_release AFTER UPDATE ON refund_ledger.refund_states FOR EACH ROW
     WHEN (OLD.status <> NEW.status AND OLD.released_at IS NULL
           AND NEW.status IN ('released', 'accepted', 'settled', 'returned', 'reversed'))
@@ -870,13 +883,14 @@ CREATE TABLE refund_ledger.refund_attempts (
     http_status integer,
     -- The type of Payroc's problem, an address; NULL when it named none.
     problem_type text,
-    -- What the answer proved. Not proven to be without effect is unknown; configuration and not_sent were
-    -- never processed by Payroc.
+    -- What the answer proved. An attempt whose effect is not proven is unknown; one of review has an answer
+    -- that an operator has to look at; configuration and not_sent mean that Payroc has never processed it.
     outcome text
         CHECK (outcome IN ('accepted', 'rejected', 'unknown', 'review', 'configuration', 'not_sent')),
     -- A refund has each number once, so two workers cannot both make an attempt.
     PRIMARY KEY (refund_id, attempt),
-    -- The guard looks at finished_at: an outcome whose end could be taken back could be changed to any other.
+    -- The guard holds an attempt with a finished_at to its outcome. If finished_at could be empty beside an
+    -- outcome, emptying it would switch the guard off.
     CONSTRAINT ended_says_how_and_when CHECK ((outcome IS NULL) = (finished_at IS NULL))
 );
 
@@ -954,14 +968,18 @@ CREATE TABLE refund_ledger.refund_events (
     -- When it happened, from number_event.
     at timestamptz NOT NULL,
     -- What happened. The database itself writes status, change and attempt, run, approval and rejection,
-    -- pause, resume, limit, restore, and the bindings environment, source and fingerprint_check; who may
-    -- write the others is for guard_roles_of_events to say.
+    -- pause, resume, limit, restore, and the bindings environment, source and fingerprint_check. The program
+    -- writes contradiction (Payroc shows another object of the refund, or one that differs), recovered (an
+    -- object was taken over), not_understood (a restore was ended though Payroc lists objects that can't be
+    -- understood), proposal (an operator proposes a decision that takes a second one), reverse (an operator
+    -- asks Payroc to reverse) and rotation (of keys); who may is in guard_roles_of_events.
     event text NOT NULL CHECK (event IN (
         'status', 'change', 'attempt', 'contradiction', 'pause', 'resume', 'environment', 'source',
         'fingerprint_check', 'proposal', 'reverse', 'limit', 'run', 'approval', 'rejection', 'rotation',
         'restore', 'not_understood', 'recovered')),
     -- Which refund it is about; NULL when it is about none. No foreign key, which would lock the instruction
-    -- for each event: the database knows the refund, and guard_roles_of_events looks for that of the others.
+    -- for each event. What the database writes names a refund that exists; for the others
+    -- guard_roles_of_events looks.
     refund_id bigint,
     -- The status before; NULL for a new refund and for an event of another kind.
     from_status text,
@@ -987,9 +1005,9 @@ CREATE INDEX events_by_refund ON refund_ledger.refund_events (refund_id, id);
 -- index serves.
 CREATE INDEX events_by_time ON refund_ledger.refund_events USING brin (at) WITH (autosummarize = on);
 
--- Number, time and login are the database's, whoever writes the event. The transaction gets its id before
--- the event draws its number: a number that is missing belongs to a transaction that is older than the next
--- number. seal() rests on that.
+-- Number, time and login are the database's, whoever writes the event. The transaction gets its id before the
+-- event draws its number, so a number that is missing belongs to a transaction whose id was given before any
+-- later number was drawn. seal() rests on that.
 CREATE FUNCTION refund_ledger.number_event() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -1084,8 +1102,8 @@ CREATE TRIGGER never_emptied BEFORE TRUNCATE ON refund_ledger.event_seals
 -- would need a transaction id, which seal() must not have yet when it reads.
 CREATE TABLE refund_ledger.seal_lock ();
 
--- Seal up to `most` events, at most 20,000, in a transaction of its own. It returns how many it sealed and
--- the end of the newest seal; no row when another session is sealing, for nobody waits for a seal.
+-- Seal up to `most` events, at most 20,000, in a transaction of its own. It returns how many it sealed, and
+-- position and hash of the newest seal; no row when another session is sealing, for nobody waits for a seal.
 CREATE FUNCTION refund_ledger.seal(most integer DEFAULT 20000)
     RETURNS TABLE (sealed bigint, "position" bigint, hash bytea)
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -1113,10 +1131,12 @@ BEGIN
     last.next_event := COALESCE(last.next_event, 1);
     last.pending := COALESCE(last.pending, '{}');
     new.cluster := (SELECT system_identifier FROM pg_control_system());
-    -- An id that the ledger has not drawn is not from its trigger, and would leave a hole up to it.
+    -- An id beyond the last one drawn is not from the trigger. Sealing it would make every id below it
+    -- pending.
     drawn := (SELECT last_value FROM refund_ledger.event_numbers);
     -- First the horizon, then the events: what has ended before it, the next statement sees. It rests on
-    -- nothing else, so a login that keeps a transaction open delays only that holes are given up.
+    -- nothing else, so a login that keeps a transaction open holds up no seal: only pending ids are declared
+    -- lost later.
     horizon := pg_snapshot_xmin(pg_current_snapshot());
     WITH candidates AS (
         (SELECT id, at, event, refund_id, from_status, to_status, actor, login, reason, detail
@@ -1137,8 +1157,8 @@ BEGIN
     IF sealed > 0 THEN
         -- An event's transaction has its id before the event draws its number. So whoever drew a number
         -- below the newest one has an older transaction than this one, which gets its id here, after the
-        -- events were read. (The end of a snapshot is no such bound: a transaction may be running that is
-        -- younger than it.)
+        -- events were read. (The snapshot's xmax would not do: a transaction with a greater id may hold a
+        -- number already.)
         new.pending_until := pg_current_xact_id();
         new.number := COALESCE(last.number, 0) + 1;
         new.position := COALESCE(last.position, 0) + sealed;
@@ -1165,7 +1185,7 @@ END $$;
 
 -- 7  Runs ---------------------------------------------------------------------------------------------------
 
--- One row per run of the DAG that pulled: what it is about, what was asked and answered, what it released. A
+-- One row per DAG run that pulled: what it is about, what was asked and answered, what it released. A
 -- pull that is repeated starts the row again and takes its approval back.
 CREATE TABLE refund_ledger.refund_runs (
     -- Airflow's id of the run.
@@ -1178,7 +1198,8 @@ CREATE TABLE refund_ledger.refund_runs (
     candidate_totals jsonb NOT NULL,
     -- A hash of their ids. An approval is of exactly these.
     candidates_hash text NOT NULL,
-    -- Whether the thresholds asked for an approval; NULL until that was found out.
+    -- Whether the thresholds (approval_total and approval_count of refund_limits) asked for an approval; NULL
+    -- until that was found out.
     approval_needed boolean,
     -- Who approved the run in Airflow; NULL when nobody had to, or has yet.
     approved_by text,
@@ -1243,10 +1264,11 @@ CREATE TRIGGER event_of_an_answer AFTER UPDATE ON refund_ledger.refund_runs FOR 
 
 -- 8  Pauses, the gate, limits, bindings, the turn of the write-back -----------------------------------------
 
--- The kill switch: one row per pause, only ever inserted. Sending is paused while one of its scope has not
--- ended. An operator ends it, and nothing else does; a restore not before its comparison with Payroc. No
--- unique constraint and no foreign key, because an INSERT that checks one may wait for another transaction;
--- and no role has a right by which it could lock the table. So nobody can hold a pause up.
+-- The kill switch: one row per pause. A row is never deleted, and changes only to record the comparison of a
+-- restore, and the end. Nothing is claimed or sent while one of its scope has not ended. Only an operator
+-- ends it, and that of a restore not before the ledger was compared with Payroc. No unique constraint and no
+-- foreign key, because an INSERT that checks one may wait for another transaction; and no role has a right by
+-- which it could lock the table. So nobody can hold a pause up.
 CREATE TABLE refund_ledger.pauses (
     -- Its number. The first open pause of a scope is the one that is shown.
     id bigint GENERATED ALWAYS AS IDENTITY,
@@ -1259,7 +1281,7 @@ CREATE TABLE refund_ledger.pauses (
     -- Why.
     reason text NOT NULL,
 
-    -- A restore. It is a pause of everything that can't end before the comparison with Payroc has.
+    -- A restore. It pauses everything, and cannot end before the comparison with Payroc has ended.
 
     -- From when the ledger may have forgotten anything, because it was restored from a backup; NULL for every
     -- other pause.
@@ -1267,7 +1289,7 @@ CREATE TABLE refund_ledger.pauses (
     -- When the comparison with Payroc ended.
     compared_at timestamptz,
 
-    -- The end. Only an operator has a right to these columns.
+    -- The end, which only an operator may record; who it was the trigger fills in.
 
     -- When it ended; NULL while it is open.
     ended_at timestamptz,
@@ -1290,8 +1312,8 @@ CREATE TABLE refund_ledger.pauses (
 -- Each claim and each last check look for open pauses. Those that ended stay, and grow in number.
 CREATE INDEX open_pauses ON refund_ledger.pauses (scope) WHERE ended_at IS NULL;
 
--- A pause never changes except by its end, which has the database's time and stays. It takes an operator,
--- whatever rights a login was given by hand.
+-- A pause never changes except by its end, which has the database's time and stays. Only an operator may end
+-- it, whatever rights a login was given by hand.
 CREATE FUNCTION refund_ledger.guard_pause() RETURNS trigger
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
@@ -1375,9 +1397,9 @@ CREATE TABLE refund_ledger.refund_limits (
     run_total bigint CHECK (run_total > 0),
     -- The number of refunds that one run releases; the rest waits.
     run_count bigint CHECK (run_count > 0),
-    -- The sum that a day releases; the rest waits.
+    -- The sum that is released in one day of PAYROC_REFUNDS_TIMEZONE; the rest waits.
     day_total bigint CHECK (day_total > 0),
-    -- The number of refunds that a day releases; the rest waits.
+    -- The number of refunds that are released in one day; the rest waits.
     day_count bigint CHECK (day_count > 0),
     -- The sum for one payee within payee_days; a refund that would exceed it is held.
     payee_total bigint CHECK (payee_total > 0),
@@ -1385,7 +1407,7 @@ CREATE TABLE refund_ledger.refund_limits (
     payee_count bigint CHECK (payee_count > 0),
     -- The days of those two, at most a year.
     payee_days bigint CHECK (payee_days BETWEEN 1 AND 366),
-    -- A refund of the same payee and amount as another one within these days is held.
+    -- A refund of the same payee, amount and currency as another one within these days is held.
     duplicate_days bigint CHECK (duplicate_days BETWEEN 1 AND 366),
     -- The sum that a day releases without an approval of the run; above it the run needs one. 0 asks always.
     approval_total bigint CHECK (approval_total >= 0),
@@ -1540,9 +1562,10 @@ CREATE INDEX unwritten_rows ON refund_ledger.write_back_notes (source, source_re
 
 -- 10  Terminals, and what Payroc lists that no refund has ---------------------------------------------------
 
--- How far Payroc's list of refunds is known, by terminal. A claim looks here: nothing is sent for the first
--- time through a terminal whose list is not known up to now. A ledger that was restored, lost or copied has
--- an older read_to, so it reads what it has forgotten; nothing outside the ledger is needed for that.
+-- How far Payroc's list of refunds is known, by terminal. Claims and last checks look here: nothing is sent
+-- for the first time unless its terminal's list is known up to less than 4 days ago, and was read with
+-- today's API host and key. A ledger that was restored, lost or copied has an older read_to, so it reads what
+-- it has forgotten; nothing outside the ledger is needed for that.
 CREATE TABLE refund_ledger.terminals (
     -- Payroc's id of the terminal; Payroc's length. Each that a row of the source or a refund ever named.
     terminal text PRIMARY KEY CHECK (length(terminal) BETWEEN 4 AND 50),
@@ -1571,10 +1594,10 @@ CREATE TABLE refund_ledger.terminals (
 -- Objects on Payroc's lists that no refund of this ledger had when they were read: made by another ledger, in
 -- Payroc's portal, by other software, or by this ledger before it was restored. Rows are only added.
 --
--- A refund that one of them may have paid goes to review instead of being sent: when either is stored, or at
--- the gate. One whose own key stands here was sent by a ledger that has forgotten it, so the sending pauses
--- as well. A plain object stops only a refund with its terminal and order id, or with its terminal, amount,
--- currency and last four digits.
+-- A refund that one of them may have paid goes to review instead of being sent: when the refund is stored,
+-- when the object is, or when a run is about to release it. One whose own key stands here was sent by a
+-- ledger that has forgotten it, so sending through all terminals pauses as well. A plain object stops only a
+-- refund with its terminal and order id, or with its terminal, amount, currency and last four digits.
 CREATE TABLE refund_ledger.foreign_refunds (
     -- Payroc's id of the object; Payroc's length.
     payroc_refund_id text PRIMARY KEY CHECK (length(payroc_refund_id) = 10),
@@ -1616,8 +1639,8 @@ CREATE INDEX foreign_refunds_by_time ON refund_ledger.foreign_refunds (seen_at);
 -- 11  The view of all refunds -------------------------------------------------------------------------------
 
 -- What reports, people and auditors look at: every refund with its state, without its frozen request, the
--- request's hash, the folded texts and the hash of the API key. It reads with its owner's rights, so that the
--- auditor needs none on the tables.
+-- request's hash, the folded texts and the hash of the API key. It reads with its owner's rights, so that
+-- reading it takes no right on the tables.
 --
 -- Who approved a refund is approved_by, in the source; who approved the run that first released it is
 -- first_released_approver, in Airflow. Of refund 42:
@@ -1646,7 +1669,7 @@ LEFT JOIN refund_ledger.frozen_requests AS q ON q.refund_id = i.id;
 -- of it. A right to UPDATE one column is enough to lock a row, so nobody who may not change a state has one
 -- there.
 
--- Nobody has a right that is not named here, whatever defaults the database has.
+-- Whoever was granted none of the roles has no right to a table.
 REVOKE ALL ON ALL TABLES IN SCHEMA refund_ledger FROM PUBLIC;
 
 -- The same for functions, which anybody may otherwise execute: one could be the trigger of somebody else's
@@ -1689,7 +1712,7 @@ GRANT SELECT ON refund_ledger.refund_instructions, refund_ledger.refund_states, 
 -- without its key.
 GRANT SELECT ON refund_ledger.refund_instructions TO refunds_auditor;
 
--- Not the hash of the API key.
+-- Not sent_with, which no audit needs.
 GRANT SELECT (refund_id, status, reason, holds, released_holds, run_rejected_by, released_by, released_run,
         released_at, attempts, first_sent_at, fence_until, payroc_refund_id)
     ON refund_ledger.refund_states TO refunds_auditor;
@@ -1713,7 +1736,7 @@ GRANT INSERT (refund_id, request, request_key) ON refund_ledger.frozen_requests
 -- The payer empties a body after the end (guard_request).
 GRANT UPDATE (request) ON refund_ledger.frozen_requests TO refunds_payer;
 
--- A rotation reads encrypted bodies and their hashes; it sees neither amount nor payee.
+-- A rotation reads the bodies, which it can decrypt, and their hashes, and no other column of an instruction.
 GRANT SELECT (refund_id, request, request_key) ON refund_ledger.frozen_requests TO refunds_key_rotator;
 
 -- The hash says whether the bytes are the same.
