@@ -118,6 +118,7 @@ with DAG(
         from include.refunds.pull import pull
         from include.refunds.unmatched import unmatched
         from payroc_airflow.hooks.payroc import PayrocHook
+        from payroc_airflow.refund_metrics import report_oldest
 
         context = get_current_context()
         params = run_params(context)
@@ -145,7 +146,7 @@ with DAG(
             await ledger.begin_run(
                 context["run_id"], params.model_dump(mode="json"), candidates, findings, pulled.at
             )
-            await ledger.tell_oldest()
+            await report_oldest(ledger.engine, settings.source)
             log.info("%s %d refunds may be released.", pulled, len(candidates))
             return {"candidates": [item.id for item in candidates], "due": await ledger.due()}
 

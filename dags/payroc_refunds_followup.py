@@ -52,13 +52,14 @@ with DAG(
         from include.refunds.follow_up import follow_up
         from payroc_airflow.gateway import HookGateway
         from payroc_airflow.hooks.payroc import PayrocHook
+        from payroc_airflow.refund_metrics import report_oldest
 
         async with (
             open_ledger(get_current_context(), settings) as ledger,
             HookGateway(PayrocHook()) as gateway,
         ):
             found = await follow_up(ledger, gateway, settings)
-            await ledger.tell_oldest()
+            await report_oldest(ledger.engine, settings.source)
         counts = found.counts
         log.info("%s", ", ".join(f"{count} {what}" for what, count in counts.items()))
         for name in found.not_understood:

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from airflow.sdk import Connection, Context
     from sqlalchemy import URL
 
+    from include.refunds.ledger import Ledger
     from include.refunds.settings import Settings
     from include.refunds.source import SqlSource
-    from payroc_airflow.metered_ledger import MeteredLedger
 
 LEDGER_CONN_ID = "refunds_ledger"
 SOURCE_CONN_ID = "refunds_source"
@@ -49,7 +49,7 @@ def ledger_url_of(conn_id: str = LEDGER_CONN_ID) -> URL:
 @asynccontextmanager
 async def open_ledger(
     context: Context, settings: Settings, conn_id: str = LEDGER_CONN_ID
-) -> AsyncIterator[MeteredLedger]:
+) -> AsyncIterator[Ledger]:
     """
     Yield the ledger, once it is known to be reachable and migrated. What is changed is the doing of the DAG
     run.
@@ -64,23 +64,21 @@ async def open_ledger(
 
 
 @asynccontextmanager
-async def ledger_as(
-    actor: str, settings: Settings, conn_id: str = LEDGER_CONN_ID
-) -> AsyncIterator[MeteredLedger]:
+async def ledger_as(actor: str, settings: Settings, conn_id: str = LEDGER_CONN_ID) -> AsyncIterator[Ledger]:
     """
     Yield the ledger as :func:`open_ledger` does, also where there is no task.
 
     :param actor: whose doing it is what is changed.
     """
     # DAG files import this module, and whoever only parses them opens nothing.
-    from include.refunds.ledger import LedgerEngine
-    from payroc_airflow.metered_ledger import MeteredLedger
+    from include.refunds.ledger import Ledger, LedgerEngine
+    from payroc_airflow.refund_metrics import count_outcome
 
     # A task needs one for each kind of call that refunds share, and one more; the rest of a long list waits
     # for its turn.
     engine = LedgerEngine(ledger_url_of(conn_id), pool_size=5)
     try:
-        ledger = MeteredLedger(engine, settings, actor=actor)
+        ledger = Ledger(engine, settings, actor=actor, on_record=count_outcome)
         await ledger.check()
         yield ledger
     finally:

@@ -48,7 +48,7 @@ MODULES = (
     "include.refunds.write_back",
     "payroc_airflow.gateway",
     "payroc_airflow.keys",
-    "payroc_airflow.metered_ledger",
+    "payroc_airflow.refund_metrics",
     "payroc_airflow.source_connection",
     "uvloop",
 )

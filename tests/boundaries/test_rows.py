@@ -202,7 +202,7 @@ def test_a_requester_in_another_spelling_lifts_no_hold(world: World, by: str) ->
     world.pull()
     world.release()
     assert world.row(ref)["status"] == "held"
-    world.ledger._actor = by
+    world.ledger._database.actor = by
     with pytest.raises(DecisionRefused, match="another operator"):
         world.run(world.ledger.unhold(world.row(ref)["id"], "It is fine."))
 

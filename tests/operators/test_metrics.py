@@ -11,10 +11,10 @@ from airflow.sdk.observability import stats
 from airflow.sdk.observability.metrics import stats_utils
 
 from include.refunds.classify import Outcome, Sighting, Verdict
-from include.refunds.ledger import LedgerEngine
+from include.refunds.ledger import Ledger, LedgerEngine
 from include.refunds.states import Status
 from payroc_airflow import metrics
-from payroc_airflow.metered_ledger import MeteredLedger
+from payroc_airflow.refund_metrics import count_outcome, report_oldest
 from tests.patience import eventually
 from tests.receivers import StatsD
 from tests.refunds.conftest import World
@@ -44,8 +44,11 @@ def statsd(monkeypatch: pytest.MonkeyPatch) -> Iterator[StatsD]:
 @pytest.fixture
 def metered(world: World) -> World:
     """The world, with the ledger as the DAGs use it."""
-    world.ledger = MeteredLedger(
-        LedgerEngine(world.ledger_engine.url, pool_size=0), world.settings, actor="test"
+    world.ledger = Ledger(
+        LedgerEngine(world.ledger_engine.url, pool_size=0),
+        world.settings,
+        actor="test",
+        on_record=count_outcome,
     )
     return world
 
@@ -55,7 +58,7 @@ def test_the_age_of_the_oldest_approved_refund_is_told_and_zero_without_one(
 ) -> None:
     def tell() -> float:
         statsd.lines.clear()
-        metered.run(metered.ledger.tell_oldest())
+        metered.run(report_oldest(metered.ledger.engine, metered.settings.source))
         (age,) = eventually(lambda: statsd.values("oldest_approved_age"))
         return age
 
@@ -155,10 +158,10 @@ def test_metrics_that_fail_disturb_no_refund(
     if broken == "the backend":
         stats.initialize(factory=fail, export_legacy_names=True)
     else:
-        monkeypatch.setattr("payroc_airflow.metered_ledger.oldest_approved_age", fail)
+        monkeypatch.setattr("payroc_airflow.refund_metrics.oldest_approved_age", fail)
     refund_id = metered.released()
     metered.send(refund_id)
-    metered.run(metered.ledger.tell_oldest())
+    metered.run(report_oldest(metered.ledger.engine, metered.settings.source))
     assert (metered.row(refund_id)["status"], metered.paid(refund_id)) == ("accepted", 1)
     assert ("The age of the oldest approved refund was not told (RuntimeError)." in caplog.text) == (
         broken == "the query"
@@ -175,10 +178,10 @@ def test_where_no_metrics_are_configured_nothing_is_read_for_them(
         asked.append(source)
         return 0
 
-    monkeypatch.setattr("payroc_airflow.metered_ledger.oldest_approved_age", age)
-    metered.run(metered.ledger.tell_oldest())
+    monkeypatch.setattr("payroc_airflow.refund_metrics.oldest_approved_age", age)
+    metered.run(report_oldest(metered.ledger.engine, metered.settings.source))
     assert asked == []
     monkeypatch.setenv("AIRFLOW__METRICS__OTEL_ON", "True")
     metrics.are_on.cache_clear()
-    metered.run(metered.ledger.tell_oldest())
+    metered.run(report_oldest(metered.ledger.engine, metered.settings.source))
     assert asked == [metered.settings.source]

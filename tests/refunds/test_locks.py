@@ -13,6 +13,7 @@ from sqlalchemy import URL
 
 from demo.postgres import PostgresServer
 from include.refunds.ledger import Claim, Ledger, LedgerEngine, LedgerUnavailable, Task
+from include.refunds.ledger.database import LedgerDatabase
 from include.refunds.migrations import migrate
 from include.refunds.params import RunParams
 from include.refunds.pull import pull
@@ -196,7 +197,7 @@ def test_releases_limits_write_backs_restores_and_migrations_go_on_beside_a_logi
     monkeypatch: pytest.MonkeyPatch,
     role: str,
 ) -> None:
-    monkeypatch.setattr(Ledger, "lock_seconds", 2)
+    monkeypatch.setattr(LedgerDatabase, "lock_seconds", 2)
     ref = world.approve()
     world.pull()
     with postgres.connect() as connection:
@@ -220,7 +221,7 @@ def test_releases_limits_write_backs_restores_and_migrations_go_on_beside_a_logi
 def test_a_gate_that_is_held_too_long_names_the_process_and_the_login(
     world: World, ledger_url: URL, login: Login, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Ledger, "lock_seconds", 1)
+    monkeypatch.setattr(LedgerDatabase, "lock_seconds", 1)
     world.approve()
     world.pull()
     url = login(ledger_url, PAYER).set(drivername="postgresql")

@@ -234,7 +234,7 @@ class Twins:
 
     @actor.setter
     def actor(self, actor: str) -> None:
-        self.memory.actor = self.postgres.real._actor = actor
+        self.memory.actor = self.postgres.real._database.actor = actor
 
     def backup(self) -> tuple[Any, Any]:
         """Return a copy of both."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from include.refunds.ledger.base import CLOCK
+from include.refunds.ledger import CLOCK
 
 
 def clock(body: str = CLOCK) -> str:

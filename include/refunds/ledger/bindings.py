@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from include.payroc.hosts import PRODUCTION
-from include.refunds.ledger.base import LedgerBase, LedgerError
+from include.refunds.ledger.database import LedgerError, Part
 from include.refunds.settings import DEFAULT_SOURCE
 
 # True when the ledger is bound to the Payroc environment `asked_environment`.
@@ -11,7 +11,7 @@ IN_ITS_ENVIRONMENT = """EXISTS (
     SELECT FROM refund_ledger.bindings WHERE name = 'environment' AND value = asked_environment)"""
 
 
-class Bindings(LedgerBase):
+class Bindings(Part):
     """The rows of ``bindings``."""
 
     async def check_environment(self, environment: str, *, bind: bool = False) -> bool:
@@ -25,7 +25,7 @@ class Bindings(LedgerBase):
         :raises LedgerError: when the ledger belongs to another one, or when this is production and the source has
             the default name.
         """
-        nameless = environment == PRODUCTION and self._settings.source == DEFAULT_SOURCE
+        nameless = environment == PRODUCTION and self._database.settings.source == DEFAULT_SOURCE
         found = await self._binding("environment", environment, bind=bind and not nameless)
         if found not in (None, environment):
             raise LedgerError(
@@ -48,7 +48,7 @@ class Bindings(LedgerBase):
 
         :raises LedgerError: when the ledger belongs to another source.
         """
-        source = self._settings.source
+        source = self._database.settings.source
         found = await self._binding("source", source, bind=True)
         if found not in (None, source):
             raise LedgerError(
@@ -76,7 +76,7 @@ class Bindings(LedgerBase):
         insert = """
             INSERT INTO refund_ledger.bindings (name, value) VALUES (:name, :value)
             ON CONFLICT (name) DO NOTHING"""
-        async with self._transaction() as (connection, _):
+        async with self._database.transaction() as (connection, _):
             found: str | None = (await connection.execute(query, {"name": name})).scalar_one_or_none()
             if found is None and bind:
                 await connection.execute(insert, {"name": name, "value": value})

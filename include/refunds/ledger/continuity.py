@@ -97,7 +97,7 @@ class Continuity(Pauses):
     async def terminal_lists(self) -> list[TerminalList]:
         """Return the lists of all terminals that a row or a refund ever named, by terminal."""
         query = f"SELECT {', '.join(TerminalList.__slots__)} FROM refund_ledger.terminals ORDER BY terminal"
-        async with self._transaction() as (connection, _):
+        async with self._database.transaction() as (connection, _):
             return [TerminalList(**row) for row in await connection.execute(query)]
 
     async def all_terminals(self) -> list[str]:
@@ -110,7 +110,7 @@ class Continuity(Pauses):
         insert = """
             INSERT INTO refund_ledger.terminals (terminal)
             SELECT jsonb_array_elements_text(CAST(:terminals AS jsonb)) ORDER BY 1 ON CONFLICT DO NOTHING"""
-        async with self._transaction() as (connection, _):
+        async with self._database.transaction() as (connection, _):
             await connection.execute(insert, {"terminals": json.dumps(sorted(set(terminals)))})
 
     async def list_read(self, terminal: str, read_from: datetime, read_to: datetime, read_with: str) -> None:
@@ -128,7 +128,7 @@ class Continuity(Pauses):
                 read_to = GREATEST(known.read_to, EXCLUDED.read_to), read_with = EXCLUDED.read_with,
                 refused = false, failed_at = NULL, failure = NULL"""
         values = {"terminal": terminal, "read_from": read_from, "read_to": read_to, "read_with": read_with}
-        async with self._transaction() as (connection, _):
+        async with self._database.transaction() as (connection, _):
             await connection.execute(upsert, values)
 
     async def list_failed(self, terminal: str, failure: str, *, refused: bool = False) -> None:
@@ -143,7 +143,7 @@ class Continuity(Pauses):
             VALUES (:terminal, :refused, :now, :failure)
             ON CONFLICT (terminal) DO UPDATE SET refused = EXCLUDED.refused, failure = EXCLUDED.failure,
                 failed_at = COALESCE(known.failed_at, EXCLUDED.failed_at)"""
-        async with self._transaction() as (connection, now):
+        async with self._database.transaction() as (connection, now):
             values = {"terminal": terminal, "refused": refused, "now": now, "failure": failure[:500]}
             await connection.execute(upsert, values)
 
@@ -162,7 +162,7 @@ class Continuity(Pauses):
                 terminal text, order_id text, amount bigint, currency text, last4 text, payroc_status text,
                 plain boolean)
             ON CONFLICT DO NOTHING"""
-        async with self._transaction() as (connection, now):
+        async with self._database.transaction() as (connection, now):
             items = json.dumps([asdict(item) for item in found])
             await connection.execute(insert, {"found": items, "now": now})
             ids = [item.payroc_refund_id for item in found]
@@ -174,7 +174,7 @@ class Continuity(Pauses):
             SELECT idempotency_key, min(payroc_refund_id) AS payroc_refund_id
             FROM refund_ledger.foreign_refunds
             WHERE idempotency_key = ANY(CAST(:keys AS uuid[])) GROUP BY idempotency_key"""
-        async with self._transaction() as (connection, _):
+        async with self._database.transaction() as (connection, _):
             rows = await connection.execute(query, {"keys": list(keys)})
             return {str(row.idempotency_key): row.payroc_refund_id for row in rows}
 

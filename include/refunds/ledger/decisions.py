@@ -35,7 +35,7 @@ class Decisions(Events):
 
         :raises NoSuchRefund: when there is none.
         """
-        async with self._transaction() as (connection, now):
+        async with self._database.transaction() as (connection, now):
             return await self._case(connection, refund_id, now)
 
     async def resolve(self, read: Case, resolution: Resolution, reason: str) -> bool:
@@ -51,7 +51,7 @@ class Decisions(Events):
         end = """
             SELECT FROM refund_ledger.note_sighting(:id, :status, :reason, CAST(:payroc_refund_id AS text),
                 CAST(:payroc_status AS text), :now)"""
-        async with self._transaction() as (connection, now):
+        async with self._database.transaction() as (connection, now):
             case = await self._unchanged(connection, read, now)
             check_case(case, Status.REJECTED if resolution.status is Status.REJECTED else Status.ACCEPTED)
             found = resolution.sighting
@@ -61,7 +61,7 @@ class Decisions(Events):
                 raise DecisionRefused(
                     f"Payroc's refund {printable(found.payroc_refund_id)} stands at another refund of the ledger."
                 )
-            confirmed = is_confirmed(case, resolution.decision, self._actor)
+            confirmed = is_confirmed(case, resolution.decision, self._database.actor)
             if case.may_have_moved and not confirmed:
                 await self._event(
                     connection,
@@ -71,7 +71,11 @@ class Decisions(Events):
                     detail=resolution.decision,
                 )
                 return False
-            who = f"{case.proposal.by} and {self._actor}" if confirmed and case.proposal else self._actor
+            who = (
+                f"{case.proposal.by} and {self._database.actor}"
+                if confirmed and case.proposal
+                else self._database.actor
+            )
             values = {
                 "id": case.refund.id,
                 "status": resolution.status.value,
@@ -111,10 +115,10 @@ class Decisions(Events):
             INSERT INTO refund_ledger.frozen_requests (refund_id, request, request_key)
             SELECT id, :request, :request_key FROM stored
             RETURNING refund_id"""
-        async with self._transaction() as (connection, now):
+        async with self._database.transaction() as (connection, now):
             case = await self._unchanged(connection, read, now)
             check_replaceable(case)
-            confirmed = is_confirmed(case, new.decision, self._actor)
+            confirmed = is_confirmed(case, new.decision, self._database.actor)
             if not confirmed or case.proposal is None:
                 await self._event(
                     connection, "proposal", refund_id=case.refund.id, reason=reason, detail=new.decision
@@ -130,8 +134,8 @@ class Decisions(Events):
                 "request_sha256": new.request_sha256,
                 "requested_by": case.proposal.by,
                 "requested_by_folded": person(case.proposal.by),
-                "approved_by": self._actor,
-                "approved_by_folded": person(self._actor),
+                "approved_by": self._database.actor,
+                "approved_by_folded": person(self._database.actor),
                 "key": new.idempotency_key,
                 "reason": f"Reissue of refund {case.refund.id}: {reason}",
                 "now": now,
@@ -154,15 +158,15 @@ class Decisions(Events):
             UPDATE refund_ledger.refund_states SET status = 'approved', reason = :reason, updated_at = :now,
                 released_holds = released_holds || holds, holds = '{}'
             WHERE refund_id = :id"""
-        async with self._transaction() as (connection, now):
+        async with self._database.transaction() as (connection, now):
             refund = await lock_refund(connection, refund_id)
             query = f"""
                 SELECT requested_by, CASE WHEN {OPERATORS_HAVE_LOGINS} THEN session_user END AS login
                 FROM refund_ledger.refund_instructions WHERE id = :id"""
             found = (await connection.execute(query, {"id": refund_id})).one()
-            check_hold(refund, found.requested_by, self._actor, found.login)
+            check_hold(refund, found.requested_by, self._database.actor, found.login)
             await connection.execute(
-                update, {"id": refund_id, "reason": f"Unheld by {self._actor}: {reason}", "now": now}
+                update, {"id": refund_id, "reason": f"Unheld by {self._database.actor}: {reason}", "now": now}
             )
 
     async def cancel(self, refund_id: int, reason: str) -> None:
@@ -176,7 +180,7 @@ class Decisions(Events):
             WHERE refund_id = :id"""
         # The source has one row for a refund and its reissues; now it shows the one before again.
         touch = "UPDATE refund_ledger.refund_states SET updated_at = :now WHERE refund_id = :id"
-        async with self._transaction() as (connection, now):
+        async with self._database.transaction() as (connection, now):
             refund = await select_refund(connection, refund_id)
             # What it replaces changes with it, and both are locked before either changes.
             await lock(connection, (item for item in (refund.replaces, refund_id) if item is not None))
@@ -185,7 +189,7 @@ class Decisions(Events):
                 values = {
                     "id": refund_id,
                     "status": status.value,
-                    "reason": f"Cancelled by {self._actor}: {reason}",
+                    "reason": f"Cancelled by {self._database.actor}: {reason}",
                     "now": now,
                 }
                 await connection.execute(update, values)
@@ -198,7 +202,7 @@ class Decisions(Events):
 
         :raises DecisionRefused: when it is not accepted.
         """
-        async with self._transaction() as (connection, _):
+        async with self._database.transaction() as (connection, _):
             refund = await lock_refund(connection, refund_id)
             if refund.status is not Status.ACCEPTED:
                 raise DecisionRefused(

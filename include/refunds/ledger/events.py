@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from include.refunds.ledger.base import LedgerBase
 from include.refunds.ledger.connection import Connection
+from include.refunds.ledger.database import Part
 
 
-class Events(LedgerBase):
+class Events(Part):
     """Writes to the audit trail."""
 
     async def _because(self, connection: Connection, reason: str) -> None:
@@ -33,7 +33,7 @@ class Events(LedgerBase):
         values = {
             "event": event,
             "refund_id": refund_id,
-            "actor": self._actor,
+            "actor": self._database.actor,
             "reason": reason,
         }
         await connection.execute(insert, {**values, "detail": json.dumps(detail) if detail else None})

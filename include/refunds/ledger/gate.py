@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from include.refunds.database_errors import Kind, describe
-from include.refunds.ledger.base import LedgerError, LedgerUnavailable
 from include.refunds.ledger.connection import DATABASE_ERRORS, Connection
+from include.refunds.ledger.database import LedgerError, LedgerUnavailable
 from include.refunds.ledger.events import Events
 from include.refunds.limits import LIMITS, Limits
 
@@ -16,7 +16,7 @@ class Gate(Events):
 
     async def limits(self) -> Limits:
         """Return the limits."""
-        async with self._transaction() as (connection, _):
+        async with self._database.transaction() as (connection, _):
             return await self._limits(connection)
 
     async def set_limit(self, name: str, value: int | None, reason: str) -> None:
@@ -35,7 +35,7 @@ class Gate(Events):
         if value is not None and not smallest <= value <= largest:
             raise LedgerError(f"The limit {name} must lie between {smallest} and {largest}.")
         update = f"UPDATE refund_ledger.refund_limits SET {name} = :value"
-        async with self._transaction() as (connection, _):
+        async with self._database.transaction() as (connection, _):
             await self._lock_gate(connection)
             before = await self._limits(connection)
             after = replace(before, **{name: value})
@@ -62,7 +62,7 @@ class Gate(Events):
             if describe(error).kind is not Kind.LOCKED:
                 raise
             raise LedgerUnavailable(
-                f"The gate was locked for more than {self.lock_seconds} s{await _holder(connection)}: "
+                f"The gate was locked for more than {self._database.lock_seconds} s{await _holder(connection)}: "
                 "end that session if it stands still, and try again."
             ) from None
         if len(rows) != 1:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
-from include.refunds.ledger.base import LedgerUnavailable
+from include.refunds.ledger.database import LedgerUnavailable
 
 Call = TypeVar("Call")
 Answer = TypeVar("Answer")

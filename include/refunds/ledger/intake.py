@@ -75,9 +75,9 @@ class Intake(Continuity):
             SELECT source_ref, id, status, request_sha256, {", ".join(_COMPARED)}
             FROM refund_ledger.refund_instructions JOIN refund_ledger.refund_states ON refund_id = id
             WHERE source = :source AND source_ref_folded = ANY(:folded) AND source_ref = ANY(:refs)"""
-        async with self._transaction() as (connection, _):
+        async with self._database.transaction() as (connection, _):
             values = {
-                "source": self._settings.source,
+                "source": self._database.settings.source,
                 "refs": list(source_refs),
                 "folded": [*map(fold, source_refs)],
             }
@@ -118,8 +118,8 @@ class Intake(Continuity):
                 SELECT id, convert_to(request, 'UTF8'), request_key FROM stored JOIN row USING (source_ref)
             )
             SELECT id, source_ref FROM stored"""
-        async with self._transaction() as (connection, now):
-            values = {"source": self._settings.source, "now": now, "rows": _as_json(rows)}
+        async with self._database.transaction() as (connection, now):
+            values = {"source": self._database.settings.source, "now": now, "rows": _as_json(rows)}
             stored = await connection.execute(insert, values)
             ids = {"ids": [row.id for row in stored]}
             await self._set_aside_paid(connection, now, "i.id = ANY(:ids)", ids)
@@ -130,8 +130,8 @@ class Intake(Continuity):
         query = """
             SELECT source_ref_folded FROM refund_ledger.refund_instructions
             WHERE source = :source AND source_ref_folded = ANY(:folded)"""
-        async with self._transaction() as (connection, _):
-            values = {"source": self._settings.source, "folded": list(folded)}
+        async with self._database.transaction() as (connection, _):
+            values = {"source": self._database.settings.source, "folded": list(folded)}
             return set((await connection.execute(query, values)).scalars())
 
     async def note_invalid(self, invalid: dict[str, dict[str, str]], valid: Sequence[str]) -> None:
@@ -149,8 +149,8 @@ class Intake(Continuity):
             ON CONFLICT (source, source_ref) DO UPDATE SET last_seen_at = :now, errors = EXCLUDED.errors,
                 updated_at = CASE WHEN known.errors = EXCLUDED.errors THEN known.updated_at ELSE :now END"""
         forget = "SELECT refund_ledger.forget_invalid_rows(:source, :valid, :nameless, :now)"
-        async with self._transaction() as (connection, now):
-            common = {"source": self._settings.source, "now": now}
+        async with self._database.transaction() as (connection, now):
+            common = {"source": self._database.settings.source, "now": now}
             await connection.execute(note, {**common, "invalid": json.dumps(invalid)})
             await connection.execute(forget, {**common, "valid": list(valid), "nameless": NAMELESS})
 
@@ -171,8 +171,8 @@ class Intake(Continuity):
             UPDATE refund_ledger.refund_states
             SET status = 'approved', reason = 'Its source row is no longer approved.', updated_at = :now
             WHERE refund_id {OF_MANY} AND status = 'released'"""
-        async with self._transaction() as (connection, now):
-            values = {"source": self._settings.source, "standing": list(standing)}
+        async with self._database.transaction() as (connection, now):
+            values = {"source": self._database.settings.source, "standing": list(standing)}
             released = [row.id for row in await connection.execute(aside, values) if row.status == "released"]
             await lock(connection, released)
             await connection.execute(take_back, {"ids": as_array(released), "now": now})

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from include.refunds.classify import EVERYTHING
-from include.refunds.ledger.base import LedgerError
 from include.refunds.ledger.connection import Connection
+from include.refunds.ledger.database import LedgerError
 from include.refunds.ledger.events import Events
 
 # True of a row with a processing_terminal_id whose sending is not paused, neither for all nor for its terminal.
@@ -46,7 +46,7 @@ class Pauses(Events):
 
         :param scope: a processing terminal id, or ``*`` for everything.
         """
-        async with self._transaction(lock_seconds=_PAUSE_LOCK_SECONDS) as (connection, _):
+        async with self._database.transaction(lock_seconds=_PAUSE_LOCK_SECONDS) as (connection, _):
             await self._pause(connection, scope, reason)
 
     async def _pause(self, connection: Connection, scope: str, reason: str) -> None:
@@ -58,7 +58,7 @@ class Pauses(Events):
         query = """
             SELECT DISTINCT ON (scope) scope, reason FROM refund_ledger.pauses
             WHERE ended_at IS NULL ORDER BY scope, id"""
-        async with self._transaction() as (connection, _):
+        async with self._database.transaction() as (connection, _):
             return {row.scope: row.reason for row in await connection.execute(query)}
 
     async def resume(self, scope: str, reason: str) -> bool:
@@ -70,7 +70,7 @@ class Pauses(Events):
         update = """
             UPDATE refund_ledger.pauses SET ended_at = refund_ledger.now(), end_reason = :reason
             WHERE scope = :scope AND ended_at IS NULL"""
-        async with self._transaction() as (connection, _):
+        async with self._database.transaction() as (connection, _):
             restored_to = await self._restored_to(connection)
             if scope == EVERYTHING and restored_to is not None:
                 raise LedgerError(
@@ -95,7 +95,7 @@ class Pauses(Events):
         insert = """
             INSERT INTO refund_ledger.pauses (scope, reason, restored_to) VALUES ('*', :reason, :restored_to)
             RETURNING id"""
-        async with self._transaction() as (connection, _):
+        async with self._database.transaction() as (connection, _):
             if not (await connection.execute(rights)).scalar_one():
                 raise LedgerError(
                     "What follows a restore takes the rights of refunds_payer and refunds_operator together: "
@@ -124,7 +124,7 @@ class Pauses(Events):
         update = """
             UPDATE refund_ledger.pauses SET compared_at = refund_ledger.now()
             WHERE restored_to IS NOT NULL AND compared_at IS NULL AND id <= :number"""
-        async with self._transaction() as (connection, _):
+        async with self._database.transaction() as (connection, _):
             if (await connection.execute(newest)).scalar_one() != number:
                 raise LedgerError(
                     "Another `restored` was begun after this one: wait for its end, or run `restored` again."

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cached_property
 from typing import Any
 
 from include.refunds.classify import Outcome, Verdict
-from include.refunds.ledger.base import NoSuchRefund
 from include.refunds.ledger.connection import Connection, Rows, as_array
+from include.refunds.ledger.database import NoSuchRefund
 from include.refunds.ledger.grouping import Grouped
 from include.refunds.ledger.pauses import Pauses
 from include.refunds.ledger.rows import (
@@ -71,8 +71,14 @@ class _Changing:
         return self.attempt is None and self.change.sighting is not None
 
 
+OnRecord = Callable[[Refund, Refund], None]
+"""Called with a refund before and after each record that was committed."""
+
+
 class Records(Pauses):
     """Recording, the outcome of an attempt committed."""
+
+    _on_record: OnRecord | None
 
     async def record(
         self, refund_id: int, verdict: Verdict, attempt: int | None = None, *, restored: bool = False
@@ -87,18 +93,16 @@ class Records(Pauses):
         :raises NoSuchRefund: when there is none.
         """
         before, after, now = await self._records(refund_id, _Finding(refund_id, verdict, attempt, restored))
-        self._recorded(before, after)
+        if self._on_record is not None:
+            self._on_record(before, after)
         return after, now
-
-    def _recorded(self, before: Refund, after: Refund) -> None:
-        """Told of every record that is committed; for who counts."""
 
     @cached_property
     def _records(self) -> Grouped[_Finding, tuple[Refund, Refund, datetime]]:
         return Grouped(self._record)
 
     async def _record(self, findings: Sequence[_Finding]) -> list[tuple[Refund, Refund, datetime]]:
-        async with self._transaction("record") as (connection, now):
+        async with self._database.transaction("record") as (connection, now):
             ids = [finding.refund_id for finding in findings]
             await lock(connection, ids)
             refunds = await select_refunds(connection, ids)
@@ -153,7 +157,7 @@ class Records(Pauses):
                 foreign_id=refund.id in foreign,
                 told=astray and await _is_told(connection, refund.id, sightings[refund.id]),
                 now=now,
-                unknown_wait=timedelta(seconds=self._settings.unknown_wait_seconds),
+                unknown_wait=timedelta(seconds=self._database.settings.unknown_wait_seconds),
                 restored=item.restored,
             )
             if change is not None:

@@ -38,8 +38,8 @@ class Requests(Events):
                 WHERE source = :source AND request IS NOT NULL AND updated_at <= :before
                   AND status IN ('settled', 'returned', 'reversed', 'rejected', 'cancelled')
                 ORDER BY q.refund_id LIMIT :limit)"""
-        async with self._transaction() as (connection, now):
-            values = {"source": self._settings.source, "before": now - kept_for, "limit": limit}
+        async with self._database.transaction() as (connection, now):
+            values = {"source": self._database.settings.source, "before": now - kept_for, "limit": limit}
             return await connection.change(update, values)
 
     async def requests_by_key(self) -> dict[str, int]:
@@ -48,10 +48,10 @@ class Requests(Events):
             SELECT COALESCE(request_key, 'unknown') AS key, count(*) AS requests
             FROM refund_ledger.frozen_requests JOIN refund_ledger.refund_instructions ON id = refund_id
             WHERE source = :source AND request IS NOT NULL GROUP BY 1 ORDER BY 1"""
-        async with self._transaction() as (connection, _):
+        async with self._database.transaction() as (connection, _):
             return {
                 row.key: row.requests
-                for row in await connection.execute(query, {"source": self._settings.source})
+                for row in await connection.execute(query, {"source": self._database.settings.source})
             }
 
     async def requests_to_rotate(self, key_id: str, *, after: int, limit: int) -> list[KeptRequest]:
@@ -61,8 +61,13 @@ class Requests(Events):
             FROM refund_ledger.frozen_requests JOIN refund_ledger.refund_instructions ON id = refund_id
             WHERE source = :source AND request IS NOT NULL AND request_key IS DISTINCT FROM :key_id AND refund_id > :after
             ORDER BY refund_id LIMIT :limit"""
-        async with self._transaction() as (connection, _):
-            values = {"source": self._settings.source, "key_id": key_id, "after": after, "limit": limit}
+        async with self._database.transaction() as (connection, _):
+            values = {
+                "source": self._database.settings.source,
+                "key_id": key_id,
+                "after": after,
+                "limit": limit,
+            }
             return [KeptRequest(**row) for row in (await connection.execute(query, values))]
 
     async def store_rotated(self, rows: Sequence[tuple[KeptRequest, Sealed]]) -> int:
@@ -71,7 +76,7 @@ class Requests(Events):
             UPDATE refund_ledger.frozen_requests SET request = :new, request_key = :key_id
             WHERE refund_id = :id AND request = :old"""
         stored = 0
-        async with self._transaction() as (connection, _):
+        async with self._database.transaction() as (connection, _):
             for kept, sealed in rows:
                 values = {"id": kept.id, "old": kept.request, "new": sealed.token, "key_id": sealed.key_id}
                 stored += await connection.change(update, values)
@@ -79,7 +84,7 @@ class Requests(Events):
 
     async def note_rotation(self, key_id: str, requests: int) -> None:
         """Leave an event of a finished rotation."""
-        async with self._transaction() as (connection, _):
+        async with self._database.transaction() as (connection, _):
             await self._event(
                 connection,
                 "rotation",

@@ -8,8 +8,8 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
-from include.refunds.ledger.base import NoSuchRefund
 from include.refunds.ledger.connection import Connection, as_array
+from include.refunds.ledger.database import NoSuchRefund
 from include.refunds.refund import History, Refund
 from include.refunds.states import Status
 

@@ -12,9 +12,9 @@ from typing import Any
 from include.refunds.approval import Question
 from include.refunds.case import DecisionRefused
 from include.refunds.classify import EVERYTHING
-from include.refunds.ledger.base import LedgerError
 from include.refunds.ledger.connection import Connection, Row, as_array
 from include.refunds.ledger.continuity import Continuity
+from include.refunds.ledger.database import LedgerError
 from include.refunds.ledger.gate import Gate
 from include.refunds.ledger.pauses import NOT_PAUSED
 from include.refunds.ledger.rows import IDS, NEVER_POSTED, OF_MANY, lock
@@ -107,8 +107,8 @@ class Runs(Gate, Continuity):
             UPDATE refund_ledger.refund_states
             SET status = 'approved', reason = 'The release was not used in time.', updated_at = :now
             WHERE refund_id {OF_MANY} AND {unused}"""
-        async with self._transaction() as (connection, now):
-            values = {"source": self._settings.source, "now": now, "oldest": now - RELEASE_VALID}
+        async with self._database.transaction() as (connection, now):
+            values = {"source": self._database.settings.source, "now": now, "oldest": now - RELEASE_VALID}
             ids = (await connection.execute(which, values)).scalars()
             await lock(connection, ids)
             values["ids"] = as_array(ids)
@@ -138,7 +138,7 @@ class Runs(Gate, Continuity):
               AND (CAST(:before AS timestamptz) IS NULL OR approved_at < :before)
             ORDER BY approved_at, id LIMIT :limit"""
         values = {
-            "source": self._settings.source,
+            "source": self._database.settings.source,
             "standing": None if standing is None else list(standing),
             "ids": None if ids is None else as_array(ids),
             "refs": list(selection.source_refs) or None,
@@ -146,7 +146,7 @@ class Runs(Gate, Continuity):
             "before": selection.approved_before,
             "limit": selection.limit,
         }
-        async with self._transaction() as (connection, _):
+        async with self._database.transaction() as (connection, _):
             return [Candidate(**row) for row in (await connection.execute(query, values))]
 
     async def due(self) -> list[int]:
@@ -159,8 +159,8 @@ class Runs(Gate, Continuity):
             WHERE source = :source AND status IN ('sending', 'unknown') AND first_sent_at IS NOT NULL
               AND lease_until <= :soon AND next_attempt_at <= :soon
             ORDER BY approved_at, id"""
-        async with self._transaction() as (connection, now):
-            values = {"source": self._settings.source, "soon": now + DUE_WITHIN}
+        async with self._database.transaction() as (connection, now):
+            values = {"source": self._database.settings.source, "soon": now + DUE_WITHIN}
             return list((await connection.execute(query, values)).scalars())
 
     async def begin_run(
@@ -193,7 +193,7 @@ class Runs(Gate, Continuity):
                 finished_at = NULL, approval_needed = NULL, asked_hash = NULL, approved_by = NULL, approved_at = NULL,
                 approved_hash = NULL, rejected_by = NULL, rejected_at = NULL,
                 released = NULL, released_totals = NULL"""
-        async with self._transaction() as (connection, _):
+        async with self._database.transaction() as (connection, _):
             ids = [item.id for item in candidates]
             await connection.execute(
                 upsert,
@@ -222,7 +222,7 @@ class Runs(Gate, Continuity):
             UPDATE refund_ledger.refund_runs SET approval_needed = true, asked_hash = candidates_hash, question = :question,
                 approved_by = NULL, approved_at = NULL, approved_hash = NULL, rejected_by = NULL, rejected_at = NULL
             WHERE run_id = :run_id"""
-        async with self._transaction() as (connection, now):
+        async with self._database.transaction() as (connection, now):
             run = await self._run(connection, run_id)
             if run.approved_by is not None and run.approved_hash == run.candidates_hash:
                 return None
@@ -279,7 +279,7 @@ class Runs(Gate, Continuity):
         await self._answered(run_id, update, by, mark)
 
     async def _answered(self, run_id: str, update: str, by: str, also: str | None = None) -> None:
-        async with self._transaction() as (connection, now):
+        async with self._database.transaction() as (connection, now):
             run = await self._run(connection, run_id)
             if await connection.change(update, {"run_id": run_id, "by": by, "now": now}) == 0:
                 raise LedgerError(
@@ -292,7 +292,7 @@ class Runs(Gate, Continuity):
 
     async def at_the_gate(self, ids: Sequence[int]) -> GateDecision:
         """Return what the gate would do with refunds now, in a run of their own. Nothing is changed."""
-        async with self._transaction() as (connection, now):
+        async with self._database.transaction() as (connection, now):
             control = await self._control(connection)
             return await self._decide_at_gate(connection, control, ids, {}, now)
 
@@ -337,7 +337,7 @@ class Runs(Gate, Continuity):
                 findings = findings || CAST(:findings AS jsonb)
                 || jsonb_build_object('withdrawn', COALESCE(findings -> 'withdrawn', '{}') || CAST(:withdrawn AS jsonb))
             WHERE run_id = :run_id"""
-        async with self._transaction() as (connection, now):
+        async with self._database.transaction() as (connection, now):
             # One release at a time: what is counted against a cap stays true until the commit.
             await self._lock_gate(connection)
             run = await self._run(connection, run_id)
@@ -355,7 +355,7 @@ class Runs(Gate, Continuity):
                 release,
                 {
                     "ids": as_array(decision.released),
-                    "actor": self._actor,
+                    "actor": self._database.actor,
                     "run_id": run_id,
                     "now": now,
                 },
@@ -421,7 +421,7 @@ class Runs(Gate, Continuity):
             SELECT {columns} FROM refund_ledger.refunds WHERE id IN (
                 SELECT refund_id FROM refund_ledger.first_releases
                 WHERE payee_fingerprint = ANY(:payees) AND at > :since)"""
-        source = self._settings.source
+        source = self._database.settings.source
         wanted = [] if EVERYTHING in control.paused else list(ids)
         rows = _at_the_gate(
             await connection.execute(
@@ -445,24 +445,24 @@ class Runs(Gate, Continuity):
         return await _first_released(connection, condition, values)
 
     def _day(self, now: datetime) -> datetime:
-        return day_start(now, self._settings.timezone)
+        return day_start(now, self._database.settings.timezone)
 
     async def terminals(self, refund_ids: Sequence[int]) -> set[str]:
         """Return the processing terminals of refunds."""
         query = f"SELECT DISTINCT processing_terminal_id FROM refund_ledger.refund_instructions WHERE id = ANY({IDS})"
-        async with self._transaction() as (connection, _):
+        async with self._database.transaction() as (connection, _):
             return set((await connection.execute(query, {"ids": as_array(refund_ids)})).scalars())
 
     async def note(self, run_id: str, findings: dict[str, Any]) -> None:
         """Add to what a run's report has to name; nothing happens when there is no such run."""
         update = "UPDATE refund_ledger.refund_runs SET findings = findings || CAST(:findings AS jsonb) WHERE run_id = :run_id"
-        async with self._transaction() as (connection, _):
+        async with self._database.transaction() as (connection, _):
             await connection.execute(update, {"run_id": run_id, "findings": json.dumps(findings)})
 
     async def finish_run(self, run_id: str) -> None:
         """Note that a run has been reported."""
         update = "UPDATE refund_ledger.refund_runs SET finished_at = :now WHERE run_id = :run_id"
-        async with self._transaction() as (connection, now):
+        async with self._database.transaction() as (connection, now):
             await connection.execute(update, {"run_id": run_id, "now": now})
 
 

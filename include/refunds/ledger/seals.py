@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from include.refunds.ledger.base import LedgerBase, LedgerError
+from include.refunds.ledger.database import LedgerError, Part
 
 # As many as the function takes at most.
 _BATCH = 20_000
 
 
-class Seals(LedgerBase):
+class Seals(Part):
     """The seals of the audit trail."""
 
     async def seal(self) -> None:
@@ -22,7 +22,7 @@ class Seals(LedgerBase):
         seal = "SELECT sealed FROM refund_ledger.seal(:most)"
         sealed = _BATCH
         while sealed == _BATCH:
-            async with self._transaction() as (connection, _):
+            async with self._database.transaction() as (connection, _):
                 sealed = (await connection.execute(seal, {"most": _BATCH})).scalar_one_or_none() or 0
 
     async def seal_or_say(self) -> list[str]:

@@ -10,10 +10,10 @@ from datetime import datetime, timedelta
 from functools import cached_property
 from typing import Any
 
-from include.refunds.ledger.base import NoSuchRefund
 from include.refunds.ledger.bindings import IN_ITS_ENVIRONMENT
 from include.refunds.ledger.connection import as_array
 from include.refunds.ledger.continuity import KNOWN_FOR, list_is_known
+from include.refunds.ledger.database import NoSuchRefund
 from include.refunds.ledger.grouping import Grouped
 from include.refunds.ledger.pauses import NOT_PAUSED
 from include.refunds.ledger.records import Records
@@ -114,7 +114,7 @@ class Sending(Records):
     async def labels(self, refund_ids: Sequence[int]) -> list[str]:
         """Return the order ids of refunds, in the order given."""
         query = f"SELECT id, order_id FROM refund_ledger.refund_instructions WHERE id = ANY({IDS})"
-        async with self._statement() as connection:
+        async with self._database.statement() as connection:
             found = {
                 row.id: row.order_id for row in await connection.execute(query, {"ids": as_array(refund_ids)})
             }
@@ -137,7 +137,7 @@ class Sending(Records):
 
     async def _read(self, refund_ids: Sequence[int]) -> list[tuple[Refund, History, datetime] | None]:
         query = f"SELECT {COLUMNS}, refund_ledger.now() AS now FROM {REFUNDS} WHERE s.refund_id = ANY({IDS})"
-        async with self._statement("read") as connection:
+        async with self._database.statement("read") as connection:
             rows = await connection.execute(query, {"ids": as_array(refund_ids)})
             refunds = {row.id: (as_refund(row[:-1]), row.now) for row in rows}
             histories = await select_histories(
@@ -199,7 +199,7 @@ class Sending(Records):
                 SELECT refund_id, attempts, run_id, map_index, try_number, :now FROM claimed JOIN asked ON refund_id = id
             )
             SELECT * FROM claimed"""
-        async with self._transaction("claim", lock_seconds=_LOCK_SECONDS) as (connection, now):
+        async with self._database.transaction("claim", lock_seconds=_LOCK_SECONDS) as (connection, now):
             # Not those that another attempt has: the lock would be in the way of its last check. What is not locked
             # is not claimed either.
             locked = await lock(
@@ -213,7 +213,7 @@ class Sending(Records):
             values = {
                 "ids": as_array(locked),
                 "asked": json.dumps([self._asked(call, now) for call in calls]),
-                "source": self._settings.source,
+                "source": self._database.settings.source,
                 "now": now,
                 "lease": now + CLAIM_LEASE,
                 "window_start": self._window_start(now),
@@ -232,7 +232,7 @@ class Sending(Records):
             ]
 
     def _asked(self, call: _Claiming, now: datetime) -> dict[str, Any]:
-        fence = now + timedelta(seconds=call.token_seconds + self._settings.lease_margin_seconds)
+        fence = now + timedelta(seconds=call.token_seconds + self._database.settings.lease_margin_seconds)
         return {
             "refund_id": call.refund_id,
             "asked_environment": call.environment,
@@ -244,7 +244,7 @@ class Sending(Records):
         }
 
     def _window_start(self, now: datetime) -> datetime:
-        return now - timedelta(days=self._settings.key_window_days)
+        return now - timedelta(days=self._database.settings.key_window_days)
 
     async def may_post(self, claim: Claim, seconds: float) -> bool:
         """
@@ -257,10 +257,10 @@ class Sending(Records):
 
         :param seconds: how long the POST may take; the token has to last that long.
         """
-        give_up = self._monotonic() + _LOCK_SECONDS
+        give_up = self._database.monotonic() + _LOCK_SECONDS
         while True:
             check = await self._last_checks(claim.refund.id, (claim, seconds))
-            now = self._monotonic()
+            now = self._database.monotonic()
             if check.permitted and now - check.began <= PERMISSION_SECONDS:
                 return True
             if not check.permitted and (check.was_free or now >= give_up):
@@ -297,8 +297,8 @@ class Sending(Records):
             UPDATE refund_ledger.refund_attempts AS a SET posting_at = :now
             FROM permitted WHERE a.refund_id = permitted.refund_id AND a.attempt = permitted.attempt
             RETURNING a.refund_id"""
-        began = self._monotonic()
-        async with self._transaction("last check") as (connection, now):
+        began = self._database.monotonic()
+        async with self._database.transaction("last check") as (connection, now):
             ids = as_array(claim.refund.id for claim, _ in calls)
             locked = (await connection.execute(lock_free, {"ids": ids})).scalars()
             values = {
@@ -312,7 +312,7 @@ class Sending(Records):
         return [_LastCheck(began, claim.refund.id in may, claim.refund.id in locked) for claim, _ in calls]
 
     def _checked(self, claim: Claim, seconds: float, now: datetime) -> dict[str, Any]:
-        ends = now + timedelta(seconds=seconds + self._settings.lease_margin_seconds)
+        ends = now + timedelta(seconds=seconds + self._database.settings.lease_margin_seconds)
         return {
             "refund_id": claim.refund.id,
             "attempt": claim.attempt,
@@ -323,7 +323,7 @@ class Sending(Records):
     async def mark_seen(self, refund_ids: Sequence[int]) -> None:
         """Note that Payroc's list showed these refunds, without news."""
         update = f"UPDATE refund_ledger.refund_states SET payroc_seen_at = :now WHERE refund_id = ANY({IDS})"
-        async with self._transaction() as (connection, now):
+        async with self._database.transaction() as (connection, now):
             await lock(connection, refund_ids)
             await connection.execute(update, {"ids": as_array(refund_ids), "now": now})
 
@@ -360,9 +360,9 @@ class Sending(Records):
                 WHERE source = :source AND updated_at > :since
             ) AS followed
             GROUP BY processing_terminal_id ORDER BY processing_terminal_id"""
-        async with self._transaction() as (connection, now):
+        async with self._database.transaction() as (connection, now):
             values = {
-                "source": self._settings.source,
+                "source": self._database.settings.source,
                 "since": now - changed_within,
                 "longest": now - taken_over_within,
             }
@@ -404,7 +404,7 @@ class Sending(Records):
                 FROM refund_ledger.refund_instructions AS i JOIN chain ON i.id = chain.id
             )
             SELECT {COLUMNS} FROM {REFUNDS} JOIN chain ON chain.id = i.id ORDER BY place"""
-        async with self._transaction() as (connection, _):
+        async with self._database.transaction() as (connection, _):
             return [as_refund(row) for row in await connection.execute(query, {"id": refund_id})]
 
     async def _refunds(
@@ -413,8 +413,8 @@ class Sending(Records):
         query = f"""
             SELECT {COLUMNS} FROM {REFUNDS}
             WHERE source = :source AND {condition} ORDER BY s.refund_id LIMIT :limit"""
-        async with self._transaction() as (connection, _):
+        async with self._database.transaction() as (connection, _):
             result = await connection.execute(
-                query, {**values, "source": self._settings.source, "limit": limit}
+                query, {**values, "source": self._database.settings.source, "limit": limit}
             )
             return [as_refund(row) for row in result]

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from uuid import uuid4
 
-from include.refunds.ledger.base import LedgerBase, LedgerError, LedgerUnavailable
 from include.refunds.ledger.connection import Connection, as_array
+from include.refunds.ledger.database import LedgerError, LedgerUnavailable, Part
 from include.refunds.ledger.intake import NAMELESS
 from include.refunds.ledger.rows import IDS, OF_MANY, lock
 from include.refunds.text import fold
@@ -79,7 +79,7 @@ _WRITTEN_AND_ENDED = f"""r.written_back_at = r.updated_at AND {NEWEST}
     AND r.status IN ({", ".join(f"'{name}'" for name in ENDED)})"""
 
 
-class WriteBacks(LedgerBase):
+class WriteBacks(Part):
     """What the write-back reads and notes."""
 
     @asynccontextmanager
@@ -114,13 +114,13 @@ class WriteBacks(LedgerBase):
         update = """
             UPDATE refund_ledger.write_back_turn SET holder = :holder, until = :until
             WHERE holder IS NULL OR until <= :now"""
-        async with self._transaction() as (connection, now):
+        async with self._database.transaction() as (connection, now):
             return await connection.change(update, {"holder": holder, "until": now + TURN, "now": now}) > 0
 
     async def end_turn(self, holder: str) -> None:
         """Let another write-back have the turn; nothing happens when another one has it."""
         update = "UPDATE refund_ledger.write_back_turn SET holder = NULL, until = NULL WHERE holder = :holder"
-        async with self._transaction() as (connection, _):
+        async with self._database.transaction() as (connection, _):
             await connection.execute(update, {"holder": holder})
 
     async def due_write_backs(
@@ -160,14 +160,14 @@ class WriteBacks(LedgerBase):
         if after is not None:
             after_id, after_ref = (after.refund_id, "") if after.refund_id else (_LAST_ID, after.source_ref)
         values = {
-            "source": self._settings.source,
+            "source": self._database.settings.source,
             "after_id": after_id,
             "after_ref": after_ref,
             "limit": limit,
             "nameless": NAMELESS,
             "failed_before": failed_before,
         }
-        async with self._transaction() as (connection, _):
+        async with self._database.transaction() as (connection, _):
             result = await connection.execute(query, values)
             return [WriteBack(**row) for row in result]
 
@@ -218,17 +218,19 @@ class WriteBacks(LedgerBase):
             SELECT :source, key, value, :now FROM jsonb_each_text(CAST(:problems AS jsonb))
             ON CONFLICT (source, source_ref) DO UPDATE SET problem = EXCLUDED.problem,
                 problem_since = COALESCE(known.problem_since, EXCLUDED.problem_since)"""
-        async with self._transaction() as (connection, now):
+        async with self._database.transaction() as (connection, now):
             has_turn = await connection.change(renew, {"holder": holder, "until": now + TURN}) > 0
             if not has_turn:
                 await self._make_due(connection, [item.source_ref for item in written])
             else:
                 await lock(connection, (item.refund_id for item in written if item.refund_id is not None))
                 await connection.execute(of_refunds, {"rows": rows})
-                await connection.execute(of_invalid_rows, {"rows": rows, "source": self._settings.source})
-            await connection.execute(settle, {"rows": rows, "source": self._settings.source})
+                await connection.execute(
+                    of_invalid_rows, {"rows": rows, "source": self._database.settings.source}
+                )
+            await connection.execute(settle, {"rows": rows, "source": self._database.settings.source})
             if not_written:
-                values = {"source": self._settings.source, "problems": problems, "now": now}
+                values = {"source": self._database.settings.source, "problems": problems, "now": now}
                 await connection.execute(note, values)
         if not has_turn:
             raise LedgerUnavailable(
@@ -247,7 +249,7 @@ class WriteBacks(LedgerBase):
         of_invalid_rows = """
             UPDATE refund_ledger.invalid_rows SET written_back_at = NULL
             WHERE source = :source AND source_ref = ANY(:refs)"""
-        values = {"source": self._settings.source, "refs": list(source_refs)}
+        values = {"source": self._database.settings.source, "refs": list(source_refs)}
         ids = (await connection.execute(query, values)).scalars()
         await lock(connection, ids)
         await connection.execute(of_refunds, {"ids": as_array(ids)})
@@ -288,9 +290,9 @@ class WriteBacks(LedgerBase):
             )
             UPDATE refund_ledger.refund_states AS s SET written_back_at = NULL
             FROM ended JOIN noted USING (source_ref) WHERE s.refund_id = ended.id"""
-        async with self._transaction() as (connection, now):
+        async with self._database.transaction() as (connection, now):
             values = {
-                "source": self._settings.source,
+                "source": self._database.settings.source,
                 "offered": list(offered),
                 "folded": [*map(fold, offered)],
             }
@@ -298,7 +300,7 @@ class WriteBacks(LedgerBase):
             ids = [row.id for row in found]
             await lock(connection, ids)
             noted = {
-                "source": self._settings.source,
+                "source": self._database.settings.source,
                 "ids": as_array(ids),
                 "refs": [row.source_ref for row in found],
                 "now": now,

@@ -1,4 +1,4 @@
-"""The frame of the ledger: a connection, a transaction, an instant that counts as now, and who acts."""
+"""What each part of the ledger is given: transactions, the time that counts in them, and who acts."""
 
 from __future__ import annotations
 
@@ -6,25 +6,14 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import datetime
-from typing import Self
 
 from include.refunds.database_errors import describe
 from include.refunds.ledger.connection import DATABASE_ERRORS, Connection, LedgerEngine
-from include.refunds.revision import (
-    ENCODING,
-    FSYNC_IS_OFF,
-    REVISION,
-    VERSION_TABLE,
-    other_encoding,
-    other_revision,
-)
+from include.refunds.revision import other_revision
 from include.refunds.settings import Settings
 
 # SQLSTATE of a missing table, function and schema.
 _NO_SUCH_TABLE = ("42P01", "42883", "3F000")
-
-CLOCK = "SELECT pg_catalog.clock_timestamp()"
-"""The body of ``refund_ledger.now()``, as ``schema.sql`` has it."""
 
 
 class LedgerError(Exception):
@@ -39,8 +28,14 @@ class NoSuchRefund(LedgerError):
     """The ledger holds no refund with this id."""
 
 
-class LedgerBase:
-    """What all parts of :class:`~include.refunds.ledger.Ledger` stand on; its parameters are described there."""
+class LedgerDatabase:
+    """
+    The ledger's database, for one actor.
+
+    :param engine: its connections.
+    :param settings: see :class:`~include.refunds.ledger.Ledger`, as of the next two.
+    :param rehearsal: a connection on which everything happens that is rolled back at the end.
+    """
 
     lock_seconds = 60
     """How long a transaction waits for another one's lock, unless it says otherwise."""
@@ -52,15 +47,16 @@ class LedgerBase:
         *,
         actor: str,
         monotonic: Callable[[], float] = time.monotonic,
+        rehearsal: Connection | None = None,
     ) -> None:
         self.engine = engine
-        self._settings = settings
-        self._actor = actor
-        self._monotonic = monotonic
-        self._rehearsal: Connection | None = None
+        self.settings = settings
+        self.actor = actor
+        self.monotonic = monotonic
+        self._rehearsal = rehearsal
 
     @asynccontextmanager
-    async def _transaction(
+    async def transaction(
         self, purpose: str = "", *, lock_seconds: int | None = None
     ) -> AsyncIterator[tuple[Connection, datetime]]:
         """
@@ -80,7 +76,7 @@ class LedgerBase:
             raise self._explained(error) from None
 
     @asynccontextmanager
-    async def _statement(self, purpose: str = "") -> AsyncIterator[Connection]:
+    async def statement(self, purpose: str = "") -> AsyncIterator[Connection]:
         """
         Yield a connection for what only reads and is no snapshot: it needs no transaction, and none of its round trips.
 
@@ -106,7 +102,7 @@ class LedgerBase:
                    CASE WHEN current_setting('synchronous_commit') IN ('off', 'local')
                         THEN set_config('synchronous_commit', 'on', true) END,
                    refund_ledger.now() AS now"""
-        values = {"actor": self._actor, "lock_timeout": f"{lock_seconds or self.lock_seconds}s"}
+        values = {"actor": self.actor, "lock_timeout": f"{lock_seconds or self.lock_seconds}s"}
         now: datetime = (await connection.execute(statement, values)).one().now
         return now
 
@@ -123,43 +119,20 @@ class LedgerBase:
         return LedgerError(f"{place} refused a statement: {failure}; its log has the error.")
 
     @asynccontextmanager
-    async def rehearsal(self) -> AsyncIterator[Self]:
-        """Yield a ledger whose every change is rolled back at the end."""
-        async with self.engine.connect() as connection:
-            ledger = type(self)(self.engine, self._settings, actor=self._actor, monotonic=self._monotonic)
-            ledger._rehearsal = connection
-            async with connection.rolled_back():
-                yield ledger
-
-    async def now(self) -> datetime:
-        """Return the ledger's time."""
-        async with self._transaction() as (_, now):
-            return now
-
-    async def check(self) -> None:
-        """
-        Make sure that the ledger can be reached and has this version's schema.
-
-        :raises LedgerUnavailable: when it can't be reached.
-        :raises LedgerError: when it was never migrated, is at another revision, is not in UTF8, or its server does not write to
-            the disk.
-        """
-        query = (
-            "SELECT version_num, current_setting('server_encoding') AS encoding, "
-            "current_setting('fsync') AS fsync, "
-            "(SELECT prosrc FROM pg_catalog.pg_proc WHERE oid = to_regprocedure('refund_ledger.now()')) AS clock "
-            f"FROM refund_ledger.{VERSION_TABLE}"
-        )
-        async with self._statement() as connection:
-            found = (await connection.execute(query)).one_or_none()
-        if found is None or found.version_num != REVISION:
-            raise LedgerError(other_revision(found.version_num if found else None))
-        if found.encoding != ENCODING:
-            raise LedgerError(other_encoding(found.encoding))
-        if found.fsync == "off":
-            raise LedgerError(FSYNC_IS_OFF)
-        if found.clock != CLOCK:
-            raise LedgerError(
-                "The ledger's clock, the function refund_ledger.now(), was replaced, so leases and limits follow "
-                "another time than the database's: make it again as include/refunds/ledger/schema.sql does."
+    async def rehearsal(self) -> AsyncIterator[LedgerDatabase]:
+        """Yield the same database on one connection, on which every change is rolled back at the end."""
+        async with self.engine.connect() as connection, connection.rolled_back():
+            yield LedgerDatabase(
+                self.engine,
+                self.settings,
+                actor=self.actor,
+                monotonic=self.monotonic,
+                rehearsal=connection,
             )
+
+
+class Part:
+    """A part of :class:`~include.refunds.ledger.Ledger`: some tables, and all statements that are about them."""
+
+    def __init__(self, database: LedgerDatabase) -> None:
+        self._database = database
