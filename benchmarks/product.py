@@ -62,15 +62,15 @@ async def _prepare(run_id: str) -> dict[str, Any]:
     cipher = cipher_of(settings)
     began = time.perf_counter()
     async with open_ledger(context, settings) as ledger:
-        await ledger.return_stale_releases()
+        await ledger.runs.return_stale_releases()
         pulled = await pull(source_of(), ledger, cipher, settings)
-        candidates = await ledger.candidates(Selection(), standing=pulled.standing)
-        await ledger.begin_run(run_id, {}, candidates, {}, pulled.at)
-        ids, due = [item.id for item in candidates], await ledger.due()
+        candidates = await ledger.runs.candidates(Selection(), standing=pulled.standing)
+        await ledger.runs.begin_run(run_id, {}, candidates, {}, pulled.at)
+        ids, due = [item.id for item in candidates], await ledger.runs.due()
     pulled_after = time.perf_counter() - began
     began = time.perf_counter()
     async with open_ledger(context, settings) as ledger:
-        await ledger.ask_approval(run_id)
+        await ledger.approvals.ask_approval(run_id)
         async with HookGateway(PayrocHook()) as gateway:
             may_go = await release(
                 run_id,
@@ -124,7 +124,7 @@ async def _finish(run_id: str) -> dict[str, Any]:
     written_after = time.perf_counter() - began
     began = time.perf_counter()
     async with open_ledger(context, settings) as ledger:
-        await ledger.finish_run(run_id)
+        await ledger.runs.finish_run(run_id)
         found = await run_report(ledger.engine, settings.source, run_id)
         str(found)
     return {

@@ -131,10 +131,10 @@ with DAG(
         source, cipher = source_of(), cipher_of(settings)
         async with open_ledger(context, settings) as ledger:
             # Before anything is stored: keys derive from the source's name.
-            await ledger.check_environment(PayrocHook().api_url)
-            await ledger.return_stale_releases()
+            await ledger.bindings.check_environment(PayrocHook().api_url)
+            await ledger.runs.return_stale_releases()
             pulled = await pull(source, ledger, cipher, settings)
-            candidates = await ledger.candidates(params.selection(), standing=pulled.standing)
+            candidates = await ledger.runs.candidates(params.selection(), standing=pulled.standing)
             findings = {
                 "changed": pulled.changed,
                 "withdrawn": pulled.withdrawn,
@@ -143,12 +143,12 @@ with DAG(
                 "still_offered": pulled.still_offered,
                 "unmatched": await unmatched(params, pulled, candidates, ledger),
             }
-            await ledger.begin_run(
+            await ledger.runs.begin_run(
                 context["run_id"], params.model_dump(mode="json"), candidates, findings, pulled.at
             )
             await report_oldest(ledger.engine, settings.source)
             log.info("%s %d refunds may be released.", pulled, len(candidates))
-            return {"candidates": [item.id for item in candidates], "due": await ledger.due()}
+            return {"candidates": [item.id for item in candidates], "due": await ledger.runs.due()}
 
     @task
     async def release(pulled: dict[str, list[int]]) -> list[list[int]]:
@@ -192,7 +192,7 @@ with DAG(
         async with open_ledger(context, settings) as ledger:
             done = await write_back(source, ledger)
             if done.doubled:
-                await ledger.note(context["run_id"], {"doubled": done.doubled})
+                await ledger.runs.note(context["run_id"], {"doubled": done.doubled})
         log.info("%s", "\n".join(done.sentences()))
         done.raise_trouble()
         return done.as_dict()
@@ -216,10 +216,10 @@ with DAG(
         params = run_params(context)
         async with open_ledger(context, settings) as ledger:
             if params.dry_run:
-                await ledger.check_environment(PayrocHook().api_url)
+                await ledger.bindings.check_environment(PayrocHook().api_url)
                 found = await rehearse(params, source_of(), ledger, cipher_of(settings), settings)
             else:
-                await ledger.finish_run(context["run_id"])
+                await ledger.runs.finish_run(context["run_id"])
                 unsealed = await ledger.seals.seal_or_say()
                 found = await run_report(ledger.engine, settings.source, context["run_id"])
                 found.notes += unsealed

@@ -251,7 +251,7 @@ def pause(
     url: LedgerUrl = None,
 ) -> None:
     """Pause sending, at once and for every worker; what is in flight at Payroc can't be called back."""
-    _with_ledger(url, by, lambda ledger: ledger.pause(terminal or EVERYTHING, reason))
+    _with_ledger(url, by, lambda ledger: ledger.pauses.pause(terminal or EVERYTHING, reason))
     _say(f"Sending is paused{f' for terminal {printable(terminal)}' if terminal else ''}.")
 
 
@@ -264,7 +264,7 @@ def resume(
     url: LedgerUrl = None,
 ) -> None:
     """Resume sending after a pause."""
-    if not _with_ledger(url, by, lambda ledger: ledger.resume(terminal or EVERYTHING, reason)):
+    if not _with_ledger(url, by, lambda ledger: ledger.pauses.resume(terminal or EVERYTHING, reason)):
         _fail(
             f"Sending was not paused{f' for terminal {printable(terminal)}' if terminal else ''}; `status` shows what is."
         )
@@ -276,7 +276,7 @@ def limits(
     url: LedgerUrl = None, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
 ) -> None:
     """Show the limits. No limits are set by default; an unset limit allows everything."""
-    found = _with_ledger(url, "limits", lambda ledger: ledger.limits())
+    found = _with_ledger(url, "limits", lambda ledger: ledger.limits.current())
     if as_json:
         _json(asdict(found))
         return
@@ -302,7 +302,7 @@ def limit(
     if value != "none" and not value.isdecimal():
         raise typer.BadParameter("must be a whole number or none.", param_hint="VALUE")
     number = None if value == "none" else int(value)
-    _with_ledger(url, by, lambda ledger: ledger.set_limit(name.value, number, reason))
+    _with_ledger(url, by, lambda ledger: ledger.limits.set_limit(name.value, number, reason))
     _say(f"The limit {name.value} is {'taken away' if number is None else _limit(name.value, number)}.")
 
 
@@ -314,7 +314,7 @@ def unhold(refund_id: RefundId, reason: Why, by: By, url: LedgerUrl = None) -> N
 
     The requester of the refund may not.
     """
-    _with_ledger(url, by, lambda ledger: ledger.unhold(refund_id, reason))
+    _with_ledger(url, by, lambda ledger: ledger.decisions.unhold(refund_id, reason))
     _say(f"Refund {refund_id} is approved again; the next run will send it.")
 
 
@@ -322,7 +322,7 @@ def unhold(refund_id: RefundId, reason: Why, by: By, url: LedgerUrl = None) -> N
 @_seals
 def cancel(refund_id: RefundId, reason: Why, by: By, url: LedgerUrl = None) -> None:
     """End a refund that was not sent, held or not. It is never sent; pay it by a new row with a source_ref of its own."""
-    _with_ledger(url, by, lambda ledger: ledger.cancel(refund_id, reason))
+    _with_ledger(url, by, lambda ledger: ledger.decisions.cancel(refund_id, reason))
     _say(f"Refund {refund_id} is cancelled.")
 
 
@@ -585,13 +585,15 @@ def rotate_keys(url: LedgerUrl = None) -> None:
     first, *others = cipher.key_ids
 
     async def work(ledger: Ledger) -> tuple[Rotated, dict[str, int]]:
-        waiting = sum(count for key, count in (await ledger.requests_by_key()).items() if key != first)
+        waiting = sum(
+            count for key, count in (await ledger.requests.requests_by_key()).items() if key != first
+        )
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task("Encrypting", total=waiting)
             rotated = await rotate_requests(
                 ledger, cipher, advance=lambda count: progress.advance(task, count)
             )
-        return rotated, await ledger.requests_by_key()
+        return rotated, await ledger.requests.requests_by_key()
 
     rotated, by_key = _with_ledger(url, "rotate-keys", work)
     for sentence in rotated.unreadable:

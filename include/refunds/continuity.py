@@ -106,7 +106,7 @@ async def lists_due(
     :param needed: terminals of the refunds that are to be sent.
     """
     now = await ledger.now()
-    lists = {item.terminal: item for item in await ledger.terminal_lists()}
+    lists = {item.terminal: item for item in await ledger.lists.terminal_lists()}
     reach = now - timedelta(days=settings.look_back_days)
     due = []
     for terminal in sorted({*lists, *settings.terminals, *needed}):
@@ -161,7 +161,7 @@ async def note_known(item: TerminalList, found: ListRead, ledger: Ledger, reader
     begin = found.begin
     goes_on = item.read_from is not None and item.read_to is not None and begin <= item.read_to
     read_from = min(begin, item.read_from) if goes_on and item.read_from is not None else begin
-    await ledger.list_read(item.terminal, read_from, found.end - LIST_LAG, reader.sent_with)
+    await ledger.lists.list_read(item.terminal, read_from, found.end - LIST_LAG, reader.sent_with)
 
 
 async def note_failed(item: TerminalList, error: PayrocError, ledger: Ledger) -> None:
@@ -172,7 +172,7 @@ async def note_failed(item: TerminalList, error: PayrocError, ledger: Ledger) ->
             "; look at them in Payroc's portal, then run `python -m include.refunds restored` with "
             "--accept-not-understood"
         )
-    await ledger.list_failed(item.terminal, failure, refused=refuses_terminal(error))
+    await ledger.lists.list_failed(item.terminal, failure, refused=refuses_terminal(error))
 
 
 def goes_on_at(item: TerminalList, start: datetime, settings: Settings) -> datetime:
@@ -237,13 +237,13 @@ async def _compare(
         ):
             seen.append(refund.id)
             continue
-        after, _ = await ledger.record(refund.id, verdict, restored=restored)
+        after, _ = await ledger.records.record(refund.id, verdict, restored=restored)
         if after.status is not refund.status:
             found.changed.append(TakenOver(refund, after))
     if seen:
-        await ledger.mark_seen(seen)
+        await ledger.records.mark_seen(seen)
     if foreign:
-        await ledger.keep_foreign(foreign)
+        await ledger.lists.keep_foreign(foreign)
 
 
 def _foreign(item: models.Refund, terminal: str) -> Foreign:

@@ -76,11 +76,11 @@ async def follow_up(ledger: Ledger, gateway: Reader, settings: Settings) -> Foll
     names: dict[str, None] = {}
     notes: list[str] = []
     reader = FreshTokenReader(gateway)
-    counts["returned to approved"] = await ledger.return_stale_releases()
+    counts["returned to approved"] = await ledger.runs.return_stale_releases()
     counts["emptied"] = await _empty_requests(ledger, settings)
     now = await ledger.now()
-    in_doubt = await ledger.in_doubt()
-    followed = await ledger.followed(
+    in_doubt = await ledger.refunds.in_doubt()
+    followed = await ledger.refunds.followed(
         now - business_days_before(now, FOLLOWED_FOR_BUSINESS_DAYS), _LISTED_BACK
     )
     due = {
@@ -91,7 +91,7 @@ async def follow_up(ledger: Ledger, gateway: Reader, settings: Settings) -> Foll
     }
     if not in_doubt and not followed and not due:
         return FollowedUp(counts, [], [])
-    if not await ledger.check_environment(gateway.environment):
+    if not await ledger.bindings.check_environment(gateway.environment):
         # It has never sent anything, and its first run may be with another connection.
         return FollowedUp(counts, [], [])
     for refund in in_doubt:
@@ -102,7 +102,7 @@ async def follow_up(ledger: Ledger, gateway: Reader, settings: Settings) -> Foll
             names |= dict.fromkeys(of_terminal(error, refund.processing_terminal_id))
         except PayrocError:
             counts["failed"] += 1
-    lists = {item.terminal: item for item in await ledger.terminal_lists()}
+    lists = {item.terminal: item for item in await ledger.lists.terminal_lists()}
     for terminal in sorted({*followed, *due}):
         item = lists.get(terminal, TerminalList(terminal))
         since = followed.get(terminal)
@@ -152,7 +152,9 @@ async def _read(
 
 async def _empty_requests(ledger: Ledger, settings: Settings) -> int:
     emptied = 0
-    while count := await ledger.empty_requests(timedelta(days=settings.request_days), _EMPTIED_AT_ONCE):
+    while count := await ledger.requests.empty_requests(
+        timedelta(days=settings.request_days), _EMPTIED_AT_ONCE
+    ):
         emptied += count
     return emptied
 
@@ -161,5 +163,5 @@ async def _look_up(refund: Refund, ledger: Ledger, reader: Reader, settings: Set
     verdict = await look_up_in_doubt(await reader.token(), refund, reader, settings, await ledger.now())
     if verdict is None:
         return False
-    await ledger.record(refund.id, verdict)
+    await ledger.records.record(refund.id, verdict)
     return verdict.sighting is not None

@@ -45,7 +45,7 @@ def of_terminal(error: PayrocIncompleteList, terminal: str) -> list[str]:
 async def known(found: Sequence[models.Refund], ledger: Ledger) -> list[Refund]:
     """Return the refunds of the ledger that objects of Payroc's may belong to."""
     keys = [key for item in found if (key := key_of(item)) is not None]
-    return await ledger.known(
+    return await ledger.refunds.known(
         keys, [item.refund_id for item in found], [item.order.order_id for item in found]
     )
 

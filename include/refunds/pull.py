@@ -63,24 +63,24 @@ async def pull(source: ReadableSource, ledger: Ledger, cipher: Cipher, settings:
     :raises SourceError: when the source can't be read.
     :raises LedgerError: when the ledger belongs to another source, or its fingerprints were made with another key.
     """
-    await ledger.check_source()
-    await ledger.check_fingerprint_key(cipher.fingerprint_check)
+    await ledger.bindings.check_source()
+    await ledger.bindings.check_fingerprint_key(cipher.fingerprint_check)
     began = await ledger.now()
     rows = await source.select_approved()
     pulled = Pulled(at=began, rows=len(rows))
     # A worker may have stood still since it began: what it has read may be approved after that.
     valid = validate(rows, cipher, settings, await ledger.now(), pulled.invalid)
     # Those of rows that were pulled before, too: a terminal that was changed in the source may have paid.
-    await ledger.note_terminals({refund.processing_terminal_id for refund, _ in valid})
+    await ledger.lists.note_terminals({refund.processing_terminal_id for refund, _ in valid})
     for start in range(0, len(valid), _BATCH):
         await _store(valid[start : start + _BATCH], ledger, cipher, pulled)
-    await ledger.note_invalid(
+    await ledger.intake.note_invalid(
         pulled.invalid, [refund.source_ref for refund, _ in valid if refund.source_ref not in pulled.invalid]
     )
     offered = [*pulled.standing, *pulled.changed, *pulled.invalid]
-    pulled.written_again, pulled.still_offered = await ledger.write_again(offered)
+    pulled.written_again, pulled.still_offered = await ledger.write_backs.write_again(offered)
     pulled.warnings = warnings(rows, frozenset(pulled.standing))
-    aside = await ledger.set_aside(pulled.standing)
+    aside = await ledger.intake.set_aside(pulled.standing)
     named = {*pulled.changed, *pulled.invalid}
     pulled.withdrawn = {
         key: "Its source row is no longer approved." for key, ref in aside.items() if ref not in named
@@ -164,20 +164,20 @@ async def _store(
     valid: list[tuple[NewRefund, bytes]], ledger: Ledger, cipher: Cipher, pulled: Pulled
 ) -> None:
     refs = [refund.source_ref for refund, _ in valid]
-    known = await ledger.stored(refs)
-    inserted = await ledger.store(
+    known = await ledger.intake.stored(refs)
+    inserted = await ledger.intake.store(
         [(refund, cipher.seal(body)) for refund, body in valid if refund.source_ref not in known]
     )
     pulled.new += len(inserted)
     if len(inserted) + len(known) < len(valid):
         # Another pull may have stored them a moment ago.
-        known = await ledger.stored(refs)
+        known = await ledger.intake.stored(refs)
     collided = {
         refund.source_ref: refund.source_ref_folded
         for refund, _ in valid
         if refund.source_ref not in inserted and refund.source_ref not in known
     }
-    spelled = await ledger.spelled(list(collided.values())) if collided else set()
+    spelled = await ledger.intake.spelled(list(collided.values())) if collided else set()
     for refund, _ in valid:
         if refund.source_ref in collided:
             pulled.invalid[refund.source_ref] = (

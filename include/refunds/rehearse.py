@@ -42,12 +42,12 @@ async def rehearse(
     read = _Read(await source.select_approved())
     async with ledger.rehearsal() as rehearsal:
         pulled = await pull(read, rehearsal, cipher, settings)
-        candidates = await rehearsal.candidates(params.selection(), standing=pulled.standing)
-        await rehearsal.begin_run(_RUN, params.model_dump(mode="json"), candidates, {}, pulled.at)
+        candidates = await rehearsal.runs.candidates(params.selection(), standing=pulled.standing)
+        await rehearsal.runs.begin_run(_RUN, params.model_dump(mode="json"), candidates, {}, pulled.at)
         missing = await unmatched(params, pulled, candidates, rehearsal)
-        question = await rehearsal.ask_approval(_RUN)
-        decision = await rehearsal.at_the_gate([item.id for item in candidates])
-        pauses = await rehearsal.pauses()
+        question = await rehearsal.approvals.ask_approval(_RUN)
+        decision = await rehearsal.gate.at_the_gate([item.id for item in candidates])
+        pauses = await rehearsal.pauses.reasons()
     report = Report("Dry run: this is what would be sent. Nothing was stored, sent or written back.")
     report.refunds = [_line(item, decision) for item in candidates]
     report.totals = totals_of(report.refunds)

@@ -56,13 +56,13 @@ async def reissue(
     :returns: the new refund's id, ``None`` when a second person is waited for.
     :raises DecisionRefused: when it can't be reissued.
     """
-    case = await ledger.case(refund_id)
+    case = await ledger.decisions.case(refund_id)
     check_replaceable(case)
-    await ledger.check_environment(gateway.environment)
+    await ledger.bindings.check_environment(gateway.environment)
     reader = FreshTokenReader(gateway)
     try:
         paid = await paid_after_all(
-            await reader.token(), [case.refund, *await ledger.replaced(refund_id)], ledger, reader
+            await reader.token(), [case.refund, *await ledger.refunds.replaced(refund_id)], ledger, reader
         )
     except PayrocError as error:
         raise DecisionRefused(
@@ -80,7 +80,7 @@ async def reissue(
     key = idempotency_key(source, source_ref)
     order_id = default_order_id(key)
     new_body = with_order(body, order_id, str(key))
-    return await ledger.reissue(
+    return await ledger.decisions.reissue(
         case, Reissue(source_ref, order_id, str(key), cipher.seal(new_body), cipher.sha256(new_body)), reason
     )
 
@@ -102,7 +102,7 @@ async def paid_after_all(
         ):
             continue
         if found.sighting is not None:
-            await ledger.record(refund.id, found)
+            await ledger.records.record(refund.id, found)
         return f"Refund {refund.id}, which is {refund.status} here, may be paid after all: {found.reason}"
     return None
 

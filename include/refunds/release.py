@@ -52,28 +52,28 @@ async def release(
         go on; one that concerns all pauses everything.
     :raises LedgerError: when the run holds no approval of these candidates, or the ledger belongs to another Payroc.
     """
-    candidates = await ledger.candidates(Selection(), ids=candidate_ids)
-    terminals = {item.processing_terminal_id for item in candidates} | await ledger.terminals(due_ids)
+    candidates = await ledger.runs.candidates(Selection(), ids=candidate_ids)
+    terminals = {item.processing_terminal_id for item in candidates} | await ledger.refunds.terminals(due_ids)
     known: set[str] = set()
     if terminals:
-        await ledger.check_environment(gateway.environment)
+        await ledger.bindings.check_environment(gateway.environment)
         notes = await _ask_payroc(terminals, ledger, gateway, settings)
-        await ledger.check_environment(gateway.environment, bind=True)
+        await ledger.bindings.check_environment(gateway.environment, bind=True)
         if notes:
-            await ledger.note(run_id, {"lists": notes})
+            await ledger.runs.note(run_id, {"lists": notes})
         known = await _known_terminals(ledger, gateway)
     findings: dict[str, str] = {}
     # A reissue has no row in the source that could have changed; two people approved it in the ledger.
     ids = {item.source_ref: item.id for item in candidates if item.replaces is None}
     if ids:
         rows = await source.select_approved()
-        stored = await ledger.stored(list(ids))
+        stored = await ledger.intake.stored(list(ids))
         findings = source_changes(rows, stored, cipher, settings, await ledger.now())
     withdrawn = {ids[ref]: finding for ref, finding in findings.items()}
     standing = [
         item.id for item in candidates if item.id not in withdrawn and item.processing_terminal_id in known
     ]
-    released = await ledger.release(run_id, candidate_ids, standing, withdrawn)
+    released = await ledger.gate.release(run_id, candidate_ids, standing, withdrawn)
     return [*released, *due_ids]
 
 
@@ -128,7 +128,9 @@ async def _known_terminals(ledger: Ledger, gateway: Gateway) -> set[str]:
     """Return the terminals whose list is known well enough for a first attempt."""
     since = await ledger.now() - KNOWN_FOR
     return {
-        item.terminal for item in await ledger.terminal_lists() if item.is_known(since, gateway.sent_with)
+        item.terminal
+        for item in await ledger.lists.terminal_lists()
+        if item.is_known(since, gateway.sent_with)
     }
 
 
@@ -207,10 +209,12 @@ async def _judge_preflight(error: PayrocError, terminal: str, ledger: Ledger, ga
     if _may_answer_later(error):
         raise PreflightFailed(f"{error}; nothing was released, try again later.") from None
     if refuses_terminal(error):
-        await ledger.pause(terminal, f"{error}, before anything was sent.")
+        await ledger.pauses.pause(terminal, f"{error}, before anything was sent.")
         return
     advice = f"; {NO_SUCH_ADDRESS}" if status == 404 else ""
-    await ledger.pause(EVERYTHING, f"{error}, for terminal {terminal}, before anything was sent{advice}.")
+    await ledger.pauses.pause(
+        EVERYTHING, f"{error}, for terminal {terminal}, before anything was sent{advice}."
+    )
     raise PreflightRefused(
         f"{error}; sending is paused and nothing was released{advice} ({gateway.connection})."
     ) from None

@@ -71,8 +71,8 @@ async def resolve(
     :raises DecisionRefused: when it can't be resolved so; nothing was changed.
     :raises LedgerError: when the ledger belongs to another Payroc.
     """
-    await ledger.check_environment(gateway.environment)
-    case = await ledger.case(refund_id)
+    await ledger.bindings.check_environment(gateway.environment)
+    case = await ledger.decisions.case(refund_id)
     check_case(case, outcome)
     reader = FreshTokenReader(gateway)
     try:
@@ -90,7 +90,7 @@ async def resolve(
         raise DecisionRefused(
             f"{error}, so what Payroc holds of refund {refund_id} is not known; nothing was changed."
         ) from None
-    return resolution, await ledger.resolve(case, resolution, reason)
+    return resolution, await ledger.decisions.resolve(case, resolution, reason)
 
 
 def check_case(case: Case, outcome: Status) -> None:

@@ -87,9 +87,9 @@ async def restored(
         raise RangeError(
             f"The backup can't be of {backup_at:%Y-%m-%d %H:%M %Z}, which is in the future: give the instant when it was made."
         )
-    begun = await ledger.begin_restore(backup_at, reason)
+    begun = await ledger.pauses.begin_restore(backup_at, reason)
     since = begun.since
-    await ledger.check_environment(gateway.environment)
+    await ledger.bindings.check_environment(gateway.environment)
     reader = FreshTokenReader(gateway)
     pulled = await pull(source, ledger, cipher, settings)
     lists = await lists_due(
@@ -118,7 +118,7 @@ async def restored(
         else:
             read.append((item, found))
     # A ledger that was lost altogether belongs to this Payroc now: it holds what Payroc does.
-    await ledger.check_environment(gateway.environment, bind=True)
+    await ledger.bindings.check_environment(gateway.environment, bind=True)
     await _set_aside_reissued(ledger, settings)
     if failed := (await follow_up(ledger, gateway, settings)).counts["failed"]:
         raise LedgerError(
@@ -144,7 +144,7 @@ async def restored(
         *(f"the list of terminal {terminal}" for terminal in comparison.refused),
         *comparison.hidden_names,
     ]
-    await ledger.end_restore(begun.number, reason, comparison.hidden + len(comparison.refused), names)
+    await ledger.pauses.end_restore(begun.number, reason, comparison.hidden + len(comparison.refused), names)
     return Restored(
         since,
         pulled,
@@ -167,13 +167,13 @@ def _unread(comparison: Comparison) -> list[str]:
 
 async def _set_aside_reissued(ledger: Ledger, settings: Settings) -> None:
     """Send pending refunds to review of which Payroc holds a reissue that the ledger has forgotten: sent too, it would be paid twice."""
-    pending = await ledger.not_sent()
+    pending = await ledger.refunds.not_sent()
     for start in range(0, len(pending), BATCH):
         reissues = {
             str(idempotency_key(settings.source, f"{refund.source_ref}/{number}")): refund
             for refund in pending[start : start + BATCH]
             for number in _NUMBERS_OF_REISSUES
         }
-        for key, found in (await ledger.foreign_keys(list(reissues))).items():
+        for key, found in (await ledger.lists.foreign_keys(list(reissues))).items():
             what = f"Payroc's refund {found} is a reissue of this one, which the ledger has forgotten since its backup."
-            await ledger.record(reissues[key].id, Verdict(Outcome.REVIEW, what, contradiction=True))
+            await ledger.records.record(reissues[key].id, Verdict(Outcome.REVIEW, what, contradiction=True))

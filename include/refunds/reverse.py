@@ -40,15 +40,15 @@ async def reverse(refund_id: int, reason: str, *, ledger: Ledger, gateway: Gatew
     :raises DecisionRefused: when it can't be reversed: it is not accepted, or Payroc refused.
     :raises LedgerError: when the ledger belongs to another Payroc.
     """
-    await ledger.check_environment(gateway.environment)
-    refund, _, _ = await ledger.read(refund_id)
+    await ledger.bindings.check_environment(gateway.environment)
+    refund, _, _ = await ledger.refunds.read(refund_id)
     if refund.status is Status.REVERSED:
         return Reversed(True, f"Refund {refund_id} is reversed.")
     try:
         token = await gateway.token()
     except PayrocError as error:
         raise DecisionRefused(f"{error}; nothing was asked of Payroc.") from None
-    refund = await ledger.intend_reverse(refund_id, reason)
+    refund = await ledger.decisions.intend_reverse(refund_id, reason)
     payroc_refund_id = refund.payroc_refund_id or ""
     refused = None
     reader = FreshTokenReader(gateway)
@@ -111,5 +111,5 @@ async def _ask(token: AccessToken, payroc_refund_id: str, reader: Reader) -> mod
 
 
 async def _record(refund: Refund, found: models.Refund, ledger: Ledger) -> Refund:
-    recorded, _ = await ledger.record(refund.id, judge_object(found, refund))
+    recorded, _ = await ledger.records.record(refund.id, judge_object(found, refund))
     return recorded

@@ -35,7 +35,7 @@ async def rotate_keys(ledger: Ledger, cipher: Cipher, *, advance: Callable[[int]
     key_id = cipher.key_ids[0]
     rotated = Rotated()
     after = 0
-    while kept := await ledger.requests_to_rotate(key_id, after=after, limit=_BATCH):
+    while kept := await ledger.requests.requests_to_rotate(key_id, after=after, limit=_BATCH):
         anew = []
         for row in kept:
             try:
@@ -44,9 +44,9 @@ async def rotate_keys(ledger: Ledger, cipher: Cipher, *, advance: Callable[[int]
                 )
             except UnreadableRequest as error:
                 rotated.unreadable.append(str(error))
-        rotated.done += await ledger.store_rotated(anew)
+        rotated.done += await ledger.requests.store_rotated(anew)
         advance(len(kept))
         after = kept[-1].id
     if rotated.done:
-        await ledger.note_rotation(key_id, rotated.done)
+        await ledger.requests.note_rotation(key_id, rotated.done)
     return rotated

@@ -126,7 +126,7 @@ async def _send(
     :returns: the claim and what its attempt proves, still to be recorded. A refund that has ended already, or is held by another
         worker, is not sent; then how it stands.
     """
-    refund, history, now = await ledger.read(refund_id)
+    refund, history, now = await ledger.refunds.read(refund_id)
     if refund.status is not Status.RELEASED and refund.status not in IN_DOUBT:
         return _result(refund, now)
 
@@ -141,7 +141,7 @@ async def _send(
     except UnreadableRequest as error:
         return Result(refund.id, refund.order_id, Sent.CONFIGURATION, str(error))
 
-    claim = await ledger.claim(
+    claim = await ledger.claims.claim(
         refund.id,
         task,
         environment=gateway.environment,
@@ -153,7 +153,7 @@ async def _send(
             return await _not_claimed(refund.id, token, ledger, gateway, settings)
         verdict = await _look_up_first(token, claim, refund, ledger, gateway)
         if verdict is None:
-            if await ledger.may_post(claim, seconds=2 * settings.http_timeout_seconds):
+            if await ledger.claims.may_post(claim, seconds=2 * settings.http_timeout_seconds):
                 verdict = await _post(token, claim, body, gateway)
             else:
                 verdict = Verdict(
@@ -167,7 +167,7 @@ async def _recorded(sent: Result | tuple[Claim, Verdict], ledger: Ledger, gatewa
     if isinstance(sent, Result):
         return sent
     claim, verdict = sent
-    recorded, now = await ledger.record(claim.refund.id, verdict, claim.attempt)
+    recorded, now = await ledger.records.record(claim.refund.id, verdict, claim.attempt)
     if verdict.outcome is Outcome.CONFIGURATION:
         return Result(
             recorded.id,
@@ -196,7 +196,7 @@ async def _look_up_first(
         return None
     try:
         if is_reissue:
-            paid = await paid_after_all(token, await ledger.replaced(refund.id), ledger, gateway)
+            paid = await paid_after_all(token, await ledger.refunds.replaced(refund.id), ledger, gateway)
             if paid is not None:
                 return Verdict(Outcome.NOT_SENT, f"Not sent: {paid}")
         return await look_up(token, claim.refund, gateway)
@@ -235,8 +235,8 @@ async def _not_claimed(
 ) -> Result:
     """Find out why a claim was refused, and for a refund in doubt what Payroc holds: a GET is always allowed."""
     # Before any look-up: another Payroc's refunds say nothing about ours, even under the same key.
-    await ledger.check_environment(gateway.environment)
-    refund, _, now = await ledger.read(refund_id)
+    await ledger.bindings.check_environment(gateway.environment)
+    refund, _, now = await ledger.refunds.read(refund_id)
     if refund.status in IN_DOUBT:
         try:
             verdict = await look_up_in_doubt(token, refund, gateway, settings, now)
@@ -246,7 +246,7 @@ async def _not_claimed(
                 refund_id, refund.order_id, Sent.BUSY, f"Not known, and the look-up failed: {error}.", wait
             )
         if verdict is not None:
-            refund, now = await ledger.record(refund_id, verdict)
+            refund, now = await ledger.records.record(refund_id, verdict)
     if refund.status in IN_DOUBT and _seconds_until(refund, now) > 0:
         return _result(refund, now)
     if refund.status in (Status.RELEASED, *IN_DOUBT):
@@ -256,7 +256,7 @@ async def _not_claimed(
 
 async def _stopped(refund: Refund, now: datetime, ledger: Ledger, gateway: Gateway) -> Result:
     """Say why a refund that could be sent is not: a pause, an expired release, an unread list, or the refund that it replaces."""
-    pauses = await ledger.pauses()
+    pauses = await ledger.pauses.reasons()
     for scope in (EVERYTHING, refund.processing_terminal_id):
         if scope in pauses:
             what = "Sending" if scope == EVERYTHING else f"Sending for terminal {scope}"
@@ -278,7 +278,7 @@ async def _stopped(refund: Refund, now: datetime, ledger: Ledger, gateway: Gatew
             "the next run reads it first."
         )
         return Result(refund.id, refund.order_id, Sent.NOT_RELEASED, reason)
-    for replaced in await ledger.replaced(refund.id):
+    for replaced in await ledger.refunds.replaced(refund.id):
         if replaced.status not in REPLACEABLE:
             reason = f"Not sent: refund {replaced.id}, which it replaces, is {replaced.status}."
             return Result(refund.id, refund.order_id, Sent.NOT_RELEASED, reason)
@@ -292,7 +292,7 @@ async def _stopped(refund: Refund, now: datetime, ledger: Ledger, gateway: Gatew
 
 
 async def _list_is_known(refund: Refund, sent_with: str, now: datetime, ledger: Ledger) -> bool:
-    lists = {item.terminal: item for item in await ledger.terminal_lists()}
+    lists = {item.terminal: item for item in await ledger.lists.terminal_lists()}
     known = lists.get(refund.processing_terminal_id)
     return known is not None and known.is_known(now - KNOWN_FOR, sent_with)
 

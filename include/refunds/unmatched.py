@@ -25,7 +25,7 @@ async def unmatched(
     among = {item.source_ref for item in candidates}
     refs = [ref for ref in dict.fromkeys(params.source_refs) if ref not in among]
     named = refs[:_MOST]
-    known = await ledger.stored([*named, *(ref.strip() for ref in named)]) if named else {}
+    known = await ledger.intake.stored([*named, *(ref.strip() for ref in named)]) if named else {}
     notes = []
     for ref in named:
         if ref in pulled.invalid:

@@ -128,11 +128,11 @@ async def verify(
     :raises PayrocError: when Payroc did not tell everything; then nothing is known.
     :raises LedgerError: when the ledger belongs to another Payroc.
     """
-    await ledger.check_environment(gateway.environment)
+    await ledger.bindings.check_environment(gateway.environment)
     comparison = Comparison(start, end)
     compare = _Compare(comparison, ledger)
     reader = FreshTokenReader(gateway)
-    for terminal in sorted({*await ledger.all_terminals(), *terminals}):
+    for terminal in sorted({*await ledger.lists.all_terminals(), *terminals}):
         listed = reader.list_refunds(
             await reader.token(),
             processing_terminal_id=terminal,
@@ -149,7 +149,7 @@ async def verify(
                 raise
             compare.refused(error, terminal)
     after = 0
-    while rows := await ledger.sent_between(start, end, after=after, limit=BATCH):
+    while rows := await ledger.refunds.sent_between(start, end, after=after, limit=BATCH):
         for row in rows:
             if row.processing_terminal_id in comparison.refused:
                 compare.not_compared(row, "Payroc refuses the list of its terminal")

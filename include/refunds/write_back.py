@@ -92,16 +92,16 @@ async def write_back(source: WritableSource, ledger: Ledger) -> WrittenBack:
     :raises LedgerUnavailable: when another write-back has the turn, or took it over.
     """
     done = WrittenBack()
-    async with ledger.write_back_turn() as holder:
+    async with ledger.write_backs.write_back_turn() as holder:
         for failed_before in (False, True):
             after = None
-            while due := await ledger.due_write_backs(_BATCH, after, failed_before=failed_before):
+            while due := await ledger.write_backs.due_write_backs(_BATCH, after, failed_before=failed_before):
                 after = due[-1]
                 # A row that has failed a moment ago has failed before, too.
                 updated = await source.write_back(
                     [item for item in due if item.source_ref not in done.not_written]
                 )
-                await ledger.mark_written_back(holder, updated.written, updated.not_written)
+                await ledger.write_backs.mark_written_back(holder, updated.written, updated.not_written)
                 done.add(updated)
                 done.trouble = updated.stopped
                 if not failed_before and not done.written:

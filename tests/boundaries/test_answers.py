@@ -109,7 +109,7 @@ def test_a_restore_with_an_odd_object_ends_by_a_decision_with_its_event(world: W
     ):
         run_restored(world, accept=False)
     with pytest.raises(LedgerError, match="not compared with Payroc since"):
-        world.run(world.ledger.resume("*", "It looks fine."))
+        world.run(world.ledger.pauses.resume("*", "It looks fine."))
     found = run_restored(world, accept=True)
     assert found.comparison.hidden == 1
     (event,) = world.rows(
@@ -117,7 +117,7 @@ def test_a_restore_with_an_odd_object_ends_by_a_decision_with_its_event(world: W
     )
     assert (event["actor"], event["reason"]) == ("ann", "The disk was lost.")
     assert event["detail"] == {"count": 1, "objects": [f"{name} of terminal {terminal}"]}
-    assert world.run(world.ledger.resume("*", "Compared."))
+    assert world.run(world.ledger.pauses.resume("*", "Compared."))
 
 
 def test_a_restore_without_odd_objects_needs_no_decision_and_has_no_event(world: World) -> None:

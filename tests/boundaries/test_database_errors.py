@@ -269,11 +269,11 @@ def test_a_ledger_that_only_reads_for_now_is_tried_again_and_names_its_connectio
             with pytest.raises(
                 LedgerUnavailable, match=r"only reads for now.* connection is refunds_ledger"
             ) as caught:
-                world.run(world.ledger.pause("*", "the bank called"))
+                world.run(world.ledger.pauses.pause("*", "the bank called"))
         finally:
             connection.execute(f"{change} TO DEFAULT")
     assert PayrocRetryPolicy().evaluate(caught.value, 1, 5) == RetryDecision.default()
-    world.run(world.ledger.pause("*", "the bank called"))
+    world.run(world.ledger.pauses.pause("*", "the bank called"))
 
 
 def test_a_login_of_the_ledger_that_lacks_a_right_fails_at_once_and_names_the_table(
@@ -283,7 +283,7 @@ def test_a_login_of_the_ledger_that_lacks_a_right_fails_at_once_and_names_the_ta
         LedgerEngine(login(world.ledger_engine.url, AUDITOR), pool_size=0), world.settings, actor="test"
     )
     with pytest.raises(LedgerError, match="the login lacks a right: pauses") as caught:
-        world.run(ledger.pause("*", "the bank called"))
+        world.run(ledger.pauses.pause("*", "the bank called"))
     assert PayrocRetryPolicy().evaluate(caught.value, 1, 5).action is RetryAction.FAIL
 
 

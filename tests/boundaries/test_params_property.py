@@ -84,10 +84,10 @@ def a_value_is_a_param_or_refused_by_name(
         assert list(params.source_refs) == (value or [])
 
     async def work() -> None:
-        found = await ledger.candidates(params.selection())
+        found = await ledger.runs.candidates(params.selection())
         stored = params.model_dump(mode="json")
         json.dumps(stored, allow_nan=False)
-        await ledger.begin_run("run", stored, found, {}, datetime.now(UTC))
+        await ledger.runs.begin_run("run", stored, found, {}, datetime.now(UTC))
 
     asyncio.run(work())
 

@@ -127,7 +127,7 @@ def test_a_large_amount_in_the_source_stops_no_run(world: World) -> None:
     for _ in range(2):
         assert list(world.pull().invalid) == [large]
     assert world.release() == [world.row(small)["id"]]
-    world.run(world.ledger.cancel(world.row(small)["id"], "A test cancels it."))
+    world.run(world.ledger.decisions.cancel(world.row(small)["id"], "A test cancels it."))
     assert world.pull().invalid[large]["amount"].startswith("is more than")
 
 
@@ -152,13 +152,13 @@ def test_sums_over_what_a_bigint_holds_are_reported(new_ledger: NewDatabase) -> 
         span = {"since": books.now - timedelta(days=1), "until": books.now + timedelta(days=1)}
         summary = await read_summary(engine, books.settings.source, timezone="UTC", **span)
         assert [item.amount for item in summary.totals] == [total]
-        candidates = await books.ledger.candidates(Selection())
-        await books.ledger.begin_run("run-1", {}, candidates, {}, books.now)
-        assert await books.ledger.ask_approval("run-1") is None
+        candidates = await books.ledger.runs.candidates(Selection())
+        await books.ledger.runs.begin_run("run-1", {}, candidates, {}, books.now)
+        assert await books.ledger.approvals.ask_approval("run-1") is None
         ids = [item.id for item in candidates]
-        assert await books.ledger.release("run-1", ids, ids, {}) == ids
+        assert await books.ledger.gate.release("run-1", ids, ids, {}) == ids
         # It counts what the day has released.
-        assert (await books.ledger.at_the_gate(ids)).released == ids
+        assert (await books.ledger.gate.at_the_gate(ids)).released == ids
 
     asyncio.run(work())
     books.close()
@@ -204,7 +204,7 @@ def test_a_requester_in_another_spelling_lifts_no_hold(world: World, by: str) ->
     assert world.row(ref)["status"] == "held"
     world.ledger._database.actor = by
     with pytest.raises(DecisionRefused, match="another operator"):
-        world.run(world.ledger.unhold(world.row(ref)["id"], "It is fine."))
+        world.run(world.ledger.decisions.unhold(world.row(ref)["id"], "It is fine."))
 
 
 @pytest.mark.parametrize("by", ["CARL", "carl\u200b", "\uff43arl"])
@@ -214,11 +214,11 @@ def test_who_triggered_a_run_approves_it_in_no_spelling(world: World, by: str) -
     world.pull()
 
     async def ask() -> None:
-        candidates = await world.ledger.candidates(Selection())
-        await world.ledger.begin_run("run-1", {}, candidates, {}, datetime.now(UTC))
-        assert await world.ledger.ask_approval("run-1") is not None
+        candidates = await world.ledger.runs.candidates(Selection())
+        await world.ledger.runs.begin_run("run-1", {}, candidates, {}, datetime.now(UTC))
+        assert await world.ledger.approvals.ask_approval("run-1") is not None
         with pytest.raises(DecisionRefused, match="triggered run"):
-            await world.ledger.record_approval("run-1", by=by, triggered_by="carl")
+            await world.ledger.approvals.record_approval("run-1", by=by, triggered_by="carl")
 
     world.run(ask())
 

@@ -59,7 +59,7 @@ def due_refs(world: World) -> list[str]:
     return [
         item.source_ref
         for failed_before in (False, True)
-        for item in world.run(world.ledger.due_write_backs(1000, failed_before=failed_before))
+        for item in world.run(world.ledger.write_backs.due_write_backs(1000, failed_before=failed_before))
     ]
 
 
@@ -122,7 +122,7 @@ def test_only_the_row_that_is_gone_is_named_and_the_others_may_be_written_again(
     refs = due(world, 5)
     change(world, statement, f"DELETE FROM refund_requests WHERE source_ref = '{refs[2]}'")
     # As a write-back that was killed between the commit in the source and the note in the ledger.
-    world.run(world.source.write_back(world.run(world.ledger.due_write_backs(10))))
+    world.run(world.source.write_back(world.run(world.ledger.write_backs.due_write_backs(10))))
     assert written_refs(world) == [ref for ref in refs if ref != refs[2]]
     assert list(written_back(world).not_written) == [refs[2]]
     assert due_refs(world) == [refs[2]]

@@ -18,6 +18,7 @@ from sqlalchemy import create_engine, text
 
 from include.refunds import source_update
 from include.refunds.ledger import Ledger, LedgerEngine, NotWritten, WriteBack
+from include.refunds.ledger.write_backs import WriteBacks
 from include.refunds.source import SqlSource
 from include.refunds.write_back import WrittenBack, write_back
 from tests.refunds.conftest import World
@@ -145,7 +146,8 @@ class Shop:
     def due(self) -> set[str]:
         async def work() -> set[str]:
             lists = [
-                await self._ledger.due_write_backs(100, failed_before=failed) for failed in (False, True)
+                await self._ledger.write_backs.due_write_backs(100, failed_before=failed)
+                for failed in (False, True)
             ]
             return {item.source_ref for items in lists for item in items}
 
@@ -304,15 +306,15 @@ def test_the_property_finds_a_planted_mistake(
 def test_the_property_finds_that_a_refused_row_is_noted_as_written(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mark = Ledger.mark_written_back
+    mark = WriteBacks.mark_written_back
 
-    async def mark_all(self: Ledger, holder: str, written: Any, not_written: Any) -> None:
+    async def mark_all(self: WriteBacks, holder: str, written: Any, not_written: Any) -> None:
         refused = {item.source_ref for item in not_written}
         due = await self.due_write_backs(100)
         await mark(
             self, holder, [*written, *(item for item in due if item.source_ref in refused)], not_written
         )
 
-    monkeypatch.setattr(Ledger, "mark_written_back", mark_all)
+    monkeypatch.setattr(WriteBacks, "mark_written_back", mark_all)
     with pytest.raises(AssertionError):
         every_row_is_written_exactly_or_named_and_due(shop)

@@ -347,7 +347,7 @@ def test_no_object_shows_what_it_holds(
             talk.note(type(model).__name__, model.model_dump_json())
     refund_id = world.released(**mint.payee().columns())
     sent = world.send(refund_id)
-    ledgers, _, _ = world.run(world.ledger.read(refund_id))
+    ledgers, _, _ = world.run(world.ledger.refunds.read(refund_id))
     for thing in (
         sent,
         ledgers,

@@ -119,7 +119,7 @@ def test_source_refs_that_a_run_is_not_about_are_named_in_its_report(world: Worl
     good, other = world.approve(), world.approve(processing_terminal_id="7701002")
     bad, ended = world.approve(routing_number="123456789"), world.approve()
     world.pull()
-    world.run(world.ledger.cancel(world.row(ended)["id"], "A test."))
+    world.run(world.ledger.decisions.cancel(world.row(ended)["id"], "A test."))
     asked = [good, f"{good} ", "no-such", "no-such", bad, ended, other]
     run = run_dag(source_refs=asked, processing_terminal_id=world.terminal)
     assert run.state == "success"
@@ -337,7 +337,7 @@ def test_a_configuration_error_at_the_first_post_stops_the_run_before_the_second
     assert posted(world) == before + 1
     assert "Sending is paused" in run.log
     assert {world.row(ref)["status"] for ref in refs} == {"released"}
-    world.run(world.ledger.resume("*", "mended"))
+    world.run(world.ledger.pauses.resume("*", "mended"))
     assert run_dag().state == "success"
     assert {world.row(ref)["status"] for ref in refs} == {"accepted"}
 
@@ -432,7 +432,7 @@ def test_a_run_over_a_threshold_asks_a_person_and_where_nobody_can_be_asked_it_f
     world: World, run_dag: Runner
 ) -> None:
     ref = world.approve()
-    world.run(world.ledger.set_limit("approval_count", 0, "test"))
+    world.run(world.ledger.limits.set_limit("approval_count", 0, "test"))
     run = run_dag()
     assert run.state == "failed"
     assert [run.tasks[name] for name in ("approve_run", "release", "write_back", "report")] == [
@@ -445,6 +445,6 @@ def test_a_run_over_a_threshold_asks_a_person_and_where_nobody_can_be_asked_it_f
     assert (world.row(ref)["status"], world.paid(world.row(ref)["id"])) == ("approved", 0)
     # A dry run changes nothing, so it asks nobody.
     assert run_dag(dry_run=True).tasks["approve_run"] == "success"
-    world.run(world.ledger.set_limit("approval_count", 1, "test"))
+    world.run(world.ledger.limits.set_limit("approval_count", 1, "test"))
     assert run_dag().state == "success"
     assert world.paid(world.row(ref)["id"]) == 1

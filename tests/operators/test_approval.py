@@ -40,15 +40,15 @@ class Approval:
         monkeypatch.setattr(hitl, "upsert_hitl_detail", lambda **values: self.asked.update(values))
 
     def threshold(self, refunds: int | None) -> None:
-        self.world.run(self.world.ledger.set_limit("approval_count", refunds, "test"))
+        self.world.run(self.world.ledger.limits.set_limit("approval_count", refunds, "test"))
 
     def begin(self, *refs: str) -> list[int]:
         """Pull, and begin the run with these refunds."""
         self.world.pull()
 
         async def work() -> list[int]:
-            found = await self.world.ledger.candidates(Selection(source_refs=refs))
-            await self.world.ledger.begin_run("run-1", {}, found, {}, datetime.now(UTC))
+            found = await self.world.ledger.runs.candidates(Selection(source_refs=refs))
+            await self.world.ledger.runs.begin_run("run-1", {}, found, {}, datetime.now(UTC))
             return [item.id for item in found]
 
         return self.world.run(work())

@@ -138,7 +138,7 @@ def test_a_refund_that_was_sent_before_the_ledger_forgot_it_counts_as_accepted(
     verdict = Verdict(
         Outcome.ACCEPTED, "Payroc lists it.", sighting=Sighting("SECOND0001", "ready", Status.ACCEPTED)
     )
-    metered.run(metered.ledger.record(waits, verdict))
+    metered.run(metered.ledger.records.record(waits, verdict))
     assert metered.row(waits)["status"] == "accepted"
     eventually(lambda: len(statsd.values("accepted")) == 2)
     assert told(statsd, "review", "accepted", "attempts") == {"review": 0, "accepted": 2, "attempts": 1}

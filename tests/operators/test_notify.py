@@ -339,9 +339,9 @@ def test_what_stays_open_is_told_by_the_first_follow_up_of_a_day_and_what_is_new
 
     # At any moment these two zones have another day.
     monkeypatch.setenv("PAYROC_REFUNDS_TIMEZONE", "Pacific/Pago_Pago")
-    world.run(world.ledger.pause("*", "the bank called"))
+    world.run(world.ledger.pauses.pause("*", "the bank called"))
     assert [told(), told()] == [1, 0]
-    world.run(world.ledger.pause("7701009", "a terminal of trouble"))
+    world.run(world.ledger.pauses.pause("7701009", "a terminal of trouble"))
     assert told() == 1
     monkeypatch.setenv("PAYROC_REFUNDS_TIMEZONE", "Pacific/Kiritimati")
     assert told() == 1

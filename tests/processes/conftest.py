@@ -134,7 +134,7 @@ def in_lists(run_id: str, refund_ids: Sequence[int], *sizes: int) -> list[Try]:
 def open_run(world: World, run_id: str) -> list[int]:
     """Do what a run does before it sends, and return the ids that it may send: new ones, and what earlier runs left in doubt."""
     world.pull()
-    return [*world.release(run_id), *world.run(world.ledger.due())]
+    return [*world.release(run_id), *world.run(world.ledger.runs.due())]
 
 
 def bring_to_an_end(world: World, scheduler: Scheduler, each: int = 1) -> None:

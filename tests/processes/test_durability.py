@@ -72,11 +72,11 @@ def test_an_acknowledged_claim_record_and_pause_survive_a_crash(
 
     async def work() -> None:
         for refund_id in (claimed, recorded):
-            assert await ledger.claim(
+            assert await ledger.claims.claim(
                 refund_id, Task("run-1", 0, 1), environment=environment, sent_with=sent_with, token_seconds=60
             )
-        await ledger.record(recorded, Verdict(Outcome.REJECTED, "Declined.", 400, "bad-request"), 1)
-        await ledger.pause("*", "The bank called.")
+        await ledger.records.record(recorded, Verdict(Outcome.REJECTED, "Declined.", 400, "bad-request"), 1)
+        await ledger.pauses.pause("*", "The bank called.")
 
     world.run(work())
     world.ledger_engine.dispose()

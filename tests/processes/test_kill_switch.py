@@ -63,7 +63,7 @@ def test_a_pause_stops_every_worker_in_the_middle_of_its_list_before_its_next_po
 
     def pause_in_the_middle() -> None:
         if are_in_the_middle() and not paused_at:
-            world.run(world.ledger.pause(scope, "The bank called."))
+            world.run(world.ledger.pauses.pause(scope, "The bank called."))
             committed_at.append(world.run(world.ledger.now()))
             paused_at.append(time.monotonic())
             paused.set()
@@ -99,7 +99,7 @@ def test_a_pause_stops_every_worker_in_the_middle_of_its_list_before_its_next_po
     assert {row["processing_terminal_id"] for row in waiting} == {"7701001"}, "only what is paused waits"
 
     line.fault = None
-    assert world.run(world.ledger.resume(scope, "All is well."))
+    assert world.run(world.ledger.pauses.resume(scope, "All is well."))
     bring_to_an_end(world, scheduler, each=10)
     figures(
         f"A pause of {'everything' if scope == '*' else 'one terminal'} in the middle of {_WORKERS} lists",

@@ -118,7 +118,7 @@ def leave_unknown(world: World, refund_ids: list[int]) -> None:
 
     async def work() -> None:
         for refund_id in refund_ids:
-            claim = await world.ledger.claim(
+            claim = await world.ledger.claims.claim(
                 refund_id,
                 Task("run-0", 0, 1),
                 environment=world.gateway.environment,
@@ -126,9 +126,9 @@ def leave_unknown(world: World, refund_ids: list[int]) -> None:
                 token_seconds=60,
             )
             assert claim is not None
-            assert await world.ledger.may_post(claim, 1)
+            assert await world.ledger.claims.may_post(claim, 1)
             verdict = Verdict(Outcome.UNKNOWN, "No answer came.")
-            await world.ledger.record(refund_id, verdict, claim.attempt)
+            await world.ledger.records.record(refund_id, verdict, claim.attempt)
 
     world.run(work())
     with world.ledger_engine.begin() as connection:

@@ -232,7 +232,7 @@ def test_a_refund_ends_paid_once_and_memory_stays_bounded_whatever_goes_wrong_on
 
     if outcome == "RefundsStopped":
         assert "*" in world.paused()
-        world.run(world.ledger.resume("*", "the redirect is gone"))
+        world.run(world.ledger.pauses.resume("*", "the redirect is gone"))
     bring_to_an_end(world, scheduler)
     peak_mb = max(first.peak_mb, second.peak_mb)
     assert peak_mb < usual.peak_mb + BOUND_MB

@@ -119,7 +119,7 @@ class World:
     def limit(self, **limits: int | None) -> None:
         """Set limits, in the order given."""
         for name, value in limits.items():
-            self.run(self.ledger.set_limit(name, value, "A test sets it."))
+            self.run(self.ledger.limits.set_limit(name, value, "A test sets it."))
 
     def fault(self, refund_id: int | None, kind: str, operation: str = "create", **more: Any) -> None:
         """Queue a failure at the local Payroc, for this refund's order or for the next request of all."""
@@ -133,9 +133,9 @@ class World:
 
     def release(self, run_id: str = "run-1", selection: Selection | None = None) -> list[int]:
         async def work() -> list[int]:
-            candidates = await self.ledger.candidates(selection or Selection())
-            await self.ledger.begin_run(run_id, {}, candidates, {}, datetime.now(UTC))
-            await self.ledger.ask_approval(run_id)
+            candidates = await self.ledger.runs.candidates(selection or Selection())
+            await self.ledger.runs.begin_run(run_id, {}, candidates, {}, datetime.now(UTC))
+            await self.ledger.approvals.ask_approval(run_id)
             return await self.release_only(run_id, [item.id for item in candidates])
 
         return self.run(work())
@@ -206,7 +206,7 @@ class World:
         return [row["outcome"] for row in rows]
 
     def paused(self) -> dict[str, str]:
-        return self.run(self.ledger.pauses())
+        return self.run(self.ledger.pauses.reasons())
 
     def lose_the_ledger(self) -> None:
         """What the ledger knew is gone, as after its loss."""

@@ -65,7 +65,7 @@ def bodies(world: World, *keys: str) -> list[bytes]:
 
 
 def keys_of(world: World) -> dict[str, int]:
-    return world.run(world.ledger.requests_by_key())
+    return world.run(world.ledger.requests.requests_by_key())
 
 
 # -- another key -----------------------------------------------------------------------------------------------------------
@@ -155,9 +155,9 @@ def test_a_request_that_was_emptied_while_it_was_encrypted_anew_stays_empty(worl
     world.send(refund_id)
 
     async def work() -> int:
-        (kept,) = await world.ledger.requests_to_rotate("other", after=0, limit=10)
+        (kept,) = await world.ledger.requests.requests_to_rotate("other", after=0, limit=10)
         change(world, refund_id, "request = NULL")
-        return await world.ledger.store_rotated([(kept, Sealed(b"anew", "other"))])
+        return await world.ledger.requests.store_rotated([(kept, Sealed(b"anew", "other"))])
 
     assert world.run(work()) == 0
     assert world.row(refund_id)["request"] is None

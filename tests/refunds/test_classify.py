@@ -510,7 +510,7 @@ def kept_of(world: World, fragment: str, status: int, parameter: str) -> str:
     kept += world.rows("SELECT problem_type, outcome FROM refund_ledger.refund_attempts")
     kept += world.rows("SELECT reason FROM refund_ledger.pauses")
     for scope in world.paused():
-        world.run(world.ledger.resume(scope, "for the next one"))
+        world.run(world.ledger.pauses.resume(scope, "for the next one"))
     return f"{result.reason} {kept}"
 
 

@@ -105,7 +105,7 @@ def pass_days(world: World, days: float) -> None:
 def run(world: World, run_id: str | None = None) -> str:
     """Do what a run of payroc_refunds does, and return its id."""
     run_id = run_id or f"run-{uuid4()}"
-    world.run(world.ledger.return_stale_releases())
+    world.run(world.ledger.runs.return_stale_releases())
     world.pull()
     for refund_id in world.release(run_id):
         world.send(refund_id)
@@ -383,7 +383,7 @@ def test_the_last_check_demands_the_list_of_a_first_attempt_as_the_claim_does(
 
     async def work() -> tuple[bool, bool]:
         checked, changed = [
-            await world.ledger.claim(
+            await world.ledger.claims.claim(
                 refund_id,
                 Task("run-1"),
                 environment=world.gateway.environment,
@@ -394,9 +394,9 @@ def test_the_last_check_demands_the_list_of_a_first_attempt_as_the_claim_does(
         ]
         assert checked is not None
         assert changed is not None
-        before = await world.ledger.may_post(checked, 1)
+        before = await world.ledger.claims.may_post(checked, 1)
         change_list(world, change)
-        return before, await world.ledger.may_post(changed, 1)
+        return before, await world.ledger.claims.may_post(changed, 1)
 
     assert world.run(work()) == (True, False)
 
@@ -472,7 +472,7 @@ def test_a_terminal_that_payroc_always_refused_is_not_asked_for_again_when_nothi
     gateway = Lists(world, {TERMINAL: FORBIDDEN})
     world.gateway = gateway
     run(world)
-    world.run(world.ledger.cancel(int(world.row(typo)["id"]), "A typing error."))
+    world.run(world.ledger.decisions.cancel(int(world.row(typo)["id"]), "A typing error."))
     world.approve(processing_terminal_id=OTHER)
     gateway.asked.clear()
     run(world)
@@ -489,7 +489,7 @@ def test_objects_that_can_not_be_understood_are_accepted_by_restored_and_refunds
     with pytest.raises(LedgerError, match="--accept-not-understood"):
         run_restored(world, now)
     run_restored(world, now, accept=True)
-    assert world.run(world.ledger.resume("*", "Looked at them in the portal."))
+    assert world.run(world.ledger.pauses.resume("*", "Looked at them in the portal."))
     run(world)
     assert world.row(source_ref)["status"] == "accepted"
     (event,) = world.rows(
@@ -514,7 +514,7 @@ def test_restored_ends_though_a_terminal_was_closed_when_an_operator_accepts_tha
     ]
     (event,) = world.rows("SELECT detail FROM refund_ledger.refund_events WHERE event = 'not_understood'")
     assert event["detail"]["objects"] == [f"the list of terminal {TERMINAL}"]
-    assert world.run(world.ledger.resume("*", "The terminal was closed."))
+    assert world.run(world.ledger.pauses.resume("*", "The terminal was closed."))
 
 
 class OnlyLately(Lists):

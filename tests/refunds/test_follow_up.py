@@ -197,7 +197,7 @@ def test_a_second_object_for_one_key_is_a_contradiction_that_is_told_once(world:
         "Payroc's refund SECOND0001 does not belong to this row.",
     )
     assert list(world.paused()) == ["*"]
-    world.run(world.ledger.resume("*", "seen"))
+    world.run(world.ledger.pauses.resume("*", "seen"))
     world.follow_up()
     assert (contradictions(world), world.paused()) == (1, {})
 
@@ -230,7 +230,7 @@ def test_what_people_resolved_is_not_thrown_back_by_an_object_that_says_the_same
     refund_id = world.released()
     world.send(refund_id)
     world.run(
-        world.ledger.record(
+        world.ledger.records.record(
             refund_id, Verdict(Outcome.REVIEW, "Admin.", sighting=sighting_of(world, refund_id, word))
         )
     )
@@ -305,7 +305,7 @@ def test_nothing_enters_review_by_the_passing_of_time_while_a_lease_lives(world:
 
 async def claimed(world: World, refund_id: int) -> None:
     gateway = world.gateway
-    claim = await world.ledger.claim(
+    claim = await world.ledger.claims.claim(
         refund_id,
         Task("run-1"),
         environment=gateway.environment,
@@ -313,7 +313,7 @@ async def claimed(world: World, refund_id: int) -> None:
         token_seconds=3600,
     )
     assert claim is not None
-    assert await world.ledger.may_post(claim, 60.0)
+    assert await world.ledger.claims.may_post(claim, 60.0)
 
 
 def test_a_settled_refund_is_followed_for_twelve_business_days(world: World) -> None:

@@ -12,9 +12,9 @@ import pytest
 from sqlalchemy import text
 
 from include.refunds.ledger import Claim, Ledger, LedgerEngine, LedgerUnavailable, Selection, Task
-from include.refunds.ledger import sending as ledger_sending
+from include.refunds.ledger import claims as ledger_claims
+from include.refunds.ledger.claims import CLAIM_LEASE
 from include.refunds.ledger.connection import Connection
-from include.refunds.ledger.sending import CLAIM_LEASE
 from include.refunds.send import Sent
 from tests.patience import eventually
 from tests.refunds.conftest import Death, Intercepted, World, die
@@ -27,7 +27,7 @@ MINUTES = 1 / 60
 
 def claim(world: World, refund_id: int) -> Claim | None:
     return world.run(
-        world.ledger.claim(
+        world.ledger.claims.claim(
             refund_id,
             Task("run-1", 0, 1),
             environment=world.gateway.environment,
@@ -64,7 +64,7 @@ def test_a_claim_takes_two_minutes_and_its_last_check_the_fence(world: World) ->
     assert (row["fence_until"], row["first_sent_at"], row["sent_with"]) == (fence, None, None)
     assert attempt(world, refund_id)["posting_at"] is None
 
-    assert world.run(world.ledger.may_post(found, 60.0))
+    assert world.run(world.ledger.claims.may_post(found, 60.0))
     row, posting_at = world.row(refund_id), attempt(world, refund_id)["posting_at"]
     assert row["lease_until"] == row["fence_until"] == fence
     assert row["first_sent_at"] == posting_at >= began
@@ -93,7 +93,7 @@ def test_what_may_have_been_sent_is_nobodys_until_its_fence(world: World) -> Non
 def test_a_token_that_ends_sooner_than_two_minutes_ends_the_claim(world: World) -> None:
     refund_id = world.released()
     world.run(
-        world.ledger.claim(
+        world.ledger.claims.claim(
             refund_id,
             Task("run-1", 0, 1),
             environment=world.gateway.environment,
@@ -126,18 +126,18 @@ def test_a_worker_whose_refund_was_claimed_by_another_one_sends_nothing(world: W
     first = claimed(world, refund_id)
     world.hours_ahead = 3 * MINUTES
     second = claimed(world, refund_id)
-    assert not world.run(world.ledger.may_post(first, 60.0))
-    assert world.run(world.ledger.may_post(second, 60.0))
+    assert not world.run(world.ledger.claims.may_post(first, 60.0))
+    assert world.run(world.ledger.claims.may_post(second, 60.0))
 
 
 def test_a_worker_whose_refund_was_taken_back_by_a_run_sends_nothing(world: World) -> None:
     refund_id = world.released()
     found = claimed(world, refund_id)
     world.hours_ahead = 3 * MINUTES
-    world.run(world.ledger.return_stale_releases())
+    world.run(world.ledger.runs.return_stale_releases())
     # It has the number of this attempt still, and may be released again by then.
     assert world.row(refund_id)["attempts"] == found.attempt
-    assert not world.run(world.ledger.may_post(found, 60.0))
+    assert not world.run(world.ledger.claims.may_post(found, 60.0))
 
 
 def test_what_was_claimed_and_never_sent_passes_the_gate_again(world: World) -> None:
@@ -146,8 +146,8 @@ def test_what_was_claimed_and_never_sent_passes_the_gate_again(world: World) -> 
         claimed(world, refund_id)
     world.change_source(world.row(withdrawn)["source_ref"], "withdrawn_at = now()")
     world.hours_ahead = 3 * MINUTES
-    assert world.run(world.ledger.due()) == []
-    world.run(world.ledger.return_stale_releases())
+    assert world.run(world.ledger.runs.due()) == []
+    world.run(world.ledger.runs.return_stale_releases())
     assert world.attempts(stands) == ["not_sent"]
     world.pull()
     assert [world.row(item)["status"] for item in (stands, withdrawn)] == ["released", "approved"]
@@ -159,7 +159,7 @@ def test_a_claim_that_was_never_sent_ends_with_its_release(world: World) -> None
     claimed(world, refund_id)
     world.hours_ahead = 25
     assert claim(world, refund_id) is None
-    assert world.run(world.ledger.return_stale_releases()) == 1
+    assert world.run(world.ledger.runs.return_stale_releases()) == 1
     assert world.row(refund_id)["status"] == "approved"
 
 
@@ -194,8 +194,8 @@ def test_a_last_check_asks_whether_the_token_lasts(world: World) -> None:
     found = claimed(world, refund_id)
     # The lease has long ended, and nobody else has come: the token decides.
     world.hours_ahead = 0.9
-    assert world.run(world.ledger.may_post(found, 60.0))
-    assert not world.run(world.ledger.may_post(found, 600.0))
+    assert world.run(world.ledger.claims.may_post(found, 60.0))
+    assert not world.run(world.ledger.claims.may_post(found, 600.0))
 
 
 def test_a_last_check_that_took_long_is_made_again(world: World, ledger_url: Any) -> None:
@@ -206,12 +206,12 @@ def test_a_last_check_that_took_long_is_made_again(world: World, ledger_url: Any
     def monotonic() -> float:
         now = next(times)
         if now and not world.paused():
-            world.run(world.ledger.pause("*", "The bank called."))
+            world.run(world.ledger.pauses.pause("*", "The bank called."))
         return now
 
     engine = LedgerEngine(ledger_url, pool_size=0)
     slow = Ledger(engine, world.settings, actor="test", monotonic=ThreadedClock(monotonic))
-    assert not world.run(slow.may_post(found, 60.0))
+    assert not world.run(slow.claims.may_post(found, 60.0))
     assert list(times) == []
 
 
@@ -270,7 +270,7 @@ def while_its_row_is_locked(
 
 
 def pause(world: World) -> Callable[[], object]:
-    return lambda: world.run(world.ledger.pause("*", "The bank called."))
+    return lambda: world.run(world.ledger.pauses.pause("*", "The bank called."))
 
 
 def as_one_statement(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,7 +284,7 @@ def as_one_statement(monkeypatch: pytest.MonkeyPatch) -> None:
         return dict.fromkeys(refund_ids, now)
 
     monkeypatch.setattr(Connection, "execute", without_lock)
-    monkeypatch.setattr(ledger_sending, "lock", no_lock)
+    monkeypatch.setattr(ledger_claims, "lock", no_lock)
 
 
 def test_a_claim_that_waited_for_its_row_sees_the_pause_of_meanwhile(world: World) -> None:
@@ -318,7 +318,7 @@ def test_a_claim_that_waited_for_its_row_sees_what_became_of_the_refund_that_it_
 def test_a_last_check_does_not_wait_for_its_row_and_permits_nothing(world: World) -> None:
     refund_id = world.released()
     found = claimed(world, refund_id)
-    check = lambda: world.ledger.may_post(found, 60.0)  # noqa: E731 - of the same form as the others
+    check = lambda: world.ledger.claims.may_post(found, 60.0)  # noqa: E731 - of the same form as the others
     assert while_its_row_is_locked(world, refund_id, check, lambda: None) is False
     assert attempt(world, refund_id)["posting_at"] is None
 
@@ -341,7 +341,7 @@ def test_a_last_check_whose_row_was_locked_is_made_again_once_it_is_free(
         other.exec_driver_sql(
             f"SELECT FROM refund_ledger.refund_states WHERE refund_id = {refund_id} FOR NO KEY UPDATE"
         )
-        work = thread.submit(lambda: world.run(world.ledger.may_post(found, 60.0)))
+        work = thread.submit(lambda: world.run(world.ledger.claims.may_post(found, 60.0)))
         eventually(lambda: checks["made"] > 1, "it is checked again")
         if paused:
             pause(world)()
@@ -355,12 +355,12 @@ def test_a_last_check_in_one_statement_would_miss_a_pause(
     refund_id = world.released()
     found = claimed(world, refund_id)
     as_one_statement(monkeypatch)
-    check = lambda: world.ledger.may_post(found, 60.0)  # noqa: E731 - of the same form as the others
+    check = lambda: world.ledger.claims.may_post(found, 60.0)  # noqa: E731 - of the same form as the others
     assert while_its_row_is_locked(world, refund_id, check, pause(world)) is True
 
 
 def claiming(world: World, refund_id: int) -> Begin:
-    return lambda: world.ledger.claim(
+    return lambda: world.ledger.claims.claim(
         refund_id,
         Task("run-1", 0, 1),
         environment=world.gateway.environment,

@@ -109,15 +109,15 @@ def test_a_refund_that_payroc_has_refused_keeps_the_beginning_of_its_keys_window
         "sent_with": world.gateway.sent_with,
         "token_seconds": 60,
     }
-    first = world.run(world.ledger.claim(refund_id, Task("run-1", 0, 1), **claim))
+    first = world.run(world.ledger.claims.claim(refund_id, Task("run-1", 0, 1), **claim))
     assert first is not None
-    assert world.run(world.ledger.may_post(first, 1.0))
+    assert world.run(world.ledger.claims.may_post(first, 1.0))
     began = world.row(refund_id)["first_sent_at"]
     world.hours_ahead = 2
-    assert world.run(world.ledger.claim(refund_id, Task("run-1", 0, 2), **claim)) is not None
+    assert world.run(world.ledger.claims.claim(refund_id, Task("run-1", 0, 2), **claim)) is not None
     # The first worker wakes up with Payroc's refusal when the second one has the refund, which then may not send it.
-    world.run(world.ledger.record(refund_id, Verdict(Outcome.REJECTED, "Payroc refused it.", 400), 1))
-    world.run(world.ledger.record(refund_id, Verdict(Outcome.NOT_SENT, "The sending was paused."), 2))
+    world.run(world.ledger.records.record(refund_id, Verdict(Outcome.REJECTED, "Payroc refused it.", 400), 1))
+    world.run(world.ledger.records.record(refund_id, Verdict(Outcome.NOT_SENT, "The sending was paused."), 2))
     row = world.row(refund_id)
     assert (row["status"], row["first_sent_at"]) == ("unknown", began)
     force(world, refund_id, "status = 'sending'")
@@ -134,7 +134,7 @@ def test_the_request_of_a_final_refund_may_be_emptied_and_a_contradiction_still_
     paid = Verdict(
         Outcome.ACCEPTED, "Accepted by Payroc.", sighting=Sighting("ABCDEFGHIJ", "ready", Status.ACCEPTED)
     )
-    world.run(world.ledger.record(refund_id, paid))
+    world.run(world.ledger.records.record(refund_id, paid))
     row = world.row(refund_id)
     assert (row["status"], row["payroc_refund_id"], list(world.paused())) == ("review", "ABCDEFGHIJ", ["*"])
 
@@ -146,7 +146,7 @@ def test_a_payment_of_a_refund_that_was_never_sent_is_taken_over_with_an_event_a
     paid = Verdict(
         Outcome.ACCEPTED, "Accepted by Payroc.", sighting=Sighting("ABCDEFGHIJ", "ready", Status.ACCEPTED)
     )
-    world.run(world.ledger.record(refund_id, paid))
+    world.run(world.ledger.records.record(refund_id, paid))
     assert (world.row(refund_id)["status"], list(world.paused())) == ("accepted", ["*"])
     events = world.rows("SELECT refund_id, detail FROM refund_ledger.refund_events WHERE event = 'recovered'")
     assert events == [{"refund_id": refund_id, "detail": {"payroc_refund_id": "ABCDEFGHIJ"}}]
@@ -161,7 +161,7 @@ def test_a_refund_that_was_never_sent_is_not_rejected_without_an_object_of_payro
 
 def test_what_the_driver_can_not_send_is_refused_and_not_tried_again(world: World) -> None:
     with pytest.raises(LedgerError, match="refused a statement") as caught:
-        world.run(world.ledger.replaced(2**70))
+        world.run(world.ledger.refunds.replaced(2**70))
     assert not isinstance(caught.value, LedgerUnavailable)
 
 
@@ -174,7 +174,7 @@ def test_an_error_of_the_ledger_quotes_no_row(world: World) -> None:
         LedgerError,
         match=r"a constraint refuses the row: \w+ \(CheckViolationError, SQLSTATE 23514\)",
     ) as caught:
-        world.run(world.ledger.record(refund_id, unknown))
+        world.run(world.ledger.records.record(refund_id, unknown))
     assert world.row(refund_id)["order_id"] not in str(caught.value)
     assert caught.value.__suppress_context__
 

@@ -26,7 +26,7 @@ def status(world: World, *refs: str) -> list[str]:
 
 def unhold(world: World, ref: str, by: str) -> None:
     world.run(
-        Ledger(world.ledger.engine, world.settings, actor=by).unhold(
+        Ledger(world.ledger.engine, world.settings, actor=by).decisions.unhold(
             world.row(ref)["id"], "It was looked at."
         )
     )
@@ -42,7 +42,7 @@ def report(world: World, run_id: str) -> str:
 def test_all_limits_are_unset_at_first_and_let_everything_pass(world: World) -> None:
     refs = [world.approve(amount=10**9, account_number=ACCOUNT) for _ in range(3)]
     world.pull()
-    assert world.run(world.ledger.limits()) == Limits()
+    assert world.run(world.ledger.limits.current()) == Limits()
     assert len(world.release()) == 3
     assert status(world, *refs) == ["released"] * 3
 
@@ -156,7 +156,7 @@ def test_a_cancelled_refund_does_not_hold_the_one_that_is_approved_in_its_place(
     wrong = world.approve(account_number=ACCOUNT)
     world.pull()
     world.release()
-    world.run(world.ledger.cancel(world.row(wrong)["id"], "A typing error."))
+    world.run(world.ledger.decisions.cancel(world.row(wrong)["id"], "A typing error."))
     world.limit(duplicate_days=7, payee_days=7, payee_count=1)
     right = world.approve(account_number=ACCOUNT)
     world.pull()
@@ -251,10 +251,10 @@ def test_two_runs_at_once_do_not_exceed_a_cap_together(world: World) -> None:
         engine = LedgerEngine(world.ledger.engine.url)
         ledger = Ledger(engine, world.settings, actor=run_id)
         try:
-            candidates = await ledger.candidates(Selection(), ids=candidate_ids)
-            await ledger.begin_run(run_id, {}, candidates, {}, datetime.now(UTC))
-            await ledger.ask_approval(run_id)
-            return await ledger.release(run_id, candidate_ids, candidate_ids, {})
+            candidates = await ledger.runs.candidates(Selection(), ids=candidate_ids)
+            await ledger.runs.begin_run(run_id, {}, candidates, {}, datetime.now(UTC))
+            await ledger.approvals.ask_approval(run_id)
+            return await ledger.gate.release(run_id, candidate_ids, candidate_ids, {})
         finally:
             await engine.dispose()
 
@@ -286,14 +286,14 @@ def test_a_pause_waits_neither_for_a_run_at_the_gate_nor_for_a_dry_run(world: Wo
 
     async def pause_beside_a_dry_run_at_the_gate() -> None:
         async with world.ledger.rehearsal() as rehearsal:
-            await rehearsal.check_source()
-            candidates = await rehearsal.candidates(Selection())
-            await rehearsal.begin_run("run-1", {}, candidates, {}, datetime.now(UTC))
-            await rehearsal.ask_approval("run-1")
-            await rehearsal.release(
+            await rehearsal.bindings.check_source()
+            candidates = await rehearsal.runs.candidates(Selection())
+            await rehearsal.runs.begin_run("run-1", {}, candidates, {}, datetime.now(UTC))
+            await rehearsal.approvals.ask_approval("run-1")
+            await rehearsal.gate.release(
                 "run-1", [item.id for item in candidates], [item.id for item in candidates], {}
             )
-            await asyncio.wait_for(ledger.pause("*", "The bank called."), timeout=PATIENCE_SECONDS)
+            await asyncio.wait_for(ledger.pauses.pause("*", "The bank called."), timeout=PATIENCE_SECONDS)
 
     world.run(pause_beside_a_dry_run_at_the_gate())
     assert world.paused() == {"*": "The bank called."}
@@ -304,8 +304,8 @@ def test_a_pause_waits_neither_for_a_run_at_the_gate_nor_for_a_dry_run(world: Wo
 
 def test_a_change_of_a_limit_leaves_an_event_with_who_and_why(world: World) -> None:
     ledger = Ledger(world.ledger.engine, world.settings, actor="erin")
-    world.run(ledger.set_limit("day_total", 100_000, "The bank's limit."))
-    world.run(ledger.set_limit("day_total", None, "It was lifted."))
+    world.run(ledger.limits.set_limit("day_total", 100_000, "The bank's limit."))
+    world.run(ledger.limits.set_limit("day_total", None, "It was lifted."))
     events = world.rows(
         "SELECT actor, reason, detail FROM refund_ledger.refund_events WHERE event = 'limit' ORDER BY id"
     )
@@ -329,15 +329,15 @@ def test_a_limit_that_can_not_be_is_refused_with_a_sentence(
 ) -> None:
     with pytest.raises(LedgerError, match=sentence):
         world.limit(**{name: value})
-    assert world.run(world.ledger.limits()) == Limits()
+    assert world.run(world.ledger.limits.current()) == Limits()
 
 
 def test_every_limit_can_be_set_and_taken_away(world: World) -> None:
     days_first = sorted(LIMITS, key=lambda name: not name.endswith("_days"))
     world.limit(**dict.fromkeys(days_first, 7))
-    assert world.run(world.ledger.limits()) == Limits(**dict.fromkeys(LIMITS, 7))
+    assert world.run(world.ledger.limits.current()) == Limits(**dict.fromkeys(LIMITS, 7))
     world.limit(**dict.fromkeys(reversed(days_first), None))
-    assert world.run(world.ledger.limits()) == Limits()
+    assert world.run(world.ledger.limits.current()) == Limits()
 
 
 def test_a_cancelled_refund_is_never_sent_and_the_source_learns_it(world: World) -> None:
@@ -350,7 +350,7 @@ def test_a_cancelled_refund_is_never_sent_and_the_source_learns_it(world: World)
     world.pull()
     for ref in (held, approved):
         world.run(
-            Ledger(world.ledger.engine, world.settings, actor="erin").cancel(
+            Ledger(world.ledger.engine, world.settings, actor="erin").decisions.cancel(
                 world.row(ref)["id"], "Paid by hand."
             )
         )
@@ -365,7 +365,7 @@ def test_a_refund_that_may_have_been_sent_can_not_be_cancelled(world: World) -> 
     refund_id = world.released()
     world.send(refund_id)
     with pytest.raises(DecisionRefused, match="is accepted; only one that was not sent yet is cancelled"):
-        world.run(world.ledger.cancel(refund_id, "Too late."))
+        world.run(world.ledger.decisions.cancel(refund_id, "Too late."))
 
 
 # -- the approval of a run -------------------------------------------------------------------------------------------------
@@ -376,14 +376,14 @@ def begin(world: World, run_id: str, *refs: str) -> tuple[Any, list[int]]:
 
     async def work() -> tuple[Any, list[int]]:
         ids = await _pulled(world, run_id, *refs)
-        return await world.ledger.ask_approval(run_id), ids
+        return await world.ledger.approvals.ask_approval(run_id), ids
 
     return world.run(work())
 
 
 async def _pulled(world: World, run_id: str, *refs: str) -> list[int]:
-    candidates = await world.ledger.candidates(Selection(source_refs=refs))
-    await world.ledger.begin_run(run_id, {}, candidates, {}, datetime.now(UTC))
+    candidates = await world.ledger.runs.candidates(Selection(source_refs=refs))
+    await world.ledger.runs.begin_run(run_id, {}, candidates, {}, datetime.now(UTC))
     return [item.id for item in candidates]
 
 
@@ -397,9 +397,9 @@ def test_a_run_over_a_threshold_is_released_only_with_the_approval_of_another_pe
     with pytest.raises(LedgerError, match="holds no approval"):
         world.run(world.release_only("run-1", ids))
     with pytest.raises(DecisionRefused, match="Frank triggered run run-1 and can't approve it"):
-        world.run(world.ledger.record_approval("run-1", by="Frank", triggered_by="frank "))
-    world.run(world.ledger.record_approval("run-1", by="frank", triggered_by="olivia"))
-    assert world.run(world.ledger.ask_approval("run-1")) is None, (
+        world.run(world.ledger.approvals.record_approval("run-1", by="Frank", triggered_by="frank "))
+    world.run(world.ledger.approvals.record_approval("run-1", by="frank", triggered_by="olivia"))
+    assert world.run(world.ledger.approvals.ask_approval("run-1")) is None, (
         "what a person approved is not asked about again"
     )
     assert world.run(world.release_only("run-1", ids)) == ids
@@ -426,7 +426,7 @@ def test_what_the_day_has_released_without_a_person_counts_for_the_threshold(wor
     assert (
         question.why == "With this run 3 refunds are released today without a person; more than 2 take one."
     )
-    world.run(world.ledger.record_approval("run-3", by="frank", triggered_by=None))
+    world.run(world.ledger.approvals.record_approval("run-3", by="frank", triggered_by=None))
     four = world.approve()
     world.pull()
     assert begin(world, "run-4", four)[0] is not None
@@ -464,8 +464,8 @@ def test_an_answer_about_other_candidates_counts_for_nothing(world: World) -> No
     begin(world, "run-1", one)
     world.run(_pulled(world, "run-1", one, two))
     for answer in (
-        world.ledger.record_approval("run-1", by="frank", triggered_by=None),
-        world.ledger.record_rejection("run-1", by="frank"),
+        world.ledger.approvals.record_approval("run-1", by="frank", triggered_by=None),
+        world.ledger.approvals.record_rejection("run-1", by="frank"),
     ):
         with pytest.raises(LedgerError, match="has other candidates than those that frank was asked about"):
             world.run(answer)
@@ -490,11 +490,11 @@ def test_what_a_person_rejected_does_not_pass_by_itself_the_next_day_or_under_a_
     ref = world.approve()
     world.pull()
     begin(world, "run-1", ref)
-    world.run(world.ledger.record_rejection("run-1", by="frank"))
+    world.run(world.ledger.approvals.record_rejection("run-1", by="frank"))
     world.limit(approval_count=None)
     question, ids = begin(world, "run-2", ref)
     assert question.why == "1 of these refunds were in a run that was rejected."
-    world.run(world.ledger.record_approval("run-2", by="gina", triggered_by=None))
+    world.run(world.ledger.approvals.record_approval("run-2", by="gina", triggered_by=None))
     assert world.run(world.release_only("run-2", ids)) == ids
     assert world.row(ref)["run_rejected_by"] is None
 
@@ -504,7 +504,7 @@ def test_a_rejected_run_releases_nothing_and_its_refunds_stay_approved(world: Wo
     ref = world.approve()
     world.pull()
     _, ids = begin(world, "run-1", ref)
-    world.run(world.ledger.record_rejection("run-1", by="frank"))
+    world.run(world.ledger.approvals.record_rejection("run-1", by="frank"))
     with pytest.raises(LedgerError, match="holds no approval"):
         world.run(world.release_only("run-1", ids))
     assert status(world, ref) == ["approved"]
@@ -545,4 +545,4 @@ def test_a_dry_run_shows_what_would_be_held_what_would_wait_and_that_a_person_wo
         == world.rows("SELECT * FROM refund_ledger.refund_runs")
         == []
     )
-    assert world.run(world.ledger.limits()).largest_refund == 5000
+    assert world.run(world.ledger.limits.current()).largest_refund == 5000

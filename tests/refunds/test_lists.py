@@ -143,7 +143,9 @@ def test_a_pause_lets_none_of_those_out_that_were_claimed_ahead_and_leaves_them_
     world: World, real_turns: HookGateway
 ) -> None:
     refund_ids = released(world, 12)
-    gateway = AnswersLater(real_turns, world, meanwhile=lambda: world.ledger.pause("*", "the bank called"))
+    gateway = AnswersLater(
+        real_turns, world, meanwhile=lambda: world.ledger.pauses.pause("*", "the bank called")
+    )
     send_list(world, refund_ids, gateway)
     assert len(gateway.sent) == 3
     assert sum(world.paid(refund_id) for refund_id in refund_ids) == 3
@@ -182,7 +184,7 @@ def test_only_one_of_two_claims_at_the_same_time_gets_the_refund(world: World) -
             "sent_with": world.gateway.sent_with,
             "token_seconds": 60,
         }
-        return await asyncio.gather(*(world.ledger.claim(refund_id, TASK, **claim) for _ in range(5)))
+        return await asyncio.gather(*(world.ledger.claims.claim(refund_id, TASK, **claim) for _ in range(5)))
 
     assert [claim is not None for claim in world.run(twice())].count(True) == 1
     assert world.row(refund_id)["attempts"] == 1
@@ -220,13 +222,13 @@ def test_a_record_that_the_database_refuses_keeps_no_other_of_its_transaction_fr
 
 def test_when_a_shared_transaction_fails_none_of_its_refunds_is_sent(world: World) -> None:
     refund_ids = released(world, 6)
-    claim = world.ledger._claim
+    claim = world.ledger.claims._claims._answer
 
     async def lost(calls: Any) -> Any:
         await claim(calls)
         raise LedgerUnavailable("The connection was lost at the commit.")
 
-    world.ledger._claim = lost  # type: ignore[method-assign]
+    world.ledger.claims._claims._answer = lost
     with pytest.raises(LedgerUnavailable):
         send_list(world, refund_ids)
     assert [world.paid(refund_id) for refund_id in refund_ids] == [0] * 6
@@ -235,7 +237,7 @@ def test_when_a_shared_transaction_fails_none_of_its_refunds_is_sent(world: Worl
 def test_after_what_stops_all_no_further_refund_of_a_list_is_begun(world: World) -> None:
     refund_ids = released(world, 9)
     gateway = Turns(world.gateway, turns=2)
-    world.run(world.ledger.pause("*", "the bank called"))
+    world.run(world.ledger.pauses.pause("*", "the bank called"))
     results = send_list(world, refund_ids, gateway)
     # Those at most that had a place in the queue when the first one heard of it.
     assert 1 <= len(results) <= 4
@@ -253,7 +255,7 @@ def test_a_pause_in_the_middle_of_a_list_lets_only_those_out_that_have_passed_th
         async def create_refund(self, token: Any, idempotency_key: str, body: bytes) -> Any:
             sent.append(idempotency_key)
             if len(sent) == 3:
-                await world.ledger.pause("*", "the bank called")
+                await world.ledger.pauses.pause("*", "the bank called")
             return await self._gateway.create_refund(token, idempotency_key, body)
 
     send_list(world, refund_ids, PausesAtTheThird(world.gateway, turns=3))

@@ -129,7 +129,7 @@ def test_a_pause_takes_effect_while_other_logins_hold_all_they_can(
 
     async def claim(refund_id: int) -> Claim | None:
         environment, sent_with = world.gateway.environment, world.gateway.sent_with
-        return await payer.claim(
+        return await payer.claims.claim(
             refund_id, Task("run-1", 0, 1), environment=environment, sent_with=sent_with, token_seconds=600
         )
 
@@ -142,13 +142,13 @@ def test_a_pause_takes_effect_while_other_logins_hold_all_they_can(
         )
         began = time.monotonic()
         # It gives up after a second.
-        world.run(operator.pause("*", "The bank called."))
+        world.run(operator.pauses.pause("*", "The bank called."))
         record_property(
             f"a pause beside locks of {', '.join(roles)}", f"{1000 * (time.monotonic() - began):.0f} ms"
         )
-        assert world.run(payer.may_post(claimed, 60.0)) is False
+        assert world.run(payer.claims.may_post(claimed, 60.0)) is False
     assert world.run(claim(waiting)) is None
-    assert world.run(operator.resume("*", "All is well."))
+    assert world.run(operator.pauses.resume("*", "All is well."))
     assert world.run(claim(waiting)) is not None
 
 
@@ -178,7 +178,7 @@ def test_a_pause_that_can_be_held_up_is_noticed(
         connection.execute(mistake)
         try:
             with held_by([role]), pytest.raises(LedgerUnavailable, match="a lock"):
-                world.run(operator.pause("7701009", "The bank called."))
+                world.run(operator.pauses.pause("7701009", "The bank called."))
         finally:
             connection.execute("DROP INDEX IF EXISTS refund_ledger.mistake")
             connection.execute("ALTER TABLE refund_ledger.pauses DROP COLUMN IF EXISTS gate")
@@ -208,13 +208,13 @@ def test_releases_limits_write_backs_restores_and_migrations_go_on_beside_a_logi
     )
     with held_by([role]) as taken:
         assert ADVISORY[0] in taken
-        world.run(operator.set_limit("largest_refund", 10_000_000, "A limit."))
+        world.run(operator.limits.set_limit("largest_refund", 10_000_000, "A limit."))
         world.ledger = payer
         assert world.release() == [world.row(ref)["id"]]
         assert world.run(write_back(world.source, payer)).written == 1
-        begun = world.run(restorer.begin_restore(world.run(payer.now()), "The disk was lost."))
-        world.run(restorer.end_restore(begun.number, "Compared."))
-        assert world.run(operator.resume("*", "Compared."))
+        begun = world.run(restorer.pauses.begin_restore(world.run(payer.now()), "The disk was lost."))
+        world.run(restorer.pauses.end_restore(begun.number, "Compared."))
+        assert world.run(operator.pauses.resume("*", "Compared."))
         migrate(ledger_url)
 
 
@@ -229,7 +229,7 @@ def test_a_gate_that_is_held_too_long_names_the_process_and_the_login(
         holder.execute("SELECT FROM refund_ledger.gate FOR UPDATE")
         names = rf"The gate was locked for more than 1 s by process {holder.info.backend_pid} of the login {url.username}"
         with pytest.raises(LedgerUnavailable, match=names):
-            world.run(through(world, login, OPERATOR).set_limit("day_count", 5, "A limit."))
+            world.run(through(world, login, OPERATOR).limits.set_limit("day_count", 5, "A limit."))
         world.ledger = through(world, login, PAYER)
         with pytest.raises(LedgerUnavailable, match=names):
             world.release()
@@ -241,22 +241,24 @@ def test_a_turn_that_was_not_renewed_goes_to_the_next_write_back_and_what_is_lat
 ) -> None:
     ledger = world.ledger
     refund_id = world.released()
-    assert world.run(ledger.take_turn("first"))
-    due = world.run(ledger.due_write_backs(10))
-    assert not world.run(ledger.take_turn("second"))
+    assert world.run(ledger.write_backs.take_turn("first"))
+    due = world.run(ledger.write_backs.due_write_backs(10))
+    assert not world.run(ledger.write_backs.take_turn("second"))
     world.hours_ahead = 0.1
-    assert world.run(ledger.take_turn("second"))
+    assert world.run(ledger.write_backs.take_turn("second"))
     world.send(refund_id)
-    newer = world.run(ledger.due_write_backs(10))
-    world.run(ledger.mark_written_back("second", world.run(world.source.write_back(newer)).written))
-    assert world.run(ledger.due_write_backs(10)) == []
+    newer = world.run(ledger.write_backs.due_write_backs(10))
+    world.run(
+        ledger.write_backs.mark_written_back("second", world.run(world.source.write_back(newer)).written)
+    )
+    assert world.run(ledger.write_backs.due_write_backs(10)) == []
     with pytest.raises(LedgerUnavailable, match="another one took its turn"):
-        world.run(ledger.mark_written_back("first", due))
-    assert world.run(ledger.due_write_backs(10)) == newer
-    world.run(ledger.end_turn("first"))
-    assert not world.run(ledger.take_turn("third"))
-    world.run(ledger.end_turn("second"))
-    assert world.run(ledger.take_turn("third"))
+        world.run(ledger.write_backs.mark_written_back("first", due))
+    assert world.run(ledger.write_backs.due_write_backs(10)) == newer
+    world.run(ledger.write_backs.end_turn("first"))
+    assert not world.run(ledger.write_backs.take_turn("third"))
+    world.run(ledger.write_backs.end_turn("second"))
+    assert world.run(ledger.write_backs.take_turn("third"))
 
 
 IN_A_TRANSACTION = """

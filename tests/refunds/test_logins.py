@@ -120,6 +120,6 @@ def test_a_requester_does_not_release_the_hold_with_the_own_login_by_another_nam
     world.limit(largest_refund=1)
     refund_id = world.released(requested_by=requester)
     with pytest.raises(DecisionRefused, match=r"ann requested refund .* and can't unhold it"):
-        world.run(ledger_of("erin", "ann").unhold(refund_id, "seen"))
-    world.run(ledger_of("erin", "erin").unhold(refund_id, "seen"))
+        world.run(ledger_of("erin", "ann").decisions.unhold(refund_id, "seen"))
+    world.run(ledger_of("erin", "erin").decisions.unhold(refund_id, "seen"))
     assert world.row(refund_id)["status"] == "approved"

@@ -66,7 +66,7 @@ def refused_reissue_of(world: World, refund_id: int) -> int:
 def resolved_as_accepted(world: World, refund_id: int) -> None:
     decide(world, refund_id, "accepted", "ann")
     decide(world, refund_id, "accepted", "bob")
-    world.run(world.ledger.resume("*", "It is paid, and known."))
+    world.run(world.ledger.pauses.resume("*", "It is paid, and known."))
 
 
 def test_a_reissue_of_a_reissue_is_refused_when_the_first_of_the_chain_is_paid(world: World) -> None:

@@ -433,7 +433,7 @@ def test_a_withdrawn_refund_takes_no_place_of_those_that_can_go(world: World) ->
     world.pull()
     world.change_source(withdrawn, "withdrawn_at = now()")
     pulled = world.pull()
-    candidates = world.run(world.ledger.candidates(Selection(limit=1), standing=pulled.standing))
+    candidates = world.run(world.ledger.runs.candidates(Selection(limit=1), standing=pulled.standing))
     assert [item.source_ref for item in candidates] == [next_one]
     assert list(pulled.withdrawn) == [world.row(withdrawn)["id"]]
 
@@ -442,5 +442,7 @@ def test_a_paused_terminal_takes_no_place_of_those_that_can_go(world: World) -> 
     world.approve(processing_terminal_id="7701002")
     next_one = world.approve()
     world.pull()
-    world.run(world.ledger.pause("7701002", "the bank called"))
-    assert [item.source_ref for item in world.run(world.ledger.candidates(Selection(limit=1)))] == [next_one]
+    world.run(world.ledger.pauses.pause("7701002", "the bank called"))
+    assert [item.source_ref for item in world.run(world.ledger.runs.candidates(Selection(limit=1)))] == [
+        next_one
+    ]

@@ -88,7 +88,7 @@ def test_the_next_run_sends_a_reissue_although_the_source_has_no_row_of_it(world
     new = reissued(world, returned(world))
     pulled = world.pull()
     assert pulled.withdrawn == {}
-    candidates = world.run(world.ledger.candidates(Selection(), standing=pulled.standing))
+    candidates = world.run(world.ledger.runs.candidates(Selection(), standing=pulled.standing))
     assert [item.id for item in candidates] == [new]
     assert world.release("run-2") == [new]
     world.pull()
@@ -210,15 +210,15 @@ def test_a_reissue_is_not_sent_when_the_refund_that_it_replaces_turns_out_paid(w
     found = Verdict(
         Outcome.ACCEPTED, "Accepted by Payroc.", sighting=Sighting("FOUND00001", "ready", Status.ACCEPTED)
     )
-    world.run(world.ledger.record(old, found))
-    world.run(world.ledger.resume("*", "seen"))
+    world.run(world.ledger.records.record(old, found))
+    world.run(world.ledger.pauses.resume("*", "seen"))
     result = world.send(new)
     assert (result.sent, result.reason) == (
         Sent.NOT_RELEASED,
         f"Not sent: refund {old}, which it replaces, is review.",
     )
     assert (world.posts(new), world.row(new)["attempts"]) == (0, 0)
-    assert world.run(world.ledger.candidates(Selection())) == []
+    assert world.run(world.ledger.runs.candidates(Selection())) == []
     assert world.release("run-3") == []
 
 
@@ -227,7 +227,7 @@ def test_a_reissue_whose_predecessor_turns_out_paid_after_the_claim_is_not_poste
     world.send(old)
     new = reissued(world, old)
     world.release("run-2")
-    claim = world.ledger.claim
+    claim = world.ledger.claims.claim
 
     async def claim_then_find(*arguments, **more):
         claimed = await claim(*arguments, **more)
@@ -237,7 +237,7 @@ def test_a_reissue_whose_predecessor_turns_out_paid_after_the_claim_is_not_poste
             )
         return claimed
 
-    world.ledger.claim = claim_then_find
+    world.ledger.claims.claim = claim_then_find
     world.send(new)
     assert world.posts(new) == 0
     assert world.row(new)["status"] == "released"

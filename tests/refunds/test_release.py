@@ -67,14 +67,14 @@ def test_what_was_paused_when_the_source_was_read_is_not_released_though_the_pau
 
     async def select_while_the_pause_ends() -> Any:
         rows = await read()
-        await world.ledger.resume(world.terminal, "It was mended.")
+        await world.ledger.pauses.resume(world.terminal, "It was mended.")
         return rows
 
     async def work() -> list[int]:
-        candidates = await world.ledger.candidates(Selection())
-        await world.ledger.begin_run("run-1", {}, candidates, {}, datetime.now(UTC))
-        await world.ledger.ask_approval("run-1")
-        await world.ledger.pause(world.terminal, "Something is wrong with it.")
+        candidates = await world.ledger.runs.candidates(Selection())
+        await world.ledger.runs.begin_run("run-1", {}, candidates, {}, datetime.now(UTC))
+        await world.ledger.approvals.ask_approval("run-1")
+        await world.ledger.pauses.pause(world.terminal, "Something is wrong with it.")
         world.source.select_approved = select_while_the_pause_ends  # type: ignore[method-assign]
         return await world.release_only("run-1", ids)
 
@@ -111,9 +111,9 @@ def test_without_an_approval_of_exactly_these_candidates_nothing_is_released(wor
     ids = [world.row(ref)["id"] for ref in (one, other)]
 
     async def edited() -> None:
-        candidates = await world.ledger.candidates(Selection(source_refs=(one,)))
-        await world.ledger.begin_run("run-1", {}, candidates, {}, datetime.now(UTC))
-        await world.ledger.ask_approval("run-1")
+        candidates = await world.ledger.runs.candidates(Selection(source_refs=(one,)))
+        await world.ledger.runs.begin_run("run-1", {}, candidates, {}, datetime.now(UTC))
+        await world.ledger.approvals.ask_approval("run-1")
         await world.release_only("run-1", ids)
 
     with pytest.raises(LedgerError, match="holds no approval of exactly these 2 refunds"):
@@ -126,8 +126,8 @@ def test_an_approval_that_was_skipped_releases_nothing(world: World) -> None:
     world.pull()
 
     async def marked_success() -> None:
-        candidates = await world.ledger.candidates(Selection())
-        await world.ledger.begin_run("run-1", {}, candidates, {}, datetime.now(UTC))
+        candidates = await world.ledger.runs.candidates(Selection())
+        await world.ledger.runs.begin_run("run-1", {}, candidates, {}, datetime.now(UTC))
         await world.release_only("run-1", [item.id for item in candidates])
 
     with pytest.raises(LedgerError, match="holds no approval"):
@@ -137,7 +137,7 @@ def test_an_approval_that_was_skipped_releases_nothing(world: World) -> None:
 def test_a_paused_terminal_is_left_out_and_the_others_go_on(world: World) -> None:
     paused, open_ = world.approve(processing_terminal_id="7701002"), world.approve()
     world.pull()
-    world.run(world.ledger.pause("7701002", "the bank called"))
+    world.run(world.ledger.pauses.pause("7701002", "the bank called"))
     assert world.release() == [world.row(open_)["id"]]
     assert world.row(paused)["status"] == "approved"
 
@@ -145,7 +145,7 @@ def test_a_paused_terminal_is_left_out_and_the_others_go_on(world: World) -> Non
 def test_paused_everything_releases_nothing(world: World) -> None:
     world.approve()
     world.pull()
-    world.run(world.ledger.pause("*", "the bank called"))
+    world.run(world.ledger.pauses.pause("*", "the bank called"))
     assert world.release() == []
 
 
@@ -211,9 +211,9 @@ def test_two_releases_at_a_time_release_each_refund_once(world: World) -> None:
 
     async def both() -> None:
         for run_id in ("run-1", "run-2"):
-            candidates = await world.ledger.candidates(Selection())
-            await world.ledger.begin_run(run_id, {}, candidates, {}, datetime.now(UTC))
-            await world.ledger.ask_approval(run_id)
+            candidates = await world.ledger.runs.candidates(Selection())
+            await world.ledger.runs.begin_run(run_id, {}, candidates, {}, datetime.now(UTC))
+            await world.ledger.approvals.ask_approval(run_id)
         ids = [item.id for item in candidates]
         await asyncio.gather(world.release_only("run-1", ids), world.release_only("run-2", ids))
 
@@ -384,4 +384,4 @@ def test_what_was_released_under_the_default_name_is_not_sent_to_production(worl
 def test_a_source_name_of_ones_own_is_for_production(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PAYROC_REFUNDS_SOURCE", "acme_refunds")
     ledger = Ledger(world.ledger.engine, Settings(), actor="test")
-    world.run(ledger.check_environment(PRODUCTION))
+    world.run(ledger.bindings.check_environment(PRODUCTION))

@@ -70,7 +70,7 @@ def test_the_follow_up_reports_what_people_have_to_do_and_not_what_time_will_tel
     age(world, in_doubt, first_sent_at="25 hours")
     assert "has been unknown for more than a day" in unfinished()
     world.send(world.released("9013"))
-    world.run(world.ledger.pause("*", "the bank called"))
+    world.run(world.ledger.pauses.pause("*", "the bank called"))
     assert "1 in review: people have to look at them" in unfinished()
     assert "`python -m include.refunds resolve ID`" in unfinished()
     assert "Sending is paused by test: the bank called" in unfinished()

@@ -155,8 +155,8 @@ def test_the_opposite_decision_replaces_a_proposal(world: World) -> None:
     refund_id = lost(world)
     assert decide(world, refund_id, "rejected", "ann") is False
     opposite = Resolution(Status.ACCEPTED)
-    case = world.run(world.ledger.case(refund_id))
-    assert world.run(ledger_of(world, "bob").resolve(case, opposite, "paid by hand")) is False
+    case = world.run(world.ledger.decisions.case(refund_id))
+    assert world.run(ledger_of(world, "bob").decisions.resolve(case, opposite, "paid by hand")) is False
     assert decide(world, refund_id, "rejected", "carl") is False
     assert [who for who, _ in proposals(world, refund_id)] == ["ann", "bob", "carl"]
 
@@ -317,10 +317,10 @@ def test_accepted_with_another_id_than_the_known_one_is_refused(world: World) ->
 def test_a_refund_id_that_stands_at_another_refund_is_refused(world: World) -> None:
     refund_id, other = odd(world), odd(world)
     row = world.row(other)
-    case = world.run(world.ledger.case(refund_id))
+    case = world.run(world.ledger.decisions.case(refund_id))
     stolen = Resolution(Status.ACCEPTED, Sighting(row["payroc_refund_id"], "ready", Status.ACCEPTED))
     with pytest.raises(DecisionRefused, match="stands at another refund of the ledger"):
-        world.run(world.ledger.resolve(case, stolen, "mine"))
+        world.run(world.ledger.decisions.resolve(case, stolen, "mine"))
 
 
 # --- when people may not decide ------------------------------------------------------------------------------------------------
@@ -334,7 +334,7 @@ def test_only_a_review_is_resolved(world: World, outcome: str) -> None:
 
 async def claim(world: World, refund_id: int) -> int:
     gateway = world.gateway
-    found = await world.ledger.claim(
+    found = await world.ledger.claims.claim(
         refund_id,
         Task("run-1"),
         environment=gateway.environment,
@@ -342,7 +342,7 @@ async def claim(world: World, refund_id: int) -> int:
         token_seconds=3600,
     )
     assert found is not None
-    assert await world.ledger.may_post(found, 60.0)
+    assert await world.ledger.claims.may_post(found, 60.0)
     return found.attempt
 
 
@@ -350,10 +350,10 @@ def test_nobody_decides_while_a_lease_lives_and_the_attempts_own_record_ends_it(
     refund_id = world.released()
     attempt = world.run(claim(world, refund_id))
     two = Verdict(Outcome.REVIEW, "Payroc holds more than one refund of ours.", contradiction=True)
-    world.run(world.ledger.record(refund_id, two))
+    world.run(world.ledger.records.record(refund_id, two))
     assert world.row(refund_id)["status"] == "review"
     assert "may still be under way until" in refusal(world, refund_id, "rejected")
-    world.run(world.ledger.record(refund_id, Verdict(Outcome.UNKNOWN, "No answer."), attempt))
+    world.run(world.ledger.records.record(refund_id, Verdict(Outcome.UNKNOWN, "No answer."), attempt))
     assert world.row(refund_id)["lease_until"] is None
     assert "Payroc's list may lag" in refusal(world, refund_id, "rejected")
 
@@ -361,7 +361,7 @@ def test_nobody_decides_while_a_lease_lives_and_the_attempts_own_record_ends_it(
 def test_a_lease_that_has_ended_hinders_nobody(world: World) -> None:
     refund_id = world.released()
     world.run(claim(world, refund_id))
-    world.run(world.ledger.record(refund_id, Verdict(Outcome.REVIEW, "Two.", contradiction=True)))
+    world.run(world.ledger.records.record(refund_id, Verdict(Outcome.REVIEW, "Two.", contradiction=True)))
     # An hour for the token, ten minutes more for the lease, and the day in which a list may lag.
     world.hours_ahead += 25
     assert "may have been sent less than 24 hours ago" in refusal(world, refund_id, "rejected")

@@ -121,7 +121,7 @@ class Day:
         self.backup = back_up()
         self.lost = world.approve()
         world.pull()
-        world.run(world.ledger.unhold(self.held, "A look was taken."))
+        world.run(world.ledger.decisions.unhold(self.held, "A look was taken."))
         world.release("run-2")
         for which in self.sent:
             world.send(int(world.row(which)["id"]))
@@ -162,7 +162,7 @@ def test_a_restored_ledger_takes_over_what_payroc_has_and_nothing_is_paid_twice(
 
     # Nothing goes out before a person says so, and afterwards there is nothing to send.
     assert list(world.paused()) == ["*"]
-    assert world.run(world.ledger.resume("*", "Ledger and Payroc agree."))
+    assert world.run(world.ledger.pauses.resume("*", "Ledger and Payroc agree."))
     world.pull()
     assert world.release("run-3") == []
     day.assert_paid_once()
@@ -222,13 +222,13 @@ def test_nobody_resumes_before_the_comparison_has_come_to_its_end(
         LedgerError,
         match=r"not compared with Payroc since: run `python -m include\.refunds restored` to its end first",
     ):
-        world.run(world.ledger.resume("*", "It looks fine."))
+        world.run(world.ledger.pauses.resume("*", "It looks fine."))
     monkeypatch.undo()
     # The second time nobody has to remember when the backup was made.
     found = run_restored(world, datetime.now(UTC))
     assert found.since <= backup.at
     assert [item.after.id for item in found.taken_over] == [refund_id]
-    assert world.run(world.ledger.resume("*", "Now it is."))
+    assert world.run(world.ledger.pauses.resume("*", "Now it is."))
 
 
 def test_what_differs_from_the_request_is_not_taken_over_but_goes_to_people(
@@ -286,7 +286,7 @@ def test_what_was_taken_over_counts_for_limits_as_if_it_had_passed_the_gate(
     world.send(int(world.row(first)["id"]))
     restore(world, backup)
     run_restored(world, backup.at)
-    assert world.run(world.ledger.resume("*", "Compared."))
+    assert world.run(world.ledger.pauses.resume("*", "Compared."))
     duplicate, other = world.approve(**account), world.approve()
     world.pull()
     world.release("run-2")
@@ -317,15 +317,15 @@ def test_a_refund_whose_reissue_the_ledger_has_forgotten_goes_to_people_instead_
 
 def test_of_two_at_a_time_only_the_one_that_began_last_ends_the_restore(world: World) -> None:
     backup_at = datetime.now(UTC)
-    first = world.run(world.ledger.begin_restore(backup_at - timedelta(hours=1), "The disk was lost."))
-    second = world.run(world.ledger.begin_restore(backup_at, "It was begun again."))
+    first = world.run(world.ledger.pauses.begin_restore(backup_at - timedelta(hours=1), "The disk was lost."))
+    second = world.run(world.ledger.pauses.begin_restore(backup_at, "It was begun again."))
     assert second.since == first.since
     with pytest.raises(LedgerError, match="Another `restored` was begun after this one"):
-        world.run(world.ledger.end_restore(first.number, "Compared."))
+        world.run(world.ledger.pauses.end_restore(first.number, "Compared."))
     with pytest.raises(LedgerError, match="not compared with Payroc since"):
-        world.run(world.ledger.resume("*", "Compared."))
-    world.run(world.ledger.end_restore(second.number, "Compared."))
-    assert world.run(world.ledger.resume("*", "Compared."))
+        world.run(world.ledger.pauses.resume("*", "Compared."))
+    world.run(world.ledger.pauses.end_restore(second.number, "Compared."))
+    assert world.run(world.ledger.pauses.resume("*", "Compared."))
     assert world.paused() == {}
 
 
@@ -341,15 +341,15 @@ def test_a_look_up_that_fails_leaves_the_comparison_open(world: World, back_up: 
     ):
         run_restored(world, backup.at)
     with pytest.raises(LedgerError, match="not compared with Payroc since"):
-        world.run(world.ledger.resume("*", "It looks fine."))
+        world.run(world.ledger.pauses.resume("*", "It looks fine."))
     run_restored(world, backup.at)
-    assert world.run(world.ledger.resume("*", "Now it is."))
+    assert world.run(world.ledger.pauses.resume("*", "Now it is."))
 
 
 def test_what_was_paused_when_the_backup_was_made_says_so_beside_the_restore(
     world: World, back_up: Callable[[], Backup]
 ) -> None:
-    world.run(world.ledger.pause("*", "the bank called"))
+    world.run(world.ledger.pauses.pause("*", "the bank called"))
     backup = back_up()
     restore(world, backup)
     run_restored(world, backup.at)

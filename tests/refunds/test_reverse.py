@@ -35,7 +35,7 @@ def test_a_refund_in_the_open_batch_is_reversed_under_a_key_of_its_own_also_whil
     world: World,
 ) -> None:
     refund_id = paid(world)
-    world.run(world.ledger.pause("*", "the bank called"))
+    world.run(world.ledger.pauses.pause("*", "the bank called"))
     assert undo(world, refund_id).done
     row = world.row(refund_id)
     assert (row["status"], row["payroc_status"], row["reason"]) == (

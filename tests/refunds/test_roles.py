@@ -762,13 +762,13 @@ def test_the_payer_notes_the_answer_about_a_run_and_what_payroc_shows_of_a_held_
     world.ledger = acting(world, login(ledger_url, PAYER))
 
     async def work() -> tuple[Question | None, list[int]]:
-        ids = [item.id for item in await world.ledger.candidates(Selection())]
-        await world.ledger.begin_run(
-            "run-1", {}, await world.ledger.candidates(Selection()), {}, await world.ledger.now()
+        ids = [item.id for item in await world.ledger.runs.candidates(Selection())]
+        await world.ledger.runs.begin_run(
+            "run-1", {}, await world.ledger.runs.candidates(Selection()), {}, await world.ledger.now()
         )
-        question = await world.ledger.ask_approval("run-1")
-        await world.ledger.record_rejection("run-1", by="dora")
-        await world.ledger.record_approval("run-1", by="frank", triggered_by=None)
+        question = await world.ledger.approvals.ask_approval("run-1")
+        await world.ledger.approvals.record_rejection("run-1", by="dora")
+        await world.ledger.approvals.record_approval("run-1", by="frank", triggered_by=None)
         return question, await world.release_only("run-1", ids)
 
     question, released = world.run(work())
@@ -884,7 +884,7 @@ def test_an_auditor_sees_everything_but_requests(world: World, ledger_url: URL, 
     world.send(refund_id)
     world.send(world.released("9013"))
     world.pull()
-    world.run(world.ledger.pause("7701009", "the bank called"))
+    world.run(world.ledger.pauses.pause("7701009", "the bank called"))
     world.run(world.ledger.seals.seal())
     url = login(ledger_url, AUDITOR)
     assert "1 in review" in command(url, "status", exit_code=1)
@@ -901,7 +901,7 @@ def test_an_auditor_sees_everything_but_requests(world: World, ledger_url: URL, 
 def test_a_changed_limit_and_the_end_of_a_pause_leave_their_events_though_they_are_done_by_hand(
     world: World, ledger_url: URL, login: Login
 ) -> None:
-    world.run(world.ledger.pause("*", "the bank called"))
+    world.run(world.ledger.pauses.pause("*", "the bank called"))
     engine = create_engine(login(ledger_url, OPERATOR), poolclass=NullPool)
     with engine.begin() as connection:
         connection.exec_driver_sql(

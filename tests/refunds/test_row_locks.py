@@ -24,7 +24,7 @@ Begin = Callable[[], Coroutine[Any, Any, object]]
 def a_cancelled_reissue(world: World) -> tuple[int, int, Begin]:
     old = returned(world)
     new = reissued(world, old)
-    return old, new, lambda: world.ledger.cancel(new, "the customer called")
+    return old, new, lambda: world.ledger.decisions.cancel(new, "the customer called")
 
 
 def two_released(world: World) -> tuple[int, int]:
@@ -36,24 +36,24 @@ def two_released(world: World) -> tuple[int, int]:
 
 def a_write_back(world: World) -> tuple[int, int, Begin]:
     ids = two_released(world)
-    due = world.run(world.ledger.due_write_backs(10))
-    assert world.run(world.ledger.take_turn("test"))
-    return *ids, lambda: world.ledger.mark_written_back("test", due[::-1])
+    due = world.run(world.ledger.write_backs.due_write_backs(10))
+    assert world.run(world.ledger.write_backs.take_turn("test"))
+    return *ids, lambda: world.ledger.write_backs.mark_written_back("test", due[::-1])
 
 
 def a_list_of_payrocs(world: World) -> tuple[int, int, Begin]:
     ids = two_released(world)
-    return *ids, lambda: world.ledger.mark_seen(ids[::-1])
+    return *ids, lambda: world.ledger.records.mark_seen(ids[::-1])
 
 
 def stale_releases(world: World) -> tuple[int, int, Begin]:
     ids = two_released(world)
     world.hours_ahead = 25
-    return *ids, world.ledger.return_stale_releases
+    return *ids, world.ledger.runs.return_stale_releases
 
 
 def a_withdrawal(world: World) -> tuple[int, int, Begin]:
-    return *two_released(world), lambda: world.ledger.set_aside([])
+    return *two_released(world), lambda: world.ledger.intake.set_aside([])
 
 
 def a_release(world: World) -> tuple[int, int, Begin]:
@@ -61,13 +61,13 @@ def a_release(world: World) -> tuple[int, int, Begin]:
     world.pull()
     # The younger refund was approved first, so it is the first that is released.
     first, second = (int(world.row(ref)["id"]) for ref in refs)
-    candidates = world.run(world.ledger.candidates(Selection()))[::-1]
+    candidates = world.run(world.ledger.runs.candidates(Selection()))[::-1]
 
     async def release() -> object:
         ids = [item.id for item in candidates]
-        await world.ledger.begin_run("run-1", {}, candidates, {}, await world.ledger.now())
-        await world.ledger.ask_approval("run-1")
-        return await world.ledger.release("run-1", ids, ids, {})
+        await world.ledger.runs.begin_run("run-1", {}, candidates, {}, await world.ledger.now())
+        await world.ledger.approvals.ask_approval("run-1")
+        return await world.ledger.gate.release("run-1", ids, ids, {})
 
     return first, second, release
 

@@ -237,7 +237,7 @@ def test_a_pause_that_comes_after_the_claim_still_stops_the_post(world: World) -
 
     class PausedDuringLookUp(Intercepted):
         async def list_refunds(self, *args, **kwargs):
-            await world.ledger.pause("*", "stop it")
+            await world.ledger.pauses.pause("*", "stop it")
             async for item in self._gateway.list_refunds(*args, **kwargs):
                 yield item
 
@@ -421,14 +421,14 @@ def test_a_pause_that_stopped_a_post_is_told_with_its_reason(world: World) -> No
     refund_id = world.released()
 
     ledger = world.ledger
-    claim = ledger.claim
+    claim = ledger.claims.claim
 
     async def claim_then_pause(*args: Any, **kwargs: Any) -> Any:
         claimed = await claim(*args, **kwargs)
-        await ledger.pause("*", "the bank called")
+        await ledger.pauses.pause("*", "the bank called")
         return claimed
 
-    ledger.claim = claim_then_pause  # type: ignore[method-assign]
+    ledger.claims.claim = claim_then_pause  # type: ignore[method-assign]
     result = world.send(refund_id)
     assert (result.sent, result.reason) == (Sent.CONFIGURATION, "Sending is paused: the bank called")
     assert (world.row(refund_id)["status"], world.attempts(refund_id), world.paid(refund_id)) == (
@@ -442,10 +442,10 @@ def test_a_pause_that_stopped_a_post_is_told_with_its_reason(world: World) -> No
 def test_a_worker_that_froze_between_claim_and_post_sends_nothing(world: World, taken_over: bool) -> None:
     refund_id = world.released()
     ledger = world.ledger
-    claim = ledger.claim
+    claim = ledger.claims.claim
 
     async def claim_and_freeze(*args: Any, **kwargs: Any) -> Any:
-        ledger.claim = claim  # type: ignore[method-assign]
+        ledger.claims.claim = claim  # type: ignore[method-assign]
         claimed = await claim(*args, **kwargs)
         world.hours_ahead += 2
         if taken_over:
@@ -453,7 +453,7 @@ def test_a_worker_that_froze_between_claim_and_post_sends_nothing(world: World, 
                 await world.sending(refund_id, Intercepted(world.gateway, before=die))
         return claimed
 
-    ledger.claim = claim_and_freeze  # type: ignore[method-assign]
+    ledger.claims.claim = claim_and_freeze  # type: ignore[method-assign]
     result = world.send(refund_id)
     assert result.sent is Sent.BUSY
     assert world.paid(refund_id) == 0

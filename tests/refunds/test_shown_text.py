@@ -90,8 +90,8 @@ def spoilt(world: World, postgres: PostgresServer) -> World:
     world.approve(routing_number="123456789")
     world.pull()
     world.release(RUN)
-    world.run(world.ledger.pause("*", "x"))
-    world.run(world.ledger.pause("7701009", "x"))
+    world.run(world.ledger.pauses.pause("*", "x"))
+    world.run(world.ledger.pauses.pause("7701009", "x"))
     with postgres.connect(str(world.ledger.engine.url.database)) as connection:
         _fill(connection)
     return world

@@ -124,7 +124,7 @@ def test_the_rights_of_the_payer_and_of_the_auditor_are_enough(
 
 def test_the_page_shows_all_of_it_without_a_script_a_picture_or_anything_to_load(world: World) -> None:
     a_day(world)
-    world.run(world.ledger.pause("7701009", "a <terminal> of trouble"))
+    world.run(world.ledger.pauses.pause("7701009", "a <terminal> of trouble"))
     summary = summary_of(world)
     summary.runs[0] = Run("run-1", summary.runs[0].started_at, "1 refund, 49.99 USD", "failed")
     html = html_of(summary)

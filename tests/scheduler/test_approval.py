@@ -18,7 +18,7 @@ from tests.scheduler.deployment import DAG, IMPATIENT_DAG, NAMED_DAG
 
 @pytest.fixture(scope="module", autouse=True)
 def every_run_needs_a_person(merchant: Merchant) -> None:
-    merchant.run(merchant.ledger.set_limit("approval_count", 0, "test"))
+    merchant.run(merchant.ledger.limits.set_limit("approval_count", 0, "test"))
 
 
 class Run:

@@ -96,9 +96,9 @@ def mailbox(airflow: TellingDeployment) -> Mailbox:
 def as_before(merchant: Merchant) -> Iterator[None]:
     """What one test holds, pauses or limits must not be in another's mail."""
     yield
-    merchant.run(merchant.ledger.resume("*", "the test is over"))
+    merchant.run(merchant.ledger.pauses.resume("*", "the test is over"))
     for name in ("largest_refund", "approval_count"):
-        merchant.run(merchant.ledger.set_limit(name, None, "the test is over"))
+        merchant.run(merchant.ledger.limits.set_limit(name, None, "the test is over"))
     with merchant.ledger_engine.begin() as connection:
         connection.exec_driver_sql("SET LOCAL session_replication_role = replica")
         connection.exec_driver_sql(
@@ -183,7 +183,7 @@ def test_a_green_run_tells_no_people_but_metrics_and_other_dags_which_a_dry_run_
 
 def test_a_green_run_that_holds_a_refund_tells_once(merchant: Merchant, mailbox: Mailbox) -> None:
     client = merchant.airflow.client
-    merchant.run(merchant.ledger.set_limit("largest_refund", 100_000, "test"))
+    merchant.run(merchant.ledger.limits.set_limit("largest_refund", 100_000, "test"))
     merchant.approve(amount=250_000)
     holding = client.trigger(DAG)
     client.wait_for_run(DAG, holding, "success")
@@ -198,7 +198,7 @@ def test_a_red_run_is_one_mail_with_counts_and_sums_of_all_that_is_wrong_and_no_
     merchant: Merchant, mailbox: Mailbox
 ) -> None:
     client, mint = merchant.airflow.client, Mint(seed=20261123)
-    merchant.run(merchant.ledger.set_limit("largest_refund", 100_000, "test"))
+    merchant.run(merchant.ledger.limits.set_limit("largest_refund", 100_000, "test"))
     for ending in ("9013", "9013", "9001", "4321"):
         merchant.approve(**mint.payee(ending).columns())
     merchant.approve(amount=250_000, **mint.payee().columns())
@@ -229,7 +229,7 @@ def test_while_the_sending_is_paused_each_run_tells_once_and_the_follow_ups_of_a
     merchant: Merchant, mailbox: Mailbox, postgres: PostgresServer
 ) -> None:
     client = merchant.airflow.client
-    merchant.run(merchant.ledger.pause("*", "the bank called"))
+    merchant.run(merchant.ledger.pauses.pause("*", "the bank called"))
     run_id = trigger_dated(merchant)
     first, second = trigger_dated(merchant, FOLLOWUP_DAG), trigger_dated(merchant, FOLLOWUP_DAG)
     client.wait_for_run(DAG, run_id, "failed")
@@ -251,7 +251,7 @@ def test_a_run_that_waits_for_approval_tells_once_with_a_link_to_the_question_an
     merchant: Merchant, mailbox: Mailbox, postgres: PostgresServer
 ) -> None:
     client = merchant.airflow.client
-    merchant.run(merchant.ledger.set_limit("approval_count", 0, "test"))
+    merchant.run(merchant.ledger.limits.set_limit("approval_count", 0, "test"))
     merchant.approve()
     merchant.approve(amount=120_000)
     run_id = trigger_dated(merchant)

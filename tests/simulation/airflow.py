@@ -295,16 +295,16 @@ class Run:
 
     async def _pull(self) -> tuple[list[int], list[int]]:
         d = self.d
-        await d.ledger.return_stale_releases()
+        await d.ledger.runs.return_stale_releases()
         pulled = await pull(d.source, d.ledger, d.cipher, d.settings)
-        candidates = await d.ledger.candidates(self.selection, standing=pulled.standing)
-        await d.ledger.begin_run(self.run_id, {}, candidates, {}, pulled.at)
-        self.pulled = [item.id for item in candidates], await d.ledger.due()
+        candidates = await d.ledger.runs.candidates(self.selection, standing=pulled.standing)
+        await d.ledger.runs.begin_run(self.run_id, {}, candidates, {}, pulled.at)
+        self.pulled = [item.id for item in candidates], await d.ledger.runs.due()
         return self.pulled
 
     async def _approve(self) -> str:
         d = self.d
-        question = await d.ledger.ask_approval(self.run_id)
+        question = await d.ledger.approvals.ask_approval(self.run_id)
         if question is None:
             return "approved"
         await d.engine.sleep(d.engine.rng.choice((MINUTE, 30 * MINUTE)))
@@ -315,9 +315,9 @@ class Run:
             raise NobodyApproved
         who = d.engine.rng.choice(_FINANCE)
         if answer == _REJECTED:
-            await d.ledger.record_rejection(self.run_id, by=who)
+            await d.ledger.approvals.record_rejection(self.run_id, by=who)
         else:
-            await d.ledger.record_approval(self.run_id, by=who, triggered_by=self.triggered_by)
+            await d.ledger.approvals.record_approval(self.run_id, by=who, triggered_by=self.triggered_by)
         return answer
 
     async def _release(self, candidates: list[int], due: list[int]) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from include.refunds.classify import EVERYTHING, Outcome
 from include.refunds.ledger import Claim
-from include.refunds.ledger.runs import hash_of_ids
+from include.refunds.ledger.approvals import hash_of_ids
 from include.refunds.ledger.write_backs import TURN
 from include.refunds.states import PAID, REPLACEABLE, Status
 from include.refunds.verify import Difference

@@ -38,10 +38,11 @@ from include.refunds.ledger import (
     TerminalList,
     WriteBack,
 )
-from include.refunds.ledger.continuity import why_paid
+from include.refunds.ledger.approvals import hash_of_ids
+from include.refunds.ledger.claims import CLAIM_LEASE
+from include.refunds.ledger.foreign import why_paid
 from include.refunds.ledger.pauses import BegunRestore
-from include.refunds.ledger.runs import DUE_WITHIN, hash_of_ids
-from include.refunds.ledger.sending import CLAIM_LEASE
+from include.refunds.ledger.runs import DUE_WITHIN
 from include.refunds.ledger.write_backs import ENDED, TURN
 from include.refunds.limits import (
     AtTheGate,
@@ -294,7 +295,7 @@ class MemoryLedger:
         elif self.fingerprint_key != check:
             raise LedgerError("The fingerprints of this ledger were made with another key.")
 
-    def limits(self) -> Limits:
+    def current(self) -> Limits:
         return self.limited
 
     def set_limit(self, name: str, value: int | None, reason: str) -> None:
@@ -333,7 +334,7 @@ class MemoryLedger:
             raise LedgerError("Another `restored` was begun after this one.")
         self.restores.clear()
 
-    def pauses(self) -> dict[str, str]:
+    def reasons(self) -> dict[str, str]:
         return dict(sorted(self.paused.items()))
 
     def _is_paused(self, row: Row) -> bool:

@@ -40,7 +40,7 @@ from include.refunds.ledger import (
     Task,
     TerminalList,
 )
-from include.refunds.ledger.runs import hash_of_ids
+from include.refunds.ledger.approvals import hash_of_ids
 from include.refunds.refund import History, Refund
 from include.refunds.states import IN_DOUBT, Status
 from tests.simulation import history as simulated

@@ -86,7 +86,7 @@ def test_calls_that_share_a_transaction_do_what_they_do_one_after_the_other(new_
     claim = {"environment": HOST, "sent_with": f"{HOST} key-1", "token_seconds": TOKEN_SECONDS}
     refund_ids = [*ledger.memory.rows]
     for verdicts in _ROUNDS:
-        for scope in ledger.pauses():
+        for scope in ledger.reasons():
             ledger.resume(scope, "A test resumes it.")
         claims = ledger.together(
             "claim", [((refund_id, Task("run-1", 0, 1)), claim) for refund_id in (*refund_ids, 999)]

@@ -15,6 +15,7 @@ from sqlalchemy import URL
 from include.refunds.audit import verify_audit
 from include.refunds.ledger import Ledger, LedgerEngine
 from include.refunds.ledger.connection import Connection
+from include.refunds.ledger.database import Part
 from include.refunds.settings import Settings
 from tests.simulation.engine import Engine, Violation
 from tests.simulation.ledger import Attempt, MemoryLedger, Row
@@ -56,8 +57,8 @@ _RUN_COLUMNS = (
 _READS = frozenset(
     {
         "now",
-        "pauses",
-        "limits",
+        "reasons",
+        "current",
         "stored",
         "spelled",
         "candidates",
@@ -114,14 +115,19 @@ class PostgresLedger:
         self._run(self._empty())
 
     def __getattr__(self, name: str) -> Any:
-        method = getattr(self.real, name)
+        method = self._method(name)
         return lambda *args, **kwargs: self._run(method(*args, **kwargs))
+
+    def _method(self, name: str) -> Any:
+        """Return a method of the ledger or of one of its parts."""
+        parts = (part for part in vars(self.real).values() if isinstance(part, Part))
+        return getattr(next((part for part in parts if hasattr(part, name)), self.real), name)
 
     def together(self, name: str, calls: Sequence[Call]) -> list[Any]:
         """Make calls at the same time, which then share transactions; return what each returns or raises."""
 
         async def work() -> list[Any]:
-            method = getattr(self.real, name)
+            method = self._method(name)
             return await asyncio.gather(
                 *(method(*args, **kwargs) for args, kwargs in calls), return_exceptions=True
             )

@@ -19,7 +19,7 @@ _write_backs = itertools.count(1)
 
 class SteppedLedger:
     """
-    Asynchronous methods over a ledger whose own methods are not.
+    Asynchronous methods over a ledger whose own methods are not. It is each of its own parts.
 
     :param ledger: a :class:`~tests.simulation.ledger.MemoryLedger` or one of ``twins``.
     :param actor: who works with it.
@@ -64,6 +64,29 @@ class SteppedLedger:
             await self.end_turn(holder)
 
 
+def _itself(ledger: SteppedLedger) -> SteppedLedger:
+    return ledger
+
+
+for _part in (
+    "approvals",
+    "bindings",
+    "claims",
+    "decisions",
+    "gate",
+    "intake",
+    "limits",
+    "lists",
+    "pauses",
+    "records",
+    "refunds",
+    "requests",
+    "runs",
+    "write_backs",
+):
+    setattr(SteppedLedger, _part, property(_itself))
+
+
 def _stepped(name: str) -> Callable[..., Any]:
     before_label, after_label = f"ledger: before {name}", f"ledger: after {name}"
 
@@ -95,7 +118,7 @@ for _name in (
     "resume",
     "begin_restore",
     "end_restore",
-    "pauses",
+    "reasons",
     "stored",
     "store",
     "spelled",
@@ -108,7 +131,7 @@ for _name in (
     "ask_approval",
     "record_approval",
     "record_rejection",
-    "limits",
+    "current",
     "set_limit",
     "check_fingerprint_key",
     "unhold",

@@ -1,5 +1,5 @@
 """
-The ledger in Postgres. Each method is one transaction; together they are the only code that writes to it.
+The ledger in Postgres, in parts. Each method is one transaction; together they are the only code that writes to it.
 
 The database's clock is the clock: every transaction reads it once, by ``refund_ledger.now()``, and uses that time
 throughout.
@@ -10,19 +10,26 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from copy import copy
 from datetime import datetime
 
+from include.refunds.ledger.approvals import Approvals
 from include.refunds.ledger.bindings import Bindings
+from include.refunds.ledger.claims import Claim, Claims, Task
 from include.refunds.ledger.connection import LedgerEngine
-from include.refunds.ledger.continuity import KNOWN_FOR, Foreign, TerminalList
 from include.refunds.ledger.database import LedgerDatabase, LedgerError, LedgerUnavailable, NoSuchRefund
 from include.refunds.ledger.decisions import Decisions
+from include.refunds.ledger.foreign import Foreign
+from include.refunds.ledger.gate import Gate
 from include.refunds.ledger.intake import NAMELESS, Intake, NewRefund, differences
-from include.refunds.ledger.records import OnRecord
+from include.refunds.ledger.limits import RefundLimits
+from include.refunds.ledger.lists import KNOWN_FOR, Lists, TerminalList
+from include.refunds.ledger.pauses import Pauses
+from include.refunds.ledger.records import OnRecord, Records
+from include.refunds.ledger.refunds import Refunds
 from include.refunds.ledger.requests import KeptRequest, Requests
 from include.refunds.ledger.runs import RELEASE_VALID, Candidate, Runs, Selection
 from include.refunds.ledger.seals import Seals
-from include.refunds.ledger.sending import Claim, Sending, Task
 from include.refunds.ledger.write_backs import NotWritten, WriteBack, WriteBacks
 from include.refunds.revision import (
     ENCODING,
@@ -62,9 +69,9 @@ CLOCK = "SELECT pg_catalog.clock_timestamp()"
 """The body of ``refund_ledger.now()``, as ``schema.sql`` has it."""
 
 
-class Ledger(Intake, Runs, Sending, Decisions, Requests, WriteBacks, Bindings):
+class Ledger:
     """
-    The refund ledger.
+    The refund ledger, in parts.
 
     :param engine: its database, see :class:`LedgerEngine`.
     :param settings: source, waits, key window.
@@ -82,21 +89,34 @@ class Ledger(Intake, Runs, Sending, Decisions, Requests, WriteBacks, Bindings):
         monotonic: Callable[[], float] = time.monotonic,
         on_record: OnRecord | None = None,
     ) -> None:
+        database = LedgerDatabase(engine, settings, actor=actor, monotonic=monotonic)
         self.engine = engine
-        self._take(LedgerDatabase(engine, settings, actor=actor, monotonic=monotonic), on_record)
+        self._consist_of(database, on_record)
 
-    def _take(self, database: LedgerDatabase, on_record: OnRecord | None) -> None:
+    def _consist_of(self, database: LedgerDatabase, on_record: OnRecord | None = None) -> None:
         self._database = database
-        self._on_record = on_record
+        self.bindings = Bindings(database)
+        self.intake = Intake(database)
+        self.runs = Runs(database)
+        self.approvals = Approvals(database)
+        self.gate = Gate(database)
+        self.limits = RefundLimits(database)
+        self.refunds = Refunds(database)
+        self.claims = Claims(database)
+        self.records = Records(database, on_record)
+        self.lists = Lists(database)
+        self.decisions = Decisions(database)
+        self.requests = Requests(database)
+        self.write_backs = WriteBacks(database)
+        self.pauses = Pauses(database)
         self.seals = Seals(database)
 
     @asynccontextmanager
     async def rehearsal(self) -> AsyncIterator[Ledger]:
         """Yield a ledger whose every change is rolled back at the end."""
         async with self._database.rehearsal() as database:
-            ledger = Ledger.__new__(Ledger)
-            ledger.engine = self.engine
-            ledger._take(database, None)
+            ledger = copy(self)
+            ledger._consist_of(database)
             yield ledger
 
     async def now(self) -> datetime:

@@ -7,7 +7,8 @@ from datetime import datetime
 from include.refunds.case import Case, DecisionRefused, Proposal, is_confirmed
 from include.refunds.hold import check_hold, way_to_cancelled
 from include.refunds.ledger.connection import Connection
-from include.refunds.ledger.events import Events
+from include.refunds.ledger.database import Part
+from include.refunds.ledger.events import event
 from include.refunds.ledger.rows import lock, lock_refund, select_refund, standing_elsewhere
 from include.refunds.people import person
 from include.refunds.printable import printable
@@ -26,7 +27,7 @@ OPERATORS_HAVE_LOGINS = """EXISTS (
       AND has_database_privilege(login.oid, current_database(), 'CONNECT'))"""
 
 
-class Decisions(Events):
+class Decisions(Part):
     """Decisions, each checked again and carried out under the row's lock. The ledger's actor is the person who decides."""
 
     async def case(self, refund_id: int) -> Case:
@@ -63,7 +64,7 @@ class Decisions(Events):
                 )
             confirmed = is_confirmed(case, resolution.decision, self._database.actor)
             if case.may_have_moved and not confirmed:
-                await self._event(
+                await event(
                     connection,
                     "proposal",
                     refund_id=case.refund.id,
@@ -120,7 +121,7 @@ class Decisions(Events):
             check_replaceable(case)
             confirmed = is_confirmed(case, new.decision, self._database.actor)
             if not confirmed or case.proposal is None:
-                await self._event(
+                await event(
                     connection, "proposal", refund_id=case.refund.id, reason=reason, detail=new.decision
                 )
                 return None
@@ -208,7 +209,7 @@ class Decisions(Events):
                 raise DecisionRefused(
                     f"Refund {refund_id} is {refund.status}; only an accepted one, in the open batch, can be reversed."
                 )
-            await self._event(connection, "reverse", refund_id=refund_id, reason=reason)
+            await event(connection, "reverse", refund_id=refund_id, reason=reason)
             return refund
 
     async def _unchanged(self, connection: Connection, read: Case, now: datetime) -> Case:

@@ -6,34 +6,24 @@ import json
 from typing import Any
 
 from include.refunds.ledger.connection import Connection
-from include.refunds.ledger.database import Part
 
 
-class Events(Part):
-    """Writes to the audit trail."""
+async def because(connection: Connection, reason: str) -> None:
+    """Give the reason of this transaction's changes to the events that triggers write."""
+    await connection.execute("SELECT set_config('refund_ledger.reason', :reason, true)", {"reason": reason})
 
-    async def _because(self, connection: Connection, reason: str) -> None:
-        """Give the reason of this transaction's changes to the events that triggers write."""
-        await connection.execute(
-            "SELECT set_config('refund_ledger.reason', :reason, true)", {"reason": reason}
-        )
 
-    async def _event(
-        self,
-        connection: Connection,
-        event: str,
-        *,
-        reason: str,
-        refund_id: int | None = None,
-        detail: dict[str, Any] | None = None,
-    ) -> None:
-        insert = """
-            INSERT INTO refund_ledger.refund_events (event, refund_id, actor, reason, detail)
-            VALUES (:event, :refund_id, :actor, :reason, CAST(:detail AS jsonb))"""
-        values = {
-            "event": event,
-            "refund_id": refund_id,
-            "actor": self._database.actor,
-            "reason": reason,
-        }
-        await connection.execute(insert, {**values, "detail": json.dumps(detail) if detail else None})
+async def event(
+    connection: Connection,
+    kind: str,
+    *,
+    reason: str,
+    refund_id: int | None = None,
+    detail: dict[str, Any] | None = None,
+) -> None:
+    """Write an event of the transaction's actor."""
+    insert = """
+        INSERT INTO refund_ledger.refund_events (event, refund_id, actor, reason, detail)
+        VALUES (:event, :refund_id, current_setting('refund_ledger.actor'), :reason, CAST(:detail AS jsonb))"""
+    values = {"event": kind, "refund_id": refund_id, "reason": reason}
+    await connection.execute(insert, {**values, "detail": json.dumps(detail) if detail else None})

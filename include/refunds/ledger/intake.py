@@ -10,7 +10,8 @@ from typing import Any
 
 from include.refunds.cipher import Sealed
 from include.refunds.ledger.connection import as_array
-from include.refunds.ledger.continuity import Continuity
+from include.refunds.ledger.database import Part
+from include.refunds.ledger.foreign import set_aside_paid
 from include.refunds.ledger.rows import OF_MANY, lock
 from include.refunds.text import fold
 
@@ -65,7 +66,7 @@ def differences(row: NewRefund, stored: Mapping[str, Any]) -> list[str]:
     return found
 
 
-class Intake(Continuity):
+class Intake(Part):
     """What a pull reads and writes."""
 
     async def stored(self, source_refs: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -122,7 +123,7 @@ class Intake(Continuity):
             values = {"source": self._database.settings.source, "now": now, "rows": _as_json(rows)}
             stored = await connection.execute(insert, values)
             ids = {"ids": [row.id for row in stored]}
-            await self._set_aside_paid(connection, now, "i.id = ANY(:ids)", ids)
+            await set_aside_paid(connection, now, "i.id = ANY(:ids)", ids)
             return {row.source_ref for row in stored}
 
     async def spelled(self, folded: Sequence[str]) -> set[str]:

@@ -13,8 +13,8 @@ from datetime import datetime
 
 from include.refunds.classify import EVERYTHING
 from include.refunds.ledger.connection import Connection
-from include.refunds.ledger.database import LedgerError
-from include.refunds.ledger.events import Events
+from include.refunds.ledger.database import LedgerError, Part
+from include.refunds.ledger.events import because, event
 
 # True of a row with a processing_terminal_id whose sending is not paused, neither for all nor for its terminal.
 NOT_PAUSED = """NOT EXISTS (
@@ -37,7 +37,13 @@ class BegunRestore:
     since: datetime
 
 
-class Pauses(Events):
+async def pause(connection: Connection, scope: str, reason: str) -> None:
+    """Pause sending in somebody else's transaction, see :meth:`Pauses.pause`."""
+    insert = "INSERT INTO refund_ledger.pauses (scope, reason) VALUES (:scope, :reason)"
+    await connection.execute(insert, {"scope": scope, "reason": reason})
+
+
+class Pauses(Part):
     """The rows of ``pauses``."""
 
     async def pause(self, scope: str, reason: str) -> None:
@@ -47,13 +53,9 @@ class Pauses(Events):
         :param scope: a processing terminal id, or ``*`` for everything.
         """
         async with self._database.transaction(lock_seconds=_PAUSE_LOCK_SECONDS) as (connection, _):
-            await self._pause(connection, scope, reason)
+            await pause(connection, scope, reason)
 
-    async def _pause(self, connection: Connection, scope: str, reason: str) -> None:
-        insert = "INSERT INTO refund_ledger.pauses (scope, reason) VALUES (:scope, :reason)"
-        await connection.execute(insert, {"scope": scope, "reason": reason})
-
-    async def pauses(self) -> dict[str, str]:
+    async def reasons(self) -> dict[str, str]:
         """Return the reason of the first open pause of each scope."""
         query = """
             SELECT DISTINCT ON (scope) scope, reason FROM refund_ledger.pauses
@@ -71,7 +73,7 @@ class Pauses(Events):
             UPDATE refund_ledger.pauses SET ended_at = refund_ledger.now(), end_reason = :reason
             WHERE scope = :scope AND ended_at IS NULL"""
         async with self._database.transaction() as (connection, _):
-            restored_to = await self._restored_to(connection)
+            restored_to = await _restored_to(connection)
             if scope == EVERYTHING and restored_to is not None:
                 raise LedgerError(
                     f"The ledger was restored from a backup of {restored_to:%Y-%m-%d %H:%M %Z} and not compared "
@@ -102,7 +104,7 @@ class Pauses(Events):
                     "give --ledger-url a login that is granted both, or the database's superuser."
                 )
             # One that was cut off has changed refunds itself.
-            known_until = await self._restored_to(connection)
+            known_until = await _restored_to(connection)
             if known_until is None:
                 known_until = (await connection.execute(newest_change)).scalar_one()
             since = min(backup_at, known_until or backup_at)
@@ -131,14 +133,15 @@ class Pauses(Events):
                 )
             if hidden:
                 detail = {"count": hidden, "objects": list(names)}
-                await self._event(connection, "not_understood", reason=reason, detail=detail)
-            await self._because(connection, reason)
+                await event(connection, "not_understood", reason=reason, detail=detail)
+            await because(connection, reason)
             await connection.execute(update, {"number": number})
 
-    async def _restored_to(self, connection: Connection) -> datetime | None:
-        """Return from when a ledger that was not compared with Payroc yet may have forgotten anything."""
-        query = """
-            SELECT min(restored_to) FROM refund_ledger.pauses
-            WHERE ended_at IS NULL AND restored_to IS NOT NULL AND compared_at IS NULL"""
-        found: datetime | None = (await connection.execute(query)).scalar_one()
-        return found
+
+async def _restored_to(connection: Connection) -> datetime | None:
+    """Return from when a ledger that was not compared with Payroc yet may have forgotten anything."""
+    query = """
+        SELECT min(restored_to) FROM refund_ledger.pauses
+        WHERE ended_at IS NULL AND restored_to IS NOT NULL AND compared_at IS NULL"""
+    found: datetime | None = (await connection.execute(query)).scalar_one()
+    return found

@@ -6,14 +6,14 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import cached_property
 from typing import Any
 
 from include.refunds.classify import Outcome, Verdict
 from include.refunds.ledger.connection import Connection, Rows, as_array
-from include.refunds.ledger.database import NoSuchRefund
+from include.refunds.ledger.database import LedgerDatabase, NoSuchRefund, Part
+from include.refunds.ledger.events import event
 from include.refunds.ledger.grouping import Grouped
-from include.refunds.ledger.pauses import Pauses
+from include.refunds.ledger.pauses import pause
 from include.refunds.ledger.rows import (
     IDS,
     STATE,
@@ -75,10 +75,17 @@ OnRecord = Callable[[Refund, Refund], None]
 """Called with a refund before and after each record that was committed."""
 
 
-class Records(Pauses):
-    """Recording, the outcome of an attempt committed."""
+class Records(Part):
+    """
+    Recording, the outcome of an attempt committed.
 
-    _on_record: OnRecord | None
+    :param on_record: called after each record.
+    """
+
+    def __init__(self, database: LedgerDatabase, on_record: OnRecord | None = None) -> None:
+        super().__init__(database)
+        self._on_record = on_record
+        self._records = Grouped(self._record)
 
     async def record(
         self, refund_id: int, verdict: Verdict, attempt: int | None = None, *, restored: bool = False
@@ -97,9 +104,12 @@ class Records(Pauses):
             self._on_record(before, after)
         return after, now
 
-    @cached_property
-    def _records(self) -> Grouped[_Finding, tuple[Refund, Refund, datetime]]:
-        return Grouped(self._record)
+    async def mark_seen(self, refund_ids: Sequence[int]) -> None:
+        """Note that Payroc's list showed these refunds, without news."""
+        update = f"UPDATE refund_ledger.refund_states SET payroc_seen_at = :now WHERE refund_id = ANY({IDS})"
+        async with self._database.transaction() as (connection, now):
+            await lock(connection, refund_ids)
+            await connection.execute(update, {"ids": as_array(refund_ids), "now": now})
 
     async def _record(self, findings: Sequence[_Finding]) -> list[tuple[Refund, Refund, datetime]]:
         async with self._database.transaction("record") as (connection, now):
@@ -184,7 +194,7 @@ class Records(Pauses):
             change = item.change
             if change.contradiction:
                 detail = {"payroc_refund_id": change.contradicting_id} if change.contradicting_id else None
-                await self._event(
+                await event(
                     connection,
                     "contradiction",
                     refund_id=item.refund.id,
@@ -192,7 +202,7 @@ class Records(Pauses):
                     detail=detail,
                 )
             if change.recovered and change.sighting:
-                await self._event(
+                await event(
                     connection,
                     "recovered",
                     refund_id=item.refund.id,
@@ -200,7 +210,7 @@ class Records(Pauses):
                     detail={"payroc_refund_id": change.sighting.payroc_refund_id},
                 )
             if change.pause:
-                await self._pause(connection, change.pause, change.pause_reason or change.reason or "")
+                await pause(connection, change.pause, change.pause_reason or change.reason or "")
         return after
 
 

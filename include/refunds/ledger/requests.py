@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from include.refunds.cipher import Sealed
-from include.refunds.ledger.events import Events
+from include.refunds.ledger.database import Part
+from include.refunds.ledger.events import event
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,7 @@ class KeptRequest:
     request_sha256: str
 
 
-class Requests(Events):
+class Requests(Part):
     """The table ``frozen_requests``."""
 
     async def empty_requests(self, kept_for: timedelta, limit: int) -> int:
@@ -85,7 +86,7 @@ class Requests(Events):
     async def note_rotation(self, key_id: str, requests: int) -> None:
         """Leave an event of a finished rotation."""
         async with self._database.transaction() as (connection, _):
-            await self._event(
+            await event(
                 connection,
                 "rotation",
                 reason=f"{requests} requests are encrypted with the key {key_id} now.",

@@ -109,7 +109,7 @@ class ApproveRunOperator(ApprovalOperator):
 
     async def _ask(self, context: Context, settings: Settings) -> Question | None:
         async with open_ledger(context, settings, self.ledger_conn_id) as ledger:
-            return await ledger.ask_approval(context["run_id"])
+            return await ledger.approvals.ask_approval(context["run_id"])
 
     async def _record(self, context: Context, event: dict[str, Any]) -> None:
         from include.refunds.case import DecisionRefused
@@ -121,11 +121,11 @@ class ApproveRunOperator(ApprovalOperator):
             async with open_ledger(context, get_settings(), self.ledger_conn_id) as ledger:
                 match event["chosen_options"]:
                     case [self.APPROVE]:
-                        await ledger.record_approval(
+                        await ledger.approvals.record_approval(
                             context["run_id"], by=by, triggered_by=_triggered_by(context)
                         )
                     case [self.REJECT]:
-                        await ledger.record_rejection(context["run_id"], by=by)
+                        await ledger.approvals.record_rejection(context["run_id"], by=by)
         except DecisionRefused as error:
             raise RunNotApproved(str(error)) from None
         except LedgerUnavailable as error:

@@ -94,7 +94,7 @@ class PayrocRefundOperator(BaseOperator):
         ti = context["ti"]
         task = Task(run_id=context["run_id"], map_index=ti.map_index, try_number=ti.try_number)
         async with open_ledger(context, settings, self.ledger_conn_id) as ledger:
-            label = _label(await ledger.labels(self.refund_ids))
+            label = _label(await ledger.refunds.labels(self.refund_ids))
             context["refund_label"] = label  # type: ignore[typeddict-unknown-key]
             # The message that ends the task carries it, so that Airflow does not send a request just for that.
             ti.rendered_map_index = label
