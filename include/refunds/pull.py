@@ -198,7 +198,7 @@ def source_changes(
     Return what the source no longer stands by: source_refs that are gone, invalid or different now, each with a sentence.
 
     :param rows: the source's rows of this moment.
-    :param stored: what the ledger holds of the refunds in question, by source_ref (see :meth:`Ledger.stored`).
+    :param stored: what the ledger holds of the refunds in question, by source_ref (see :meth:`~include.refunds.ledger.intake.Intake.stored`).
     :param now: the ledger's time.
     """
     asked = [row for row in rows if name_of(row) in stored]

@@ -16,6 +16,7 @@ from datetime import datetime
 from include.refunds.ledger.approvals import Approvals
 from include.refunds.ledger.bindings import Bindings
 from include.refunds.ledger.claims import Claim, Claims, Task
+from include.refunds.ledger.conditions import KNOWN_FOR, RELEASE_VALID
 from include.refunds.ledger.connection import LedgerEngine
 from include.refunds.ledger.database import LedgerDatabase, LedgerError, LedgerUnavailable, NoSuchRefund
 from include.refunds.ledger.decisions import Decisions
@@ -23,12 +24,12 @@ from include.refunds.ledger.foreign import Foreign
 from include.refunds.ledger.gate import Gate
 from include.refunds.ledger.intake import NAMELESS, Intake, NewRefund, differences
 from include.refunds.ledger.limits import RefundLimits
-from include.refunds.ledger.lists import KNOWN_FOR, Lists, TerminalList
+from include.refunds.ledger.lists import Lists, TerminalList
 from include.refunds.ledger.pauses import Pauses
 from include.refunds.ledger.records import OnRecord, Records
 from include.refunds.ledger.refunds import Refunds
 from include.refunds.ledger.requests import KeptRequest, Requests
-from include.refunds.ledger.runs import RELEASE_VALID, Candidate, Runs, Selection
+from include.refunds.ledger.runs import Candidate, Runs, Selection
 from include.refunds.ledger.seals import Seals
 from include.refunds.ledger.write_backs import NotWritten, WriteBack, WriteBacks
 from include.refunds.revision import (

@@ -10,21 +10,26 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from include.refunds.ledger.bindings import IN_ITS_ENVIRONMENT
+from include.refunds.ledger.conditions import (
+    ITS_TURN,
+    KEY_IS_GOOD,
+    KNOWN_FOR,
+    NOT_PAUSED,
+    RELEASE_VALID,
+    REPLACED_STANDS,
+    STILL_ITS_TURN,
+)
 from include.refunds.ledger.connection import as_array
 from include.refunds.ledger.database import LedgerDatabase, Part
 from include.refunds.ledger.grouping import Grouped
-from include.refunds.ledger.lists import KNOWN_FOR, list_is_known
-from include.refunds.ledger.pauses import NOT_PAUSED
 from include.refunds.ledger.rows import (
     COLUMNS,
     IDS,
     NEVER_POSTED,
-    REPLACED_STANDS,
     by_id,
     lock,
     select_histories,
 )
-from include.refunds.ledger.runs import RELEASE_VALID
 from include.refunds.refund import History, Refund
 
 CLAIM_LEASE = timedelta(minutes=2)
@@ -39,12 +44,6 @@ PERMISSION_SECONDS = 10.0
 # Another refund of the list may go meanwhile, and a later run finds this one.
 _LOCK_SECONDS = 5
 _ASK_AGAIN_SECONDS = 0.05
-
-# True of an instruction i and its state s. Of what was never sent, its terminal's list is known: the ledger has not
-# forgotten that it was. Of the rest, the key still counts at Payroc, and is sent with the host and API key of before.
-_KEY_IS_GOOD = f"""(
-    first_sent_at IS NULL AND {list_is_known(known_since=":known_since", with_="asked_with")}
-    OR first_sent_at > :window_start AND s.sent_with = asked_with)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,10 +147,8 @@ class Claims(Part):
                 JOIN refund_ledger.frozen_requests AS q ON q.refund_id = asked.refund_id
                 WHERE s.refund_id = ANY({IDS}) AND s.refund_id = asked.refund_id
                   AND source = :source AND request IS NOT NULL AND payroc_refund_id IS NULL
-                  AND {IN_ITS_ENVIRONMENT} AND {NOT_PAUSED} AND {REPLACED_STANDS} AND {_KEY_IS_GOOD}
-                  AND (status = 'released' AND released_at > :oldest_release
-                       OR status IN ('unknown', 'sending') AND lease_until <= :now AND next_attempt_at <= :now
-                          AND (first_sent_at IS NOT NULL OR released_at > :oldest_release))
+                  AND {IN_ITS_ENVIRONMENT} AND {NOT_PAUSED} AND {REPLACED_STANDS} AND {KEY_IS_GOOD}
+                  AND {ITS_TURN}
                 RETURNING {COLUMNS}
             ), lapsed AS (
                 UPDATE refund_ledger.refund_attempts AS a SET finished_at = :now, outcome = 'not_sent'
@@ -247,8 +244,8 @@ class Claims(Part):
                     sent_with = COALESCE(s.sent_with, asked_with)
                 FROM claimed JOIN refund_ledger.refund_instructions AS i ON i.id = claimed.refund_id
                 WHERE s.refund_id = ANY({IDS}) AND s.refund_id = claimed.refund_id
-                  AND attempts = attempt AND status = 'sending' AND fence_until > ends
-                  AND {NOT_PAUSED} AND {REPLACED_STANDS} AND {_KEY_IS_GOOD}
+                  AND {STILL_ITS_TURN}
+                  AND {NOT_PAUSED} AND {REPLACED_STANDS} AND {KEY_IS_GOOD}
                 RETURNING s.refund_id, attempt
             )
             UPDATE refund_ledger.refund_attempts AS a SET posting_at = :now

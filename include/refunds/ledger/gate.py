@@ -9,11 +9,12 @@ from datetime import datetime
 
 from include.refunds.classify import EVERYTHING
 from include.refunds.ledger.approvals import check_approval, first_released, lock_run
+from include.refunds.ledger.conditions import REPLACED_STANDS
 from include.refunds.ledger.connection import Connection, Row, as_array
 from include.refunds.ledger.database import Part
 from include.refunds.ledger.foreign import set_aside_paid
 from include.refunds.ledger.limits import lock_gate, read_limits
-from include.refunds.ledger.rows import OF_MANY, REPLACED_STANDS, lock
+from include.refunds.ledger.rows import OF_MANY, lock
 from include.refunds.limits import AtTheGate, GateDecision, Limits, Totals, day_start, decide_at_gate, totals
 from include.refunds.states import Status
 

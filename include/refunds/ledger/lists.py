@@ -10,30 +10,10 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from include.refunds.ledger.database import Part
 from include.refunds.ledger.foreign import Foreign, set_aside_paid
-
-KNOWN_FOR = timedelta(days=4)
-"""A first attempt leaves only while its terminal's list is known up to less than this ago."""
-
-# True of an instruction i whose terminal's list was read up to a moment after `known_since`, with the API
-# host and key whose hash is `with_`. Both are SQL.
-_LIST_IS_KNOWN = """EXISTS (
-    SELECT FROM refund_ledger.terminals AS list
-    WHERE list.terminal = i.processing_terminal_id AND list.read_to > {known_since}
-      AND list.read_with = {with_})"""
-
-
-def list_is_known(*, known_since: str, with_: str) -> str:
-    """
-    Return the condition, as SQL, of a first attempt of an instruction ``i``: its terminal's list is known.
-
-    :param known_since: SQL of the moment after which the list has to be known.
-    :param with_: SQL of the hash of API host and key that have to be those of the reading.
-    """
-    return _LIST_IS_KNOWN.format(known_since=known_since, with_=with_)
 
 
 @dataclass(frozen=True, slots=True)

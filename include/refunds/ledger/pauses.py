@@ -16,10 +16,6 @@ from include.refunds.ledger.connection import Connection
 from include.refunds.ledger.database import LedgerError, Part
 from include.refunds.ledger.events import because, event
 
-# True of a row with a processing_terminal_id whose sending is not paused, neither for all nor for its terminal.
-NOT_PAUSED = """NOT EXISTS (
-    SELECT FROM refund_ledger.pauses WHERE ended_at IS NULL AND scope IN ('*', processing_terminal_id))"""
-
 # Nothing can hold a pause up for long (tests/refunds/test_locks.py). If something does, the operator has to know now.
 _PAUSE_LOCK_SECONDS = 1
 

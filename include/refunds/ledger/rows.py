@@ -57,10 +57,6 @@ OF_MANY = f"IN (SELECT unnest({IDS}))"
 NEVER_POSTED = "a.finished_at IS NULL AND a.posting_at IS NULL"
 """True of an attempt ``a`` whose worker is at it, or was stopped before its last check."""
 
-# True of a refund that replaces none, or of whose chain none was paid, or none is any more: a refund that turned out to be
-# paid after all must not be paid again by a reissue.
-REPLACED_STANDS = "(replaces IS NULL OR refund_ledger.ended_unpaid(replaces))"
-
 
 def as_refund(row: Sequence[Any]) -> Refund:
     """Return the refund of a row of :data:`COLUMNS`."""

@@ -9,14 +9,11 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from include.refunds.ledger.approvals import approval_basis, hash_of_ids
+from include.refunds.ledger.conditions import NOT_PAUSED, RELEASE_VALID, REPLACED_STANDS
 from include.refunds.ledger.connection import as_array
 from include.refunds.ledger.database import Part
-from include.refunds.ledger.pauses import NOT_PAUSED
-from include.refunds.ledger.rows import NEVER_POSTED, OF_MANY, REPLACED_STANDS, lock
+from include.refunds.ledger.rows import NEVER_POSTED, OF_MANY, lock
 from include.refunds.limits import totals
-
-# A release is good for so long; what was not sent by then has to pass the gate again.
-RELEASE_VALID = timedelta(hours=24)
 
 # A refund in doubt whose wait ends within this time is worth waiting for inside a run.
 DUE_WITHIN = timedelta(minutes=5)
