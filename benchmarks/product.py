@@ -119,7 +119,7 @@ async def _finish(run_id: str) -> dict[str, Any]:
     settings, context = get_settings(), _context(run_id)
     began = time.perf_counter()
     async with open_ledger(context, settings) as ledger:
-        done = await write_back(source_of(), ledger)
+        done = await write_back(source_of(), ledger.write_backs)
         done.raise_trouble()
     written_after = time.perf_counter() - began
     began = time.perf_counter()

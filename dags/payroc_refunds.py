@@ -141,7 +141,7 @@ with DAG(
                 "warnings": pulled.warnings,
                 "written_again": pulled.written_again,
                 "still_offered": pulled.still_offered,
-                "unmatched": await unmatched(params, pulled, candidates, ledger),
+                "unmatched": await unmatched(params, pulled, candidates, ledger.intake),
             }
             await ledger.runs.begin_run(
                 context["run_id"], params.model_dump(mode="json"), candidates, findings, pulled.at
@@ -190,7 +190,7 @@ with DAG(
             raise AirflowSkipException("A dry run writes nothing back.")
         source = source_of()
         async with open_ledger(context, settings) as ledger:
-            done = await write_back(source, ledger)
+            done = await write_back(source, ledger.write_backs)
             if done.doubled:
                 await ledger.runs.note(context["run_id"], {"doubled": done.doubled})
         log.info("%s", "\n".join(done.sentences()))

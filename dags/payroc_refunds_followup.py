@@ -81,7 +81,7 @@ with DAG(
 
         source = source_of()
         async with open_ledger(get_current_context(), settings) as ledger:
-            done = await write_back(source, ledger)
+            done = await write_back(source, ledger.write_backs)
         log.info("%s", "\n".join(done.sentences()))
         done.raise_trouble()
         return done.as_dict()

@@ -591,7 +591,7 @@ def rotate_keys(url: LedgerUrl = None) -> None:
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task("Encrypting", total=waiting)
             rotated = await rotate_requests(
-                ledger, cipher, advance=lambda count: progress.advance(task, count)
+                ledger.requests, cipher, advance=lambda count: progress.advance(task, count)
             )
         return rotated, await ledger.requests.requests_by_key()
 

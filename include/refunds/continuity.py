@@ -11,13 +11,15 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from typing import Protocol
 
 from include.payroc import models
 from include.payroc.errors import PayrocError, PayrocIncompleteList, PayrocProblem
 from include.refunds.classify import judge_object, refuses_terminal, word_of
 from include.refunds.gateway import Reader
-from include.refunds.ledger import Foreign, Ledger, TerminalList
-from include.refunds.listing import currency_of, in_batches, key_of, known, pairs
+from include.refunds.ledger import Foreign, TerminalList
+from include.refunds.ledger_parts import Clock, Recorder, TerminalLists
+from include.refunds.listing import Known, currency_of, in_batches, key_of, known, pairs
 from include.refunds.refund import Refund
 from include.refunds.settings import Settings
 from include.refunds.transitions import is_forgotten, is_known
@@ -87,8 +89,38 @@ class ListRead:
         ]
 
 
+class NotedLists(TerminalLists, Protocol):
+    """What is noted of the lists of Payroc."""
+
+    async def list_read(self, terminal: str, read_from: datetime, read_to: datetime, read_with: str) -> None:
+        """See :meth:`~include.refunds.ledger.lists.Lists.list_read`."""
+
+    async def list_failed(self, terminal: str, failure: str, *, refused: bool = False) -> None:
+        """See :meth:`~include.refunds.ledger.lists.Lists.list_failed`."""
+
+    async def keep_foreign(self, found: Sequence[Foreign]) -> None:
+        """See :meth:`~include.refunds.ledger.lists.Lists.keep_foreign`."""
+
+
+class _Records(Recorder, Protocol):
+    async def mark_seen(self, refund_ids: Sequence[int]) -> None: ...
+
+
+class ListLedger(Clock, Protocol):
+    """What reading Payroc's lists on needs of the ledger."""
+
+    @property
+    def lists(self) -> NotedLists: ...
+
+    @property
+    def records(self) -> _Records: ...
+
+    @property
+    def refunds(self) -> Known: ...
+
+
 async def lists_due(
-    ledger: Ledger,
+    ledger: ListLedger,
     settings: Settings,
     *,
     sent_with: str,
@@ -122,7 +154,7 @@ async def lists_due(
 async def read_on(
     item: TerminalList,
     *,
-    ledger: Ledger,
+    ledger: ListLedger,
     reader: Reader,
     settings: Settings,
     since: datetime | None = None,
@@ -156,7 +188,7 @@ async def read_on(
     return found
 
 
-async def note_known(item: TerminalList, found: ListRead, ledger: Ledger, reader: Reader) -> None:
+async def note_known(item: TerminalList, found: ListRead, ledger: ListLedger, reader: Reader) -> None:
     """Note how far a list is known after a reading that left no gap."""
     begin = found.begin
     goes_on = item.read_from is not None and item.read_to is not None and begin <= item.read_to
@@ -164,7 +196,7 @@ async def note_known(item: TerminalList, found: ListRead, ledger: Ledger, reader
     await ledger.lists.list_read(item.terminal, read_from, found.end - LIST_LAG, reader.sent_with)
 
 
-async def note_failed(item: TerminalList, error: PayrocError, ledger: Ledger) -> None:
+async def note_failed(item: TerminalList, error: PayrocError, ledger: ListLedger) -> None:
     """Note that a list that was due could not be read to its end."""
     failure = str(error)
     if isinstance(error, PayrocIncompleteList):
@@ -190,7 +222,7 @@ async def compare_list(
     terminal: str,
     begin: datetime,
     end: datetime,
-    ledger: Ledger,
+    ledger: ListLedger,
     reader: Reader,
     *,
     restored: bool = False,
@@ -219,11 +251,11 @@ async def compare_list(
 
 
 async def _compare(
-    batch: Sequence[models.Refund], terminal: str, found: ListRead, ledger: Ledger, *, restored: bool
+    batch: Sequence[models.Refund], terminal: str, found: ListRead, ledger: ListLedger, *, restored: bool
 ) -> None:
     seen: list[int] = []
     foreign: list[Foreign] = []
-    for item, refund in pairs(batch, await known(batch, ledger)):
+    for item, refund in pairs(batch, await known(batch, ledger.refunds)):
         if refund is None:
             foreign.append(_foreign(item, terminal))
             continue

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Protocol
 
 from include.payroc.errors import OBJECTS_NAMED, PayrocError, PayrocIncompleteList
 from include.refunds.business_days import business_days_before
 from include.refunds.classify import refuses_terminal
 from include.refunds.continuity import (
     READ_BY_FOLLOW_UP_AFTER,
+    ListLedger,
     ListRead,
     compare_list,
     goes_on_at,
@@ -23,8 +25,9 @@ from include.refunds.continuity import (
     read_on,
 )
 from include.refunds.gateway import Reader
-from include.refunds.ledger import Ledger, TerminalList
-from include.refunds.listing import of_terminal
+from include.refunds.ledger import TerminalList
+from include.refunds.ledger_parts import ChecksEnvironment
+from include.refunds.listing import Known, of_terminal
 from include.refunds.look_up import look_up_in_doubt
 from include.refunds.reader import FreshTokenReader
 from include.refunds.refund import Refund
@@ -65,7 +68,41 @@ class FollowedUp:
     notes: list[str]
 
 
-async def follow_up(ledger: Ledger, gateway: Reader, settings: Settings) -> FollowedUp:
+class FollowedRefunds(Known, Protocol):
+    """The refunds whose further way Payroc still has to say."""
+
+    async def in_doubt(self) -> list[Refund]:
+        """See :meth:`~include.refunds.ledger.refunds.Refunds.in_doubt`."""
+
+    async def followed(self, changed_within: timedelta, taken_over_within: timedelta) -> dict[str, datetime]:
+        """See :meth:`~include.refunds.ledger.refunds.Refunds.followed`."""
+
+
+class _Requests(Protocol):
+    async def empty_requests(self, kept_for: timedelta, limit: int) -> int: ...
+
+
+class _Runs(Protocol):
+    async def return_stale_releases(self) -> int: ...
+
+
+class FollowUpLedger(ListLedger, Protocol):
+    """What the follow-up needs of the ledger."""
+
+    @property
+    def bindings(self) -> ChecksEnvironment: ...
+
+    @property
+    def refunds(self) -> FollowedRefunds: ...
+
+    @property
+    def requests(self) -> _Requests: ...
+
+    @property
+    def runs(self) -> _Runs: ...
+
+
+async def follow_up(ledger: FollowUpLedger, gateway: Reader, settings: Settings) -> FollowedUp:
     """
     Look up the unknown refunds, compare the list of each terminal with the ledger, and read on the lists
     that are due.
@@ -77,7 +114,7 @@ async def follow_up(ledger: Ledger, gateway: Reader, settings: Settings) -> Foll
     notes: list[str] = []
     reader = FreshTokenReader(gateway)
     counts["returned to approved"] = await ledger.runs.return_stale_releases()
-    counts["emptied"] = await _empty_requests(ledger, settings)
+    counts["emptied"] = await _empty_requests(ledger.requests, settings)
     now = await ledger.now()
     in_doubt = await ledger.refunds.in_doubt()
     followed = await ledger.refunds.followed(
@@ -133,7 +170,7 @@ async def follow_up(ledger: Ledger, gateway: Reader, settings: Settings) -> Foll
 async def _read(
     item: TerminalList,
     begin: datetime | None,
-    ledger: Ledger,
+    ledger: FollowUpLedger,
     reader: Reader,
     settings: Settings,
     *,
@@ -150,16 +187,14 @@ async def _read(
     return await compare_list(item.terminal, begin, start, ledger, reader)
 
 
-async def _empty_requests(ledger: Ledger, settings: Settings) -> int:
+async def _empty_requests(requests: _Requests, settings: Settings) -> int:
     emptied = 0
-    while count := await ledger.requests.empty_requests(
-        timedelta(days=settings.request_days), _EMPTIED_AT_ONCE
-    ):
+    while count := await requests.empty_requests(timedelta(days=settings.request_days), _EMPTIED_AT_ONCE):
         emptied += count
     return emptied
 
 
-async def _look_up(refund: Refund, ledger: Ledger, reader: Reader, settings: Settings) -> bool:
+async def _look_up(refund: Refund, ledger: FollowUpLedger, reader: Reader, settings: Settings) -> bool:
     verdict = await look_up_in_doubt(await reader.token(), refund, reader, settings, await ledger.now())
     if verdict is None:
         return False

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator, Sequence
+from typing import Protocol
 from uuid import UUID
 
 from include.payroc import models
 from include.payroc.errors import PayrocError, PayrocIncompleteList
 from include.refunds.classify import is_ours
-from include.refunds.ledger import Ledger
 from include.refunds.refund import Refund
 
 BATCH = 200
@@ -42,10 +42,19 @@ def of_terminal(error: PayrocIncompleteList, terminal: str) -> list[str]:
     return [f"{name} of terminal {terminal}" for name in error.objects]
 
 
-async def known(found: Sequence[models.Refund], ledger: Ledger) -> list[Refund]:
+class Known(Protocol):
+    """The refunds that objects of Payroc's may belong to."""
+
+    async def known(
+        self, keys: Sequence[str], payroc_refund_ids: Sequence[str], order_ids: Sequence[str] = ()
+    ) -> list[Refund]:
+        """See :meth:`~include.refunds.ledger.refunds.Refunds.known`."""
+
+
+async def known(found: Sequence[models.Refund], refunds: Known) -> list[Refund]:
     """Return the refunds of the ledger that objects of Payroc's may belong to."""
     keys = [key for item in found if (key := key_of(item)) is not None]
-    return await ledger.refunds.known(
+    return await refunds.known(
         keys, [item.refund_id for item in found], [item.order.order_id for item in found]
     )
 

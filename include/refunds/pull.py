@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, Protocol
 
 from include.refunds.bank_rules import routing_number_warning
-from include.refunds.cipher import Cipher
-from include.refunds.ledger import NAMELESS, Ledger, NewRefund, differences
+from include.refunds.cipher import Cipher, Sealed
+from include.refunds.ledger import NAMELESS, NewRefund, differences
+from include.refunds.ledger_parts import Clock, Stored
 from include.refunds.people import person
 from include.refunds.rows import InvalidRow, RefundRow, name_of
 from include.refunds.settings import Settings
@@ -53,7 +54,54 @@ class Pulled:
         return f"{self.rows} rows in the source: {counts}."
 
 
-async def pull(source: ReadableSource, ledger: Ledger, cipher: Cipher, settings: Settings) -> Pulled:
+class PullBindings(Protocol):
+    """What a pull needs to know of what the ledger is bound to."""
+
+    async def check_source(self) -> None:
+        """See :meth:`~include.refunds.ledger.bindings.Bindings.check_source`."""
+
+    async def check_fingerprint_key(self, check: str) -> None:
+        """See :meth:`~include.refunds.ledger.bindings.Bindings.check_fingerprint_key`."""
+
+
+class _Intake(Stored, Protocol):
+    async def store(self, rows: Sequence[tuple[NewRefund, Sealed]]) -> set[str]: ...
+
+    async def spelled(self, folded: Sequence[str]) -> set[str]: ...
+
+    async def note_invalid(self, invalid: dict[str, dict[str, str]], valid: Sequence[str]) -> None: ...
+
+    async def set_aside(self, standing: Sequence[str]) -> dict[int, str]: ...
+
+
+class PullLists(Protocol):
+    """What a pull notes of terminals."""
+
+    async def note_terminals(self, terminals: Collection[str]) -> None:
+        """See :meth:`~include.refunds.ledger.lists.Lists.note_terminals`."""
+
+
+class _WriteBacks(Protocol):
+    async def write_again(self, offered: Collection[str]) -> tuple[int, int]: ...
+
+
+class PullLedger(Clock, Protocol):
+    """What a pull needs of the ledger."""
+
+    @property
+    def bindings(self) -> PullBindings: ...
+
+    @property
+    def intake(self) -> _Intake: ...
+
+    @property
+    def lists(self) -> PullLists: ...
+
+    @property
+    def write_backs(self) -> _WriteBacks: ...
+
+
+async def pull(source: ReadableSource, ledger: PullLedger, cipher: Cipher, settings: Settings) -> Pulled:
     """
     Store the source's approved refunds that the ledger does not have yet, each with its key and its frozen body.
 
@@ -73,7 +121,7 @@ async def pull(source: ReadableSource, ledger: Ledger, cipher: Cipher, settings:
     # Those of rows that were pulled before, too: a terminal that was changed in the source may have paid.
     await ledger.lists.note_terminals({refund.processing_terminal_id for refund, _ in valid})
     for start in range(0, len(valid), _BATCH):
-        await _store(valid[start : start + _BATCH], ledger, cipher, pulled)
+        await _store(valid[start : start + _BATCH], ledger.intake, cipher, pulled)
     await ledger.intake.note_invalid(
         pulled.invalid, [refund.source_ref for refund, _ in valid if refund.source_ref not in pulled.invalid]
     )
@@ -161,23 +209,23 @@ def build(row: SourceRow, cipher: Cipher, settings: Settings, now: datetime) -> 
 
 
 async def _store(
-    valid: list[tuple[NewRefund, bytes]], ledger: Ledger, cipher: Cipher, pulled: Pulled
+    valid: list[tuple[NewRefund, bytes]], intake: _Intake, cipher: Cipher, pulled: Pulled
 ) -> None:
     refs = [refund.source_ref for refund, _ in valid]
-    known = await ledger.intake.stored(refs)
-    inserted = await ledger.intake.store(
+    known = await intake.stored(refs)
+    inserted = await intake.store(
         [(refund, cipher.seal(body)) for refund, body in valid if refund.source_ref not in known]
     )
     pulled.new += len(inserted)
     if len(inserted) + len(known) < len(valid):
         # Another pull may have stored them a moment ago.
-        known = await ledger.intake.stored(refs)
+        known = await intake.stored(refs)
     collided = {
         refund.source_ref: refund.source_ref_folded
         for refund, _ in valid
         if refund.source_ref not in inserted and refund.source_ref not in known
     }
-    spelled = await ledger.intake.spelled(list(collided.values())) if collided else set()
+    spelled = await intake.spelled(list(collided.values())) if collided else set()
     for refund, _ in valid:
         if refund.source_ref in collided:
             pulled.invalid[refund.source_ref] = (
@@ -198,7 +246,7 @@ def source_changes(
     Return what the source no longer stands by: source_refs that are gone, invalid or different now, each with a sentence.
 
     :param rows: the source's rows of this moment.
-    :param stored: what the ledger holds of the refunds in question, by source_ref (see :meth:`~include.refunds.ledger.intake.Intake.stored`).
+    :param stored: what the ledger holds of the refunds in question, by source_ref (see :meth:`~include.refunds.intake.Intake.stored`).
     :param now: the ledger's time.
     """
     asked = [row for row in rows if name_of(row) in stored]

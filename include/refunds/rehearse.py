@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from datetime import datetime
+from typing import Any, Protocol
 
+from include.refunds.approval import Question
 from include.refunds.cipher import Cipher
-from include.refunds.ledger import Candidate, Ledger
+from include.refunds.ledger import Candidate
+from include.refunds.ledger_parts import Candidates, PauseReasons
 from include.refunds.limits import GateDecision
 from include.refunds.params import RunParams
 from include.refunds.printable import printable
-from include.refunds.pull import pull
+from include.refunds.pull import PullLedger, pull
 from include.refunds.report import Line, Report, totals_of, warning_notes
 from include.refunds.settings import Settings
 from include.refunds.source import ReadableSource, SourceRow
@@ -30,8 +35,50 @@ class _Read:
 _RUN = "dry run"
 
 
+class _Runs(Candidates, Protocol):
+    async def begin_run(
+        self,
+        run_id: str,
+        params: dict[str, Any],
+        candidates: Sequence[Candidate],
+        findings: dict[str, Any],
+        at: datetime,
+    ) -> None: ...
+
+
+class _Approvals(Protocol):
+    async def ask_approval(self, run_id: str) -> Question | None: ...
+
+
+class _Gate(Protocol):
+    async def at_the_gate(self, ids: Sequence[int]) -> GateDecision: ...
+
+
+class Rehearsal(PullLedger, Protocol):
+    """What a dry run needs of the ledger whose changes are rolled back."""
+
+    @property
+    def approvals(self) -> _Approvals: ...
+
+    @property
+    def gate(self) -> _Gate: ...
+
+    @property
+    def pauses(self) -> PauseReasons: ...
+
+    @property
+    def runs(self) -> _Runs: ...
+
+
+class RehearsalLedger(Protocol):
+    """What a dry run needs of the ledger."""
+
+    def rehearsal(self) -> AbstractAsyncContextManager[Rehearsal]:
+        """See :meth:`~include.refunds.ledger.Ledger.rehearsal`."""
+
+
 async def rehearse(
-    params: RunParams, source: ReadableSource, ledger: Ledger, cipher: Cipher, settings: Settings
+    params: RunParams, source: ReadableSource, ledger: RehearsalLedger, cipher: Cipher, settings: Settings
 ) -> Report:
     """
     Report what a run with these params would send. Nothing is stored, asked of a person, sent or written back.
@@ -44,7 +91,7 @@ async def rehearse(
         pulled = await pull(read, rehearsal, cipher, settings)
         candidates = await rehearsal.runs.candidates(params.selection(), standing=pulled.standing)
         await rehearsal.runs.begin_run(_RUN, params.model_dump(mode="json"), candidates, {}, pulled.at)
-        missing = await unmatched(params, pulled, candidates, rehearsal)
+        missing = await unmatched(params, pulled, candidates, rehearsal.intake)
         question = await rehearsal.approvals.ask_approval(_RUN)
         decision = await rehearsal.gate.at_the_gate([item.id for item in candidates])
         pauses = await rehearsal.pauses.reasons()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from include.payroc.errors import PayrocError
 from include.payroc.models import REFUND_KEY_FIELD, AccessToken, CustomField, RefundRequest
@@ -12,13 +12,11 @@ from include.refunds.case import Case, DecisionRefused
 from include.refunds.cipher import Cipher, Sealed, UnreadableRequest
 from include.refunds.gateway import Reader
 from include.refunds.keys import default_order_id, idempotency_key
+from include.refunds.ledger_parts import Cases, ChecksEnvironment, Recorder, Replaced
 from include.refunds.look_up import look_up
 from include.refunds.reader import FreshTokenReader
 from include.refunds.refund import Refund
 from include.refunds.states import REPLACEABLE
-
-if TYPE_CHECKING:
-    from include.refunds.ledger import Ledger
 
 _LONGEST_SOURCE_REF = 200
 
@@ -43,8 +41,28 @@ class Reissue:
         return {"reissue": self.source_ref}
 
 
+class _Decisions(Cases, Protocol):
+    async def reissue(self, read: Case, new: Reissue, reason: str) -> int | None: ...
+
+
+class ReissueLedger(Protocol):
+    """What a reissue needs of the ledger."""
+
+    @property
+    def bindings(self) -> ChecksEnvironment: ...
+
+    @property
+    def decisions(self) -> _Decisions: ...
+
+    @property
+    def records(self) -> Recorder: ...
+
+    @property
+    def refunds(self) -> Replaced: ...
+
+
 async def reissue(
-    refund_id: int, reason: str, *, ledger: Ledger, gateway: Reader, cipher: Cipher, source: str
+    refund_id: int, reason: str, *, ledger: ReissueLedger, gateway: Reader, cipher: Cipher, source: str
 ) -> int | None:
     """
     Reissue a refund, or propose to. Who does it is the ledger's actor.
@@ -62,7 +80,10 @@ async def reissue(
     reader = FreshTokenReader(gateway)
     try:
         paid = await paid_after_all(
-            await reader.token(), [case.refund, *await ledger.refunds.replaced(refund_id)], ledger, reader
+            await reader.token(),
+            [case.refund, *await ledger.refunds.replaced(refund_id)],
+            ledger.records,
+            reader,
         )
     except PayrocError as error:
         raise DecisionRefused(
@@ -86,7 +107,7 @@ async def reissue(
 
 
 async def paid_after_all(
-    token: AccessToken, replaced: Sequence[Refund], ledger: Ledger, reader: Reader
+    token: AccessToken, replaced: Sequence[Refund], records: Recorder, reader: Reader
 ) -> str | None:
     """
     Return a sentence when Payroc holds a refund of these that is neither declined, nor returned, nor reversed. The ledger learns it.
@@ -102,7 +123,7 @@ async def paid_after_all(
         ):
             continue
         if found.sighting is not None:
-            await ledger.records.record(refund.id, found)
+            await records.record(refund.id, found)
         return f"Refund {refund.id}, which is {refund.status} here, may be paid after all: {found.reason}"
     return None
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 from include.payroc.errors import PayrocError, PayrocIncompleteList
 from include.payroc.models import AccessToken
 from include.refunds.cipher import Cipher
 from include.refunds.classify import EVERYTHING, NO_SUCH_ADDRESS, refuses_terminal
-from include.refunds.continuity import READ_BY_RELEASE_AFTER, lists_due, note_failed, read_on
+from include.refunds.continuity import READ_BY_RELEASE_AFTER, ListLedger, lists_due, note_failed, read_on
 from include.refunds.gateway import Gateway
-from include.refunds.ledger import KNOWN_FOR, Ledger, Selection
+from include.refunds.ledger import KNOWN_FOR, Selection
+from include.refunds.ledger_parts import Candidates, ChecksEnvironment, Stored
+from include.refunds.listing import Known
 from include.refunds.pull import source_changes
 from include.refunds.reader import FreshTokenReader
 from include.refunds.settings import Settings
@@ -25,13 +28,57 @@ class PreflightRefused(PreflightFailed):
     """Payroc refused a harmless request, or something else answered it: fix the configuration first."""
 
 
+class _Refunds(Known, Protocol):
+    async def terminals(self, refund_ids: Sequence[int]) -> set[str]: ...
+
+
+class _Runs(Candidates, Protocol):
+    async def note(self, run_id: str, findings: dict[str, Any]) -> None: ...
+
+
+class _Gate(Protocol):
+    async def release(
+        self,
+        run_id: str,
+        candidate_ids: Sequence[int],
+        standing_ids: Sequence[int],
+        withdrawn: dict[int, str],
+    ) -> list[int]: ...
+
+
+class _Pauses(Protocol):
+    async def pause(self, scope: str, reason: str) -> None: ...
+
+
+class ReleaseLedger(ListLedger, Protocol):
+    """What a release needs of the ledger."""
+
+    @property
+    def bindings(self) -> ChecksEnvironment: ...
+
+    @property
+    def gate(self) -> _Gate: ...
+
+    @property
+    def intake(self) -> Stored: ...
+
+    @property
+    def pauses(self) -> _Pauses: ...
+
+    @property
+    def refunds(self) -> _Refunds: ...
+
+    @property
+    def runs(self) -> _Runs: ...
+
+
 async def release(
     run_id: str,
     candidate_ids: Sequence[int],
     due_ids: Sequence[int],
     *,
     source: Source,
-    ledger: Ledger,
+    ledger: ReleaseLedger,
     gateway: Gateway,
     cipher: Cipher,
     settings: Settings,
@@ -77,7 +124,9 @@ async def release(
     return [*released, *due_ids]
 
 
-async def _ask_payroc(terminals: set[str], ledger: Ledger, gateway: Gateway, settings: Settings) -> list[str]:
+async def _ask_payroc(
+    terminals: set[str], ledger: ReleaseLedger, gateway: Gateway, settings: Settings
+) -> list[str]:
     """
     Read the lists that are due, and ask for one refund of each other terminal at which something is to be
     sent.
@@ -124,7 +173,7 @@ async def _ask_payroc(terminals: set[str], ledger: Ledger, gateway: Gateway, set
     return notes
 
 
-async def _known_terminals(ledger: Ledger, gateway: Gateway) -> set[str]:
+async def _known_terminals(ledger: ReleaseLedger, gateway: Gateway) -> set[str]:
     """Return the terminals whose list is known well enough for a first attempt."""
     since = await ledger.now() - KNOWN_FOR
     return {
@@ -134,7 +183,7 @@ async def _known_terminals(ledger: Ledger, gateway: Gateway) -> set[str]:
     }
 
 
-async def preflight(terminals: set[str], ledger: Ledger, gateway: Gateway) -> None:
+async def preflight(terminals: set[str], ledger: ReleaseLedger, gateway: Gateway) -> None:
     """
     Ask Payroc for one refund of each terminal, so that a bad configuration shows before the first POST.
 
@@ -198,7 +247,9 @@ def _not_payrocs(error: PayrocError, gateway: Gateway) -> str:
     )
 
 
-async def _judge_preflight(error: PayrocError, terminal: str, ledger: Ledger, gateway: Gateway) -> None:
+async def _judge_preflight(
+    error: PayrocError, terminal: str, ledger: ReleaseLedger, gateway: Gateway
+) -> None:
     status = error.http_status
     if _is_not_payrocs(error):
         raise PreflightRefused(_not_payrocs(error, gateway)) from None

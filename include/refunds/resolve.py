@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from include.payroc import models
 from include.payroc.errors import PayrocError
@@ -16,12 +16,10 @@ from include.payroc.models import AccessToken
 from include.refunds.case import Case, DecisionRefused
 from include.refunds.classify import Sighting, Verdict, status_of, word_of
 from include.refunds.gateway import Reader
+from include.refunds.ledger_parts import Cases, ChecksEnvironment
 from include.refunds.look_up import look_up
 from include.refunds.reader import FreshTokenReader
 from include.refunds.states import PAID, Status
-
-if TYPE_CHECKING:
-    from include.refunds.ledger import Ledger
 
 # How far Payroc's list lags behind a create is not documented, so not being listed soon after an attempt says nothing. A day is far
 # more than a list takes, and less than people wait for the bank's word.
@@ -53,13 +51,27 @@ class Resolution:
         }
 
 
+class _Decisions(Cases, Protocol):
+    async def resolve(self, read: Case, resolution: Resolution, reason: str) -> bool: ...
+
+
+class ResolveLedger(Protocol):
+    """What the end of a review needs of the ledger."""
+
+    @property
+    def bindings(self) -> ChecksEnvironment: ...
+
+    @property
+    def decisions(self) -> _Decisions: ...
+
+
 async def resolve(
     refund_id: int,
     outcome: Status,
     reason: str,
     *,
     payroc_refund_id: str | None,
-    ledger: Ledger,
+    ledger: ResolveLedger,
     gateway: Reader,
 ) -> tuple[Resolution, bool]:
     """

@@ -12,21 +12,40 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Protocol
 
 from include.payroc.errors import PayrocError, objects_named
 from include.refunds.cipher import Cipher
 from include.refunds.classify import Outcome, Verdict, refuses_terminal
-from include.refunds.continuity import ListRead, TakenOver, lists_due, note_failed, note_known, read_on
-from include.refunds.follow_up import follow_up
+from include.refunds.continuity import (
+    ListRead,
+    NotedLists,
+    TakenOver,
+    lists_due,
+    note_failed,
+    note_known,
+    read_on,
+)
+from include.refunds.follow_up import FollowedRefunds, FollowUpLedger, follow_up
 from include.refunds.gateway import Reader
 from include.refunds.keys import idempotency_key
-from include.refunds.ledger import Ledger, LedgerError, TerminalList
+from include.refunds.ledger import LedgerError, TerminalList
+from include.refunds.ledger.pauses import BegunRestore
+from include.refunds.ledger_parts import ChecksEnvironment
 from include.refunds.listing import BATCH
-from include.refunds.pull import Pulled, pull
+from include.refunds.pull import PullBindings, Pulled, PullLedger, PullLists, pull
 from include.refunds.reader import FreshTokenReader
+from include.refunds.refund import Refund
 from include.refunds.settings import Settings
 from include.refunds.source import Source
-from include.refunds.verify import Comparison, RangeError, verify
+from include.refunds.verify import (
+    ComparedRefunds,
+    Comparison,
+    KnownTerminals,
+    RangeError,
+    VerifyLedger,
+    verify,
+)
 
 # Payroc's clock and the ledger's may differ, its dates may be cut off at the second, and whether dateFrom is inclusive is not documented.
 _MARGIN = timedelta(days=1)
@@ -53,13 +72,48 @@ class Restored:
     notes: list[str]
 
 
+class _Bindings(ChecksEnvironment, PullBindings, Protocol): ...
+
+
+class _Lists(PullLists, NotedLists, KnownTerminals, Protocol):
+    async def foreign_keys(self, keys: Sequence[str]) -> dict[str, str]: ...
+
+
+class _Refunds(FollowedRefunds, ComparedRefunds, Protocol):
+    async def not_sent(self) -> list[Refund]: ...
+
+
+class _Pauses(Protocol):
+    async def begin_restore(self, backup_at: datetime, reason: str) -> BegunRestore: ...
+
+    async def end_restore(
+        self, number: int, reason: str, hidden: int = 0, names: Sequence[str] = ()
+    ) -> None: ...
+
+
+class RestoreLedger(PullLedger, FollowUpLedger, VerifyLedger, Protocol):
+    """What the first command after a restore needs of the ledger."""
+
+    @property
+    def bindings(self) -> _Bindings: ...
+
+    @property
+    def lists(self) -> _Lists: ...
+
+    @property
+    def pauses(self) -> _Pauses: ...
+
+    @property
+    def refunds(self) -> _Refunds: ...
+
+
 async def restored(
     backup_at: datetime,
     reason: str,
     *,
     terminals: Sequence[str] = (),
     source: Source,
-    ledger: Ledger,
+    ledger: RestoreLedger,
     gateway: Reader,
     cipher: Cipher,
     settings: Settings,
@@ -165,7 +219,7 @@ def _unread(comparison: Comparison) -> list[str]:
     return clauses
 
 
-async def _set_aside_reissued(ledger: Ledger, settings: Settings) -> None:
+async def _set_aside_reissued(ledger: RestoreLedger, settings: Settings) -> None:
     """Send pending refunds to review of which Payroc holds a reissue that the ledger has forgotten: sent too, it would be paid twice."""
     pending = await ledger.refunds.not_sent()
     for start in range(0, len(pending), BATCH):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from include.payroc import models
 from include.payroc.errors import PayrocError, PayrocProblem
@@ -12,7 +13,7 @@ from include.refunds.case import DecisionRefused
 from include.refunds.classify import judge_object, word_of
 from include.refunds.gateway import Gateway, Reader
 from include.refunds.keys import reverse_key
-from include.refunds.ledger import Ledger
+from include.refunds.ledger_parts import ChecksEnvironment, ReadsRefund, Recorder
 from include.refunds.reader import FreshTokenReader
 from include.refunds.refund import Refund
 from include.refunds.states import Status
@@ -31,7 +32,27 @@ class Reversed:
     sentence: str
 
 
-async def reverse(refund_id: int, reason: str, *, ledger: Ledger, gateway: Gateway) -> Reversed:
+class _Decisions(Protocol):
+    async def intend_reverse(self, refund_id: int, reason: str) -> Refund: ...
+
+
+class ReverseLedger(Protocol):
+    """What a reversal needs of the ledger."""
+
+    @property
+    def bindings(self) -> ChecksEnvironment: ...
+
+    @property
+    def decisions(self) -> _Decisions: ...
+
+    @property
+    def records(self) -> Recorder: ...
+
+    @property
+    def refunds(self) -> ReadsRefund: ...
+
+
+async def reverse(refund_id: int, reason: str, *, ledger: ReverseLedger, gateway: Gateway) -> Reversed:
     """
     Reverse an accepted refund. Who does it is the ledger's actor.
 
@@ -61,7 +82,7 @@ async def reverse(refund_id: int, reason: str, *, ledger: Ledger, gateway: Gatew
         what, found = "Payroc answered, but did not call it reversed", answer
         if word_of(answer) != "reversal":
             found = await _ask(token, payroc_refund_id, reader) or answer
-    recorded = await _record(refund, found, ledger) if found is not None else refund
+    recorded = await _record(refund, found, ledger.records) if found is not None else refund
     if recorded.status is Status.REVERSED:
         return Reversed(True, f"Refund {refund_id} is reversed: it left the open batch, and no money moves.")
     state = (
@@ -110,6 +131,6 @@ async def _ask(token: AccessToken, payroc_refund_id: str, reader: Reader) -> mod
         return None
 
 
-async def _record(refund: Refund, found: models.Refund, ledger: Ledger) -> Refund:
-    recorded, _ = await ledger.records.record(refund.id, judge_object(found, refund))
+async def _record(refund: Refund, found: models.Refund, records: Recorder) -> Refund:
+    recorded, _ = await records.record(refund.id, judge_object(found, refund))
     return recorded

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from include.refunds.cipher import Cipher, UnreadableRequest
-from include.refunds.ledger import Ledger
+from include.refunds.cipher import Cipher, Sealed, UnreadableRequest
+from include.refunds.ledger import KeptRequest
 
 _BATCH = 200
 
@@ -24,7 +25,20 @@ class Rotated:
     unreadable: list[str] = field(default_factory=list)
 
 
-async def rotate_keys(ledger: Ledger, cipher: Cipher, *, advance: Callable[[int], None]) -> Rotated:
+class Requests(Protocol):
+    """What a rotation needs of the ledger."""
+
+    async def requests_to_rotate(self, key_id: str, *, after: int, limit: int) -> list[KeptRequest]:
+        """See :meth:`~include.refunds.ledger.requests.Requests.requests_to_rotate`."""
+
+    async def store_rotated(self, rows: Sequence[tuple[KeptRequest, Sealed]]) -> int:
+        """See :meth:`~include.refunds.ledger.requests.Requests.store_rotated`."""
+
+    async def note_rotation(self, key_id: str, requests: int) -> None:
+        """See :meth:`~include.refunds.ledger.requests.Requests.note_rotation`."""
+
+
+async def rotate_keys(requests: Requests, cipher: Cipher, *, advance: Callable[[int], None]) -> Rotated:
     """
     Encrypt every request anew that another key than the first one encrypted.
 
@@ -35,7 +49,7 @@ async def rotate_keys(ledger: Ledger, cipher: Cipher, *, advance: Callable[[int]
     key_id = cipher.key_ids[0]
     rotated = Rotated()
     after = 0
-    while kept := await ledger.requests.requests_to_rotate(key_id, after=after, limit=_BATCH):
+    while kept := await requests.requests_to_rotate(key_id, after=after, limit=_BATCH):
         anew = []
         for row in kept:
             try:
@@ -44,9 +58,9 @@ async def rotate_keys(ledger: Ledger, cipher: Cipher, *, advance: Callable[[int]
                 )
             except UnreadableRequest as error:
                 rotated.unreadable.append(str(error))
-        rotated.done += await ledger.requests.store_rotated(anew)
+        rotated.done += await requests.store_rotated(anew)
         advance(len(kept))
         after = kept[-1].id
     if rotated.done:
-        await ledger.requests.note_rotation(key_id, rotated.done)
+        await requests.note_rotation(key_id, rotated.done)
     return rotated

@@ -11,14 +11,22 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 from include.payroc import models
 from include.payroc.errors import PayrocConfigurationError, PayrocError
 from include.refunds.cipher import Cipher, UnreadableRequest
 from include.refunds.classify import EVERYTHING, Outcome, Verdict, judge_error, judge_object
 from include.refunds.gateway import Gateway
-from include.refunds.ledger import KNOWN_FOR, RELEASE_VALID, Claim, Ledger, LedgerError, NoSuchRefund, Task
+from include.refunds.ledger import KNOWN_FOR, RELEASE_VALID, Claim, LedgerError, NoSuchRefund, Task
+from include.refunds.ledger_parts import (
+    ChecksEnvironment,
+    PauseReasons,
+    ReadsRefund,
+    Recorder,
+    Replaced,
+    TerminalLists,
+)
 from include.refunds.look_up import look_up, look_up_in_doubt
 from include.refunds.refund import Refund
 from include.refunds.reissue import paid_after_all
@@ -64,11 +72,44 @@ async def at_once(sendings: Sequence[Coroutine[Any, Any, None]]) -> None:
     await asyncio.gather(*sendings)
 
 
+class _Claims(Protocol):
+    async def claim(
+        self, refund_id: int, task: Task, *, environment: str, sent_with: str, token_seconds: float
+    ) -> Claim | None: ...
+
+    async def may_post(self, claim: Claim, seconds: float) -> bool: ...
+
+
+class _Refunds(ReadsRefund, Replaced, Protocol): ...
+
+
+class SendLedger(Protocol):
+    """What sending needs of the ledger."""
+
+    @property
+    def bindings(self) -> ChecksEnvironment: ...
+
+    @property
+    def claims(self) -> _Claims: ...
+
+    @property
+    def lists(self) -> TerminalLists: ...
+
+    @property
+    def pauses(self) -> PauseReasons: ...
+
+    @property
+    def records(self) -> Recorder: ...
+
+    @property
+    def refunds(self) -> _Refunds: ...
+
+
 async def send_refunds(
     refund_ids: Sequence[int],
     task: Task,
     *,
-    ledger: Ledger,
+    ledger: SendLedger,
     gateway: Gateway,
     cipher: Cipher,
     settings: Settings,
@@ -118,7 +159,7 @@ async def send_refunds(
 
 
 async def _send(
-    refund_id: int, task: Task, ledger: Ledger, gateway: Gateway, cipher: Cipher, settings: Settings
+    refund_id: int, task: Task, ledger: SendLedger, gateway: Gateway, cipher: Cipher, settings: Settings
 ) -> Result | tuple[Claim, Verdict]:
     """
     Send one released refund to Payroc, at most one POST.
@@ -163,7 +204,7 @@ async def _send(
     return claim, verdict
 
 
-async def _recorded(sent: Result | tuple[Claim, Verdict], ledger: Ledger, gateway: Gateway) -> Result:
+async def _recorded(sent: Result | tuple[Claim, Verdict], ledger: SendLedger, gateway: Gateway) -> Result:
     if isinstance(sent, Result):
         return sent
     claim, verdict = sent
@@ -182,7 +223,7 @@ async def _recorded(sent: Result | tuple[Claim, Verdict], ledger: Ledger, gatewa
 
 
 async def _look_up_first(
-    token: models.AccessToken, claim: Claim, refund: Refund, ledger: Ledger, gateway: Gateway
+    token: models.AccessToken, claim: Claim, refund: Refund, ledger: SendLedger, gateway: Gateway
 ) -> Verdict | None:
     """
     Look for what an earlier attempt may have left at Payroc, or a refund that this one replaces.
@@ -196,7 +237,9 @@ async def _look_up_first(
         return None
     try:
         if is_reissue:
-            paid = await paid_after_all(token, await ledger.refunds.replaced(refund.id), ledger, gateway)
+            paid = await paid_after_all(
+                token, await ledger.refunds.replaced(refund.id), ledger.records, gateway
+            )
             if paid is not None:
                 return Verdict(Outcome.NOT_SENT, f"Not sent: {paid}")
         return await look_up(token, claim.refund, gateway)
@@ -231,7 +274,7 @@ async def _post(token: models.AccessToken, claim: Claim, body: bytes, gateway: G
 
 
 async def _not_claimed(
-    refund_id: int, token: models.AccessToken, ledger: Ledger, gateway: Gateway, settings: Settings
+    refund_id: int, token: models.AccessToken, ledger: SendLedger, gateway: Gateway, settings: Settings
 ) -> Result:
     """Find out why a claim was refused, and for a refund in doubt what Payroc holds: a GET is always allowed."""
     # Before any look-up: another Payroc's refunds say nothing about ours, even under the same key.
@@ -254,7 +297,7 @@ async def _not_claimed(
     return _result(refund, now)
 
 
-async def _stopped(refund: Refund, now: datetime, ledger: Ledger, gateway: Gateway) -> Result:
+async def _stopped(refund: Refund, now: datetime, ledger: SendLedger, gateway: Gateway) -> Result:
     """Say why a refund that could be sent is not: a pause, an expired release, an unread list, or the refund that it replaces."""
     pauses = await ledger.pauses.reasons()
     for scope in (EVERYTHING, refund.processing_terminal_id):
@@ -272,7 +315,9 @@ async def _stopped(refund: Refund, now: datetime, ledger: Ledger, gateway: Gatew
         return Result(
             refund.id, refund.order_id, Sent.NOT_RELEASED, "Its release was not used within 24 hours."
         )
-    if refund.first_sent_at is None and not await _list_is_known(refund, gateway.sent_with, now, ledger):
+    if refund.first_sent_at is None and not await _list_is_known(
+        refund, gateway.sent_with, now, ledger.lists
+    ):
         reason = (
             f"Not sent: Payroc's list of terminal {refund.processing_terminal_id} is not read up to now with this API key; "
             "the next run reads it first."
@@ -291,9 +336,9 @@ async def _stopped(refund: Refund, now: datetime, ledger: Ledger, gateway: Gatew
     )
 
 
-async def _list_is_known(refund: Refund, sent_with: str, now: datetime, ledger: Ledger) -> bool:
-    lists = {item.terminal: item for item in await ledger.lists.terminal_lists()}
-    known = lists.get(refund.processing_terminal_id)
+async def _list_is_known(refund: Refund, sent_with: str, now: datetime, lists: TerminalLists) -> bool:
+    by_terminal = {item.terminal: item for item in await lists.terminal_lists()}
+    known = by_terminal.get(refund.processing_terminal_id)
     return known is not None and known.is_known(now - KNOWN_FOR, sent_with)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from include.refunds.ledger import Candidate, Ledger
+from include.refunds.ledger import Candidate
+from include.refunds.ledger_parts import Stored
 from include.refunds.params import RunParams
 from include.refunds.printable import printable
 from include.refunds.pull import Pulled
@@ -13,7 +14,7 @@ _MOST = 50
 
 
 async def unmatched(
-    params: RunParams, pulled: Pulled, candidates: Sequence[Candidate], ledger: Ledger
+    params: RunParams, pulled: Pulled, candidates: Sequence[Candidate], intake: Stored
 ) -> list[str]:
     """
     Return a sentence for each value of ``source_refs`` and ``processing_terminal_id`` that matches no candidate.
@@ -25,7 +26,7 @@ async def unmatched(
     among = {item.source_ref for item in candidates}
     refs = [ref for ref in dict.fromkeys(params.source_refs) if ref not in among]
     named = refs[:_MOST]
-    known = await ledger.intake.stored([*named, *(ref.strip() for ref in named)]) if named else {}
+    known = await intake.stored([*named, *(ref.strip() for ref in named)]) if named else {}
     notes = []
     for ref in named:
         if ref in pulled.invalid:

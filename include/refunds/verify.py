@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, date, datetime, timedelta
-from typing import Any
+from typing import Any, Protocol
 
 from include.payroc import models
 from include.payroc.errors import (
@@ -26,8 +26,8 @@ from include.payroc.models import AccessToken
 from include.payroc.problems import NOT_FOUND
 from include.refunds.classify import differences, is_ours, refuses_terminal, status_of, word_of
 from include.refunds.gateway import Reader
-from include.refunds.ledger import Ledger
-from include.refunds.listing import BATCH, in_batches, known, of_terminal, pairs
+from include.refunds.ledger_parts import ChecksEnvironment
+from include.refunds.listing import BATCH, Known, in_batches, known, of_terminal, pairs
 from include.refunds.reader import FreshTokenReader
 from include.refunds.refund import Refund
 from include.refunds.states import PAID
@@ -118,8 +118,35 @@ def read_range(first: str, last: str) -> tuple[datetime, datetime]:
     return start, end
 
 
+class KnownTerminals(Protocol):
+    """The terminals that are compared."""
+
+    async def all_terminals(self) -> list[str]:
+        """See :meth:`~include.refunds.ledger.lists.Lists.all_terminals`."""
+
+
+class ComparedRefunds(Known, Protocol):
+    """The refunds that are compared."""
+
+    async def sent_between(self, start: datetime, end: datetime, *, after: int, limit: int) -> list[Refund]:
+        """See :meth:`~include.refunds.ledger.refunds.Refunds.sent_between`."""
+
+
+class VerifyLedger(Protocol):
+    """What a comparison with Payroc needs of the ledger."""
+
+    @property
+    def bindings(self) -> ChecksEnvironment: ...
+
+    @property
+    def lists(self) -> KnownTerminals: ...
+
+    @property
+    def refunds(self) -> ComparedRefunds: ...
+
+
 async def verify(
-    start: datetime, end: datetime, *, terminals: Sequence[str] = (), ledger: Ledger, gateway: Reader
+    start: datetime, end: datetime, *, terminals: Sequence[str] = (), ledger: VerifyLedger, gateway: Reader
 ) -> Comparison:
     """
     Compare what was first sent from ``start`` up to ``end`` with what Payroc holds.
@@ -130,7 +157,7 @@ async def verify(
     """
     await ledger.bindings.check_environment(gateway.environment)
     comparison = Comparison(start, end)
-    compare = _Compare(comparison, ledger)
+    compare = _Compare(comparison, ledger.refunds)
     reader = FreshTokenReader(gateway)
     for terminal in sorted({*await ledger.lists.all_terminals(), *terminals}):
         listed = reader.list_refunds(
@@ -173,14 +200,14 @@ class _Compare:
     :param seen: refund id at Payroc by the ledger's id, of what was compared: some ten megabytes for 100,000 refunds.
     """
 
-    def __init__(self, comparison: Comparison, ledger: Ledger) -> None:
+    def __init__(self, comparison: Comparison, refunds: Known) -> None:
         self._into = comparison
-        self._ledger = ledger
+        self._refunds = refunds
         self.seen: dict[int, str] = {}
         self._unknown: set[str] = set()
 
     async def listed(self, batch: Sequence[models.Refund]) -> None:
-        for item, row in pairs(batch, await known(batch, self._ledger)):
+        for item, row in pairs(batch, await known(batch, self._refunds)):
             if row is not None:
                 self._pair(item, row)
             elif item.refund_id not in self._unknown and self._within(self._date_of(item)):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from include.refunds.ledger import Ledger, NotWritten, WriteBack
+from include.refunds.ledger import NotWritten, WriteBack
 from include.refunds.printable import printable
 from include.refunds.source_errors import SourceError, SourceUnavailable
 from include.refunds.source_update import Updated
@@ -79,7 +80,24 @@ class WrittenBack:
         ]
 
 
-async def write_back(source: WritableSource, ledger: Ledger) -> WrittenBack:
+class WriteBacks(Protocol):
+    """What a write-back needs of the ledger."""
+
+    def write_back_turn(self) -> AbstractAsyncContextManager[str]:
+        """See :meth:`~include.refunds.ledger.write_backs.WriteBacks.write_back_turn`."""
+
+    async def due_write_backs(
+        self, limit: int, after: WriteBack | None = None, *, failed_before: bool = False
+    ) -> list[WriteBack]:
+        """See :meth:`~include.refunds.ledger.write_backs.WriteBacks.due_write_backs`."""
+
+    async def mark_written_back(
+        self, holder: str, written: Sequence[WriteBack], not_written: Sequence[NotWritten] = ()
+    ) -> None:
+        """See :meth:`~include.refunds.ledger.write_backs.WriteBacks.mark_written_back`."""
+
+
+async def write_back(source: WritableSource, write_backs: WriteBacks) -> WrittenBack:
     """
     Bring the source up to date with the ledger.
 
@@ -92,16 +110,16 @@ async def write_back(source: WritableSource, ledger: Ledger) -> WrittenBack:
     :raises LedgerUnavailable: when another write-back has the turn, or took it over.
     """
     done = WrittenBack()
-    async with ledger.write_backs.write_back_turn() as holder:
+    async with write_backs.write_back_turn() as holder:
         for failed_before in (False, True):
             after = None
-            while due := await ledger.write_backs.due_write_backs(_BATCH, after, failed_before=failed_before):
+            while due := await write_backs.due_write_backs(_BATCH, after, failed_before=failed_before):
                 after = due[-1]
                 # A row that has failed a moment ago has failed before, too.
                 updated = await source.write_back(
                     [item for item in due if item.source_ref not in done.not_written]
                 )
-                await ledger.write_backs.mark_written_back(holder, updated.written, updated.not_written)
+                await write_backs.mark_written_back(holder, updated.written, updated.not_written)
                 done.add(updated)
                 done.trouble = updated.stopped
                 if not failed_before and not done.written:

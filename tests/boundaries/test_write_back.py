@@ -46,7 +46,7 @@ def change(world: World, *statements: str) -> None:
 
 
 def written_back(world: World) -> WrittenBack:
-    return world.run(write_back(world.source, world.ledger))
+    return world.run(write_back(world.source, world.ledger.write_backs))
 
 
 def written_refs(world: World) -> list[str]:

@@ -141,7 +141,7 @@ class Shop:
                 connection.execute(CHANGE, {name: getattr(row, name) for name in CHANGE.compile().params})
 
     def write_back(self) -> WrittenBack:
-        return self._loop.run_until_complete(write_back(self.world.source, self._ledger))
+        return self._loop.run_until_complete(write_back(self.world.source, self._ledger.write_backs))
 
     def due(self) -> set[str]:
         async def work() -> set[str]:

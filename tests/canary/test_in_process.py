@@ -411,7 +411,7 @@ def test_a_source_that_quotes_a_value_in_its_error_is_not_repeated(
     world.release()
     with talk.failing("select", SourceError):
         world.run(source.select_approved())
-    done = world.run(write_back(source, world.ledger))
+    done = world.run(write_back(source, world.ledger.write_backs))
     assert len(done.not_written) == 2
     talk.note("update", done)
     assert talk.errors == 1
@@ -426,7 +426,7 @@ def test_a_source_that_quotes_a_row_in_its_error_is_not_repeated(
         connection.execute(
             text("ALTER TABLE refund_requests ADD CONSTRAINT nothing_is_paid CHECK (status <> 'accepted')")
         )
-    done = world.run(write_back(world.source, world.ledger))
+    done = world.run(write_back(world.source, world.ledger.write_backs))
     assert len(done.not_written) == 1
     talk.note("write-back", done)
     talk.note("report", world.run(status_report(world.ledger.engine, world.settings.source)))
@@ -443,7 +443,7 @@ def test_what_a_trigger_of_the_merchants_says_of_a_payee_is_not_repeated(
                 $$ BEGIN RAISE EXCEPTION 'payee %% is blocked', NEW.name_on_account; END $$;
             CREATE TRIGGER block BEFORE UPDATE ON refund_requests FOR EACH ROW EXECUTE FUNCTION block()""")
     world.pull()
-    done = world.run(write_back(world.source, world.ledger))
+    done = world.run(write_back(world.source, world.ledger.write_backs))
     assert len(done.not_written) == 1
     talk.note("update", done)
     talk.note("report", world.run(status_report(world.ledger.engine, world.settings.source)))

@@ -178,7 +178,7 @@ class World:
 
     def write_back(self) -> tuple[int, list[str]]:
         """Write back, and return how many rows were written, and the source_refs of those that were not."""
-        done = self.run(write_back(self.source, self.ledger))
+        done = self.run(write_back(self.source, self.ledger.write_backs))
         done.raise_trouble()
         return done.written, sorted(done.not_written)
 

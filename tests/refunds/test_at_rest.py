@@ -50,7 +50,7 @@ def cipher(*keys: str) -> Cipher:
 
 
 def rotate(world: World, *keys: str, advance: Callable[[int], None] = lambda count: None) -> Rotated:
-    return world.run(rotate_keys(world.ledger, cipher(*keys), advance=advance))
+    return world.run(rotate_keys(world.ledger.requests, cipher(*keys), advance=advance))
 
 
 def bodies(world: World, *keys: str) -> list[bytes]:

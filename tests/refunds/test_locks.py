@@ -290,7 +290,7 @@ def test_no_transaction_of_the_ledger_is_open_while_the_source_is_read_or_writte
     world.approve()
     world.run(rehearse(RunParams(dry_run=True), source, world.ledger, world.cipher, world.settings))
     world.run(pull(source, world.ledger, world.cipher, world.settings))
-    world.run(write_back(source, world.ledger))
+    world.run(write_back(source, world.ledger.write_backs))
     assert source.open == [0, 0, 0]
 
 

@@ -266,7 +266,7 @@ def test_a_change_that_comes_while_the_source_is_written_stays_due(world: World)
             await world.sending(refund_id)
             return await source.write_back(rows)
 
-    world.run(write_back(Slow(), world.ledger))
+    world.run(write_back(Slow(), world.ledger.write_backs))
     assert world.source_row(ref)["status"] == "released"
     world.write_back()
     assert world.source_row(ref)["status"] == "accepted"
@@ -288,7 +288,7 @@ def test_write_backs_run_one_at_a_time(world: World) -> None:
             return await source.write_back(rows)
 
     async def three() -> None:
-        await asyncio.gather(*(write_back(Counting(), world.ledger) for _ in range(3)))
+        await asyncio.gather(*(write_back(Counting(), world.ledger.write_backs) for _ in range(3)))
 
     world.run(three())
 

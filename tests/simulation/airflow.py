@@ -234,7 +234,7 @@ class Airflow:
 
     async def _written_back(self) -> bool:
         d = self.deployment
-        (await write_back(d.source, d.ledger)).raise_trouble()
+        (await write_back(d.source, d.ledger.write_backs)).raise_trouble()
         return True
 
 
