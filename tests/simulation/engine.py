@@ -8,7 +8,9 @@ import types
 from collections.abc import Callable, Coroutine, Generator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 # A Monday, 07:00 in New York.
 EPOCH = datetime(2026, 11, 23, 12, 0, tzinfo=UTC)
@@ -43,6 +45,16 @@ class Violation(AssertionError):
 
 class Mistake(Violation):
     """The code failed in a way that nobody foresaw."""
+
+
+def at_once(work: Coroutine[Any, Any, T]) -> T:
+    """Return what a coroutine that waits for nothing returns."""
+    try:
+        work.send(None)
+    except StopIteration as returned:
+        result: T = returned.value
+        return result
+    raise AssertionError("It waits for something.")
 
 
 @dataclass(slots=True)
@@ -289,7 +301,7 @@ class Engine:
         A failure hits the one at whose point it happens, and those that share its transaction. A process dies and stands still as a whole.
         """
         if len(coroutines) == 1:
-            yield from coroutines[0]  # type: ignore[misc]
+            yield from coroutines[0]
         elif coroutines:
             yield coroutines
 

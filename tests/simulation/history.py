@@ -35,6 +35,7 @@ from tests.simulation.engine import (
     Engine,
     Trouble,
     Violation,
+    at_once,
 )
 from tests.simulation.invariants import LONGEST_LAG, Invariants
 from tests.simulation.ledger import MemoryLedger
@@ -551,7 +552,7 @@ class History:
 
     def _pause(self) -> None:
         scope = self.rng.choice(("*", *TERMINALS))
-        self.ledger.pause(scope, "A person paused it.")
+        at_once(self.ledger.pause(scope, "A person paused it."))
         self._at(self.rng.choice((MINUTE, HOUR)), lambda: self._resume_one(scope))
 
     def _people_decide(self) -> None:
@@ -561,20 +562,17 @@ class History:
 
     def _pause_for_a_moment(self) -> None:
         scope = self.rng.choice(TERMINALS)
-        self.ledger.pause(scope, "A person paused it.")
+        at_once(self.ledger.pause(scope, "A person paused it."))
         self._at(200.0 * self.rng.random(), lambda: self._resume_one(scope))
 
     def _limit(self) -> None:
         name = self.rng.choice(_THRESHOLDS if self.theme == "approval" else tuple(_LIMITS))
         if name in ("payee_total", "payee_count"):
-            self.ledger.set_limit(
-                "payee_days",
-                self.memory.limited.payee_days or self.rng.choice((1, 3)),
-                "The simulation sets it.",
-            )
+            days = self.memory.limited.payee_days or self.rng.choice((1, 3))
+            at_once(self.ledger.set_limit("payee_days", days, "The simulation sets it."))
         value = self.rng.choice(_LIMITS[name])
         self.engine.tell(f"the limit {name} is {value}")
-        self.ledger.set_limit(name, value, "The simulation sets it.")
+        at_once(self.ledger.set_limit(name, value, "The simulation sets it."))
 
     def _people_look_at_holds(self) -> None:
         for row in self.memory.rows.values():
@@ -598,7 +596,7 @@ class History:
             # It would be refused.
             self.people.compare_restored(self._backup_at)
             return
-        self.ledger.resume(scope, "A person resumed it.")
+        at_once(self.ledger.resume(scope, "A person resumed it."))
 
     def _change_api_key(self) -> None:
         self.invariants.key_changes.append(self.engine.time)
@@ -745,7 +743,7 @@ class History:
         """No limit is left, and people release what is held, or end it."""
         for name in (*_LIMITS, "payee_days"):
             if getattr(self.memory.limited, name) is not None:
-                self.ledger.set_limit(name, None, "All is calm.")
+                at_once(self.ledger.set_limit(name, None, "All is calm."))
         for row in list(self.memory.rows.values()):
             if row.status is Status.HELD:
                 (self.people.unhold if self.rng.random() < 0.8 else self.people.cancel)(row.id)

@@ -12,7 +12,7 @@ from include.refunds.ledger.approvals import hash_of_ids
 from include.refunds.ledger.write_backs import TURN
 from include.refunds.states import PAID, REPLACEABLE, Status
 from include.refunds.verify import Difference
-from tests.simulation.engine import DAY, EPOCH, HOUR, Engine, Strand, Violation
+from tests.simulation.engine import DAY, EPOCH, HOUR, Engine, Strand, Violation, at_once
 from tests.simulation.ledger import MemoryLedger, Row
 from tests.simulation.limits import LimitsKept
 from tests.simulation.merchant import Approved, Merchant
@@ -210,7 +210,9 @@ class Invariants:
                 f"Payroc makes a refund for {item.source_ref} that nobody approved: {version[0]}, {version[1]}."
             )
         row = self._row_of(item)
-        for replaced in self.ledger.replaced(row.id) if row is not None and row.replaces is not None else ():
+        for replaced in (
+            at_once(self.ledger.replaced(row.id)) if row is not None and row.replaces is not None else ()
+        ):
             if replaced.status not in REPLACEABLE:
                 raise Violation(
                     f"PAID TWICE: Payroc makes {item.source_ref}, and {replaced.source_ref}, which it replaces, is {replaced.status}."
@@ -229,7 +231,7 @@ class Invariants:
         the one that paid.
         """
         changed = any(first.created < at < first.created + DAY for at in self.key_changes)
-        paid_through = self.ledger.lists.get(first.terminal)
+        paid_through = self.ledger.terminal_rows.get(first.terminal)
         unread = (
             first.terminal != second.terminal
             and paid_through is not None
@@ -279,11 +281,11 @@ class Invariants:
             self.merchant.reissued(row.source_ref, row.order_id)
 
     def _passed_or_asked(self, args: tuple[Any, ...], kwargs: dict[str, Any], question: Any) -> None:
-        run_id, candidates = args[0], self.ledger.runs[args[0]].candidates_hash
+        run_id, candidates = args[0], self.ledger.run_rows[args[0]].candidates_hash
         if question is None:
             refused = any(
                 self.ledger.rows[item].source_ref in self._refused
-                for item in self.ledger.runs[run_id].candidate_ids
+                for item in self.ledger.run_rows[run_id].candidate_ids
             )
             if refused and self._approvals.get((run_id, candidates)) is None:
                 raise Violation(f"{run_id} passes by itself with refunds that a person rejected.")
@@ -303,7 +305,7 @@ class Invariants:
 
     def _rejected(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: None) -> None:
         self._approvals.pop((args[0], self._asked[args[0]]), None)
-        waiting = [self.ledger.rows[item] for item in self.ledger.runs[args[0]].candidate_ids]
+        waiting = [self.ledger.rows[item] for item in self.ledger.run_rows[args[0]].candidate_ids]
         self._refused |= {
             row.source_ref for row in waiting if row.status in (Status.APPROVED, Status.RELEASED)
         }
@@ -501,7 +503,9 @@ class Invariants:
                 raise Violation(
                     f"LOST: {ref} waits to be sent, and Payroc holds {objects[0].refund_id} for it."
                 )
-            waits = any(replaced.status not in REPLACEABLE for replaced in self.ledger.replaced(row.id))
+            waits = any(
+                replaced.status not in REPLACEABLE for replaced in at_once(self.ledger.replaced(row.id))
+            )
             if not item.withdrawn and len(item.versions) == 1 and not forgotten and not waits:
                 raise Violation(f"LOST: {ref} was approved and is not sent: {row.reason}")
         else:

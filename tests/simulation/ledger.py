@@ -1,15 +1,17 @@
 """
 A ledger in memory, thousands of times faster than a database.
 
-It honours the constraints of the one in Postgres: each method is one transaction, the state graph and what never changes are checked on
-every write, and the decisions come from the same pure functions. ``test_agreement`` runs both side by side and compares them
-after every call.
+It honours the constraints of the one in Postgres: each method is one transaction, the state graph and what never
+changes are checked on every write, and the decisions come from the same pure functions. Its methods wait for
+nothing. ``conformance`` says which protocols it implements; ``test_agreement`` runs both ledgers side by side and
+compares them after every call.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, fields, replace
 from datetime import datetime, timedelta
 from operator import attrgetter
@@ -28,6 +30,7 @@ from include.refunds.ledger import (
     Candidate,
     Claim,
     Foreign,
+    KeptRequest,
     LedgerError,
     LedgerUnavailable,
     NewRefund,
@@ -213,7 +216,7 @@ class MemoryLedger:
         self.rows: dict[int, Row] = {}
         self.by_ref: dict[str, Row] = {}
         self.attempts: dict[int, list[Attempt]] = {}
-        self.runs: dict[str, Run] = {}
+        self.run_rows: dict[str, Run] = {}
         self.invalid: dict[str, InvalidRow] = {}
         self.notes: dict[str, Note] = {}
         # The first reason of each scope that is paused.
@@ -228,12 +231,16 @@ class MemoryLedger:
         self.source: str | None = None
         self.fingerprint_key: str | None = None
         self.limited = Limits()
-        self.lists: dict[str, TerminalList] = {}
+        self.terminal_rows: dict[str, TerminalList] = {}
         self.foreign: dict[str, Foreign] = {}
         self.events: list[Event] = []
         # Who acts, as the events name it.
         self.actor = "simulation"
         self.next_id = 1
+        # It is each of its own parts.
+        self.approvals = self.bindings = self.claims = self.decisions = self.gate = self.intake = self
+        self.limits = self.lists = self.pauses = self.records = self.refunds = self.requests = self
+        self.runs = self.write_backs = self
 
     # -- copies ----------------------------------------------------------------------------------------------------
 
@@ -242,7 +249,7 @@ class MemoryLedger:
         return {
             "rows": _copied(self.rows),
             "attempts": {key: [copy.copy(item) for item in items] for key, items in self.attempts.items()},
-            "runs": _copied(self.runs),
+            "run_rows": _copied(self.run_rows),
             "invalid": _copied(self.invalid),
             "notes": _copied(self.notes),
             "paused": dict(self.paused),
@@ -254,7 +261,7 @@ class MemoryLedger:
             "source": self.source,
             "fingerprint_key": self.fingerprint_key,
             "limited": self.limited,
-            "lists": dict(self.lists),
+            "terminal_rows": dict(self.terminal_rows),
             "foreign": dict(self.foreign),
             "events": list(self.events),
             "next_id": self.next_id,
@@ -269,12 +276,19 @@ class MemoryLedger:
             setattr(self, name, value)
         self.by_ref = {row.source_ref: row for row in self.rows.values()}
 
+    @asynccontextmanager
+    async def rehearsal(self) -> AsyncIterator[MemoryLedger]:
+        backup = self.backup()
+        yield self
+        # A sequence of Postgres is not rolled back.
+        self.restore({**backup, "next_id": self.next_id, "next_pause": self.next_pause})
+
     # -- control ---------------------------------------------------------------------------------------------------
 
-    def now(self) -> datetime:
+    async def now(self) -> datetime:
         return self.clock()
 
-    def check_environment(self, environment: str, *, bind: bool = False) -> bool:
+    async def check_environment(self, environment: str, *, bind: bool = False) -> bool:
         found = self.environment
         if found is None:
             if bind:
@@ -283,32 +297,35 @@ class MemoryLedger:
             raise LedgerError(f"This ledger belongs to Payroc at {found}.")
         return found is not None
 
-    def check_source(self) -> None:
+    async def check_source(self) -> None:
         if self.source is None:
             self.source = self.settings.source
         elif self.source != self.settings.source:
             raise LedgerError(f"This ledger belongs to the source {self.source}.")
 
-    def check_fingerprint_key(self, check: str) -> None:
+    async def check_fingerprint_key(self, check: str) -> None:
         if self.fingerprint_key is None:
             self.fingerprint_key = check
         elif self.fingerprint_key != check:
             raise LedgerError("The fingerprints of this ledger were made with another key.")
 
-    def current(self) -> Limits:
+    async def current(self) -> Limits:
         return self.limited
 
-    def set_limit(self, name: str, value: int | None, reason: str) -> None:
+    async def set_limit(self, name: str, value: int | None, reason: str) -> None:
         after = replace(self.limited, **{name: value})
         if after.payee_days is None and (after.payee_total, after.payee_count) != (None, None):
             raise LedgerError("A limit per payee needs its days.")
         self.limited = after
 
-    def pause(self, scope: str, reason: str) -> None:
+    async def pause(self, scope: str, reason: str) -> None:
+        self._pause(scope, reason)
+
+    def _pause(self, scope: str, reason: str) -> None:
         self.next_pause += 1
         self.paused.setdefault(scope, reason)
 
-    def resume(self, scope: str, reason: str) -> bool:
+    async def resume(self, scope: str, reason: str) -> bool:
         if scope == EVERYTHING and self.restored_to is not None:
             raise LedgerError("The ledger was restored from a backup and not compared with Payroc since.")
         return self.paused.pop(scope, None) is not None
@@ -318,23 +335,23 @@ class MemoryLedger:
         """From when a ledger that was not compared with Payroc yet may have forgotten anything."""
         return min(self.restores.values(), default=None)
 
-    def begin_restore(self, backup_at: datetime, reason: str) -> BegunRestore:
+    async def begin_restore(self, backup_at: datetime, reason: str) -> BegunRestore:
         known_until = self.restored_to or max(
             (row.updated_at for row in self.rows.values()), default=backup_at
         )
         begun = BegunRestore(self.next_pause, min(backup_at, known_until))
         self.restores[begun.number], self.newest_restore = begun.since, begun.number
-        self.pause(
+        self._pause(
             EVERYTHING, f"The ledger was restored from a backup of {begun.since:%Y-%m-%d %H:%M %Z}: {reason}"
         )
         return begun
 
-    def end_restore(self, number: int, reason: str, hidden: int = 0, names: Sequence[str] = ()) -> None:
+    async def end_restore(self, number: int, reason: str, hidden: int = 0, names: Sequence[str] = ()) -> None:
         if number != self.newest_restore:
             raise LedgerError("Another `restored` was begun after this one.")
         self.restores.clear()
 
-    def reasons(self) -> dict[str, str]:
+    async def reasons(self) -> dict[str, str]:
         return dict(sorted(self.paused.items()))
 
     def _is_paused(self, row: Row) -> bool:
@@ -342,10 +359,10 @@ class MemoryLedger:
 
     # -- intake ----------------------------------------------------------------------------------------------------
 
-    def stored(self, source_refs: Sequence[str]) -> dict[str, Any]:
+    async def stored(self, source_refs: Sequence[str]) -> dict[str, Any]:
         return {ref: _as_mapping(self.by_ref[ref]) for ref in source_refs if ref in self.by_ref}
 
-    def store(self, rows: Sequence[tuple[NewRefund, Sealed]]) -> set[str]:
+    async def store(self, rows: Sequence[tuple[NewRefund, Sealed]]) -> set[str]:
         now = self.clock()
         stored = set()
         for new, sealed in rows:
@@ -390,10 +407,10 @@ class MemoryLedger:
         self._set_aside_paid([self.by_ref[ref] for ref in stored], self.foreign.values())
         return stored
 
-    def spelled(self, folded: Sequence[str]) -> set[str]:
+    async def spelled(self, folded: Sequence[str]) -> set[str]:
         return {row.source_ref_folded for row in self.rows.values()} & set(folded)
 
-    def note_invalid(self, invalid: dict[str, dict[str, str]], valid: Sequence[str]) -> None:
+    async def note_invalid(self, invalid: dict[str, dict[str, str]], valid: Sequence[str]) -> None:
         if not invalid and not self.invalid:
             return
         now = self.clock()
@@ -409,7 +426,7 @@ class MemoryLedger:
             if row.last_seen_at < now and (ref in valid or ref.startswith(NAMELESS)):
                 del self.invalid[ref]
 
-    def set_aside(self, standing: Sequence[str]) -> dict[int, str]:
+    async def set_aside(self, standing: Sequence[str]) -> dict[int, str]:
         now = self.clock()
         aside = {}
         for row in self.rows.values():
@@ -423,7 +440,7 @@ class MemoryLedger:
 
     # -- runs ------------------------------------------------------------------------------------------------------
 
-    def return_stale_releases(self) -> int:
+    async def return_stale_releases(self) -> int:
         now = self.clock()
         count = 0
         for row in self.rows.values():
@@ -446,7 +463,7 @@ class MemoryLedger:
                 count += 1
         return count
 
-    def candidates(
+    async def candidates(
         self, selection: Selection, *, standing: Sequence[str] | None = None, ids: Sequence[int] | None = None
     ) -> list[Candidate]:
         found = [
@@ -478,7 +495,7 @@ class MemoryLedger:
             for row in found[: selection.limit]
         ]
 
-    def due(self) -> list[int]:
+    async def due(self) -> list[int]:
         soon = self.clock() + DUE_WITHIN
         found = [
             row
@@ -487,7 +504,7 @@ class MemoryLedger:
         ]
         return [row.id for row in sorted(found, key=_oldest_first)]
 
-    def begin_run(
+    async def begin_run(
         self,
         run_id: str,
         params: dict[str, Any],
@@ -495,9 +512,9 @@ class MemoryLedger:
         findings: dict[str, Any],
         at: datetime,
     ) -> None:
-        before = self.runs.get(run_id)
+        before = self.run_rows.get(run_id)
         ids = [item.id for item in candidates]
-        self.runs[run_id] = Run(
+        self.run_rows[run_id] = Run(
             hash_of_ids(ids),
             self._approval_basis(ids),
             self.clock(),
@@ -505,7 +522,7 @@ class MemoryLedger:
             question=before.question if before else None,
         )
 
-    def ask_approval(self, run_id: str) -> Question | None:
+    async def ask_approval(self, run_id: str) -> Question | None:
         run = self._run(run_id)
         if run.approved_by is not None and run.approved_hash == run.candidates_hash:
             return None
@@ -534,13 +551,13 @@ class MemoryLedger:
     def _rejected_before(self, run: Run) -> int:
         return sum(self.rows[refund_id].run_rejected_by is not None for refund_id in run.candidate_ids)
 
-    def record_approval(self, run_id: str, *, by: str, triggered_by: str | None) -> None:
+    async def record_approval(self, run_id: str, *, by: str, triggered_by: str | None) -> None:
         if triggered_by is not None and same_person(by, triggered_by):
             raise DecisionRefused(f"{by} triggered the run.")
         run = self._asked(run_id)
         run.approved_by, run.approved_hash, run.rejected_by = by, run.candidates_hash, None
 
-    def record_rejection(self, run_id: str, *, by: str) -> None:
+    async def record_rejection(self, run_id: str, *, by: str) -> None:
         run = self._asked(run_id)
         run.rejected_by, run.approved_by, run.approved_hash = by, None, None
         for refund_id in run.candidate_ids:
@@ -594,7 +611,7 @@ class MemoryLedger:
             if row.first_released_at is not None and row.first_released_at >= start
         ]
 
-    def release(
+    async def release(
         self,
         run_id: str,
         candidate_ids: Sequence[int],
@@ -632,6 +649,9 @@ class MemoryLedger:
             self._write(self.rows[refund_id], now, status=Status.HELD, holds=hold.names, reason=hold.reason)
         run.released = len(decision.released)
         return decision.released
+
+    async def at_the_gate(self, ids: Sequence[int]) -> GateDecision:
+        return self._decide_at_gate(ids, {})
 
     def _check_approval(self, run_id: str, candidate_ids: Sequence[int]) -> None:
         run = self._run(run_id)
@@ -674,13 +694,13 @@ class MemoryLedger:
             and row.first_released_at > since
         ]
 
-    def terminals(self, refund_ids: Sequence[int]) -> set[str]:
+    async def terminals(self, refund_ids: Sequence[int]) -> set[str]:
         return {self.rows[item].processing_terminal_id for item in refund_ids if item in self.rows}
 
-    def note(self, run_id: str, findings: dict[str, Any]) -> None:
+    async def note(self, run_id: str, findings: dict[str, Any]) -> None:
         pass
 
-    def finish_run(self, run_id: str) -> None:
+    async def finish_run(self, run_id: str) -> None:
         pass
 
     def _replaced_stands(self, row: Row) -> bool:
@@ -694,43 +714,45 @@ class MemoryLedger:
         return chain
 
     def _run(self, run_id: str) -> Run:
-        if run_id not in self.runs:
+        if run_id not in self.run_rows:
             raise LedgerError(f"The ledger holds no candidates of run {run_id}.")
-        return self.runs[run_id]
+        return self.run_rows[run_id]
 
     # -- continuity
     # ------------------------------------------------------------------------------------------------
 
-    def terminal_lists(self) -> list[TerminalList]:
-        return [self.lists[terminal] for terminal in sorted(self.lists)]
+    async def terminal_lists(self) -> list[TerminalList]:
+        return [self.terminal_rows[terminal] for terminal in sorted(self.terminal_rows)]
 
-    def all_terminals(self) -> list[str]:
+    async def all_terminals(self) -> list[str]:
         return [
-            item.terminal for item in self.terminal_lists() if item.read_to is not None or not item.refused
+            item.terminal
+            for item in await self.terminal_lists()
+            if item.read_to is not None or not item.refused
         ]
 
-    def note_terminals(self, terminals: Collection[str]) -> None:
+    async def note_terminals(self, terminals: Collection[str]) -> None:
         for terminal in terminals:
-            self.lists.setdefault(terminal, TerminalList(terminal))
+            self.terminal_rows.setdefault(terminal, TerminalList(terminal))
 
-    def list_read(self, terminal: str, read_from: datetime, read_to: datetime, read_with: str) -> None:
-        known = self.lists.get(terminal)
+    async def list_read(self, terminal: str, read_from: datetime, read_to: datetime, read_with: str) -> None:
+        known = self.terminal_rows.get(terminal)
         if known is not None and known.read_to is not None:
             read_to = max(known.read_to, read_to)
-        self.lists[terminal] = TerminalList(terminal, read_from, read_to, read_with)
+        self.terminal_rows[terminal] = TerminalList(terminal, read_from, read_to, read_with)
 
-    def list_failed(self, terminal: str, failure: str, *, refused: bool = False) -> None:
-        known = self.lists.get(terminal, TerminalList(terminal))
+    async def list_failed(self, terminal: str, failure: str, *, refused: bool = False) -> None:
+        known = self.terminal_rows.get(terminal, TerminalList(terminal))
         failed_at = known.failed_at or self.clock()
-        self.lists[terminal] = replace(known, refused=refused, failed_at=failed_at)
+        self.terminal_rows[terminal] = replace(known, refused=refused, failed_at=failed_at)
 
-    def keep_foreign(self, found: Sequence[Foreign]) -> None:
+    async def keep_foreign(self, found: Sequence[Foreign]) -> None:
         for item in found:
             self.foreign.setdefault(item.payroc_refund_id, item)
         kept = [self.foreign[item.payroc_refund_id] for item in found]
         self._set_aside_paid(list(self.rows.values()), kept)
 
-    def foreign_keys(self, keys: Sequence[str]) -> dict[str, str]:
+    async def foreign_keys(self, keys: Sequence[str]) -> dict[str, str]:
         found: dict[str, str] = {}
         for payroc_refund_id, item in sorted(self.foreign.items()):
             if item.idempotency_key in keys:
@@ -772,22 +794,22 @@ class MemoryLedger:
             detail = {"payroc_refund_id": payroc_refund_id}
             self.events.append(Event(row.id, "contradiction", self.actor, now, detail))
             if not by_likeness:
-                self.pause(
+                self._pause(
                     EVERYTHING, forgotten(f"Payroc holds refund {payroc_refund_id} of refund {refund_id}")
                 )
 
     def _list_is_known(self, row: Row, sent_with: str | None) -> bool:
-        known = self.lists.get(row.processing_terminal_id)
+        known = self.terminal_rows.get(row.processing_terminal_id)
         return known is not None and known.is_known(self.clock() - KNOWN_FOR, sent_with or "")
 
     # -- sending ---------------------------------------------------------------------------------------------------
 
-    def read(self, refund_id: int) -> tuple[Refund, History, datetime]:
+    async def read(self, refund_id: int) -> tuple[Refund, History, datetime]:
         row = self._row(refund_id)
         return _refund(row), self._history(refund_id, before=row.attempts + 1), self.clock()
 
-    def claim(
-        self, refund_id: int, task: Task, *, environment: str, sent_with: str, token_seconds: int
+    async def claim(
+        self, refund_id: int, task: Task, *, environment: str, sent_with: str, token_seconds: float
     ) -> Claim | None:
         now = self.clock()
         row = self.rows.get(refund_id)
@@ -839,7 +861,7 @@ class MemoryLedger:
             if item.finished_at is None and item.posting_at is None:
                 item.finished_at, item.outcome = now, Outcome.NOT_SENT
 
-    def may_post(self, claim: Claim, seconds: float) -> bool:
+    async def may_post(self, claim: Claim, seconds: float) -> bool:
         row, now = self._row(claim.refund.id), self.clock()
         ends = now + timedelta(seconds=seconds + self.settings.lease_margin_seconds)
         may = (
@@ -861,7 +883,7 @@ class MemoryLedger:
         row.first_sent_at, row.sent_with = row.first_sent_at or now, row.sent_with or claim.sent_with
         self.attempts[row.id][claim.attempt - 1].posting_at = now
 
-    def record(
+    async def record(
         self, refund_id: int, verdict: Verdict, attempt: int | None = None, *, restored: bool = False
     ) -> tuple[Refund, datetime]:
         now = self.clock()
@@ -925,23 +947,23 @@ class MemoryLedger:
         if change.recovered:
             self.events.append(Event(row.id, "recovered", self.actor, now, {}))
         if change.pause:
-            self.pause(change.pause, change.pause_reason or change.reason or "")
+            self._pause(change.pause, change.pause_reason or change.reason or "")
 
-    def mark_seen(self, refund_ids: Sequence[int]) -> None:
+    async def mark_seen(self, refund_ids: Sequence[int]) -> None:
         for refund_id in refund_ids:
             self.rows[refund_id].payroc_seen_at = self.clock()
 
-    def in_doubt(self) -> list[Refund]:
+    async def in_doubt(self) -> list[Refund]:
         return [_refund(row) for row in self.rows.values() if row.status in IN_DOUBT]
 
-    def not_sent(self) -> list[Refund]:
+    async def not_sent(self) -> list[Refund]:
         return [
             _refund(row)
             for row in self.rows.values()
             if row.status in (Status.APPROVED, Status.HELD, Status.RELEASED)
         ]
 
-    def followed(self, changed_within: timedelta, taken_over_within: timedelta) -> dict[str, datetime]:
+    async def followed(self, changed_within: timedelta, taken_over_within: timedelta) -> dict[str, datetime]:
         since, longest = self.clock() - changed_within, self.clock() - taken_over_within
         oldest: dict[str, datetime] = {}
         for row in sorted(self.rows.values(), key=lambda row: row.processing_terminal_id):
@@ -951,7 +973,7 @@ class MemoryLedger:
                 oldest[row.processing_terminal_id] = min(began, oldest.get(row.processing_terminal_id, began))
         return oldest
 
-    def known(
+    async def known(
         self, keys: Sequence[str], payroc_refund_ids: Sequence[str], order_ids: Sequence[str] = ()
     ) -> list[Refund]:
         return [
@@ -960,14 +982,14 @@ class MemoryLedger:
             if row.key in keys or row.payroc_refund_id in payroc_refund_ids or row.order_id in order_ids
         ]
 
-    def sent_between(self, start: datetime, end: datetime, *, after: int, limit: int) -> list[Refund]:
+    async def sent_between(self, start: datetime, end: datetime, *, after: int, limit: int) -> list[Refund]:
         return [
             _refund(row)
             for row in self.rows.values()
             if row.first_sent_at is not None and start <= row.first_sent_at < end and row.id > after
         ][:limit]
 
-    def replaced(self, refund_id: int) -> list[Refund]:
+    async def replaced(self, refund_id: int) -> list[Refund]:
         return [_refund(row) for row in self._chain(self._row(refund_id))]
 
     def _history(self, refund_id: int, before: int) -> History:
@@ -1023,7 +1045,7 @@ class MemoryLedger:
 
     # -- decisions -------------------------------------------------------------------------------------------------
 
-    def case(self, refund_id: int) -> Case:
+    async def case(self, refund_id: int) -> Case:
         row = self._row(refund_id)
         attempts = self.attempts[refund_id]
         times = (at for item in attempts for at in (item.started_at, item.posting_at, item.finished_at))
@@ -1047,7 +1069,7 @@ class MemoryLedger:
             now=self.clock(),
         )
 
-    def unhold(self, refund_id: int, reason: str) -> None:
+    async def unhold(self, refund_id: int, reason: str) -> None:
         row = self._row(refund_id)
         check_hold(_refund(row), row.requested_by, self.actor)
         released = {"released_holds": row.released_holds + row.holds, "holds": ()}
@@ -1059,14 +1081,14 @@ class MemoryLedger:
             **released,
         )
 
-    def cancel(self, refund_id: int, reason: str) -> None:
+    async def cancel(self, refund_id: int, reason: str) -> None:
         row, now = self._row(refund_id), self.clock()
         for status in way_to_cancelled(_refund(row)):
             self._write(row, now, status=status, reason=f"Cancelled by {self.actor}: {reason}")
         if row.replaces is not None:
             self._write(self.rows[row.replaces], now)
 
-    def empty_requests(self, kept_for: timedelta, limit: int) -> int:
+    async def empty_requests(self, kept_for: timedelta, limit: int) -> int:
         before = self.clock() - kept_for
         ended = [
             row
@@ -1078,8 +1100,33 @@ class MemoryLedger:
             row.request = row.as_refund = None
         return len(ended[:limit])
 
-    def resolve(self, read: Case, resolution: Resolution, reason: str) -> bool:
-        case = self._unchanged(read)
+    async def requests_to_rotate(self, key_id: str, *, after: int, limit: int) -> list[KeptRequest]:
+        return [
+            KeptRequest(row.id, row.request, row.request_key, row.request_sha256)
+            for _, row in sorted(self.rows.items())
+            if row.request is not None and row.request_key != key_id and row.id > after
+        ][:limit]
+
+    async def store_rotated(self, rows: Sequence[tuple[KeptRequest, Sealed]]) -> int:
+        stored = [(self.rows[kept.id], sealed) for kept, sealed in rows if self._holds(kept)]
+        for row, sealed in stored:
+            row.request, row.request_key, row.as_refund = sealed.token, sealed.key_id, None
+        return len(stored)
+
+    def _holds(self, kept: KeptRequest) -> bool:
+        return self.rows[kept.id].request == kept.request
+
+    async def note_rotation(self, key_id: str, requests: int) -> None:
+        pass
+
+    async def intend_reverse(self, refund_id: int, reason: str) -> Refund:
+        refund = _refund(self._row(refund_id))
+        if refund.status is not Status.ACCEPTED:
+            raise DecisionRefused(f"Refund {refund_id} is {refund.status}.")
+        return refund
+
+    async def resolve(self, read: Case, resolution: Resolution, reason: str) -> bool:
+        case = await self._unchanged(read)
         row = self.rows[case.refund.id]
         check_case(case, Status.REJECTED if resolution.status is Status.REJECTED else Status.ACCEPTED)
         found = resolution.sighting
@@ -1110,8 +1157,8 @@ class MemoryLedger:
         self._write(row, case.now, **values)
         return True
 
-    def reissue(self, read: Case, new: Reissue, reason: str) -> int | None:
-        case = self._unchanged(read)
+    async def reissue(self, read: Case, new: Reissue, reason: str) -> int | None:
+        case = await self._unchanged(read)
         replaced = self.rows[case.refund.id]
         check_replaceable(case)
         confirmed = is_confirmed(case, new.decision, self.actor)
@@ -1120,7 +1167,7 @@ class MemoryLedger:
             return None
         row = copy.copy(replaced)
         row.id, self.next_id = self.next_id, self.next_id + 1
-        if self.spelled([fold(new.source_ref)]):
+        if await self.spelled([fold(new.source_ref)]):
             raise DecisionRefused(
                 f"The ledger holds a refund {new.source_ref!r} that the source made itself."
             )
@@ -1147,8 +1194,8 @@ class MemoryLedger:
         self.attempts[row.id] = []
         return row.id
 
-    def _unchanged(self, read: Case) -> Case:
-        case = self.case(read.refund.id)
+    async def _unchanged(self, read: Case) -> Case:
+        case = await self.case(read.refund.id)
         if case.refund != read.refund:
             raise DecisionRefused(f"Refund {read.refund.id} has changed while Payroc was asked.")
         return case
@@ -1158,21 +1205,29 @@ class MemoryLedger:
 
     # -- write-backs -----------------------------------------------------------------------------------------------
 
-    def take_turn(self, holder: str) -> bool:
+    @asynccontextmanager
+    async def write_back_turn(self) -> AsyncIterator[str]:
+        """Yield a turn that nobody else has; it waits for nobody, unlike that of the ledger as a worker sees it."""
+        if not await self.take_turn("write-back"):
+            raise LedgerUnavailable("Another write-back has the turn.")
+        yield "write-back"
+        await self.end_turn("write-back")
+
+    async def take_turn(self, holder: str) -> bool:
         now = self.clock()
         if self.turn is not None and self.turn[1] > now:
             return False
         self.turn = holder, now + TURN
         return True
 
-    def end_turn(self, holder: str) -> None:
+    async def end_turn(self, holder: str) -> None:
         if self._has_turn(holder):
             self.turn = None
 
     def _has_turn(self, holder: str) -> bool:
         return self.turn is not None and self.turn[0] == holder
 
-    def due_write_backs(
+    async def due_write_backs(
         self, limit: int, after: WriteBack | None = None, *, failed_before: bool = False
     ) -> list[WriteBack]:
         replaced = {row.replaces for row in self.rows.values() if row.status is not Status.CANCELLED}
@@ -1210,7 +1265,7 @@ class MemoryLedger:
         due.sort(key=lambda item: (item.refund_id is None, item.refund_id or 0, item.source_ref))
         return due[:limit]
 
-    def mark_written_back(
+    async def mark_written_back(
         self,
         holder: str,
         written: Sequence[WriteBack],
@@ -1244,7 +1299,7 @@ class MemoryLedger:
         if source_ref in self.invalid:
             self.invalid[source_ref].written_back_at = None
 
-    def write_again(self, offered: Collection[str]) -> tuple[int, int]:
+    async def write_again(self, offered: Collection[str]) -> tuple[int, int]:
         now, due, ended = self.clock(), 0, 0
         written = [
             row

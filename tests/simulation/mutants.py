@@ -145,7 +145,7 @@ def _build_anew(row: Any, cipher: Any, settings: Any, now: Any) -> Any:
 _build = pull.build
 
 
-def _store_again(self: MemoryLedger, rows: Any) -> set[str]:
+async def _store_again(self: MemoryLedger, rows: Any) -> set[str]:
     """Each pull stores what it reads as new refunds, with keys of their own."""
     self.by_ref = {}
     twins = []
@@ -159,13 +159,13 @@ def _store_again(self: MemoryLedger, rows: Any) -> set[str]:
                 request,
             )
         )
-    return _store(self, twins)
+    return await _store(self, twins)
 
 
 _store = MemoryLedger.store
 
 
-def _nothing_stored(self: MemoryLedger, source_refs: Any) -> dict[str, Any]:
+async def _nothing_stored(self: MemoryLedger, source_refs: Any) -> dict[str, Any]:
     return {}
 
 
@@ -183,23 +183,23 @@ _COUNTER = [0]
 # -- the claim -----------------------------------------------------------------------------------------------------------
 
 
-def _claim_without_commit(self: MemoryLedger, refund_id: int, task: Any, **values: Any) -> Claim | None:
+async def _claim_without_commit(self: MemoryLedger, refund_id: int, task: Any, **values: Any) -> Claim | None:
     """The claim is computed and not committed before the POST; the record commits both."""
     backup = self.backup()
-    claim = _claim(self, refund_id, task, **values)
+    claim = await _claim(self, refund_id, task, **values)
     if claim is not None:
         _restore(self, backup)
         _UNCOMMITTED[refund_id] = (task, values)
     return claim
 
 
-def _record_with_claim(
+async def _record_with_claim(
     self: MemoryLedger, refund_id: int, verdict: Verdict, attempt: int | None = None
 ) -> Any:
     if attempt is not None and refund_id in _UNCOMMITTED:
         task, values = _UNCOMMITTED.pop(refund_id)
-        _claim(self, refund_id, task, **values)
-    return _record(self, refund_id, verdict, attempt)
+        await _claim(self, refund_id, task, **values)
+    return await _record(self, refund_id, verdict, attempt)
 
 
 _claim, _record = MemoryLedger.claim, MemoryLedger.record
@@ -216,11 +216,11 @@ def _fence(make: Callable[[datetime], datetime]) -> Any:
 _write_claim = MemoryLedger._claim
 
 
-def _claim_by_the_hosts_clock(
+async def _claim_by_the_hosts_clock(
     self: MemoryLedger, refund_id: int, task: Any, *, token_seconds: int, **values: Any
 ) -> Claim | None:
     engine = self.clock.__self__  # type: ignore[attr-defined]
-    return _claim(self, refund_id, task, token_seconds=token_seconds + int(engine.host_skew), **values)
+    return await _claim(self, refund_id, task, token_seconds=token_seconds + int(engine.host_skew), **values)
 
 
 def _may_claim_with_any_key(self: MemoryLedger, row: Row, now: datetime, sent_with: str) -> bool:
@@ -246,46 +246,46 @@ def _permit_without_lease(self: MemoryLedger, row: Row, claim: Claim, now: datet
 _permit = MemoryLedger._permit
 
 
-def _record_and_extend(
+async def _record_and_extend(
     self: MemoryLedger, refund_id: int, verdict: Verdict, attempt: int | None = None, **more: Any
 ) -> Any:
     """The lease is extended when the POST has returned."""
     row = self.rows[refund_id]
     if row.status is Status.SENDING and row.attempts == attempt:
         row.lease_until, row.as_refund = row.fence_until, None
-    return _record(self, refund_id, verdict, attempt, **more)
+    return await _record(self, refund_id, verdict, attempt, **more)
 
 
-def _may_post_whatever(self: MemoryLedger, claim: Claim, seconds: float) -> bool:
+async def _may_post_whatever(self: MemoryLedger, claim: Claim, seconds: float) -> bool:
     if len(self.attempts.get(claim.refund.id, ())) >= claim.attempt:
         self.attempts[claim.refund.id][claim.attempt - 1].posting_at = self.clock()
     return True
 
 
-def _may_post_of_any_attempt(self: MemoryLedger, claim: Claim, seconds: float) -> bool:
+async def _may_post_of_any_attempt(self: MemoryLedger, claim: Claim, seconds: float) -> bool:
     newest = self.rows[claim.refund.id].attempts
     of_newest = dataclasses.replace(claim, refund=dataclasses.replace(claim.refund, attempts=newest))
-    may = _may_post(self, of_newest, seconds)
+    may = await _may_post(self, of_newest, seconds)
     if may:
         self.attempts[claim.refund.id][claim.attempt - 1].posting_at = self.clock()
     return may
 
 
-def _may_post_in_any_status(self: MemoryLedger, claim: Claim, seconds: float) -> bool:
+async def _may_post_in_any_status(self: MemoryLedger, claim: Claim, seconds: float) -> bool:
     """A run that began has taken back what this worker claimed and did not send in time."""
     row = self.rows[claim.refund.id]
     status, row.status = row.status, Status.SENDING
     try:
-        return _may_post(self, claim, seconds)
+        return await _may_post(self, claim, seconds)
     finally:
         row.status = status
 
 
-def _may_post_without_commit(self: MemoryLedger, claim: Claim, seconds: float) -> bool:
+async def _may_post_without_commit(self: MemoryLedger, claim: Claim, seconds: float) -> bool:
     """What the last check writes is committed with the record, and not before the POST."""
     row, attempt = self.rows[claim.refund.id], self.attempts[claim.refund.id][claim.attempt - 1]
     before = row.lease_until, row.first_sent_at, row.sent_with
-    may = _may_post(self, claim, seconds)
+    may = await _may_post(self, claim, seconds)
     if may:
         row.lease_until, row.first_sent_at, row.sent_with = before
         # The invariants would notice at once that posting_at is missing; what it costs is to be seen.
@@ -293,14 +293,14 @@ def _may_post_without_commit(self: MemoryLedger, claim: Claim, seconds: float) -
     return may
 
 
-def _record_with_permission(
+async def _record_with_permission(
     self: MemoryLedger, refund_id: int, verdict: Verdict, attempt: int | None = None, **more: Any
 ) -> Any:
     claim = _UNPERMITTED.pop((refund_id, attempt or 0), None)
     row = self.rows[refund_id]
     if claim is not None and row.status is Status.SENDING and row.attempts == attempt:
         _permit(self, row, claim, self.clock())
-    return _record(self, refund_id, verdict, attempt, **more)
+    return await _record(self, refund_id, verdict, attempt, **more)
 
 
 _UNPERMITTED: dict[tuple[int, int], Claim] = {}
@@ -581,7 +581,7 @@ async def _claim_without_its_commit(
         claim: Claim | None = await _stepped_claim(self, refund_id, task, **values)
     except LedgerUnavailable:
         backup = self.ledger.backup()
-        claim = self.ledger.claim(refund_id, task, **values)
+        claim = await self.ledger.claim(refund_id, task, **values)
         self.watch("claim", (refund_id, task), values, claim)
         self.ledger.restore(backup)
     return claim
@@ -609,7 +609,7 @@ def _goes_on_lately(item: Any, start: datetime, settings: Any) -> datetime:
 
 
 def _list_of_any_key(self: MemoryLedger, row: Row, sent_with: str | None) -> bool:
-    known = self.lists.get(row.processing_terminal_id)
+    known = self.terminal_rows.get(row.processing_terminal_id)
     return known is not None and known.read_to is not None and known.read_to > self.clock() - KNOWN_FOR
 
 
@@ -650,18 +650,18 @@ async def _keep_nothing(self: SteppedLedger, found: Any) -> None:
     return None
 
 
-def _store_without_a_look(self: MemoryLedger, rows: Any) -> set[str]:
+async def _store_without_a_look(self: MemoryLedger, rows: Any) -> set[str]:
     foreign, self.foreign = self.foreign, {}
     try:
-        return _store(self, rows)
+        return await _store(self, rows)
     finally:
         self.foreign = foreign
 
 
-def _release_without_a_look(self: MemoryLedger, *arguments: Any) -> list[int]:
+async def _release_without_a_look(self: MemoryLedger, *arguments: Any) -> list[int]:
     foreign, self.foreign = self.foreign, {}
     try:
-        return _release(self, *arguments)
+        return await _release(self, *arguments)
     finally:
         self.foreign = foreign
 
@@ -676,36 +676,40 @@ _recover = transitions._recover
 # -- around the sending --------------------------------------------------------------------------------------------------
 
 
-def _take_any_turn(self: MemoryLedger, holder: str) -> bool:
+async def _take_any_turn(self: MemoryLedger, holder: str) -> bool:
     self.turn = None
-    return _take_turn(self, holder)
+    return await _take_turn(self, holder)
 
 
 _take_turn = MemoryLedger.take_turn
 
 
-def _mark_after_the_turn(self: MemoryLedger, holder: str, *rest: Any) -> None:
+async def _mark_after_the_turn(self: MemoryLedger, holder: str, *rest: Any) -> None:
     self.turn = holder, self.clock()
-    _mark_written_back(self, holder, *rest)
+    await _mark_written_back(self, holder, *rest)
 
 
 _mark_written_back = MemoryLedger.mark_written_back
 
 
-def _mark_whatever_is_there(self: MemoryLedger, holder: str, written: Any, *not_written: Any) -> None:
-    _mark_written_back(self, holder, written, *not_written)
+async def _mark_whatever_is_there(self: MemoryLedger, holder: str, written: Any, *not_written: Any) -> None:
+    await _mark_written_back(self, holder, written, *not_written)
     for row in self.rows.values():
         row.written_back_at = row.updated_at
+
+
+async def _nothing_again(self: MemoryLedger, offered: Any) -> tuple[int, int]:
+    return 0, 0
 
 
 def _no_changes(*anything: Any) -> dict[str, str]:
     return {}
 
 
-def _release_what_was_not_looked_up(
+async def _release_what_was_not_looked_up(
     self: MemoryLedger, run_id: str, candidate_ids: Any, standing_ids: Any, withdrawn: Any
 ) -> list[int]:
-    return _release(
+    return await _release(
         self, run_id, candidate_ids, [item for item in candidate_ids if item not in withdrawn], withdrawn
     )
 
@@ -720,10 +724,12 @@ def _status_is(*statuses: int) -> Callable[[PayrocError, Refund, History], bool]
 # -- the limits ----------------------------------------------------------------------------------------------------------
 
 
-def _candidates_and_caps(self: MemoryLedger, selection: Any, *, standing: Any = None, ids: Any = None) -> Any:
+async def _candidates_and_caps(
+    self: MemoryLedger, selection: Any, *, standing: Any = None, ids: Any = None
+) -> Any:
     if ids is not None:
         self.run_totals = _counted_today(self)
-    return _candidates(self, selection, standing=standing, ids=ids)
+    return await _candidates(self, selection, standing=standing, ids=ids)
 
 
 _candidates, _counted_today = MemoryLedger.candidates, MemoryLedger._counted_today
@@ -733,19 +739,19 @@ def _counted_before(self: MemoryLedger) -> Any:
     return getattr(self, "run_totals", {})
 
 
-def _candidates_and_decision(
+async def _candidates_and_decision(
     self: MemoryLedger, selection: Any, *, standing: Any = None, ids: Any = None
 ) -> Any:
     if ids is not None:
-        self.__dict__.setdefault("decisions", {})[tuple(sorted(ids))] = _decide_at_gate(self, ids, {})
-    return _candidates(self, selection, standing=standing, ids=ids)
+        self.__dict__.setdefault("early_decisions", {})[tuple(sorted(ids))] = _decide_at_gate(self, ids, {})
+    return await _candidates(self, selection, standing=standing, ids=ids)
 
 
 _decide_at_gate = MemoryLedger._decide_at_gate
 
 
 def _decision_of_before(self: MemoryLedger, ids: Any, counted: Any) -> Any:
-    decision = self.__dict__.get("decisions", {}).get(tuple(sorted(ids)))
+    decision = self.__dict__.get("early_decisions", {}).get(tuple(sorted(ids)))
     return _decide_at_gate(self, ids, counted) if decision is None else decision
 
 
@@ -761,9 +767,9 @@ def _check_hash_only(self: MemoryLedger, run_id: str, candidate_ids: Any) -> Non
         raise LedgerError("no approval")
 
 
-def _begin_and_forget_the_question(self: MemoryLedger, run_id: str, *rest: Any) -> None:
-    _begin_run(self, run_id, *rest)
-    self.runs[run_id].question = None
+async def _begin_and_forget_the_question(self: MemoryLedger, run_id: str, *rest: Any) -> None:
+    await _begin_run(self, run_id, *rest)
+    self.run_rows[run_id].question = None
 
 
 _begin_run = MemoryLedger.begin_run
@@ -773,15 +779,15 @@ def _passed_at_all(other: Any, item: Any) -> bool:
     return other.id != item.id and other.first_released_at is not None
 
 
-def _reject_is_approve(self: MemoryLedger, run_id: str, *, by: str) -> None:
+async def _reject_is_approve(self: MemoryLedger, run_id: str, *, by: str) -> None:
     run = self._asked(run_id)
     run.approved_hash, run.approved_by = run.candidates_hash, by
 
 
-def _may_post_while_paused(self: MemoryLedger, claim: Claim, seconds: float) -> bool:
+async def _may_post_while_paused(self: MemoryLedger, claim: Claim, seconds: float) -> bool:
     paused, self.paused = self.paused, {}
     try:
-        return _may_post(self, claim, seconds)
+        return await _may_post(self, claim, seconds)
     finally:
         self.paused = paused
 
@@ -789,8 +795,8 @@ def _may_post_while_paused(self: MemoryLedger, claim: Claim, seconds: float) -> 
 # -- people --------------------------------------------------------------------------------------------------------------
 
 
-def _case_without_money(self: MemoryLedger, refund_id: int) -> Any:
-    return dataclasses.replace(_case(self, refund_id), may_have_moved=False)
+async def _case_without_money(self: MemoryLedger, refund_id: int) -> Any:
+    return dataclasses.replace(await _case(self, refund_id), may_have_moved=False)
 
 
 _case = MemoryLedger.case
@@ -808,9 +814,9 @@ def _rejected_whatever(listed: Any, known: Any) -> resolve.Resolution:
     return resolve.Resolution(Status.REJECTED)
 
 
-def _begin_restore_without_a_pause(self: MemoryLedger, backup_at: datetime, reason: str) -> Any:
+async def _begin_restore_without_a_pause(self: MemoryLedger, backup_at: datetime, reason: str) -> Any:
     paused = dict(self.paused)
-    begun = _begin_restore(self, backup_at, reason)
+    begun = await _begin_restore(self, backup_at, reason)
     self.paused = paused
     return begun
 
@@ -1032,7 +1038,7 @@ MUTANTS = (
     ),
     Mutant(
         "a row that is offered again after its refund has ended is not written again",
-        ((MemoryLedger, "write_again", lambda self, offered: (0, 0)),),
+        ((MemoryLedger, "write_again", _nothing_again),),
     ),
     Mutant(
         "a review is called rejected before the list can be complete",

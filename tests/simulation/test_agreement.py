@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 
+from include.refunds.case import DecisionRefused
+from include.refunds.cipher import Sealed
 from include.refunds.classify import Outcome, Sighting, Verdict
-from include.refunds.ledger import Task
+from include.refunds.ledger import Selection, Task
 from include.refunds.settings import Settings
 from include.refunds.states import Status
+from include.refunds.text import fold
 from tests.conftest import NewDatabase
-from tests.simulation.engine import HOUR, MINUTE, Engine, Violation
+from tests.simulation.conformance import PROTOCOLS, methods_of
+from tests.simulation.engine import HOUR, MINUTE, Engine, Violation, at_once
 from tests.simulation.history import SETTINGS, Counts, History
 from tests.simulation.ledger import MemoryLedger
 from tests.simulation.merchant import TERMINALS
@@ -30,24 +35,51 @@ def test_both_ledgers_agree_after_every_call_of_the_same_histories(
     def twins(settings: Settings, engine: Engine) -> Twins:
         return Twins(PostgresLedger(url, settings, engine.ledger_time), settings, engine)
 
+    called: set[str] = set()
     for seed in range(_LONG if long else _SHORT):
         history = History(seed, new_ledger=twins)
         try:
             counts.add(history.run())
+            at_once(_what_no_history_does(history.ledger))
             assert history.ledger.postgres.audit() == []
         finally:
             history.ledger.postgres.close()
         calls += history.ledger.calls
+        called |= history.ledger.called
     line = f"{counts.histories:,} histories on both ledgers: {calls:,} calls compared, {counts.posts:,} POSTs, {counts.deaths:,} deaths"
     record_property("agreement", line)
     assert calls > 50 * counts.histories
+    # The steps call nothing that was not compared.
+    assert {name for protocol in PROTOCOLS for name in methods_of(protocol)} <= called
+
+
+async def _what_no_history_does(ledger: Twins) -> None:
+    """What few histories or none call: those of dry runs, rotations and reversals, and what is read seldom."""
+    async with ledger.rehearsal():
+        candidates = await ledger.candidates(Selection())
+        await ledger.begin_run("dry run", {}, candidates, {}, await ledger.now())
+        await ledger.at_the_gate([item.id for item in candidates])
+        await ledger.note("dry run", {"lists": []})
+    if ledger.memory.turn is not None:
+        await ledger.end_turn(ledger.memory.turn[0])
+    async with ledger.write_back_turn():
+        assert not await ledger.take_turn("another")
+    await ledger.take_turn("another")
+    await ledger.foreign_keys([row.key for row in ledger.memory.rows.values()])
+    await ledger.spelled([fold("elsewhere"), *(row.source_ref_folded for row in ledger.memory.rows.values())])
+    kept = await ledger.requests_to_rotate("new key", after=0, limit=100)
+    await ledger.store_rotated([(item, Sealed(item.request, "new key")) for item in kept[1:]])
+    await ledger.note_rotation("new key", len(kept))
+    for refund_id in ledger.memory.rows:
+        with suppress(DecisionRefused):
+            await ledger.intend_reverse(refund_id, "A test reverses it.")
 
 
 def test_a_ledger_in_memory_that_follows_another_rule_is_found(
     new_ledger: NewDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = new_ledger()
-    monkeypatch.setattr(MemoryLedger, "due", lambda self: [])
+    monkeypatch.setattr(MemoryLedger, "due", _nothing_due)
 
     def twins(settings: Settings, engine: Engine) -> Twins:
         return Twins(PostgresLedger(url, settings, engine.ledger_time), settings, engine)
@@ -86,14 +118,14 @@ def test_calls_that_share_a_transaction_do_what_they_do_one_after_the_other(new_
     claim = {"environment": HOST, "sent_with": f"{HOST} key-1", "token_seconds": TOKEN_SECONDS}
     refund_ids = [*ledger.memory.rows]
     for verdicts in _ROUNDS:
-        for scope in ledger.reasons():
-            ledger.resume(scope, "A test resumes it.")
+        for scope in at_once(ledger.reasons()):
+            at_once(ledger.resume(scope, "A test resumes it."))
         claims = ledger.together(
             "claim", [((refund_id, Task("run-1", 0, 1)), claim) for refund_id in (*refund_ids, 999)]
         )
         held = [item for item in claims if item is not None]
         assert held
-        ledger.pause(TERMINALS[0], "A test pauses it.")
+        at_once(ledger.pause(TERMINALS[0], "A test pauses it."))
         permissions = ledger.together("may_post", [((item, 60.0), {}) for item in held])
         assert len(set(permissions)) == 2
         ledger.together(
@@ -118,6 +150,10 @@ def test_calls_that_share_a_transaction_do_what_they_do_one_after_the_other(new_
         engine.time += 2 * HOUR
     assert len({row.status for row in ledger.memory.rows.values()}) >= 5
     ledger.postgres.close()
+
+
+async def _nothing_due(self: MemoryLedger) -> list[int]:
+    return []
 
 
 _UNKNOWN = Verdict(Outcome.UNKNOWN, "No answer came.")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import asdict, is_dataclass
 from datetime import datetime
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import URL
 
@@ -17,7 +17,7 @@ from include.refunds.ledger import Ledger, LedgerEngine
 from include.refunds.ledger.connection import Connection
 from include.refunds.ledger.database import Part
 from include.refunds.settings import Settings
-from tests.simulation.engine import Engine, Violation
+from tests.simulation.engine import Engine, Violation, at_once
 from tests.simulation.ledger import Attempt, MemoryLedger, Row
 from tests.support.clock import clock
 
@@ -80,6 +80,7 @@ _READS = frozenset(
 )
 
 
+T = TypeVar("T")
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -133,6 +134,25 @@ class PostgresLedger:
             )
 
         return self._run(work())
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Have every call rehearsed."""
+        real = self.real
+        with self._within(real.rehearsal()) as self.real:
+            yield
+        self.real = real
+
+    @contextmanager
+    def write_back_turn(self) -> Iterator[None]:
+        """Have the turn of the write-back."""
+        with self._within(self.real.write_backs.write_back_turn()):
+            yield
+
+    @contextmanager
+    def _within(self, manager: AbstractAsyncContextManager[T]) -> Iterator[T]:
+        yield self._run(manager.__aenter__())
+        self._run(manager.__aexit__(None, None, None))
 
     def close(self) -> None:
         """Close its connections."""
@@ -213,7 +233,8 @@ class PostgresLedger:
             await connection.execute(clock("SELECT current_setting('tests.now')::timestamptz"))
 
     async def _rows(self, query: str) -> list[dict[str, Any]]:
-        async with self.engine.connect() as connection:
+        # The transaction of a rehearsal, while there is one.
+        async with self.real._database.statement() as connection:
             return [dict(row) for row in await connection.execute(query)]
 
     def _run(self, work: Any) -> Any:
@@ -232,6 +253,8 @@ class Twins:
         self.memory = MemoryLedger(settings, engine.ledger_time)
         self.postgres = postgres
         self.calls = 0
+        # Names of what was called.
+        self.called: set[str] = set()
 
     @property
     def actor(self) -> str:
@@ -241,6 +264,23 @@ class Twins:
     @actor.setter
     def actor(self, actor: str) -> None:
         self.memory.actor = self.postgres.real._database.actor = actor
+
+    @asynccontextmanager
+    async def rehearsal(self) -> AsyncIterator[Twins]:
+        """Rehearse on both."""
+        self.called.add("rehearsal")
+        async with self.memory.rehearsal():
+            with self.postgres.rehearsal():
+                yield self
+        self._compare_rows("rehearsal")
+
+    @asynccontextmanager
+    async def write_back_turn(self) -> AsyncIterator[None]:
+        """Have the turn of the write-back on both."""
+        self.called.add("write_back_turn")
+        async with self.memory.write_back_turn():
+            with self.postgres.write_back_turn():
+                yield
 
     def backup(self) -> tuple[Any, Any]:
         """Return a copy of both."""
@@ -254,10 +294,11 @@ class Twins:
         )
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
+        async def call(*args: Any, **kwargs: Any) -> Any:
             self.calls += 1
+            self.called.add(name)
             theirs = _result_of(getattr(self.postgres, name), args, kwargs)
-            ours = _result_of(getattr(self.memory, name), args, kwargs)
+            ours = _result_of(self._in_memory(name), args, kwargs)
             self._compare(name, ours, theirs)
             if isinstance(ours, Exception):
                 raise ours
@@ -270,10 +311,14 @@ class Twins:
         self.calls += len(calls)
         results = self.postgres.together(name, calls)
         for (args, kwargs), theirs in zip(calls, results, strict=True):
-            ours = _result_of(getattr(self.memory, name), args, kwargs)
+            ours = _result_of(self._in_memory(name), args, kwargs)
             self._compare_results(name, ours, theirs)
         self._compare_rows(name)
         return results
+
+    def _in_memory(self, name: str) -> Callable[..., Any]:
+        method = getattr(self.memory, name)
+        return lambda *args, **kwargs: at_once(method(*args, **kwargs))
 
     def _compare(self, name: str, ours: Any, theirs: Any) -> None:
         self._compare_results(name, ours, theirs)
@@ -309,7 +354,7 @@ class Twins:
         _same(f"{name}, then the attempts", attempts, self.postgres.dump_attempts())
         runs = {
             run_id: {column: getattr(run, column) for column in _RUN_COLUMNS}
-            for run_id, run in self.memory.runs.items()
+            for run_id, run in self.memory.run_rows.items()
         }
         _same(f"{name}, then the runs", runs, self.postgres.dump_runs())
 

@@ -19,7 +19,7 @@ _write_backs = itertools.count(1)
 
 class SteppedLedger:
     """
-    Asynchronous methods over a ledger whose own methods are not. It is each of its own parts.
+    A ledger whose calls take time. It is each of its own parts.
 
     :param ledger: a :class:`~tests.simulation.ledger.MemoryLedger` or one of ``twins``.
     :param actor: who works with it.
@@ -100,7 +100,7 @@ def _stepped(name: str) -> Callable[..., Any]:
         if before:
             yield before_label
         self.ledger.actor = self.actor
-        result = getattr(self.ledger, name)(*args, **kwargs)
+        result = yield from getattr(self.ledger, name)(*args, **kwargs)
         self.watch(name, args, kwargs, result)
         if scripted or not before:
             yield after_label
