@@ -33,8 +33,9 @@ from include.refunds.reader import FreshTokenReader
 from include.refunds.refund import Refund
 from include.refunds.settings import Settings
 
-# An ACH return for an account that is closed or unknown has to be sent within two banking days of settlement, but banks are late, and
-# Payroc does not document how long a refund may come back. Two weeks cover that, with two bank holidays, which are not known here.
+# An ACH return for an account that is closed or unknown has to be sent within two banking days of settlement,
+# but banks are late, and Payroc does not document how long a refund may come back. Two weeks cover that, with
+# two bank holidays, which are not known here.
 FOLLOWED_FOR_BUSINESS_DAYS = 12
 
 # One refund that stays in review for a year must not have a year listed every two hours.
@@ -57,10 +58,9 @@ class FollowedUp:
         Payroc refuses (``refused``) too.
     :param notes: sentences about the lists, for the report.
     :param not_understood: names of the objects at Payroc that can't be understood, each with its terminal, up
-        to
-        :data:`~include.payroc.errors.OBJECTS_NAMED`. They are skipped, because they would fail forever, and
-            counted (``not understood``). A refund that hides behind one is reported when it was not looked at
-            for too long.
+        to :data:`~include.payroc.errors.OBJECTS_NAMED`. They are skipped, because they would fail forever,
+        and counted (``not understood``). A refund that hides behind one is reported when it was not looked at
+        for too long.
     """
 
     counts: Counter[str]

@@ -1,8 +1,9 @@
 """
 What several steps need of the ledger's parts.
 
-Each step declares the methods that it calls, in its own module or here: :class:`~include.refunds.ledger.Ledger` has
-them, and so has the ledger in memory with which the steps are simulated.
+Each step declares the methods that it calls, in its own module or here:
+:class:`~include.refunds.ledger.Ledger` has them, and so has the ledger in memory with which the steps are
+simulated.
 """
 
 from __future__ import annotations

@@ -62,7 +62,10 @@ async def known(found: Sequence[models.Refund], refunds: Known) -> list[Refund]:
 def pairs(
     found: Sequence[models.Refund], rows: Sequence[Refund]
 ) -> list[tuple[models.Refund, Refund | None]]:
-    """Return each object with the refund that it belongs to: by the key that it carries, else by its refund id, else by all the rest."""
+    """
+    Return each object with the refund that it belongs to: by the key that it carries, else by its refund id,
+    else by all the rest.
+    """
     by_key = {str(row.idempotency_key): row for row in rows}
     by_id = {row.payroc_refund_id: row for row in rows}
     by_order = {(row.processing_terminal_id, row.order_id): row for row in rows}

@@ -31,11 +31,13 @@ class Pulled:
     :param new: refunds stored for the first time.
     :param invalid: errors by source_ref and column.
     :param changed: source_refs whose row differs from the refund it once became, each with what differs.
-    :param standing: source_refs of the rows that are valid and not changed: the source stands by these refunds.
+    :param standing: source_refs of the rows that are valid and not changed: the source stands by these
+        refunds.
     :param withdrawn: ids of refunds that wait and that the source no longer returns, each with a sentence.
     :param written_again: rows that are offered although their refunds have ended; they are written again.
     :param still_offered: such rows that were written back again lately, and are offered all the same.
-    :param warnings: by source_ref of a row in ``standing``, sentences about what is odd of it though no rule refuses it.
+    :param warnings: by source_ref of a row in ``standing``, sentences about what is odd of it though no rule
+        refuses it.
     """
 
     at: datetime
@@ -103,13 +105,15 @@ class PullLedger(Clock, Protocol):
 
 async def pull(source: ReadableSource, ledger: PullLedger, cipher: Cipher, settings: Settings) -> Pulled:
     """
-    Store the source's approved refunds that the ledger does not have yet, each with its key and its frozen body.
+    Store the source's approved refunds that the ledger does not have yet, each with its key and its frozen
+    body.
 
     A bad row is recorded with its errors and blocks no other. A row that was pulled before never changes.
 
     :returns: what was found; nothing in it holds bank data.
     :raises SourceError: when the source can't be read.
-    :raises LedgerError: when the ledger belongs to another source, or its fingerprints were made with another key.
+    :raises LedgerError: when the ledger belongs to another source, or its fingerprints were made with another
+        key.
     """
     await ledger.bindings.check_source()
     await ledger.bindings.check_fingerprint_key(cipher.fingerprint_check)
@@ -144,7 +148,8 @@ def validate(
     invalid: dict[str, dict[str, str]],
 ) -> list[tuple[NewRefund, bytes]]:
     """
-    Return the rows that validate, each with the body to freeze; put the errors of the others into ``invalid``.
+    Return the rows that validate, each with the body to freeze; put the errors of the others into
+    ``invalid``.
 
     :param now: the ledger's time.
     :param invalid: errors by source_ref and column; a row without a source_ref is named by its place, from 1.
@@ -180,7 +185,8 @@ def warnings(rows: Sequence[SourceRow], source_refs: Collection[str]) -> dict[st
 
 def build(row: SourceRow, cipher: Cipher, settings: Settings, now: datetime) -> tuple[NewRefund, bytes]:
     """
-    Return the refund that a source row stands for, and the body that is sent for it, now and in every attempt.
+    Return the refund that a source row stands for, and the body that is sent for it, now and in every
+    attempt.
 
     :param now: the ledger's time.
     :raises InvalidRow: when the row breaks a rule of Payroc's or of ours.
@@ -243,10 +249,12 @@ def source_changes(
     rows: Sequence[SourceRow], stored: Mapping[str, Any], cipher: Cipher, settings: Settings, now: datetime
 ) -> dict[str, str]:
     """
-    Return what the source no longer stands by: source_refs that are gone, invalid or different now, each with a sentence.
+    Return what the source no longer stands by: source_refs that are gone, invalid or different now, each with
+    a sentence.
 
     :param rows: the source's rows of this moment.
-    :param stored: what the ledger holds of the refunds in question, by source_ref (see :meth:`~include.refunds.intake.Intake.stored`).
+    :param stored: what the ledger holds of the refunds in question, by source_ref (see
+        :meth:`~include.refunds.intake.Intake.stored`).
     :param now: the ledger's time.
     """
     asked = [row for row in rows if name_of(row) in stored]

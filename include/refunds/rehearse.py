@@ -81,7 +81,8 @@ async def rehearse(
     params: RunParams, source: ReadableSource, ledger: RehearsalLedger, cipher: Cipher, settings: Settings
 ) -> Report:
     """
-    Report what a run with these params would send. Nothing is stored, asked of a person, sent or written back.
+    Report what a run with these params would send. Nothing is stored, asked of a person, sent or written
+    back.
 
     :raises SourceError: when the source can't be read.
     """

@@ -1,4 +1,7 @@
-"""Reissue: a refund that ended without money at the payee is paid again, as a new refund that two people approve."""
+"""
+Reissue: a refund that ended without money at the payee is paid again, as a new refund that two people
+approve.
+"""
 
 from __future__ import annotations
 
@@ -67,8 +70,8 @@ async def reissue(
     """
     Reissue a refund, or propose to. Who does it is the ledger's actor.
 
-    Payroc is asked whether the refund, or one that it replaces itself, is paid after all. The new refund passes the same gate as every
-    other: the next run releases it, and asks once more before it sends.
+    Payroc is asked whether the refund, or one that it replaces itself, is paid after all. The new refund
+    passes the same gate as every other: the next run releases it, and asks once more before it sends.
 
     :param source: the source's fixed name, from which keys are derived.
     :returns: the new refund's id, ``None`` when a second person is waited for.
@@ -110,7 +113,8 @@ async def paid_after_all(
     token: AccessToken, replaced: Sequence[Refund], records: Recorder, reader: Reader
 ) -> str | None:
     """
-    Return a sentence when Payroc holds a refund of these that is neither declined, nor returned, nor reversed. The ledger learns it.
+    Return a sentence when Payroc holds a refund of these that is neither declined, nor returned, nor
+    reversed. The ledger learns it.
 
     :raises PayrocError: when Payroc did not tell.
     """

@@ -93,11 +93,13 @@ async def release(
     :param run_id: the run that releases; the ledger holds its approval of exactly these candidates.
     :param candidate_ids: ids of the run's candidates.
     :param due_ids: ids of refunds in doubt that the run takes up again; they were released before.
-    :returns: ids of the refunds that may be sent: those released, oldest approval first, then those that are due.
+    :returns: ids of the refunds that may be sent: those released, oldest approval first, then those that are
+        due.
     :raises PreflightFailed: when Payroc did not answer.
-    :raises PreflightRefused: when Payroc refused. A refusal that concerns one terminal pauses that terminal and lets the others
-        go on; one that concerns all pauses everything.
-    :raises LedgerError: when the run holds no approval of these candidates, or the ledger belongs to another Payroc.
+    :raises PreflightRefused: when Payroc refused. A refusal that concerns one terminal pauses that terminal
+        and lets the others go on; one that concerns all pauses everything.
+    :raises LedgerError: when the run holds no approval of these candidates, or the ledger belongs to another
+        Payroc.
     """
     candidates = await ledger.runs.candidates(Selection(), ids=candidate_ids)
     terminals = {item.processing_terminal_id for item in candidates} | await ledger.refunds.terminals(due_ids)
@@ -133,7 +135,7 @@ async def _ask_payroc(
 
     :returns: sentences about the lists, for the report.
     :raises PreflightFailed: when no terminal of these got a usable answer; for the rest see
-    :func:`preflight`.
+        :func:`preflight`.
     """
     due = {
         item.terminal: item

@@ -1,5 +1,6 @@
 """
-Resolve: people end a review with a reason. Payroc is asked first, both ways, and what it says counts more than what people believe.
+Resolve: people end a review with a reason. Payroc is asked first, both ways, and what it says counts more
+than what people believe.
 
 A wrong ``rejected`` is the dangerous one: it lets people pay again.
 """
@@ -21,8 +22,8 @@ from include.refunds.look_up import look_up
 from include.refunds.reader import FreshTokenReader
 from include.refunds.states import PAID, Status
 
-# How far Payroc's list lags behind a create is not documented, so not being listed soon after an attempt says nothing. A day is far
-# more than a list takes, and less than people wait for the bank's word.
+# How far Payroc's list lags behind a create is not documented, so not being listed soon after an attempt says
+# nothing. A day is far more than a list takes, and less than people wait for the bank's word.
 LIST_MAY_LAG = timedelta(hours=24)
 
 
@@ -42,7 +43,10 @@ class Resolution:
 
     @property
     def decision(self) -> dict[str, str]:
-        """What two people have to agree on. Payroc's status is not theirs to decide, so it may move on in between."""
+        """
+        What two people have to agree on. Payroc's status is not theirs to decide, so it may move on in
+        between.
+        """
         if self.status is Status.REJECTED:
             return {"resolve": "rejected"}
         return {
@@ -180,7 +184,8 @@ def choose(case: Case, listed: Verdict | None, payroc_refund_id: str | None) -> 
 
 def as_accepted(case: Case, found: models.Refund, *, by_hand: bool) -> Resolution:
     """
-    Return the resolution ``accepted``: the refund takes Payroc's present status when that says that it was accepted.
+    Return the resolution ``accepted``: the refund takes Payroc's present status when that says that it was
+    accepted.
 
     :param found: the object, fetched by its refund id.
     :param by_hand: people gave its id, so it is checked to be of this refund.

@@ -47,7 +47,8 @@ from include.refunds.verify import (
     verify,
 )
 
-# Payroc's clock and the ledger's may differ, its dates may be cut off at the second, and whether dateFrom is inclusive is not documented.
+# Payroc's clock and the ledger's may differ, its dates may be cut off at the second, and whether dateFrom is
+# inclusive is not documented.
 _MARGIN = timedelta(days=1)
 
 # A chain of reissues that is longer than this has worried people for a long time.
@@ -122,13 +123,13 @@ async def restored(
     """
     Pause the sending, take over what Payroc has and the restored ledger does not know, and compare both.
 
-    From its begin on, nobody can resume until it has come to its end; cut off, it is run again. It sends nothing.
+    From its begin on, nobody can resume until it has come to its end; cut off, it is run again. It sends
+    nothing.
 
     :param backup_at: when the backup was made.
     :param terminals: processing terminals beside those that ledger and source know.
-    :param accept_not_understood: end it though Payroc lists objects that can't be understood, or refuses
-    the list of
-        a terminal; the audit trail then holds who decided so, why, and about what.
+    :param accept_not_understood: end it though Payroc lists objects that can't be understood, or refuses the
+        list of a terminal; the audit trail then holds who decided so, why, and about what.
     :raises RangeError: when the backup is of the future.
     :raises PayrocError: when Payroc did not tell everything.
     :raises SourceError: when the source can't be read.
@@ -220,7 +221,10 @@ def _unread(comparison: Comparison) -> list[str]:
 
 
 async def _set_aside_reissued(ledger: RestoreLedger, settings: Settings) -> None:
-    """Send pending refunds to review of which Payroc holds a reissue that the ledger has forgotten: sent too, it would be paid twice."""
+    """
+    Send pending refunds to review of which Payroc holds a reissue that the ledger has forgotten: sent too, it
+    would be paid twice.
+    """
     pending = await ledger.refunds.not_sent()
     for start in range(0, len(pending), BATCH):
         reissues = {

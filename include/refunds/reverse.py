@@ -1,4 +1,7 @@
-"""Reverse: take an accepted refund out of the open batch, before any money moves. A pause does not forbid it: it stops money."""
+"""
+Reverse: take an accepted refund out of the open batch, before any money moves. A pause does not forbid it: it
+stops money.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,8 @@ async def reverse(refund_id: int, reason: str, *, ledger: ReverseLedger, gateway
     """
     Reverse an accepted refund. Who does it is the ledger's actor.
 
-    The intent is committed before the POST. The key is derived from the refund's, so that asking again does no harm.
+    The intent is committed before the POST. The key is derived from the refund's, so that asking again does
+    no harm.
 
     :raises DecisionRefused: when it can't be reversed: it is not accepted, or Payroc refused.
     :raises LedgerError: when the ledger belongs to another Payroc.

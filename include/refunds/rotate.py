@@ -1,4 +1,7 @@
-"""Rotation of the encryption key: every request that is kept is encrypted anew with the first key, while the service goes on."""
+"""
+Rotation of the encryption key: every request that is kept is encrypted anew with the first key, while the
+service goes on.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,8 @@ async def rotate_keys(requests: Requests, cipher: Cipher, *, advance: Callable[[
     """
     Encrypt every request anew that another key than the first one encrypted.
 
-    Each batch is a transaction of its own, so a rotation that was cut off goes on where it stopped, and no refund waits for it.
+    Each batch is a transaction of its own, so a rotation that was cut off goes on where it stopped, and no
+    refund waits for it.
 
     :param advance: called with the number of requests of each batch.
     """

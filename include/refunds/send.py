@@ -1,7 +1,9 @@
 """
-Sending refunds: those of a list side by side, each from top to bottom: token, claim, look-up, last check, one POST, verdict, record.
+Sending refunds: those of a list side by side, each from top to bottom: token, claim, look-up, last check, one
+POST, verdict, record.
 
-Whatever dies in between leaves the refund where another worker can go on, under the same key and with the same bytes.
+Whatever dies in between leaves the refund where another worker can go on, under the same key and with the
+same bytes.
 """
 
 from __future__ import annotations
@@ -118,8 +120,8 @@ async def send_refunds(
     """
     Send refunds, side by side, as many as the gateway lets go; each has its own claim, POST and record.
 
-    Those that have ended already are skipped. After what stops all sending no further one is begun; those under way are brought to
-    their end. What concerns one refund never keeps the others from being sent.
+    Those that have ended already are skipped. After what stops all sending no further one is begun; those
+    under way are brought to their end. What concerns one refund never keeps the others from being sent.
 
     :param refund_ids: ids in the ledger, those of one task.
     :param task: who sends.
@@ -164,8 +166,8 @@ async def _send(
     """
     Send one released refund to Payroc, at most one POST.
 
-    :returns: the claim and what its attempt proves, still to be recorded. A refund that has ended already, or is held by another
-        worker, is not sent; then how it stands.
+    :returns: the claim and what its attempt proves, still to be recorded. A refund that has ended already, or
+        is held by another worker, is not sent; then how it stands.
     """
     refund, history, now = await ledger.refunds.read(refund_id)
     if refund.status is not Status.RELEASED and refund.status not in IN_DOUBT:
@@ -276,7 +278,10 @@ async def _post(token: models.AccessToken, claim: Claim, body: bytes, gateway: G
 async def _not_claimed(
     refund_id: int, token: models.AccessToken, ledger: SendLedger, gateway: Gateway, settings: Settings
 ) -> Result:
-    """Find out why a claim was refused, and for a refund in doubt what Payroc holds: a GET is always allowed."""
+    """
+    Find out why a claim was refused, and for a refund in doubt what Payroc holds: a GET is always
+    allowed.
+    """
     # Before any look-up: another Payroc's refunds say nothing about ours, even under the same key.
     await ledger.bindings.check_environment(gateway.environment)
     refund, _, now = await ledger.refunds.read(refund_id)
@@ -298,7 +303,10 @@ async def _not_claimed(
 
 
 async def _stopped(refund: Refund, now: datetime, ledger: SendLedger, gateway: Gateway) -> Result:
-    """Say why a refund that could be sent is not: a pause, an expired release, an unread list, or the refund that it replaces."""
+    """
+    Say why a refund that could be sent is not: a pause, an expired release, an unread list, or the refund
+    that it replaces.
+    """
     pauses = await ledger.pauses.reasons()
     for scope in (EVERYTHING, refund.processing_terminal_id):
         if scope in pauses:

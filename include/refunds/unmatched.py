@@ -17,11 +17,13 @@ async def unmatched(
     params: RunParams, pulled: Pulled, candidates: Sequence[Candidate], intake: Stored
 ) -> list[str]:
     """
-    Return a sentence for each value of ``source_refs`` and ``processing_terminal_id`` that matches no candidate.
+    Return a sentence for each value of ``source_refs`` and ``processing_terminal_id`` that matches no
+    candidate.
 
     :param pulled: what the run's pull found.
     :param candidates: what the run is about.
-    :returns: the sentences, in the order of the params; of very many the first 50 and the number of the others.
+    :returns: the sentences, in the order of the params; of very many the first 50 and the number of the
+        others.
     """
     among = {item.source_ref for item in candidates}
     refs = [ref for ref in dict.fromkeys(params.source_refs) if ref not in among]

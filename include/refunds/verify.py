@@ -1,9 +1,9 @@
 """
 Verify: compare the ledger with Payroc for a range of dates, in both directions. It only reads.
 
-A refund belongs to the range by its first POST; an object that belongs to no refund, by Payroc's date of it. The two lie close
-together but not on the same side of every midnight, so Payroc is asked for a day more on both sides, and a refund that is not listed
-then is asked for by itself before it counts as missing.
+A refund belongs to the range by its first POST; an object that belongs to no refund, by Payroc's date of it.
+The two lie close together but not on the same side of every midnight, so Payroc is asked for a day more on
+both sides, and a refund that is not listed then is asked for by itself before it counts as missing.
 """
 
 from __future__ import annotations
@@ -67,10 +67,12 @@ class Comparison:
     """
     What a comparison found.
 
-    :param sums: by currency and status. A refund that Payroc refused has no object there, so ``rejected`` may differ.
-    :param elsewhere: refunds at Payroc that were not made by this project, by currency; they are no differences.
+    :param sums: by currency and status. A refund that Payroc refused has no object there, so ``rejected`` may
+        differ.
+    :param elsewhere: refunds at Payroc that were not made by this project, by currency; they are no
+        differences.
     :param refused: terminals whose list Payroc refuses, such as one that was closed; nothing of them is
-    compared.
+        compared.
     :param hidden: objects on Payroc's lists that can't be understood, and so can't be compared.
     :param hidden_names: their names, each with its terminal, up to
         :data:`~include.payroc.errors.OBJECTS_NAMED`.
@@ -151,7 +153,8 @@ async def verify(
     """
     Compare what was first sent from ``start`` up to ``end`` with what Payroc holds.
 
-    :param terminals: processing terminals beside those of the ledger's refunds. A ledger that was lost knows none.
+    :param terminals: processing terminals beside those of the ledger's refunds. A ledger that was lost knows
+        none.
     :raises PayrocError: when Payroc did not tell everything; then nothing is known.
     :raises LedgerError: when the ledger belongs to another Payroc.
     """
@@ -197,7 +200,8 @@ class _Compare:
     """
     Compares objects and rows as they come.
 
-    :param seen: refund id at Payroc by the ledger's id, of what was compared: some ten megabytes for 100,000 refunds.
+    :param seen: refund id at Payroc by the ledger's id, of what was compared: some ten megabytes for 100,000
+        refunds.
     """
 
     def __init__(self, comparison: Comparison, refunds: Known) -> None:
@@ -299,7 +303,10 @@ class _Compare:
 
 
 async def _look_for(row: Refund, token: AccessToken, reader: Reader) -> models.Refund | None:
-    """Return the object of a refund that was not listed in the range: it may have been made days after the first POST."""
+    """
+    Return the object of a refund that was not listed in the range: it may have been made days after the first
+    POST.
+    """
     if row.payroc_refund_id is not None:
         try:
             return await reader.get_refund(token, row.payroc_refund_id)

@@ -1,8 +1,9 @@
 """
-The ledger in Postgres, in parts. Each method is one transaction; together they are the only code that writes to it.
+The ledger in Postgres, in parts. Each method is one transaction; together they are the only code that writes
+to it.
 
-The database's clock is the clock: every transaction reads it once, by ``refund_ledger.now()``, and uses that time
-throughout.
+The database's clock is the clock: every transaction reads it once, by ``refund_ledger.now()``, and uses that
+time throughout.
 """
 
 from __future__ import annotations
@@ -130,8 +131,8 @@ class Ledger:
         Make sure that the ledger can be reached and has this version's schema.
 
         :raises LedgerUnavailable: when it can't be reached.
-        :raises LedgerError: when it was never migrated, is at another revision, is not in UTF8, or its server does not write to
-            the disk.
+        :raises LedgerError: when it was never migrated, is at another revision, is not in UTF8, or its server
+            does not write to the disk.
         """
         query = (
             "SELECT version_num, current_setting('server_encoding') AS encoding, "

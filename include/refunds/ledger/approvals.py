@@ -26,8 +26,10 @@ class Approvals(Part):
         """
         Find out whether a person has to approve a run, and note the answer.
 
-        :returns: ``None`` when nobody has to be asked: the run stays under the thresholds, or a person approved exactly these candidates.
-        :raises LedgerError: when no pull of this run stored its candidates, or the run asked about something else before.
+        :returns: ``None`` when nobody has to be asked: the run stays under the thresholds, or a person
+            approved exactly these candidates.
+        :raises LedgerError: when no pull of this run stored its candidates, or the run asked about something
+            else before.
         """
         unasked = "UPDATE refund_ledger.refund_runs SET approval_needed = false, approved_hash = candidates_hash WHERE run_id = :run_id"
         ask = """
@@ -47,7 +49,8 @@ class Approvals(Part):
             question = Question(why, run.candidates_hash, run.approval_basis, today)
             body = question.body(run_id)
             if run.question not in (None, body):
-                # Airflow goes on showing the first question of a task, whatever is asked after it was cleared.
+                # Airflow goes on showing the first question of a task, whatever is asked after it was
+                # cleared.
                 raise LedgerError(
                     f"Run {printable(run_id)} asked a person about something else before, and Airflow would show that question again: "
                     "trigger a new run, which asks about what is approved now."
@@ -165,7 +168,8 @@ async def _released_without_a_person(
 
 
 async def _why_ask(connection: Connection, limits: Limits, today: Totals, run: Row) -> str | None:
-    # Counted now and not when the run was pulled: another run with these refunds may have been rejected since.
+    # Counted now and not when the run was pulled: another run with these refunds may have been rejected
+    # since.
     rejected = f"SELECT count(run_rejected_by) FROM refund_ledger.refund_states WHERE refund_id {OF_MANY}"
     count = (await connection.execute(rejected, {"ids": as_array(run.candidate_ids)})).scalar_one()
     return who_to_ask(limits, today=today, run=run.approval_basis["totals"], rejected=count)

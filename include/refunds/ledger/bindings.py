@@ -1,4 +1,7 @@
-"""What the ledger is bound to: one Payroc environment, one source, one fingerprint key. Bound once, forever."""
+"""
+What the ledger is bound to: one Payroc environment, one source, one fingerprint key. Bound once,
+forever.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,11 @@ class Bindings(Part):
         Make sure that the ledger belongs to this Payroc, or to none yet.
 
         :param environment: Payroc's API base URL.
-        :param bind: bind a ledger that belongs to none yet. Only given when this one has answered, so that a typing
-            error binds nothing.
+        :param bind: bind a ledger that belongs to none yet. Only given when this one has answered, so that a
+            typing error binds nothing.
         :returns: whether it belonged to this one before.
-        :raises LedgerError: when the ledger belongs to another one, or when this is production and the source has
-            the default name.
+        :raises LedgerError: when the ledger belongs to another one, or when this is production and the source
+            has the default name.
         """
         nameless = environment == PRODUCTION and self._database.settings.source == DEFAULT_SOURCE
         found = await self._binding("environment", environment, bind=bind and not nameless)
@@ -44,7 +47,8 @@ class Bindings(Part):
         """
         Make sure that the ledger belongs to this source, and bind it when it belongs to none yet.
 
-        Keys are derived from the source's name, so the same refund under another name would be another payment.
+        Keys are derived from the source's name, so the same refund under another name would be another
+        payment.
 
         :raises LedgerError: when the ledger belongs to another source.
         """
@@ -71,7 +75,10 @@ class Bindings(Part):
             )
 
     async def _binding(self, name: str, value: str, *, bind: bool) -> str | None:
-        """Return what the ledger was bound to before. One that was bound to nothing is bound with ``bind``."""
+        """
+        Return what the ledger was bound to before. One that was bound to nothing is bound with
+        ``bind``.
+        """
         query = "SELECT value FROM refund_ledger.bindings WHERE name = :name"
         insert = """
             INSERT INTO refund_ledger.bindings (name, value) VALUES (:name, :value)

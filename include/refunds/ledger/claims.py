@@ -34,8 +34,8 @@ from include.refunds.refund import History, Refund
 
 CLAIM_LEASE = timedelta(minutes=2)
 """
-How long a refund is a worker's between its claim and its last check: longer than it waits for its turn, and no longer
-than others should wait for the refunds of one that was killed.
+How long a refund is a worker's between its claim and its last check: longer than it waits for its turn, and
+no longer than others should wait for the refunds of one that was killed.
 """
 
 PERMISSION_SECONDS = 10.0
@@ -124,8 +124,8 @@ class Claims(Part):
 
         :param environment: Payroc's API base URL, which has to be the ledger's.
         :param sent_with: hash of API URL and key, which has to be that of the first attempt.
-        :param token_seconds: whole life of a token that is here already. Counted from the time of the claim, it ends no earlier than
-            the token does.
+        :param token_seconds: whole life of a token that is here already. Counted from the time of the claim,
+            it ends no earlier than the token does.
         :returns: ``None`` when the refund may not be sent now.
         """
         return await self._claims(
@@ -159,8 +159,8 @@ class Claims(Part):
             )
             SELECT * FROM claimed"""
         async with self._database.transaction("claim", lock_seconds=_LOCK_SECONDS) as (connection, now):
-            # Not those that another attempt has: the lock would be in the way of its last check. What is not locked
-            # is not claimed either.
+            # Not those that another attempt has: the lock would be in the way of its last check. What is not
+            # locked is not claimed either.
             locked = await lock(
                 connection,
                 [call.refund_id for call in calls],
@@ -209,10 +209,10 @@ class Claims(Part):
         """
         Check, right before the POST, whether it may still be sent, and extend the lease to the fence.
 
-        Committed before this returns ``True``. An error, also one that leaves open whether it was committed, is
-        no permission. A commit that took long is no permission either: what was checked may be true no more, so
-        it is checked again. So is a refund whose row another transaction had locked, for up to 5 seconds: a
-        worker that tried to claim it, too, has its lock for a moment.
+        Committed before this returns ``True``. An error, also one that leaves open whether it was committed,
+        is no permission. A commit that took long is no permission either: what was checked may be true no
+        more, so it is checked again. So is a refund whose row another transaction had locked, for up to 5
+        seconds: a worker that tried to claim it, too, has its lock for a moment.
 
         :param seconds: how long the POST may take; the token has to last that long.
         """
@@ -228,8 +228,8 @@ class Claims(Part):
                 await asyncio.sleep(_ASK_AGAIN_SECONDS)
 
     async def _check_last(self, calls: Sequence[tuple[Claim, float]]) -> list[_LastCheck]:
-        # A row that another transaction has locked is not waited for: its lock would keep the others of the list
-        # from being sent.
+        # A row that another transaction has locked is not waited for: its lock would keep the others of the
+        # list from being sent.
         lock_free = f"""
             SELECT refund_id FROM refund_ledger.refund_states WHERE refund_id = ANY({IDS})
             ORDER BY refund_id FOR NO KEY UPDATE SKIP LOCKED"""

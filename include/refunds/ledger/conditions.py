@@ -1,5 +1,6 @@
 """
-The conditions on which a refund may be sent: the safety argument of ``docs/safety.md`` as SQL, and nowhere else.
+The conditions on which a refund may be sent: the safety argument of ``docs/safety.md`` as SQL, and nowhere
+else.
 
 The claim asks for all of them, and the last check right before the POST asks again. They are conditions of an
 instruction ``i`` and its state ``s``, some with values that the statement has to be given.
@@ -34,12 +35,12 @@ KEY_IS_GOOD = """(
           AND list.read_with = asked_with)
     OR first_sent_at > :window_start AND s.sent_with = asked_with)"""
 """
-Its key pays once. Of what was never sent, its terminal's list is known: the ledger has not forgotten that it was. Of
-the rest, the key still counts at Payroc, and is sent with the host and API key of before.
+Its key pays once. Of what was never sent, its terminal's list is known: the ledger has not forgotten that it
+was. Of the rest, the key still counts at Payroc, and is sent with the host and API key of before.
 """
 
 REPLACED_STANDS = "(replaces IS NULL OR refund_ledger.ended_unpaid(replaces))"
 """
-What it replaces still stands: it replaces none, or of the chain none was paid, or none is any more. A refund that
-turned out to be paid after all must not be paid again by a reissue.
+What it replaces still stands: it replaces none, or of the chain none was paid, or none is any more. A refund
+that turned out to be paid after all must not be paid again by a reissue.
 """

@@ -63,7 +63,8 @@ class LedgerDatabase:
         Yield a connection in a transaction, and the ledger's time at its start.
 
         :param purpose: see :meth:`LedgerEngine.connect`.
-        :param lock_seconds: how long it waits for another transaction's lock; by default :attr:`lock_seconds`.
+        :param lock_seconds: how long it waits for another transaction's lock; by default
+            :attr:`lock_seconds`.
         """
         try:
             if self._rehearsal is not None:
@@ -78,7 +79,8 @@ class LedgerDatabase:
     @asynccontextmanager
     async def statement(self, purpose: str = "") -> AsyncIterator[Connection]:
         """
-        Yield a connection for what only reads and is no snapshot: it needs no transaction, and none of its round trips.
+        Yield a connection for what only reads and is no snapshot: it needs no transaction, and none of its
+        round trips.
 
         :param purpose: see :meth:`LedgerEngine.connect`.
         """
@@ -92,9 +94,9 @@ class LedgerDatabase:
             raise self._explained(error) from None
 
     async def _begin(self, connection: Connection, lock_seconds: int | None) -> datetime:
-        # Local to the transaction: the connection is used for others after it. A worker that stands still in the
-        # middle of one must not keep its rows locked until it wakes up. A commit that is not on the disk may be
-        # lost after it was acknowledged, and with it a claim whose POST has left.
+        # Local to the transaction: the connection is used for others after it. A worker that stands still in
+        # the middle of one must not keep its rows locked until it wakes up. A commit that is not on the disk
+        # may be lost after it was acknowledged, and with it a claim whose POST has left.
         statement = """
             SELECT set_config('refund_ledger.actor', :actor, true), set_config('lock_timeout', :lock_timeout, true),
                    set_config('statement_timeout', '300s', true),
@@ -132,7 +134,10 @@ class LedgerDatabase:
 
 
 class Part:
-    """A part of :class:`~include.refunds.ledger.Ledger`: some tables, and all statements that are about them."""
+    """
+    A part of :class:`~include.refunds.ledger.Ledger`: some tables, and all statements that are
+    about them.
+    """
 
     def __init__(self, database: LedgerDatabase) -> None:
         self._database = database

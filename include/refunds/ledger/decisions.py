@@ -18,8 +18,9 @@ from include.refunds.resolve import Resolution, check_case
 from include.refunds.states import Status
 from include.refunds.text import fold
 
-# True when operators have database logins of their own: some login may act as an operator here that neither owns
-# the ledger nor is a superuser. Then two people have two logins; the names given with --by prove nothing.
+# True when operators have database logins of their own: some login may act as an operator here that neither
+# owns the ledger nor is a superuser. Then two people have two logins; the names given with --by prove
+# nothing.
 OPERATORS_HAVE_LOGINS = """EXISTS (
     SELECT FROM pg_catalog.pg_roles AS login
     WHERE login.rolcanlogin AND NOT login.rolsuper AND pg_has_role(login.oid, 'refunds_operator', 'MEMBER')
@@ -28,7 +29,10 @@ OPERATORS_HAVE_LOGINS = """EXISTS (
 
 
 class Decisions(Part):
-    """Decisions, each checked again and carried out under the row's lock. The ledger's actor is the person who decides."""
+    """
+    Decisions, each checked again and carried out under the row's lock. The ledger's actor is the person who
+    decides.
+    """
 
     async def case(self, refund_id: int) -> Case:
         """
@@ -223,8 +227,8 @@ class Decisions(Part):
 
     async def _case(self, connection: Connection, refund_id: int, now: datetime) -> Case:
         refund = await select_refund(connection, refund_id)
-        # An attempt is without effect when it was never sent, when Payroc refused it, or never processed it; a
-        # contradiction means that Payroc showed an object.
+        # An attempt is without effect when it was never sent, when Payroc refused it, or never processed it;
+        # a contradiction means that Payroc showed an object.
         query = """
             SELECT (SELECT GREATEST(max(started_at), max(posting_at), max(finished_at))
                     FROM refund_ledger.refund_attempts WHERE refund_id = :id) AS last_attempt_at,

@@ -1,4 +1,7 @@
-"""Objects on Payroc's list that no refund of the ledger has, and the pending refunds that they may have paid."""
+"""
+Objects on Payroc's list that no refund of the ledger has, and the pending refunds that they may
+have paid.
+"""
 
 from __future__ import annotations
 

@@ -46,14 +46,16 @@ class Gate(Part):
         """
         Release refunds for sending: the one gate, in one transaction under a lock of its own.
 
-        What is paused stays as it is. What breaks a limit by itself is held, what finds no room under a cap of the run or the day waits.
+        What is paused stays as it is. What breaks a limit by itself is held, what finds no room under a cap
+        of the run or the day waits.
 
         :param run_id: the run that releases. Its row has to hold an approval of exactly these candidates.
         :param candidate_ids: ids of the run's candidates.
-        :param standing_ids: the candidates that were looked up in the source, and that it stands by. No other one is released: one that
-            was paused then has not been looked up, though the pause may have ended since.
-        :param withdrawn: candidates that the source no longer stands by, each with what was found: they are not released,
-            and a release that they already had is taken back.
+        :param standing_ids: the candidates that were looked up in the source, and that it stands by. No other
+            one is released: one that was paused then has not been looked up, though the pause may have ended
+            since.
+        :param withdrawn: candidates that the source no longer stands by, each with what was found: they are
+            not released, and a release that they already had is taken back.
         :returns: ids that may be sent now, oldest approval first; paused terminals' are left out.
         :raises LedgerError: when the run holds no answer about its approval, or one about other candidates.
         """

@@ -1,4 +1,7 @@
-"""Group commit: what a worker asks of the ledger for several refunds at the same time shares a transaction."""
+"""
+Group commit: what a worker asks of the ledger for several refunds at the same time shares a
+transaction.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,23 @@ Call = TypeVar("Call")
 Answer = TypeVar("Answer")
 
 MOST = 64
-"""Calls of one group at most: a transaction holds the locks of all their rows, and more of them hardly save anything."""
+"""
+Calls of one group at most: a transaction holds the locks of all their rows, and more of them hardly save
+anything.
+"""
 
 FEWEST = 8
 """
-Calls of the first group, twice as many in the next, and so on up to :data:`MOST`: all of a list come at once, and the first of them
-go on while the others are being answered.
+Calls of the first group, twice as many in the next, and so on up to :data:`MOST`: all of a list come at once,
+and the first of them go on while the others are being answered.
 """
 
 
 GATHER_SECONDS = 0.01
-"""How long a call that comes soon after a group waits for others: a list's refunds come one by one, and alone cost most."""
+"""
+How long a call that comes soon after a group waits for others: a list's refunds come one by one, and alone
+cost most.
+"""
 
 # A group this long ago is another list's.
 _SOON_SECONDS = 0.1
@@ -31,12 +40,14 @@ _SOON_SECONDS = 0.1
 
 class Grouped(Generic[Call, Answer]):
     """
-    Calls about one refund each. Those that come while others are being answered are answered together after those.
+    Calls about one refund each. Those that come while others are being answered are answered together after
+    those.
 
-    The first call is answered at once, so a refund that comes alone waits for nobody. A refund is in a group only
-    once.
+    The first call is answered at once, so a refund that comes alone waits for nobody. A refund is in a group
+    only once.
 
-    :param answer: answers calls in one transaction, in their order: all of them, or it raises and has done nothing.
+    :param answer: answers calls in one transaction, in their order: all of them, or it raises and has done
+        nothing.
     :param gather_seconds: how long a call waits for others when a group was answered a moment ago.
     """
 
@@ -58,7 +69,8 @@ class Grouped(Generic[Call, Answer]):
 
         :param refund_id: the refund that the call is about.
         :raises LedgerUnavailable: the transaction failed, for all of its calls.
-        :raises Exception: what the call raises when it is answered alone; it keeps no other call from its answer.
+        :raises Exception: what the call raises when it is answered alone; it keeps no other call from its
+            answer.
         """
         answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._waiting.append((refund_id, call, answered))

@@ -92,7 +92,8 @@ class Intake(Part):
         transaction.
 
         :param rows: validated rows, each with its encrypted request.
-        :returns: the source_refs that were stored; one that is missing was there before, or collides with another refund.
+        :returns: the source_refs that were stored; one that is missing was there before, or collides with
+            another refund.
         """
         insert = """
             WITH row AS (
@@ -139,7 +140,8 @@ class Intake(Part):
         """
         Note the errors of invalid source rows, and forget those of rows that are valid now.
 
-        A row without a source_ref is known by its place only, so it is forgotten as soon as it is not found there.
+        A row without a source_ref is known by its place only, so it is forgotten as soon as it is not found
+        there.
 
         :param invalid: errors by source_ref and field.
         :param valid: source_refs of all rows that validate.
@@ -160,8 +162,9 @@ class Intake(Part):
         Take back the releases of refunds that the source no longer stands by.
 
         :param standing: source_refs of all rows that the source returns, valid and unchanged.
-        :returns: ids and source_refs of all refunds that wait to be sent and that the source does not stand by. Reissues are none of
-            them: two people approved them in the ledger, the source has no row of theirs.
+        :returns: ids and source_refs of all refunds that wait to be sent and that the source does not stand
+            by. Reissues are none of them: two people approved them in the ledger, the source has no row of
+            theirs.
         """
         aside = """
             SELECT id, source_ref, status FROM refund_ledger.refunds

@@ -24,7 +24,8 @@ class RefundLimits(Part):
         Set a limit, or unset it with ``None``. It waits for a run that is at the gate.
 
         :param name: one of :data:`~include.refunds.limits.LIMITS`.
-        :param value: minor units, a number of refunds, or days; at least 1, for thresholds of approval at least 0.
+        :param value: minor units, a number of refunds, or days; at least 1, for thresholds of approval at
+            least 0.
         :raises LedgerError: when there is no such limit, or the value can't be.
         :raises LedgerUnavailable: when another transaction holds the gate for more than a minute.
         """
@@ -49,7 +50,8 @@ class RefundLimits(Part):
 
 async def lock_gate(connection: Connection, lock_seconds: int) -> None:
     """
-    Let no other transaction release or change a limit until this one ends. It is the first lock of a transaction.
+    Let no other transaction release or change a limit until this one ends. It is the first lock of a
+    transaction.
 
     A pause waits for nobody: each claim asks for it.
 

@@ -1,8 +1,8 @@
 """
 Pausing and resuming.
 
-A pause is a row that is only inserted: no unique constraint, no foreign key and no lock stands between the operator
-and the kill switch. A restore that was not compared with Payroc yet is a pause as well.
+A pause is a row that is only inserted: no unique constraint, no foreign key and no lock stands between the
+operator and the kill switch. A restore that was not compared with Payroc yet is a pause as well.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from include.refunds.ledger.connection import Connection
 from include.refunds.ledger.database import LedgerError, Part
 from include.refunds.ledger.events import because, event
 
-# Nothing can hold a pause up for long (tests/refunds/test_locks.py). If something does, the operator has to know now.
+# Nothing can hold a pause up for long (tests/refunds/test_locks.py). If something does, the operator has to
+# know now.
 _PAUSE_LOCK_SECONDS = 1
 
 
@@ -84,8 +85,8 @@ class Pauses(Part):
         It takes no lock: of two at a time only the one that began last can end.
 
         :param backup_at: when the backup was made.
-        :returns: its number, and from when the ledger may have forgotten anything: from ``backup_at``, the ledger's
-            newest change of a refund, or the restore that is open already, whichever is oldest.
+        :returns: its number, and from when the ledger may have forgotten anything: from ``backup_at``, the
+            ledger's newest change of a refund, or the restore that is open already, whichever is oldest.
         :raises LedgerError: when this login lacks a right that the take-over needs.
         """
         rights = "SELECT pg_has_role('refunds_payer', 'USAGE') AND pg_has_role('refunds_operator', 'USAGE')"

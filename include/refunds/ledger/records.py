@@ -42,7 +42,10 @@ class _Finding:
         return refunds[self.refund_id].attempts == self.attempt
 
     def is_current(self, refund: Refund, now: datetime) -> bool:
-        """Whether more than a Payroc object counts: it comes from the attempt that holds the refund, or nobody holds it."""
+        """
+        Whether more than a Payroc object counts: it comes from the attempt that holds the refund, or nobody
+        holds it.
+        """
         if self.attempt is not None:
             return refund.status is Status.SENDING and refund.attempts == self.attempt
         return refund.status in IN_DOUBT and refund.lease_until is not None and refund.lease_until <= now
@@ -93,9 +96,10 @@ class Records(Part):
         """
         Record what an attempt, a look-up or the follow-up found.
 
-        :param attempt: the attempt it comes from. ``None``: from no attempt; then anything but a Payroc object counts
-            only while nobody holds the refund.
-        :param restored: take over what Payroc has of a refund that waits (see :func:`~include.refunds.transitions.decide`).
+        :param attempt: the attempt it comes from. ``None``: from no attempt; then anything but a Payroc
+            object counts only while nobody holds the refund.
+        :param restored: take over what Payroc has of a refund that waits (see
+            :func:`~include.refunds.transitions.decide`).
         :returns: the refund as it is afterwards, and the ledger's time.
         :raises NoSuchRefund: when there is none.
         """
@@ -122,8 +126,9 @@ class Records(Part):
             await _finish_attempts(connection, findings, now)
             changes = await self._decide(connection, findings, refunds, now)
             after = await self._apply(connection, refunds, changes, now)
-            # The lease is the attempt's: it ends with the attempt's own record, and stands when somebody else's record takes the
-            # refund to people, who must not decide while a POST may still be on its way.
+            # The lease is the attempt's: it ends with the attempt's own record, and stands when somebody
+            # else's record takes the refund to people, who must not decide while a POST may still be on its
+            # way.
             ended = [
                 item.refund_id
                 for item in findings
@@ -301,7 +306,10 @@ def _step(item: _Changing, status: Status | None) -> dict[str, Any]:
 async def _note_sightings(
     connection: Connection, changes: Sequence[_Changing], number: int | None, now: datetime
 ) -> Rows:
-    """Keep what Payroc shows of refunds that go to the status at this place, or stay where they are (``None``)."""
+    """
+    Keep what Payroc shows of refunds that go to the status at this place, or stay where they are
+    (``None``).
+    """
     note = f"""
         SELECT {STATE} FROM json_to_recordset(CAST(:shown AS json))
             AS shown (id bigint, status text, reason text, payroc_refund_id text, payroc_status text),

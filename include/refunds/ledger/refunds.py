@@ -69,17 +69,16 @@ class Refunds(Part):
 
     async def followed(self, changed_within: timedelta, taken_over_within: timedelta) -> dict[str, datetime]:
         """
-        Return the terminals of the refunds whose further way Payroc still has to say, each with the begin
-        of the oldest of them.
+        Return the terminals of the refunds whose further way Payroc still has to say, each with the begin of
+        the oldest of them.
 
-        These are the accepted ones, those in review, and those that changed not long ago. A refund begins
-        at its approval, because a restored ledger may have forgotten when it first sent it.
+        These are the accepted ones, those in review, and those that changed not long ago. A refund begins at
+        its approval, because a restored ledger may have forgotten when it first sent it.
 
-        :param changed_within: how long any other refund is followed: a bank may return one that settled, and Payroc may list one
-            that ended here without a payment.
+        :param changed_within: how long any other refund is followed: a bank may return one that settled, and
+            Payroc may list one that ended here without a payment.
         :param taken_over_within: how far back a refund may begin that was taken over from Payroc's list and
-        never sent from here: its
-            approval may be younger than the payment, when it was approved again.
+            never sent from here: its approval may be younger than the payment, when it was approved again.
         """
         began = """CASE WHEN payroc_refund_id IS NOT NULL AND first_sent_at IS NULL THEN CAST(:longest AS timestamptz)
                         ELSE LEAST(approved_at, created_at) END AS began"""
@@ -103,7 +102,10 @@ class Refunds(Part):
     async def known(
         self, keys: Sequence[str], payroc_refund_ids: Sequence[str], order_ids: Sequence[str] = ()
     ) -> list[Refund]:
-        """Return the refunds with one of these idempotency keys, of these refund ids of Payroc's, or of these order ids."""
+        """
+        Return the refunds with one of these idempotency keys, of these refund ids of Payroc's, or of these
+        order ids.
+        """
         # One branch for each index: a single OR over them would read the whole ledger.
         condition = """s.refund_id IN (
             SELECT id FROM refund_ledger.refund_instructions
@@ -127,7 +129,10 @@ class Refunds(Part):
         return await self._refunds(condition, {"start": start, "end": end, "after": after}, limit=limit)
 
     async def replaced(self, refund_id: int) -> list[Refund]:
-        """Return what a refund replaces: the one before it, the one before that, to the first of the chain."""
+        """
+        Return what a refund replaces: the one before it, the one before that, to the first of
+        the chain.
+        """
         query = f"""
             WITH RECURSIVE chain AS (
                 SELECT replaces AS id, 1 AS place FROM refund_ledger.refund_instructions WHERE id = :id

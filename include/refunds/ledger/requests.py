@@ -1,4 +1,7 @@
-"""The frozen requests at rest: emptied when nobody needs them any more, encrypted anew when the key changes."""
+"""
+The frozen requests at rest: emptied when nobody needs them any more, encrypted anew when the key
+changes.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,10 @@ class Requests(Part):
             return await connection.change(update, values)
 
     async def requests_by_key(self) -> dict[str, int]:
-        """Return how many requests each key encrypted; ``unknown`` counts those from before the ledger noted it."""
+        """
+        Return how many requests each key encrypted; ``unknown`` counts those from before the ledger
+        noted it.
+        """
         query = """
             SELECT COALESCE(request_key, 'unknown') AS key, count(*) AS requests
             FROM refund_ledger.frozen_requests JOIN refund_ledger.refund_instructions ON id = refund_id
@@ -72,7 +78,10 @@ class Requests(Part):
             return [KeptRequest(**row) for row in (await connection.execute(query, values))]
 
     async def store_rotated(self, rows: Sequence[tuple[KeptRequest, Sealed]]) -> int:
-        """Put newly encrypted requests in the place of the old ones, and return how many; one that was emptied meanwhile stays empty."""
+        """
+        Put newly encrypted requests in the place of the old ones, and return how many; one that was emptied
+        meanwhile stays empty.
+        """
         update = """
             UPDATE refund_ledger.frozen_requests SET request = :new, request_key = :key_id
             WHERE refund_id = :id AND request = :old"""

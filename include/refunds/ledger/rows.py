@@ -89,8 +89,8 @@ async def lock(
     Lock the states of refunds until the end of the transaction, in the order of their ids, so that two
     transactions with the same refunds wait for each other and are not deadlocked.
 
-    A statement that has waited for a row goes on with the snapshot that it had before. So this is a statement of
-    its own, and the next one sees everything as the last transaction left it.
+    A statement that has waited for a row goes on with the snapshot that it had before. So this is a statement
+    of its own, and the next one sees everything as the last transaction left it.
 
     :param condition: of a state; others are left alone.
     :param values: of the condition.

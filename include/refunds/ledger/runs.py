@@ -58,8 +58,8 @@ class Runs(Part):
         """
         Return released refunds that nobody sent in time to ``approved``, and their number.
 
-        Before that, what a worker claimed and never sent, because it was killed, is released again: the source
-        may have withdrawn it since.
+        Before that, what a worker claimed and never sent, because it was killed, is released again: the
+        source may have withdrawn it since.
         """
         unsent = "status = 'sending' AND first_sent_at IS NULL AND lease_until <= :now"
         unused = "status = 'released' AND released_at <= :oldest"
@@ -94,8 +94,8 @@ class Runs(Part):
 
         What is paused is left out, so that it takes no place of those that can go.
 
-        :param standing: only those of these source_refs, by which the source stands. A reissue has no row in the source: two people
-            approved it in the ledger, so it stands by itself.
+        :param standing: only those of these source_refs, by which the source stands. A reissue has no row in
+            the source: two people approved it in the ledger, so it stands by itself.
         :param ids: only those of these ids.
         """
         query = f"""
@@ -122,8 +122,8 @@ class Runs(Part):
 
     async def due(self) -> list[int]:
         """
-        Return the ids of unknown refunds, and of those sent without a record, whose wait has ended, or ends soon
-        enough to be waited for.
+        Return the ids of unknown refunds, and of those sent without a record, whose wait has ended, or ends
+        soon enough to be waited for.
         """
         query = """
             SELECT id FROM refund_ledger.refunds
@@ -143,7 +143,8 @@ class Runs(Part):
         at: datetime,
     ) -> None:
         """
-        Note what a run is about. A pull that is repeated starts the run's row anew and takes its approval back.
+        Note what a run is about. A pull that is repeated starts the run's row anew and takes its approval
+        back.
 
         :param params: the run's params, as JSON.
         :param candidates: the refunds it would release.

@@ -27,7 +27,8 @@ class Seals(Part):
 
     async def seal_or_say(self) -> list[str]:
         """
-        Seal as :meth:`seal` does, at the end of work that is done whether or not its events can be sealed now.
+        Seal as :meth:`seal` does, at the end of work that is done whether or not its events can be sealed
+        now.
 
         :returns: a sentence for people when it failed; nothing otherwise.
         """

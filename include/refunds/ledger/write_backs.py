@@ -49,7 +49,8 @@ class NotWritten:
     is_transient: bool = False
 
 
-# True of a row r of refunds that the source's row shows: of a refund and its reissues the newest that was not cancelled.
+# True of a row r of refunds that the source's row shows: of a refund and its reissues the newest that was not
+# cancelled.
 NEWEST = """(r.replaces IS NULL OR r.status <> 'cancelled') AND NOT EXISTS (
     SELECT FROM refund_ledger.refunds AS newer WHERE newer.replaces = r.id AND newer.status <> 'cancelled')"""
 
@@ -85,7 +86,8 @@ class WriteBacks(Part):
     @asynccontextmanager
     async def write_back_turn(self) -> AsyncIterator[str]:
         """
-        Yield the name under which this write-back has the turn: one at a time, so that no older one overtakes it.
+        Yield the name under which this write-back has the turn: one at a time, so that no older one overtakes
+        it.
 
         :raises LedgerUnavailable: when another one has it for more than a minute.
         """
@@ -127,10 +129,11 @@ class WriteBacks(Part):
         self, limit: int, after: WriteBack | None = None, *, failed_before: bool = False
     ) -> list[WriteBack]:
         """
-        Return changes that the source does not have yet: those of refunds in the order of their ids, then invalid rows by source_ref.
+        Return changes that the source does not have yet: those of refunds in the order of their ids, then
+        invalid rows by source_ref.
 
-        Of a refund and its reissues the source has one row, which shows the newest that was not cancelled; the others are not written
-        back any more.
+        Of a refund and its reissues the source has one row, which shows the newest that was not cancelled;
+        the others are not written back any more.
 
         :param limit: at most so many.
         :param after: only those behind this one.
@@ -180,8 +183,8 @@ class WriteBacks(Part):
         """
         Note what the source has now, and renew the turn.
 
-        The very ``updated_at`` that was read is noted, so a later change stays due. A write-back that lost its turn
-        may have overtaken a newer one, so what it wrote is due again.
+        The very ``updated_at`` that was read is noted, so a later change stays due. A write-back that lost
+        its turn may have overtaken a newer one, so what it wrote is due again.
 
         :param holder: who has the turn, from :meth:`write_back_turn`.
         :param not_written: rows that could not be written, each with the reason; they stay due.
