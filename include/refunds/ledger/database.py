@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from datetime import datetime
 
 from include.refunds.database_errors import describe
-from include.refunds.ledger.connection import DATABASE_ERRORS, Connection, LedgerEngine
+from include.refunds.ledger.connection import DATABASE_ERRORS, Connection, LedgerEngine, Rows
 from include.refunds.revision import other_revision
 from include.refunds.settings import Settings
 
@@ -141,3 +141,13 @@ class Part:
 
     def __init__(self, database: LedgerDatabase) -> None:
         self._database = database
+
+    async def _execute(self, statement: str, **values: object) -> Rows:
+        """
+        Execute one statement in a transaction of its own, and return its rows.
+
+        :param values: its values, besides ``source`` and ``now``, which every statement may name.
+        """
+        async with self._database.transaction() as (connection, now):
+            values = {"source": self._database.settings.source, "now": now, **values}
+            return await connection.execute(statement, values)

@@ -76,13 +76,8 @@ class Intake(Part):
             SELECT source_ref, id, status, request_sha256, {", ".join(_COMPARED)}
             FROM refund_ledger.refund_instructions JOIN refund_ledger.refund_states ON refund_id = id
             WHERE source = :source AND source_ref_folded = ANY(:folded) AND source_ref = ANY(:refs)"""
-        async with self._database.transaction() as (connection, _):
-            values = {
-                "source": self._database.settings.source,
-                "refs": list(source_refs),
-                "folded": [*map(fold, source_refs)],
-            }
-            return {row.source_ref: dict(row) for row in await connection.execute(query, values)}
+        rows = await self._execute(query, refs=list(source_refs), folded=[*map(fold, source_refs)])
+        return {row.source_ref: dict(row) for row in rows}
 
     async def store(self, rows: Sequence[tuple[NewRefund, Sealed]]) -> set[str]:
         """
@@ -132,9 +127,7 @@ class Intake(Part):
         query = """
             SELECT source_ref_folded FROM refund_ledger.refund_instructions
             WHERE source = :source AND source_ref_folded = ANY(:folded)"""
-        async with self._database.transaction() as (connection, _):
-            values = {"source": self._database.settings.source, "folded": list(folded)}
-            return set((await connection.execute(query, values)).scalars())
+        return set((await self._execute(query, folded=list(folded))).scalars())
 
     async def note_invalid(self, invalid: dict[str, dict[str, str]], valid: Sequence[str]) -> None:
         """

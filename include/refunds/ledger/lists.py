@@ -46,8 +46,7 @@ class Lists(Part):
     async def terminal_lists(self) -> list[TerminalList]:
         """Return the lists of all terminals that a row or a refund ever named, by terminal."""
         query = f"SELECT {', '.join(TerminalList.__slots__)} FROM refund_ledger.terminals ORDER BY terminal"
-        async with self._database.transaction() as (connection, _):
-            return [TerminalList(**row) for row in await connection.execute(query)]
+        return [TerminalList(**row) for row in await self._execute(query)]
 
     async def all_terminals(self) -> list[str]:
         """Return the terminals of all rows and refunds, without those that Payroc has always refused."""
@@ -59,8 +58,7 @@ class Lists(Part):
         insert = """
             INSERT INTO refund_ledger.terminals (terminal)
             SELECT jsonb_array_elements_text(CAST(:terminals AS jsonb)) ORDER BY 1 ON CONFLICT DO NOTHING"""
-        async with self._database.transaction() as (connection, _):
-            await connection.execute(insert, {"terminals": json.dumps(sorted(set(terminals)))})
+        await self._execute(insert, terminals=json.dumps(sorted(set(terminals))))
 
     async def list_read(self, terminal: str, read_from: datetime, read_to: datetime, read_with: str) -> None:
         """
@@ -76,9 +74,9 @@ class Lists(Part):
             ON CONFLICT (terminal) DO UPDATE SET read_from = EXCLUDED.read_from,
                 read_to = GREATEST(known.read_to, EXCLUDED.read_to), read_with = EXCLUDED.read_with,
                 refused = false, failed_at = NULL, failure = NULL"""
-        values = {"terminal": terminal, "read_from": read_from, "read_to": read_to, "read_with": read_with}
-        async with self._database.transaction() as (connection, _):
-            await connection.execute(upsert, values)
+        await self._execute(
+            upsert, terminal=terminal, read_from=read_from, read_to=read_to, read_with=read_with
+        )
 
     async def list_failed(self, terminal: str, failure: str, *, refused: bool = False) -> None:
         """
@@ -92,9 +90,7 @@ class Lists(Part):
             VALUES (:terminal, :refused, :now, :failure)
             ON CONFLICT (terminal) DO UPDATE SET refused = EXCLUDED.refused, failure = EXCLUDED.failure,
                 failed_at = COALESCE(known.failed_at, EXCLUDED.failed_at)"""
-        async with self._database.transaction() as (connection, now):
-            values = {"terminal": terminal, "refused": refused, "now": now, "failure": failure[:500]}
-            await connection.execute(upsert, values)
+        await self._execute(upsert, terminal=terminal, refused=refused, failure=failure[:500])
 
     async def keep_foreign(self, found: Sequence[Foreign]) -> None:
         """
@@ -123,6 +119,5 @@ class Lists(Part):
             SELECT idempotency_key, min(payroc_refund_id) AS payroc_refund_id
             FROM refund_ledger.foreign_refunds
             WHERE idempotency_key = ANY(CAST(:keys AS uuid[])) GROUP BY idempotency_key"""
-        async with self._database.transaction() as (connection, _):
-            rows = await connection.execute(query, {"keys": list(keys)})
-            return {str(row.idempotency_key): row.payroc_refund_id for row in rows}
+        rows = await self._execute(query, keys=list(keys))
+        return {str(row.idempotency_key): row.payroc_refund_id for row in rows}

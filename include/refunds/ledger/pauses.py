@@ -57,8 +57,7 @@ class Pauses(Part):
         query = """
             SELECT DISTINCT ON (scope) scope, reason FROM refund_ledger.pauses
             WHERE ended_at IS NULL ORDER BY scope, id"""
-        async with self._database.transaction() as (connection, _):
-            return {row.scope: row.reason for row in await connection.execute(query)}
+        return {row.scope: row.reason for row in await self._execute(query)}
 
     async def resume(self, scope: str, reason: str) -> bool:
         """

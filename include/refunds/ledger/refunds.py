@@ -56,8 +56,7 @@ class Refunds(Part):
     async def terminals(self, refund_ids: Sequence[int]) -> set[str]:
         """Return the processing terminals of refunds."""
         query = f"SELECT DISTINCT processing_terminal_id FROM refund_ledger.refund_instructions WHERE id = ANY({IDS})"
-        async with self._database.transaction() as (connection, _):
-            return set((await connection.execute(query, {"ids": as_array(refund_ids)})).scalars())
+        return set((await self._execute(query, ids=as_array(refund_ids))).scalars())
 
     async def in_doubt(self) -> list[Refund]:
         """Return all refunds that are sending or unknown."""
@@ -141,8 +140,7 @@ class Refunds(Part):
                 FROM refund_ledger.refund_instructions AS i JOIN chain ON i.id = chain.id
             )
             SELECT {COLUMNS} FROM {REFUNDS} JOIN chain ON chain.id = i.id ORDER BY place"""
-        async with self._database.transaction() as (connection, _):
-            return [as_refund(row) for row in await connection.execute(query, {"id": refund_id})]
+        return [as_refund(row) for row in await self._execute(query, id=refund_id)]
 
     async def _refunds(
         self, condition: str, values: dict[str, Any], limit: int | None = None
@@ -150,8 +148,4 @@ class Refunds(Part):
         query = f"""
             SELECT {COLUMNS} FROM {REFUNDS}
             WHERE source = :source AND {condition} ORDER BY s.refund_id LIMIT :limit"""
-        async with self._database.transaction() as (connection, _):
-            result = await connection.execute(
-                query, {**values, "source": self._database.settings.source, "limit": limit}
-            )
-            return [as_refund(row) for row in result]
+        return [as_refund(row) for row in await self._execute(query, limit=limit, **values)]

@@ -55,11 +55,7 @@ class Requests(Part):
             SELECT COALESCE(request_key, 'unknown') AS key, count(*) AS requests
             FROM refund_ledger.frozen_requests JOIN refund_ledger.refund_instructions ON id = refund_id
             WHERE source = :source AND request IS NOT NULL GROUP BY 1 ORDER BY 1"""
-        async with self._database.transaction() as (connection, _):
-            return {
-                row.key: row.requests
-                for row in await connection.execute(query, {"source": self._database.settings.source})
-            }
+        return {row.key: row.requests for row in await self._execute(query)}
 
     async def requests_to_rotate(self, key_id: str, *, after: int, limit: int) -> list[KeptRequest]:
         """Return requests that another key encrypted, by id."""
@@ -68,14 +64,8 @@ class Requests(Part):
             FROM refund_ledger.frozen_requests JOIN refund_ledger.refund_instructions ON id = refund_id
             WHERE source = :source AND request IS NOT NULL AND request_key IS DISTINCT FROM :key_id AND refund_id > :after
             ORDER BY refund_id LIMIT :limit"""
-        async with self._database.transaction() as (connection, _):
-            values = {
-                "source": self._database.settings.source,
-                "key_id": key_id,
-                "after": after,
-                "limit": limit,
-            }
-            return [KeptRequest(**row) for row in (await connection.execute(query, values))]
+        rows = await self._execute(query, key_id=key_id, after=after, limit=limit)
+        return [KeptRequest(**row) for row in rows]
 
     async def store_rotated(self, rows: Sequence[tuple[KeptRequest, Sealed]]) -> int:
         """

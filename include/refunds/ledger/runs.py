@@ -108,17 +108,16 @@ class Runs(Part):
               AND (CAST(:terminal AS text) IS NULL OR processing_terminal_id = :terminal)
               AND (CAST(:before AS timestamptz) IS NULL OR approved_at < :before)
             ORDER BY approved_at, id LIMIT :limit"""
-        values = {
-            "source": self._database.settings.source,
-            "standing": None if standing is None else list(standing),
-            "ids": None if ids is None else as_array(ids),
-            "refs": list(selection.source_refs) or None,
-            "terminal": selection.processing_terminal_id,
-            "before": selection.approved_before,
-            "limit": selection.limit,
-        }
-        async with self._database.transaction() as (connection, _):
-            return [Candidate(**row) for row in (await connection.execute(query, values))]
+        rows = await self._execute(
+            query,
+            standing=None if standing is None else list(standing),
+            ids=None if ids is None else as_array(ids),
+            refs=list(selection.source_refs) or None,
+            terminal=selection.processing_terminal_id,
+            before=selection.approved_before,
+            limit=selection.limit,
+        )
+        return [Candidate(**row) for row in rows]
 
     async def due(self) -> list[int]:
         """
@@ -185,11 +184,9 @@ class Runs(Part):
     async def note(self, run_id: str, findings: dict[str, Any]) -> None:
         """Add to what a run's report has to name; nothing happens when there is no such run."""
         update = "UPDATE refund_ledger.refund_runs SET findings = findings || CAST(:findings AS jsonb) WHERE run_id = :run_id"
-        async with self._database.transaction() as (connection, _):
-            await connection.execute(update, {"run_id": run_id, "findings": json.dumps(findings)})
+        await self._execute(update, run_id=run_id, findings=json.dumps(findings))
 
     async def finish_run(self, run_id: str) -> None:
         """Note that a run has been reported."""
         update = "UPDATE refund_ledger.refund_runs SET finished_at = :now WHERE run_id = :run_id"
-        async with self._database.transaction() as (connection, now):
-            await connection.execute(update, {"run_id": run_id, "now": now})
+        await self._execute(update, run_id=run_id)

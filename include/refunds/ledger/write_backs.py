@@ -122,8 +122,7 @@ class WriteBacks(Part):
     async def end_turn(self, holder: str) -> None:
         """Let another write-back have the turn; nothing happens when another one has it."""
         update = "UPDATE refund_ledger.write_back_turn SET holder = NULL, until = NULL WHERE holder = :holder"
-        async with self._database.transaction() as (connection, _):
-            await connection.execute(update, {"holder": holder})
+        await self._execute(update, holder=holder)
 
     async def due_write_backs(
         self, limit: int, after: WriteBack | None = None, *, failed_before: bool = False
@@ -162,17 +161,15 @@ class WriteBacks(Part):
         after_id, after_ref = 0, ""
         if after is not None:
             after_id, after_ref = (after.refund_id, "") if after.refund_id else (_LAST_ID, after.source_ref)
-        values = {
-            "source": self._database.settings.source,
-            "after_id": after_id,
-            "after_ref": after_ref,
-            "limit": limit,
-            "nameless": NAMELESS,
-            "failed_before": failed_before,
-        }
-        async with self._database.transaction() as (connection, _):
-            result = await connection.execute(query, values)
-            return [WriteBack(**row) for row in result]
+        rows = await self._execute(
+            query,
+            after_id=after_id,
+            after_ref=after_ref,
+            limit=limit,
+            nameless=NAMELESS,
+            failed_before=failed_before,
+        )
+        return [WriteBack(**row) for row in rows]
 
     async def mark_written_back(
         self,
