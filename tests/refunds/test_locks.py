@@ -211,7 +211,7 @@ def test_releases_limits_write_backs_restores_and_migrations_go_on_beside_a_logi
         world.run(operator.limits.set_limit("largest_refund", 10_000_000, "A limit."))
         world.ledger = payer
         assert world.release() == [world.row(ref)["id"]]
-        assert world.run(write_back(world.source, payer)).written == 1
+        assert world.run(write_back(world.source, payer.write_backs)).written == 1
         begun = world.run(restorer.pauses.begin_restore(world.run(payer.now()), "The disk was lost."))
         world.run(restorer.pauses.end_restore(begun.number, "Compared."))
         assert world.run(operator.pauses.resume("*", "Compared."))
