@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
 from include.refunds.ledger import LedgerUnavailable, Task
-from include.refunds.ledger.grouping import FEWEST
+from include.refunds.ledger.grouping import FEWEST, GATHER_SECONDS, Grouped
 from include.refunds.send import Result, Sent, send_refunds
 from include.refunds.settings import get_settings
 from payroc_airflow.gateway import HookGateway
@@ -264,3 +264,42 @@ def test_a_pause_in_the_middle_of_a_list_lets_only_those_out_that_have_passed_th
     assert sum(world.paid(refund_id) for refund_id in refund_ids) == len(sent)
     statuses = [world.row(item)["status"] for item in refund_ids]
     assert statuses.count("released") == 10 - len(sent)
+
+
+# -- how long a call waits for others ------------------------------------------------------------------------
+
+
+def gathered(
+    monkeypatch: pytest.MonkeyPatch, calls: Callable[[Grouped[int, int]], Coroutine[Any, Any, Any]]
+) -> int:
+    """Return how often calls waited for others to share a transaction with."""
+    waits = 0
+    sleep = asyncio.sleep
+
+    async def counted(seconds: float) -> None:
+        nonlocal waits
+        waits += seconds == GATHER_SECONDS
+        await sleep(0)
+
+    async def answer(group: Sequence[int]) -> Sequence[int]:
+        await sleep(0)
+        return group
+
+    monkeypatch.setattr(asyncio, "sleep", counted)
+    asyncio.run(calls(Grouped(answer)))
+    return waits
+
+
+def test_calls_that_come_one_after_the_other_wait_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def one_by_one(grouped: Grouped[int, int]) -> None:
+        for refund_id in range(50):
+            await grouped(refund_id, refund_id)
+
+    assert gathered(monkeypatch, one_by_one) == 0
+
+
+def test_calls_of_a_list_are_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def side_by_side(grouped: Grouped[int, int]) -> None:
+        await asyncio.gather(*(grouped(refund_id, refund_id) for refund_id in range(3 * FEWEST)))
+
+    assert gathered(monkeypatch, side_by_side) > 0

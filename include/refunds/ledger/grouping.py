@@ -30,11 +30,11 @@ and the first of them go on while the others are being answered.
 
 GATHER_SECONDS = 0.01
 """
-How long a call that comes soon after a group waits for others: a list's refunds come one by one, and alone
-cost most.
+How long a call waits for others soon after calls have shared a transaction: those of a list come one by one,
+and alone cost most.
 """
 
-# A group this long ago is another list's.
+# What was shared this long ago was another list's.
 _SOON_SECONDS = 0.1
 
 
@@ -43,12 +43,12 @@ class Grouped(Generic[Call, Answer]):
     Calls about one refund each. Those that come while others are being answered are answered together after
     those.
 
-    The first call is answered at once, so a refund that comes alone waits for nobody. A refund is in a group
-    only once.
+    A call that comes alone, or after the answer to the one before, waits for nobody. A refund is in a group only
+    once.
 
     :param answer: answers calls in one transaction, in their order: all of them, or it raises and has done
         nothing.
-    :param gather_seconds: how long a call waits for others when a group was answered a moment ago.
+    :param gather_seconds: how long a call waits for others when a moment ago calls have shared a transaction.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Grouped(Generic[Call, Answer]):
     ) -> None:
         self._answer = answer
         self._gather_seconds = gather_seconds
-        self._last_group = -_SOON_SECONDS
+        self._last_shared = -_SOON_SECONDS
         self._waiting: list[tuple[int, Call, asyncio.Future[Answer]]] = []
         self._at_work: asyncio.Task[None] | None = None
         self._most = FEWEST
@@ -81,10 +81,12 @@ class Grouped(Generic[Call, Answer]):
     async def _work(self) -> None:
         try:
             while self._waiting:
-                if len(self._waiting) < MOST and time.monotonic() - self._last_group < _SOON_SECONDS:
+                if len(self._waiting) < MOST and time.monotonic() - self._last_shared < _SOON_SECONDS:
                     await asyncio.sleep(self._gather_seconds)
-                await self._answer_together(self._next_group())
-                self._last_group = time.monotonic()
+                group = self._next_group()
+                await self._answer_together(group)
+                if len(group) > 1:
+                    self._last_shared = time.monotonic()
         finally:
             self._at_work = None
 
