@@ -26,11 +26,12 @@ _INSTRUCTIONS = """
 
 _STATES = """
     INSERT INTO refund_ledger.refund_states (refund_id, sent_with, status, reason, released_by, released_run,
-        released_at, attempts, first_sent_at, fence_until, payroc_refund_id, payroc_status, payroc_seen_at, updated_at,
-        written_back_at)
+        released_at, attempts, first_sent_at, fence_until, payroc_refund_id, payroc_status, payroc_seen_at,
+        updated_at, written_back_at)
     SELECT id, repeat('a', 64), ended.status, ended.reason, 'payroc_refunds ' || run, run,
         created_at + interval '5 minutes', 1, created_at + interval '6 minutes',
-        created_at + interval '76 minutes', lpad(upper(to_hex(id)), 10, '0'), ended.payroc_status, changed, changed, changed
+        created_at + interval '76 minutes', lpad(upper(to_hex(id)), 10, '0'), ended.payroc_status,
+        changed, changed, changed
     FROM refund_ledger.refund_instructions
     CROSS JOIN LATERAL (
         SELECT created_at + interval '3 days' AS changed,

@@ -266,7 +266,11 @@ def _write_line(stream: IO[str], content: dict[str, Any]) -> None:
 
 
 def cpu_seconds(roots: Iterable[int]) -> float:
-    """Return the CPU time of processes and all below them, in seconds; a parent counts what its ended children used."""
+    """
+    Return the CPU time of processes and all below them, in seconds.
+
+    A parent counts what its ended children used.
+    """
     total = 0.0
     for root in map(psutil.Process, roots):
         for process in (root, *root.children(recursive=True)):

@@ -64,8 +64,8 @@ def is_forgotten(refund: Refund, sighting: Sighting, *, restored: bool) -> bool:
     """
     Tell whether Payroc's object of a refund means that the ledger has forgotten that it was sent.
 
-    :param restored: `restored` is at work; then a refund that was found forgotten when it was pulled
-    counts, too.
+    :param restored: `restored` is at work; then a refund that was found forgotten when it was pulled counts,
+        too.
     """
     if refund.payroc_refund_id not in (None, sighting.payroc_refund_id):
         return False
@@ -115,8 +115,7 @@ def decide(
     :param unknown_wait: shortest wait before an unknown refund is sent again.
     :param told: that the object does not belong to this row was recorded before. People know of it, and a list shows it every time.
     :param restored: `restored` is at work: the sending is paused already, and a refund that went to review
-    because the ledger had
-        forgotten it is taken over.
+        because the ledger had forgotten it is taken over.
     """
     if verdict.sighting is not None:
         if is_forgotten(refund, verdict.sighting, restored=restored) and not foreign_id:

@@ -23,12 +23,11 @@ from include.refunds.keys import idempotency_key
 from include.refunds.ledger import LedgerError, Task
 from include.refunds.release import PreflightFailed
 from include.refunds.report import follow_up_report, run_report
-from include.refunds.restored import Restored, restored
 from include.refunds.send import Sent
 from tests.conftest import Sandbox, running_sandbox
 from tests.refunds.conftest import World
 from tests.refunds.test_resolve import direct
-from tests.refunds.test_restored import Backup, back_up, restore
+from tests.refunds.test_restored import Backup, back_up, restore, run_restored
 
 __all__ = ["back_up"]
 
@@ -275,22 +274,6 @@ def test_restored_takes_over_a_refund_that_its_pull_sent_to_review(
     assert world.row(forgotten)["status"] == "review"
     run_restored(world, backup.at)
     assert world.row(forgotten)["status"] == "accepted"
-
-
-def run_restored(world: World, backup_at: datetime, *, accept: bool = False, **more: Any) -> Restored:
-    return world.run(
-        restored(
-            backup_at,
-            "The disk was lost.",
-            source=world.source,
-            ledger=world.ledger,
-            gateway=world.gateway,
-            cipher=world.cipher,
-            settings=world.settings,
-            accept_not_understood=accept,
-            **more,
-        )
-    )
 
 
 PLAIN_ACCOUNT = "5566770001"

@@ -85,7 +85,7 @@ def restore(world: World, backup: Backup) -> None:
     backup.restore()
 
 
-def restoring(world: World, backup_at: datetime) -> Coroutine[Any, Any, Restored]:
+def restoring(world: World, backup_at: datetime, *, accept: bool = False) -> Coroutine[Any, Any, Restored]:
     return restored(
         backup_at,
         "The disk was lost.",
@@ -94,11 +94,12 @@ def restoring(world: World, backup_at: datetime) -> Coroutine[Any, Any, Restored
         gateway=world.gateway,
         cipher=world.cipher,
         settings=world.settings,
+        accept_not_understood=accept,
     )
 
 
-def run_restored(world: World, backup_at: datetime) -> Restored:
-    return world.run(restoring(world, backup_at))
+def run_restored(world: World, backup_at: datetime, *, accept: bool = False) -> Restored:
+    return world.run(restoring(world, backup_at, accept=accept))
 
 
 class Day:

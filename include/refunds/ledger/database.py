@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import datetime
@@ -46,7 +45,7 @@ class LedgerDatabase:
         settings: Settings,
         *,
         actor: str,
-        monotonic: Callable[[], float] = time.monotonic,
+        monotonic: Callable[[], float],
         rehearsal: Connection | None = None,
     ) -> None:
         self.engine = engine

@@ -13,7 +13,7 @@ from include.refunds.classify import EVERYTHING
 from include.refunds.ledger.connection import Connection, Row
 from include.refunds.ledger.events import event
 from include.refunds.ledger.pauses import pause
-from include.refunds.ledger.rows import lock
+from include.refunds.ledger.rows import lock, standing_elsewhere
 from include.refunds.transitions import forgotten
 
 _OWNED_BY_NONE = """NOT EXISTS (
@@ -94,7 +94,7 @@ async def _set_aside(connection: Connection, refund_id: int, row: Row, now: date
             payroc_status = CAST(:payroc_status AS text), payroc_seen_at = CAST(:seen_at AS timestamptz)
         WHERE refund_id = :id AND status IN ('approved', 'held')"""
     reason = why_paid(row.payroc_refund_id, by_key=row.by_key)
-    own = row.by_key and not await _is_owned(connection, row.payroc_refund_id)
+    own = row.by_key and not await standing_elsewhere(connection, {refund_id: row.payroc_refund_id})
     values = {
         "id": refund_id,
         "now": now,
@@ -111,13 +111,6 @@ async def _set_aside(connection: Connection, refund_id: int, row: Row, now: date
     if row.by_key:
         what = f"Payroc holds refund {row.payroc_refund_id} of refund {refund_id}"
         await pause(connection, EVERYTHING, forgotten(what))
-
-
-async def _is_owned(connection: Connection, payroc_refund_id: str) -> bool:
-    query = (
-        "SELECT EXISTS (SELECT FROM refund_ledger.refund_states WHERE payroc_refund_id = :payroc_refund_id)"
-    )
-    return bool((await connection.execute(query, {"payroc_refund_id": payroc_refund_id})).scalar_one())
 
 
 def why_paid(payroc_refund_id: str, *, by_key: bool) -> str:
