@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC
 from typing import Any
+from weakref import WeakSet
 
-from sqlalchemy import Connection, DateTime, Engine, String, bindparam, event, text
+from sqlalchemy import Connection, DateTime, Dialect, Engine, String, bindparam, event, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.types import TypeEngine
 
@@ -32,6 +33,8 @@ _SHORT_PATIENCE = 0.5
 _MOST_LOCKED = 20
 
 _COUNTS = "refunds_counts"
+# The dialects that count per row.
+_COUNTING: WeakSet[Dialect] = WeakSet()
 
 
 @dataclass(slots=True)
@@ -160,8 +163,11 @@ def _parameters(row: WriteBack, used: Iterable[str]) -> dict[str, Any]:
 
 def _count_each(engine: Engine) -> None:
     """Let an engine count per row what many updates touch; SQLAlchemy returns their sum, or nothing."""
-    if not event.contains(engine, "do_executemany", _execute_and_count):
+    # The dialect has the listeners, which engines of the same database share. SQLAlchemy itself asks by an
+    # engine's place in memory, where another one may have been before.
+    if engine.dialect not in _COUNTING:
         event.listen(engine, "do_executemany", _execute_and_count)
+        _COUNTING.add(engine.dialect)
 
 
 def _execute_and_count(cursor: Any, statement: str, parameters: Sequence[Any], context: Any) -> bool | None:

@@ -19,7 +19,8 @@ from include.refunds.ledger import WriteBack
 from include.refunds.message import run_ended
 from include.refunds.report import follow_up_report, run_report, status_report
 from include.refunds.source import SourceError, SourceUnavailable, SqlSource
-from include.refunds.source_update import Updated
+from include.refunds.source_update import PARAMETERS, Updated, run_update
+from include.refunds.sql_files import read_sql
 from include.refunds.summary import as_message, read_summary
 from include.refunds.write_back import WrittenBack, write_back
 from payroc_airflow.databases import source_of
@@ -106,6 +107,25 @@ def test_a_trigger_that_swallows_the_update_of_a_row_leaves_it_due(world: World)
     change(world, trigger(f"IF NEW.source_ref = '{refs[1]}' THEN RETURN NULL; END IF;"))
     assert list(written_back(world).not_written) == [refs[1]]
     assert due_refs(world) == [refs[1]]
+
+
+def test_each_row_is_counted_however_many_sources_a_process_has_had(tmp_path: Path) -> None:
+    path = tmp_path / "shop.sqlite"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE refund_requests (source_ref TEXT, status TEXT)")
+        connection.execute("INSERT INTO refund_requests VALUES ('a', NULL), ('b', NULL)")
+        connection.commit()
+    update = tmp_path / "write_back.sql"
+    update.write_text("UPDATE refund_requests SET status = :status WHERE source_ref = :source_ref")
+    rows = [
+        WriteBack(ref, "accepted", None, None, None, datetime(2026, 11, 30, 12, tzinfo=UTC)) for ref in "ab"
+    ]
+    # A new engine may have the place in memory of one that is gone.
+    for _ in range(2000):
+        statement = read_sql(update, "sqlite", PARAMETERS)
+        engine = create_engine(f"sqlite:///{path}").execution_options()
+        assert run_update(engine, statement, rows).written == rows
+        engine.dispose()
 
 
 UPDATED_AT = {
